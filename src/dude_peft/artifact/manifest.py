@@ -1,0 +1,164 @@
+"""The manifest: what our loader has to know beyond the tensors, inside the safetensors file's own metadata.
+
+The directory is a stock PEFT adapter (adapter_config.json + adapter_model.safetensors). The manifest sits in the header
+of the safetensors file, where stock readers do not look, so one file carries it all: the DuDe configuration, the
+sha256 of every tensor, the fingerprint of the base weights, and the sha256 of adapter_config.json, so that a changed or
+foreign half of the pair is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from safetensors import SafetensorError
+
+from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
+from dude_peft.errors import ArtifactError
+from dude_peft.version import __version__
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_KEY = "dude"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the metadata of an adapter file says."""
+
+    config: dict[str, Any]
+    """Fields of DudeConfig."""
+    base: dict[str, TensorPrint]
+    """Name of every adapted module of the base model -> fingerprint of its weight."""
+    tensors: dict[str, str]
+    """Name of every tensor in the file -> sha256 of its values."""
+    config_sha256: str
+    """sha256 of adapter_config.json's content."""
+    format_version: int = FORMAT_VERSION
+    dude_version: str = __version__
+
+
+def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint]) -> None:
+    """Write the manifest into an adapter directory that PEFT has just saved.
+
+    Weights of the base model that PEFT put into the file beside an adapted output layer are left out: the base is
+    untouched, and the fingerprint stands for it.
+
+    Args:
+        directory: holds adapter_model.safetensors and adapter_config.json.
+        config: fields of DudeConfig.
+        base: fingerprints of the adapted base weights.
+
+    Raises:
+        OSError: the directory cannot be written; the file that was there stays.
+    """
+    path = directory / WEIGHTS_FILE
+    tensors = safetensors.torch.load_file(path)
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".base_layer.weight")}
+    manifest = Manifest(
+        config=config,
+        base=base,
+        tensors={name: sha256_of([tensor]) for name, tensor in sorted(tensors.items())},
+        config_sha256=_json_sha256(directory / CONFIG_FILE),
+    )
+    metadata = {"format": "pt", _KEY: json.dumps(asdict(manifest), sort_keys=True)}
+    _replace(path, safetensors.torch.save(tensors, metadata))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Manifest of an adapter directory, with every tensor and the configuration checked against it.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, edited, from another format version, or not ours.
+    """
+    path = directory / WEIGHTS_FILE
+    for wanted in (path, directory / CONFIG_FILE):
+        if not wanted.is_file():
+            raise ArtifactError(f"'{wanted}' is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE} in one folder")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if _KEY not in metadata:
+            raise ArtifactError(
+                f"'{path}' carries no DuDe manifest, it was not saved by dude-peft; load it with peft.PeftModel"
+            )
+        manifest = _parse(metadata[_KEY], path)
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or save it again") from error
+    _check_names(set(tensors), set(manifest.tensors), path)
+    for name, tensor in tensors.items():
+        if sha256_of([tensor]) != manifest.tensors[name]:
+            raise ArtifactError(
+                f"'{path}': tensor '{name}' is not what was saved; copy the file again or save it again"
+            )
+    if _json_sha256(directory / CONFIG_FILE) != manifest.config_sha256:
+        raise ArtifactError(
+            f"'{directory / CONFIG_FILE}' was changed after saving, or belongs to another adapter; restore it"
+        )
+    return manifest
+
+
+def _parse(text: str, path: Path) -> Manifest:
+    try:
+        fields = json.loads(text)
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"'{path}' has adapter format {version}, this is dude-peft {__version__} with format {FORMAT_VERSION}; "
+                f"upgrade with: pip install -U dude-peft"
+            )
+        manifest = Manifest(**fields)
+        if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
+            raise TypeError("config, base and tensors have to be objects")
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"'{path}': the DuDe manifest is damaged ({error}); copy the file again") from error
+    return manifest
+
+
+def _check_names(found: set[str], recorded: set[str], path: Path) -> None:
+    missing, extra = sorted(recorded - found), sorted(found - recorded)
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what}, first: {', '.join(names[:5])}"
+            for what, names in (("missing", missing), ("not recorded", extra))
+            if names
+        ]
+        raise ArtifactError(f"'{path}': its tensors are not those that were saved ({'; '.join(parts)}); copy it again")
+
+
+def _json_sha256(path: Path) -> str:
+    """Hash of the content, not of its layout: whitespace and the order of keys do not count."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside, flush to the disk, rename: the old file or the new one, never a torn one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,129 @@
+"""Row norms and the gain g = m / n, without ever forming the direction V.
+
+The norm of V = W0 + s D, with D = dB A + B0 dA, follows from the change alone:
+
+    n^2 = m0^2 + q,    q = 2 s <D, W0> + s^2 ||D||^2         (one number per output row, m0 = ||W0||)
+    <D, W0> = rowsum(dB * (W0 A^T)) + rowsum(B0 * (W0 dA^T))
+    ||D||^2 = rowsum((L R R^T) * L)                          L = [dB, B0] (out, 2r),  R = [A; dA] (2r, in)
+
+so the only thing that touches W0 is a product with r rows, which works through a quantised layer's own forward.
+The gain is computed from the two deviations,
+
+    g = 1 + (dm - (n - m0)) / n,    n - m0 = q / (n + m0),
+
+so that it is exactly 1 where nothing changed, whatever the dtypes. Sums run in float64 (they are (out, r)-sized),
+which keeps rows of 1e-25 and of 1e+25 alive; the result is handed out in the adapter's precision, float32 or better.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows converted at a time when a half-precision weight meets float32 factors: bounds the temporary at a few MiB.
+_CHUNK_ROWS = 1024
+
+
+def row_norm(W: Tensor) -> Tensor:
+    """L2 norm of every output row, `m0_j = ||W_j||`.
+
+    Args:
+        W: (out, in), any floating dtype.
+
+    Returns:
+        (out,) float64 (float32 on devices without float64). Overflow- and underflow-free for every float32 entry.
+
+    Source: DoRA section 4.1 (there called column-wise).
+    """
+    parts = [chunk.to(_wide(W)).square().sum(dim=1).sqrt() for chunk in W.detach().split(_CHUNK_ROWS)]
+    return torch.cat(parts)
+
+
+def rows_product(W0: Tensor, rows: Tensor) -> Tensor:
+    """Product `W0 rows^T` accumulated in the precision of `rows`, without a full copy of W0.
+
+    Args:
+        W0: (out, in) base weight, any floating dtype.
+        rows: (k, in) a few rows, float32 or float64.
+
+    Returns:
+        (out, k) in the dtype of `rows`.
+    """
+    if W0.dtype == rows.dtype:
+        return W0 @ rows.T
+    return torch.cat([chunk.to(rows.dtype) @ rows.T for chunk in W0.split(_CHUNK_ROWS)])
+
+
+def norm_change(
+    W0_dA: Tensor,
+    W0_A0: Tensor | None,
+    dA: Tensor,
+    dB: Tensor,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Change of the squared row norm, `q = 2 s <D, W0> + s^2 ||D||^2`.
+
+    Args:
+        W0_dA: (out, r) W0 dA^T, from `rows_product` or the frozen layer itself.
+        W0_A0: (out, r) W0 A0^T; None with A0.
+        dA: (r, in) deviation of A.
+        dB: (out, r) deviation of B.
+        A0: (r, in) frozen start; None where the method has none (then dA is A itself).
+        B0: (out, r) frozen start, with A0.
+        scaling: s.
+
+    Returns:
+        (out,) float64, differentiable in W0_dA, dA and dB.
+
+    Source: DESIGN section 2; the factored norm is DoRA's with the whole matrix multiplied out.
+    """
+    A = dA if A0 is None else A0 + dA
+    W0_A = W0_dA if W0_A0 is None else W0_A0 + W0_dA
+    left = dB if B0 is None else torch.cat([dB, B0], dim=1)
+    right = A if B0 is None else torch.cat([A, dA])
+    wide = _wide(dA)
+    inner = (dB.to(wide) * W0_A).sum(dim=1)
+    if B0 is not None:
+        inner = inner + (B0.to(wide) * W0_dA).sum(dim=1)
+    squared = ((left @ (right @ right.T)).to(wide) * left).sum(dim=1)
+    return 2 * scaling * inner + scaling**2 * squared
+
+
+def gain(m0: Tensor, dm: Tensor, q: Tensor, norm_gradient: str = "detached") -> Tensor:
+    """Gain `g = (m0 + dm) / sqrt(m0^2 + q)` of every output row, exactly 1 where dm = 0 and q = 0.
+
+    Args:
+        m0: (out,) row norms of W0.
+        dm: (out,) trained deviation of the magnitude.
+        q: (out,) change of the squared norm, from `norm_change`.
+        norm_gradient: "detached" (DoRA section 4.3) or "exact".
+
+    Returns:
+        (out,) in dm's dtype, at least float32, differentiable in dm and, with "exact", in q. Zero rows of W0 (m0 = 0)
+        give 1, rows whose V vanished give 0, and nothing is ever NaN.
+    """
+    wide = _wide(dm)
+    m0, q = m0.to(wide), q.to(wide)
+    if norm_gradient == "detached":
+        q = q.detach()
+    n_squared = m0.square() + q
+    alive = n_squared > 0
+    n = torch.where(alive, n_squared, 1.0).sqrt()
+    g = torch.where(alive, 1 + (dm.to(wide) - q / (n + m0)) / n, 0.0)
+    g = torch.where(m0 == 0, 1.0, g)
+    narrow = torch.promote_types(dm.dtype, torch.float32)
+    # A denormal row under a large m would overflow float32; the clamp keeps it finite.
+    limit = torch.finfo(narrow).max
+    return g.clamp(-limit, limit).to(narrow)
+
+
+def direction_norm(m0: Tensor, q: Tensor) -> Tensor:
+    """Row norm `n = sqrt(m0^2 + q)` of the direction V, (out,) float64; 0 where V vanished."""
+    return (m0.to(_wide(m0)).square() + q).clamp_min(0).sqrt()
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """float64, but float32 on devices that have no float64."""
+    return torch.float32 if t.device.type == "mps" else torch.float64

@@ -1,0 +1,6 @@
+"""DoRA: LoRA's start and a trained magnitude."""
+
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import zero_split
+
+DORA = Method("dora", zero_split, principal=False, magnitude=True, paper="arXiv 2402.09353")

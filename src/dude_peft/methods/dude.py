@@ -1,0 +1,6 @@
+"""DuDe: principal factors and a trained magnitude."""
+
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import principal_split
+
+DUDE = Method("dude", principal_split, principal=True, magnitude=True, paper="arXiv 2505.14367")

@@ -1,0 +1,6 @@
+"""LoRA: a random A, B at zero, no magnitude."""
+
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import zero_split
+
+LORA = Method("lora", zero_split, principal=False, magnitude=False, paper="arXiv 2106.09685")

@@ -1,0 +1,6 @@
+"""Rank-stabilised LoRA: LoRA with s = alpha / sqrt(r)."""
+
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import zero_split
+
+RSLORA = Method("rslora", zero_split, principal=False, magnitude=False, rank_stabilized=True, paper="arXiv 2312.03732")

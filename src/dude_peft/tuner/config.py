@@ -1,0 +1,281 @@
+"""DudeConfig: PEFT's field names, checked when the object is made."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, PeftConfig
+from peft.utils import WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+
+from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, read_manifest, stamp
+from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.methods import METHODS, Method, SplitOptions
+
+
+class _PeftType(str):
+    """PEFT's tables are keyed by an enum that cannot be extended; a string with the enum's attributes serves."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+DUDE_TYPE = _PeftType("DUDE")
+
+
+def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
+    """Answer a misspelt keyword with the closest key, and keep the generated signature."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def checked(self: DudeConfig, *args: Any, **settings: Any) -> None:
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"DudeConfig has no key '{name}'; {closest(name, known)}")
+        generated(self, *args, **settings)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@_names_unknown_keys
+@dataclass
+class DudeConfig(PeftConfig):
+    """Configuration of an adapter, for `peft.get_peft_model(model, DudeConfig(...))`.
+
+    Raises:
+        ConfigError: a value that cannot work, or a key that does not exist.
+    """
+
+    method: str = "dude"
+    """dude, dora, pissa, lora or rslora: an entry of `dude_peft.methods.METHODS`."""
+    r: int = 16
+    """Rank of the factors A (r, in) and B (out, r)."""
+    lora_alpha: float = 16
+    """The change is scaled by lora_alpha / r (rslora: lora_alpha / sqrt(r))."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the change; the base model's part never sees it."""
+    target_modules: list[str] | str | None = None
+    """Names of the layers (a list of name endings, a regular expression, "all-linear"); None: PEFT's choice."""
+    exclude_modules: list[str] | str | None = None
+    """Names that are left out though they match target_modules."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Regular expression of layer names -> r of these layers."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Regular expression of layer names -> lora_alpha of these layers."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter."""
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the decoder layers to adapt; None: all."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list that layers_to_transform indexes, where it cannot be guessed."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases to train: none, all, or lora_only (those of adapted layers)."""
+    norm_gradient: Literal["detached", "exact"] = "detached"
+    """Gradient through the row norm: detached (DoRA section 4.3) or exact."""
+    svd_tol: float = 1e-3
+    """Relative gain of captured energy at which the top-r SVD stops; 0: a full SVD."""
+    svd_seed: int = 0
+    """Seed of the SVD's start block."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DUDE_TYPE
+        # PEFT hands this attribute to its own tuners only; ours has no parameters to target.
+        self.target_parameters = None
+        self._loading: Manifest | None = None
+        self._base: dict[str, TensorPrint] | None = None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        _check(self)
+
+    @property
+    def split_options(self) -> SplitOptions:
+        """Settings of the split."""
+        return SplitOptions(svd_tol=self.svd_tol, svd_seed=self.svd_seed)
+
+    @property
+    def spec(self) -> Method:
+        """The method's entry in the table."""
+        return METHODS[self.method]
+
+    def rank_and_alpha(self, layer_name: str) -> tuple[int, float]:
+        """Rank r and lora_alpha of one layer, its patterns considered."""
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer_name), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.lora_alpha)
+        return r, alpha
+
+    def stock(self) -> LoraConfig:
+        """The configuration under which stock PEFT computes the same function from the saved tensors.
+
+        Rank and alpha are doubled where the method has a frozen start, so the scaling stays. rsLoRA's scaling is folded
+        into alpha, because some servers ignore its flag.
+        """
+        double = 2 if self.spec.principal else 1
+        rank_pattern: dict[str, int] = {name: double * r for name, r in self.rank_pattern.items()}
+        alpha_pattern: dict[str, float] = {name: double * alpha for name, alpha in self.alpha_pattern.items()}
+        lora_alpha = double * self.lora_alpha
+        if self.spec.rank_stabilized:
+            lora_alpha *= math.sqrt(self.r)
+            # alpha' = alpha sqrt(r) depends on both patterns, so they are written out layer by layer.
+            own = {name: self.rank_and_alpha(name) for name in self._base or {}}
+            own = {name: pair for name, pair in own.items() if pair != (self.r, self.lora_alpha)}
+            rank_pattern = {name: r for name, (r, _) in own.items()}
+            alpha_pattern = {name: alpha * math.sqrt(r) for name, (r, alpha) in own.items()}
+        return LoraConfig(
+            r=double * self.r,
+            lora_alpha=_int_if_whole(lora_alpha),  # type: ignore[arg-type]  # PEFT computes with floats too
+            lora_dropout=self.lora_dropout,
+            target_modules=_sorted(self.target_modules),
+            exclude_modules=_sorted(self.exclude_modules),
+            rank_pattern=rank_pattern,
+            alpha_pattern={name: _int_if_whole(alpha) for name, alpha in alpha_pattern.items()},
+            modules_to_save=self.modules_to_save,
+            layers_to_transform=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
+            bias=self.bias,
+            use_dora=self.spec.magnitude,
+            init_lora_weights=True,
+            task_type=self.task_type,
+            base_model_name_or_path=self.base_model_name_or_path,
+            revision=self.revision,
+            inference_mode=self.inference_mode,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json for stock PEFT, and the manifest into the tensors beside it.
+
+        PEFT calls this after it has written adapter_model.safetensors, so its own `save_pretrained`, the Trainer's
+        checkpoints and a hub upload all end up with the same two files.
+
+        Raises:
+            ArtifactError: the tensors were written as a pickle, which we neither write nor read.
+        """
+        self.stock().save_pretrained(save_directory, **kwargs)
+        directory = Path(save_directory)
+        if self._base is None:
+            return
+        if (directory / WEIGHTS_FILE).is_file():
+            stamp(directory, self._manifest_fields(), self._base)
+        elif (directory / WEIGHTS_NAME).is_file():
+            raise ArtifactError(f"'{directory / WEIGHTS_NAME}' is a pickle; save with safe_serialization=True")
+        self._base = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> DudeConfig:
+        """Configuration of a saved adapter, its files checked; adding it to a model needs no SVD.
+
+        Args:
+            pretrained_model_name_or_path: folder, or hub id.
+            subfolder: folder inside it.
+            **kwargs: revision, token and cache_dir for the hub.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, edited, or not ours.
+        """
+        directory = _local_directory(str(pretrained_model_name_or_path), subfolder, kwargs)
+        manifest = read_manifest(directory)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(manifest.config) - known)
+        if unknown:
+            raise ArtifactError(
+                f"'{directory / WEIGHTS_FILE}': the manifest has settings that this version does not know "
+                f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
+            )
+        config = cls(**manifest.config)
+        config._loading = manifest
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as plain JSON values."""
+        return {f.name: _sorted(getattr(self, f.name)) for f in fields(self)}
+
+    def _manifest_fields(self) -> dict[str, Any]:
+        return {**self.to_dict(), "peft_type": str(self.peft_type)}
+
+
+def closest(name: str, known: Any) -> str:
+    """A hint at the closest of the known names."""
+    near = difflib.get_close_matches(name, [str(k) for k in known], n=3, cutoff=0.5)
+    return (
+        f"closest: {', '.join(repr(n) for n in near)}" if near else f"known: {', '.join(sorted(map(str, known))[:12])}"
+    )
+
+
+def _check(config: DudeConfig) -> None:
+    if config.method not in METHODS:
+        raise ConfigError(f"method={config.method!r} is unknown; {closest(str(config.method), METHODS)}")
+    for name, r in [("r", config.r), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]:
+        if not _is_int(r) or r < 1:
+            raise ConfigError(f"{name}={r!r}; a rank is a whole number of at least 1, 8 to 64 are usual")
+    alphas = [
+        ("lora_alpha", config.lora_alpha),
+        *((f"alpha_pattern[{k!r}]", v) for k, v in config.alpha_pattern.items()),
+    ]
+    for name, alpha in alphas:
+        if not _is_number(alpha) or not 0 < alpha < math.inf:
+            raise ConfigError(f"{name}={alpha!r}; it is a number above 0, often r or 2 r")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout={config.lora_dropout!r}; it is a probability from 0 to below 1")
+    if config.norm_gradient not in ("detached", "exact"):
+        raise ConfigError(f"norm_gradient={config.norm_gradient!r}; it is 'detached' or 'exact'")
+    if config.bias not in ("none", "all", "lora_only"):
+        raise ConfigError(f"bias={config.bias!r}; it is 'none', 'all' or 'lora_only'")
+    if not _is_number(config.svd_tol) or not 0 <= config.svd_tol < 1:
+        raise ConfigError(f"svd_tol={config.svd_tol!r}; it is a number from 0 (full SVD) to below 1, usually 1e-3")
+    if not _is_int(config.svd_seed):
+        raise ConfigError(f"svd_seed={config.svd_seed!r}; it is a whole number")
+    regex = isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear"
+    if regex and config.layers_to_transform is not None:
+        raise ConfigError(
+            "layers_to_transform goes with a list of target_modules; a regular expression can name the layers itself"
+        )
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise ConfigError("layers_pattern is set without layers_to_transform; set both or neither")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _int_if_whole(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _local_directory(name: str, subfolder: str | None, options: dict[str, Any]) -> Path:
+    """The adapter's folder; from the hub, both files are fetched first."""
+    directory = Path(name) / (subfolder or "")
+    if directory.is_dir():
+        return directory
+    download = {key: options[key] for key in ("revision", "token", "cache_dir") if options.get(key) is not None}
+    try:
+        hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
+        return Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
+    except Exception as error:  # the hub client's errors have no common base
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"'{name}' is neither a folder nor a hub id that can be fetched ({first})") from error

@@ -1,0 +1,123 @@
+"""What the adapter has to know of the frozen layer under it: nn.Linear, GPT-2's Conv1D, or anything that maps rows.
+
+A layer is transparent where its weight is a plain float matrix and its forward is the known one; then the weight is
+read directly. Every other layer (bitsandbytes, torchao, GPTQ, ...) is opaque: only its forward is used, on rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values, sha256_of
+from dude_peft.core.magnitude import rows_product
+
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Identity rows pushed at a time through an opaque layer to read its weight.
+_PROBE_ROWS = 512
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether the layer maps rows of in_features to rows of out_features by a weight.
+
+    The output projection inside nn.MultiheadAttention is refused: its forward is never called, so an adapter on it
+    would do nothing, silently.
+    """
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
+    if isinstance(layer, (nn.Linear, Conv1D)):
+        return True
+    sized = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+    return sized and "Linear" in type(layer).__name__
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of the layer's weight."""
+    if isinstance(layer, Conv1D):
+        return int(layer.nf), int(layer.nx)
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer keeps its weight as (in, out)."""
+    return isinstance(layer, Conv1D)
+
+
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """The weight as an (out, in) view, or None where the layer is opaque."""
+    weight: Any = getattr(layer, "weight", None)
+    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+    if not known or type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or weight.dtype not in _PLAIN_DTYPES:
+        return None
+    return weight.detach().T if is_transposed(layer) else weight.detach()
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight as an (out, in) matrix in float32 (float64 stays), read through the forward where it is opaque."""
+    weight = plain_weight(layer)
+    if weight is not None:
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    _, in_ = layer_shape(layer)
+    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    columns = [
+        _apply_rows(layer, torch.eye(min(_PROBE_ROWS, in_ - start), in_, device=device).roll(start, dims=1))
+        for start in range(0, in_, _PROBE_ROWS)
+    ]
+    return torch.cat(columns).T.contiguous()
+
+
+def product(layer: nn.Module, rows: Tensor) -> Tensor:
+    """`W0 rows^T`, (out, k) in the dtype of `rows`; differentiable in `rows`."""
+    weight = plain_weight(layer)
+    if weight is not None:
+        return rows_product(weight, rows)
+    return _apply_rows(layer, rows).T
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """Float dtype in which the layer takes its input."""
+    dtype = getattr(layer, "compute_dtype", None)  # bitsandbytes' 4-bit layer
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES:
+        return weight.dtype
+    return torch.float32
+
+
+def layer_fingerprint(layer: nn.Module) -> TensorPrint:
+    """Fingerprint of the layer's weight; of all its stored tensors where it is opaque."""
+    if plain_weight(layer) is not None:
+        return fingerprint(layer.weight)  # type: ignore[arg-type]
+    tensors = {name: t for name, t in layer.state_dict().items() if isinstance(t, Tensor) and not name.endswith("bias")}
+    flat = [part for _, tensor in sorted(tensors.items()) for part in _plain_parts(tensor)]
+    out, in_ = layer_shape(layer)
+    return {"dtype": f"opaque:{type(layer).__name__}", "shape": [out, in_], "sha256": sha256_of(flat)}
+
+
+def holds(layer: nn.Module, recorded: TensorPrint) -> bool:
+    """Whether the layer is the one whose fingerprint was recorded."""
+    if plain_weight(layer) is not None:
+        return same_values(layer.weight, recorded)  # type: ignore[arg-type]
+    return layer_fingerprint(layer) == recorded
+
+
+def _apply_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """The frozen forward without its bias, on a few rows."""
+    y = layer(rows.to(compute_dtype(layer)))
+    bias = getattr(layer, "bias", None)
+    if isinstance(bias, Tensor):
+        y = y - bias.detach().to(y.dtype)
+    return y.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
+    """A tensor subclass (torchao) as the plain tensors inside it."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]

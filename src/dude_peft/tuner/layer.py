@@ -1,0 +1,319 @@
+"""The adapted layer: a frozen layer, and for every adapter its frozen start, its trained deviations, its gain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.stock import LayerTensors
+from dude_peft.core.linear import adapted_linear
+from dude_peft.core.magnitude import gain, norm_change, row_norm
+from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.methods import Split
+from dude_peft.tuner import frozen
+from dude_peft.tuner.config import DudeConfig
+
+# On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
+# that a raw state dict of ours cannot be taken for a stock adapter.
+_TRAINED = ("lora_dA", "lora_dB", "lora_dm")
+_FROZEN = ("lora_A0", "lora_B0", "lora_m0")
+
+
+class DudeLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer with any number of adapters.
+
+    Shapes: lora_dA (r, in), lora_dB (out, r), lora_dm (out,); lora_A0, lora_B0, lora_m0 likewise.
+    """
+
+    adapter_layer_names = _TRAINED
+    other_param_names = (*_FROZEN, "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
+
+    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer_name = layer_name
+        self.out_features, self.in_features = frozen.layer_shape(base_layer)
+        self.lora_dA, self.lora_dB, self.lora_dm = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in _FROZEN)
+        # W0 A0^T is needed by every norm and never changes: computed in the first forward, dropped when A0 is loaded.
+        self._start_product = BufferDict(persistent=False)
+        self.lora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.norm_gradient: dict[str, str] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Any = None  # the base layer's own weight while a merged one is in its place
+        self._fingerprint: tuple[tuple[int, int, str], TensorPrint] | None = None
+
+    def add(self, adapter_name: str, config: DudeConfig, meta: bool = False) -> None:
+        """Add an adapter: split the base weight, set the deviations to zero.
+
+        An adapter that is about to be loaded from a file gets zeros instead of a split (which is the base model too).
+
+        Args:
+            adapter_name: name.
+            config: configuration; its patterns decide this layer's rank and alpha.
+            meta: leave all tensors on the meta device, for loading with low_cpu_mem_usage.
+
+        Raises:
+            ConfigError: the rank does not fit the layer.
+            NumericsError: NaN or Inf in the base weight.
+        """
+        r, alpha = config.rank_and_alpha(self.layer_name)
+        check_rank(self.layer_name, (self.out_features, self.in_features), r)
+        spec, scaling = config.spec, config.spec.scaling(r, alpha)
+        dtype = torch.promote_types(frozen.compute_dtype(self.get_base_layer()), torch.float32)
+        device = torch.device("meta") if meta else self._base_device()
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        if config._loading is not None or meta:
+            split = Split(zeros(r, self.in_features), zeros(self.out_features, r) if spec.principal else None)
+            m0 = zeros(self.out_features)
+        else:
+            split, m0 = self._start(r, scaling, config)
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
+        self.scaling[adapter_name], self.norm_gradient[adapter_name] = scaling, config.norm_gradient
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        A = split.A.to(device=device, dtype=dtype)
+        if split.B is None:
+            self.lora_dA[adapter_name] = nn.Parameter(A)
+        else:
+            self.lora_A0[adapter_name] = A.contiguous()
+            self.lora_B0[adapter_name] = split.B.to(device=device, dtype=dtype).contiguous()
+            self.lora_dA[adapter_name] = nn.Parameter(zeros(r, self.in_features))
+        self.lora_dB[adapter_name] = nn.Parameter(zeros(self.out_features, r))
+        if spec.magnitude:
+            self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
+            self.lora_dm[adapter_name] = nn.Parameter(zeros(self.out_features))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer under its active adapters, (*, in) -> (*, out).
+
+        Several active adapters add their changes: y = base + sum_i (y_i - base).
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        base_out: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return base_out
+        names = self._names(self.active_adapters)
+        if not names:
+            return base_out
+        y = self._adapt(names[0], x, base_out)
+        for name in names[1:]:
+            y = y + (self._adapt(name, x, base_out) - base_out)
+        return y
+
+    def effective_weight(self, adapter_names: list[str] | None = None) -> Tensor:
+        """Merged weight `W0 + sum_i (W'_i - W0)`, (out, in), in float32 or better.
+
+        Args:
+            adapter_names: adapters to merge; None means the active ones.
+        """
+        with torch.no_grad():
+            W0 = self._base_weight()
+            total = W0.clone()
+            for name in self._names(self.active_adapters if adapter_names is None else adapter_names):
+                layer = self.tensors(name)
+                A = layer.dA if layer.A0 is None else layer.A0 + layer.dA
+                V = W0 + self.scaling[name] * (layer.dB.to(W0) @ A.to(W0))
+                if layer.B0 is not None:
+                    V += self.scaling[name] * (layer.B0.to(W0) @ layer.dA.to(W0))
+                g = self.gain(name)
+                total += (V if g is None else g.to(W0)[:, None] * V) - W0
+            return total
+
+    def gain(self, adapter_name: str) -> Tensor | None:
+        """Gain g = m / n of one adapter, (out,), float32 or better; None for methods without a magnitude."""
+        if adapter_name not in self.lora_dm:
+            return None
+        layer, scaling = self.tensors(adapter_name), self.scaling[adapter_name]
+        mode = self.norm_gradient[adapter_name]
+        with torch.set_grad_enabled(mode == "exact" and torch.is_grad_enabled()):
+            dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
+            base = self.get_base_layer()
+            start = None if layer.A0 is None else self._product_with_start(adapter_name, layer.A0)
+            q = norm_change(self._product(base, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
+        assert layer.m0 is not None
+        assert layer.dm is not None
+        return gain(layer.m0, layer.dm, q, mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the effective weight of some adapters into the base layer; `unmerge` restores every bit.
+
+        The base layer gets a new parameter, so a weight that is shared (tied embeddings) stays as it is elsewhere.
+
+        Args:
+            safe_merge: PEFT's flag; NaN and Inf are always refused.
+            adapter_names: None means the active adapters.
+
+        Raises:
+            ConfigError: the base weight is quantised.
+            NumericsError: the merged weight overflows its dtype; nothing is changed then.
+        """
+        names = self._names(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        self.check_mergeable()
+        base: Any = self.get_base_layer()
+        original = self._unmerged_weight if self._unmerged_weight is not None else base.weight
+        merged = self.effective_weight([*self.merged_adapters, *names]).to(original.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise NumericsError(
+                f"the merged weight of '{self.layer_name}' overflows {original.dtype}; load the base in "
+                f"float32 to merge"
+            )
+        stored = merged.T.contiguous() if frozen.is_transposed(base) else merged
+        self._unmerged_weight = original
+        base.weight = nn.Parameter(stored, requires_grad=False)
+        self.merged_adapters.extend(names)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge into a weight that is no plain float matrix."""
+        base = self.get_base_layer()
+        if frozen.plain_weight(base) is None:
+            raise ConfigError(
+                f"'{self.layer_name}' is a {type(base).__name__}, its weight cannot take a merge; load the "
+                f"base model unquantised, load the adapter there, and merge"
+            )
+
+    def unmerge(self) -> None:
+        """Put the base layer's own weight back, the very tensor it was."""
+        if self._unmerged_weight is not None:
+            self.get_base_layer().weight = self._unmerged_weight
+            self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def tensors(self, adapter_name: str) -> LayerTensors:
+        """State of one adapter; the tensors themselves, not copies."""
+
+        def entry(group: Any) -> Any:
+            # PEFT's BufferDict has no get()
+            return group[adapter_name] if adapter_name in group else None  # noqa: SIM401
+
+        return LayerTensors(
+            dA=self.lora_dA[adapter_name],
+            dB=self.lora_dB[adapter_name],
+            A0=entry(self.lora_A0),
+            B0=entry(self.lora_B0),
+            m0=entry(self.lora_m0),
+            dm=entry(self.lora_dm),
+        )
+
+    def base_fingerprint(self) -> TensorPrint:
+        """Fingerprint of the base weight (of the unmerged one), computed once while the weight stays the same."""
+        base: Any = self.get_base_layer()
+        weight = base.weight if self._unmerged_weight is None else self._unmerged_weight
+        key = (weight.data_ptr(), weight._version, f"{weight.dtype}{weight.device}")
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            with self._unmerged():
+                self._fingerprint = (key, frozen.layer_fingerprint(base))
+        return self._fingerprint[1]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may convert the adapter to LoRA by its delta weight; not with a magnitude."""
+        return adapter_name not in self.lora_dm
+
+    def _adapt(self, name: str, x: Tensor, base_out: Tensor) -> Tensor:
+        layer = self.tensors(name)
+        g = self.gain(name)
+        bias = getattr(self.get_base_layer(), "bias", None) if g is not None else None
+        dropout: nn.Module = self.lora_dropout[name]
+        return adapted_linear(base_out, dropout(x), layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name])
+
+    def _start(self, r: int, scaling: float, config: DudeConfig) -> tuple[Split, Tensor]:
+        W0 = self._base_weight()
+        check_finite(self.layer_name, W0)
+        return config.spec.split(W0, r, scaling, config.split_options), row_norm(W0)
+
+    def _base_weight(self) -> Tensor:
+        with self._unmerged(), torch.no_grad():
+            return frozen.dense_weight(self.get_base_layer())
+
+    def _unmerged(self) -> _Unmerged:
+        return _Unmerged(self)
+
+    def _product(self, base: nn.Module, rows: Tensor) -> Tensor:
+        with self._unmerged(), torch.autocast(rows.device.type, enabled=False):
+            return frozen.product(base, rows)
+
+    def _product_with_start(self, name: str, A0: Tensor) -> Tensor:
+        if name not in self._start_product:
+            with torch.no_grad():
+                self._start_product[name] = self._product(self.get_base_layer(), A0)
+        product: Tensor = self._start_product[name]
+        return product
+
+    def _names(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.lora_dA]
+
+    def _base_device(self) -> torch.device:
+        base = self.get_base_layer()
+        return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the base's dtype, which would round the frozen start.
+        target = device if device is not None else self._base_device()
+        for name in (*_TRAINED, *_FROZEN):
+            group = getattr(self, name)
+            if adapter_name in group and group[adapter_name].device.type != "meta":
+                group[adapter_name] = group[adapter_name].to(target)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._start_product.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "dude_peft." + super().__repr__()
+
+
+class _Unmerged:
+    """While it is open, the base layer has its own weight, merged or not."""
+
+    def __init__(self, layer: DudeLinear) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        self.merged = None
+        if self.layer._unmerged_weight is not None:
+            base = self.layer.get_base_layer()
+            self.merged, base.weight = base.weight, self.layer._unmerged_weight
+
+    def __exit__(self, *_: object) -> None:
+        if self.merged is not None:
+            self.layer.get_base_layer().weight = self.merged
+
+
+def check_rank(layer_name: str, shape: tuple[int, int], r: int) -> None:
+    """Refuse a rank above the layer's smaller side."""
+    out, in_ = shape
+    if r > min(out, in_):
+        raise ConfigError(
+            f"r={r} is more than layer '{layer_name}' (out {out}, in {in_}) can take; use r <= {min(out, in_)}, or "
+            f"give it a smaller one with rank_pattern"
+        )
+
+
+def check_finite(layer_name: str, W0: Tensor) -> None:
+    """Refuse a weight with NaN or Inf, naming the first place."""
+    if bool(torch.isfinite(W0.sum())):
+        return
+    bad = torch.nonzero(~torch.isfinite(W0))
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise NumericsError(
+            f"base weight of '{layer_name}' holds {W0[row, column].item()} at [{row}, {column}] ({len(bad)} such "
+            f"entries); the checkpoint is damaged, load it again"
+        )

@@ -1,0 +1,105 @@
+"""Loading a saved adapter so that training can go on from it, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.tuner import frozen
+from dude_peft.tuner.config import DudeConfig
+from dude_peft.tuner.layer import DudeLinear
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    allow_base_mismatch: bool = False,
+    **hub_options: Any,
+) -> PeftModel:
+    """Load a DuDe adapter with its frozen start, without an SVD.
+
+    Stock `peft.PeftModel.from_pretrained(model, path)` loads the same files as a plain DoRA or LoRA adapter: right for
+    inference, but a DuDe run can only be continued from here.
+
+    Args:
+        model: the base model, or a PeftModel with DuDe adapters, which gets one more.
+        path: folder or hub id of the adapter.
+        adapter_name: its name in the model.
+        is_trainable: True to go on training, False for inference.
+        allow_base_mismatch: accept a base model with other values (outputs are then not those of training).
+        **hub_options: revision, token, cache_dir, subfolder.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ArtifactError: damaged files, a file that is not ours, a wrong base model.
+        NumericsError: NaN or Inf in the adapter.
+        ConfigError: the name is taken, or the model has adapters of another kind.
+    """
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise ConfigError(f"the model has an adapter '{adapter_name}' already; choose another adapter_name")
+        if not all(isinstance(config, DudeConfig) for config in model.peft_config.values()):
+            raise ConfigError("the model has adapters of another kind; load this one on the base model itself")
+    config = DudeConfig.from_pretrained(str(path), **hub_options)
+    config.inference_mode = not is_trainable
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert config._loading is not None
+    _check_base(base, config._loading.base, str(path), allow_base_mismatch)
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(
+            model, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **hub_options
+        )
+    model.add_adapter(adapter_name, config)
+    try:
+        model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **hub_options)
+    except Exception:
+        model.delete_adapter(adapter_name)
+        raise
+    if is_trainable:
+        model.set_requires_grad(adapter_name)
+    return model
+
+
+def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, allow_mismatch: bool) -> None:
+    modules = dict(base.named_modules())
+    absent = [name for name in recorded if name not in modules]
+    if absent:
+        raise ArtifactError(
+            f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} has not (first: '{absent[0]}'); "
+            f"load it on the base model it was trained on"
+        )
+    for name, expected in recorded.items():
+        module = modules[name]
+        shape = frozen.layer_shape(module.get_base_layer() if isinstance(module, DudeLinear) else module)
+        if sorted(shape) != sorted(expected["shape"]):
+            raise ArtifactError(
+                f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training; "
+                f"load it on the base model it was trained on"
+            )
+    wrong = [name for name, expected in recorded.items() if not _holds(modules[name], expected)]
+    if not wrong:
+        return
+    count = f"{len(wrong)} of {len(recorded)} differ (first: '{wrong[0]}')"
+    message = f"adapter '{path}' was trained on other base weights: {count}"
+    if not allow_mismatch:
+        raise ArtifactError(f"{message}; load the base model it was trained on, or pass allow_base_mismatch=True")
+    warnings.warn(f"{message}; outputs will not be those of training", stacklevel=3)
+
+
+def _holds(module: nn.Module, expected: TensorPrint) -> bool:
+    if isinstance(module, DudeLinear):
+        if module.base_fingerprint() == expected:
+            return True
+        with module._unmerged():
+            return frozen.holds(module.get_base_layer(), expected)
+    return frozen.holds(module, expected)

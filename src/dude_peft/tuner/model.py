@@ -1,0 +1,261 @@
+"""DudeModel: what PEFT's `get_peft_model`, `save_pretrained` and `load_adapter` call for a DudeConfig."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+)
+from torch import Tensor, nn
+
+from dude_peft.artifact.stock import EXTRA_A0, from_stock, stock_names, to_stock
+from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.tuner import frozen
+from dude_peft.tuner.config import DudeConfig, closest
+from dude_peft.tuner.layer import DudeLinear, check_finite, check_rank
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class DudeModel(BaseTuner):
+    """The PEFT tuner: finds the target layers, wraps them, and speaks for them when adapters are saved and loaded."""
+
+    prefix = "lora_"
+    tuner_layer_cls = DudeLinear
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection, after every target has been checked, so that a refusal leaves the model as it was."""
+        config: Any = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        _maybe_include_all_linear_layers(config, model)
+        if state_dict is None:
+            self._check_targets(model, config)
+        self._meta = low_cpu_mem_usage
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _check_targets(self, model: nn.Module, config: DudeConfig) -> None:
+        names = [name for name, _ in model.named_modules() if name]
+        if isinstance(config.target_modules, str):
+            try:
+                re.compile(config.target_modules)
+            except re.error as error:
+                raise ConfigError(
+                    f"target_modules={config.target_modules!r} is no regular expression: {error}"
+                ) from error
+        else:
+            for wanted in sorted(config.target_modules or ()):
+                if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                    raise ConfigError(_unknown_target(wanted, model, names))
+        targets = [
+            (name, module)
+            for name, module in model.named_modules()
+            if name and ".base_layer" not in name and self._check_target_module_exists(config, name)
+        ]
+        if not targets:
+            raise ConfigError(
+                f"target_modules={_shown(config.target_modules)} matches no layer of {type(model).__name__} after "
+                f"exclude_modules, modules_to_save and layers_to_transform; 'all-linear' adapts every linear layer"
+            )
+        for name, module in targets:
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if not frozen.is_supported(layer):
+                raise ConfigError(
+                    f"target '{name}' is a {type(layer).__name__}, which is not a linear layer; adapt linear layers, "
+                    f"and train others whole with modules_to_save=[{name.rpartition('.')[2]!r}]"
+                )
+            check_rank(name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
+            weight = frozen.plain_weight(layer)
+            if weight is not None and weight.device.type != "meta":
+                check_finite(name, weight)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, DudeLinear):
+            target.add(adapter_name, peft_config, meta=self._meta)
+            return
+        layer = DudeLinear(target, current_key)
+        layer.set_adapter(self.active_adapters)
+        layer.add(adapter_name, peft_config, meta=self._meta)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        # A layer object that stands in several places is adapted in all of them.
+        for other in self.model.modules():
+            if other is new_module:
+                continue
+            for name, module in other._modules.items():
+                if module is child:
+                    setattr(other, name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names (a different adapter for every row of a batch) is not supported by DuDe layers; "
+                "run one batch per adapter with model.set_adapter(name)"
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns of tied embeddings here; our merge gives the layer a weight of its own and leaves the tied one.
+        for layer in self.modules():
+            if isinstance(layer, DudeLinear):
+                layer.check_mergeable()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Ours are float32 or better from the start; without autocast PEFT keeps trained tensors in the base's dtype.
+        if autocast_adapter_dtype:
+            return
+        for layer in self.modules():
+            if isinstance(layer, DudeLinear):
+                dtype = frozen.compute_dtype(layer.get_base_layer())
+                for group in (layer.lora_dA, layer.lora_dB, layer.lora_dm):
+                    if adapter_name in group:
+                        group[adapter_name].data = group[adapter_name].data.to(dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Stock tensors of every layer, with the adapter's name in the keys as PEFT wants them here."""
+        tensors: dict[str, Tensor] = {}
+        base = {}
+        for module_name, layer in _adapted_layers(model, adapter_name):
+            state = _from_state_dict(layer, module_name, adapter_name, state_dict)
+            for name, tensor in to_stock(state, layer.scaling[adapter_name]).items():
+                tensors[f"{module_name}.{_with_adapter(name, adapter_name)}"] = tensor
+            base[layer.layer_name] = layer.base_fingerprint()
+        config._base = base
+        tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Deviations and starts from stock tensors; refuses what is missing, extra, mis-shaped or not finite."""
+        spec = config.spec
+        remaining = {_model_key(name, model): tensor for name, tensor in state_dict.items()}
+        loaded: dict[str, Tensor] = {}
+        missing = []
+        for module_name, layer in _adapted_layers(model, adapter_name):
+            keys = {name: f"{module_name}.{name}" for name in stock_names(spec.principal, spec.magnitude)}
+            absent = [key for key in keys.values() if key not in remaining]
+            missing += absent
+            if absent:
+                continue
+            state = from_stock(
+                {name: remaining.pop(key) for name, key in keys.items()},
+                spec.principal,
+                spec.magnitude,
+                layer.r[adapter_name],
+                (layer.out_features, layer.in_features),
+                module_name.removeprefix(_PEFT_PREFIX),
+            )
+            for group, tensor in _named(state):
+                loaded[f"{module_name}.{group}.{adapter_name}"] = tensor
+        extra = [name for name in remaining if not _may_accompany(name, model, config)]
+        if missing or extra:
+            raise ArtifactError(_names_message(missing, extra))
+        config._loading = None
+        return {**loaded, **remaining}
+
+
+def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, DudeLinear) and adapter_name in module.lora_dA:
+            yield name.removeprefix("_fsdp_wrapped_module."), module
+
+
+def _named(state: Any) -> Iterator[tuple[str, Tensor]]:
+    for group in ("lora_dA", "lora_dB", "lora_dm", "lora_A0", "lora_B0", "lora_m0"):
+        tensor = getattr(state, group.removeprefix("lora_"))
+        if tensor is not None:
+            yield group, tensor
+
+
+def _from_state_dict(layer: DudeLinear, module_name: str, adapter_name: str, state: Mapping[str, Tensor]) -> Any:
+    """The layer's state as the given state dict has it (gathered from shards, say)."""
+    own = layer.tensors(adapter_name)
+    found = {}
+    for group, tensor in _named(own):
+        found[group.removeprefix("lora_")] = state.get(f"{module_name}.{group}.{adapter_name}", tensor).detach()
+    return type(own)(**found)
+
+
+def _with_adapter(name: str, adapter_name: str) -> str:
+    """lora_A.weight -> lora_A.NAME.weight, lora_m0 -> lora_m0.NAME."""
+    head, dot, tail = name.partition(".")
+    return f"{head}.{adapter_name}{dot}{tail}"
+
+
+def _model_key(name: str, model: nn.Module) -> str:
+    """A key of the file under the model's own names: layers injected without a PeftModel have no prefix."""
+    prefixed = any(n.startswith(_PEFT_PREFIX) for n, _ in model.named_modules())
+    return name if prefixed else name.removeprefix(_PEFT_PREFIX)
+
+
+def _may_accompany(name: str, model: nn.Module, config: DudeConfig) -> bool:
+    """Whether a tensor that is no adapter tensor belongs in the file: modules_to_save, trained biases."""
+    wrappers = [n for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    if any(name.startswith(f"{wrapper}.") for wrapper in wrappers):
+        return True
+    return config.bias != "none" and name.endswith(".bias")
+
+
+def _names_message(missing: list[str], extra: list[str]) -> str:
+    parts = []
+    for what, names in (("missing", missing), ("unexpected", extra)):
+        if names:
+            parts.append(f"{len(names)} {what} (first: {', '.join(names[:5])})")
+    hint = "save the adapter again, and load it with the configuration it was saved with"
+    if any(name.rpartition(".")[2] == EXTRA_A0 for name in missing):
+        hint = "a stock PEFT adapter has no DuDe start, load it with peft.PeftModel"
+    return f"adapter tensors do not fit the model: {', '.join(parts)}; {hint}"
+
+
+def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
+    parameters = [n for n, _ in model.named_parameters() if n == wanted or n.endswith(f".{wanted}")]
+    if parameters:
+        owner = type(model.get_submodule(parameters[0].rpartition(".")[0])).__name__
+        return (
+            f"target_modules: '{wanted}' is a parameter of {owner} ('{parameters[0]}'), not a linear layer; expert "
+            f"tensors are not supported, adapt the attention and dense layers instead"
+        )
+    short = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+    return f"target_modules: '{wanted}' is no module of {type(model).__name__}; {closest(wanted, short)}"
+
+
+def _shown(targets: Any) -> str:
+    return repr(targets) if isinstance(targets, str) else repr(sorted(targets or ()))

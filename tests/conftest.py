@@ -1,0 +1,25 @@
+"""Shared settings of the test suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+# The models are tiny, a second thread would only wait; bit-for-bit comparisons hold for a fixed count.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def assets() -> Path:
+    """Folder of the real data and models (see CONTRIBUTING), or a skip that says so."""
+    folder = os.environ.get("DUDE_ASSETS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("real data and models are not here: set DUDE_ASSETS to their folder")
+    return Path(folder)
