@@ -149,7 +149,7 @@ def test_zero_rows_load_right_in_stock_peft(tmp_path):
     with torch.no_grad():  # one zero row whose change is zero as well, one with a change
         for layer in model.modules():
             if isinstance(layer, DudeLinear) and layer.layer_name == "model.layers.0.mlp.up_proj":
-                layer.lora_dB["default"][7] = 0
+                layer.lora_dB["default"].weight[7] = 0
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
     stock = logits(PeftModel.from_pretrained(base(), tmp_path))
@@ -162,11 +162,11 @@ def test_a_merge_that_overflows_changes_nothing():
     model = get_peft_model(make("llama", torch.float16), DudeConfig(r=4, target_modules=["q_proj"]))
     expected = logits(model)
     layer = next(module for module in model.modules() if isinstance(module, DudeLinear))
-    layer.lora_dm["default"].data.fill_(7e5)
+    layer.lora_dm["default"].weight.data.fill_(7e5)
     with pytest.raises(NumericsError) as error:
         layer.merge()
     refused(error, "q_proj", "float16", "float32")
-    layer.lora_dm["default"].data.zero_()
+    layer.lora_dm["default"].weight.data.zero_()
     assert torch.equal(logits(model), expected)
 
 

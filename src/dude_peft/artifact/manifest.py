@@ -69,7 +69,7 @@ def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint])
         config_sha256=_json_sha256(directory / CONFIG_FILE),
     )
     metadata = {"format": "pt", _KEY: json.dumps(asdict(manifest), sort_keys=True)}
-    _replace(path, safetensors.torch.save(tensors, metadata))
+    _replace(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -141,6 +141,15 @@ def _json_sha256(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The same file with a sorted header: safetensors orders the metadata by chance, and equal content shall be equal
+    bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -6,6 +6,8 @@ read directly. Every other layer (bitsandbytes, torchao, GPTQ, ...) is opaque: o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,7 +88,8 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES:
         return weight.dtype
-    return torch.float32
+    floats = (t.dtype for t in (*layer.parameters(), *layer.buffers()) if t.dtype in _PLAIN_DTYPES)
+    return next(floats, torch.float32)
 
 
 def layer_fingerprint(layer: nn.Module) -> TensorPrint:
@@ -108,11 +111,33 @@ def holds(layer: nn.Module, recorded: TensorPrint) -> bool:
 
 def _apply_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     """The frozen forward without its bias, on a few rows."""
-    y = layer(rows.to(compute_dtype(layer)))
+    with _probed(layer):
+        y = layer(rows.to(compute_dtype(layer)))
+    return y.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+@contextmanager
+def _probed(layer: nn.Module) -> Iterator[None]:
+    """The layer without its bias, as in training, and put back as it was.
+
+    A half-precision bias added and taken out again would take the product's digits with it. bitsandbytes' layers write
+    into themselves in a forward: they pack the weight in eval mode, cast the bias, and keep the first input's dtype.
+    """
+    state = layer.__dict__
+    kept: dict[str, Any] = {
+        name: state[name] for name in ("training", "compute_dtype", "compute_type_is_set") if name in state
+    }
     bias = getattr(layer, "bias", None)
     if isinstance(bias, Tensor):
-        y = y - bias.detach().to(y.dtype)
-    return y.to(torch.promote_types(rows.dtype, torch.float32))
+        zero = torch.zeros_like(bias)
+        layer.bias = nn.Parameter(zero, requires_grad=False) if isinstance(bias, nn.Parameter) else zero
+    layer.training = True
+    try:
+        yield
+    finally:
+        state.update(kept)
+        if isinstance(bias, Tensor):
+            layer.bias = bias
 
 
 def _plain_parts(tensor: Tensor) -> list[Tensor]:

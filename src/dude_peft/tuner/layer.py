@@ -20,8 +20,8 @@ from dude_peft.tuner.config import DudeConfig
 
 # On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
 # that a raw state dict of ours cannot be taken for a stock adapter.
-_TRAINED = ("lora_dA", "lora_dB", "lora_dm")
-_FROZEN = ("lora_A0", "lora_B0", "lora_m0")
+TRAINED = ("lora_dA", "lora_dB", "lora_dm")
+FROZEN = ("lora_A0", "lora_B0", "lora_m0")
 
 
 class DudeLinear(nn.Module, BaseTunerLayer):
@@ -30,16 +30,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     Shapes: lora_dA (r, in), lora_dB (out, r), lora_dm (out,); lora_A0, lora_B0, lora_m0 likewise.
     """
 
-    adapter_layer_names = _TRAINED
-    other_param_names = (*_FROZEN, "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
+    adapter_layer_names = TRAINED
+    other_param_names = (*FROZEN, "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.layer_name = layer_name
         self.out_features, self.in_features = frozen.layer_shape(base_layer)
-        self.lora_dA, self.lora_dB, self.lora_dm = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in _FROZEN)
+        self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in FROZEN)
         # W0 A0^T is needed by every norm and never changes: computed in the first forward, dropped when A0 is loaded.
         self._start_product = BufferDict(persistent=False)
         self.lora_dropout = nn.ModuleDict()
@@ -50,6 +50,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Any = None  # the base layer's own weight while a merged one is in its place
+        # An opaque layer may rewrite its stored tensors (bitsandbytes packs them for inference): hashed before its use.
+        opaque = frozen.plain_weight(base_layer) is None and self._base_device().type != "meta"
+        self._opaque_print = frozen.layer_fingerprint(base_layer) if opaque else None
         self._fingerprint: tuple[tuple[int, int, str], TensorPrint] | None = None
 
     def add(self, adapter_name: str, config: DudeConfig, meta: bool = False) -> None:
@@ -85,15 +88,15 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         A = split.A.to(device=device, dtype=dtype)
         if split.B is None:
-            self.lora_dA[adapter_name] = nn.Parameter(A)
+            self.lora_dA[adapter_name] = _Trained(A)
         else:
             self.lora_A0[adapter_name] = A.contiguous()
             self.lora_B0[adapter_name] = split.B.to(device=device, dtype=dtype).contiguous()
-            self.lora_dA[adapter_name] = nn.Parameter(zeros(r, self.in_features))
-        self.lora_dB[adapter_name] = nn.Parameter(zeros(self.out_features, r))
+            self.lora_dA[adapter_name] = _Trained(zeros(r, self.in_features))
+        self.lora_dB[adapter_name] = _Trained(zeros(self.out_features, r))
         if spec.magnitude:
             self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
-            self.lora_dm[adapter_name] = nn.Parameter(zeros(self.out_features))
+            self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -141,7 +144,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return None
         layer, scaling = self.tensors(adapter_name), self.scaling[adapter_name]
         mode = self.norm_gradient[adapter_name]
-        with torch.set_grad_enabled(mode == "exact" and torch.is_grad_enabled()):
+        with (
+            torch.set_grad_enabled(mode == "exact" and torch.is_grad_enabled()),
+            torch.autocast(layer.dA.device.type, enabled=False),
+        ):
             dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
             base = self.get_base_layer()
             start = None if layer.A0 is None else self._product_with_start(adapter_name, layer.A0)
@@ -200,12 +206,14 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """State of one adapter; the tensors themselves, not copies."""
 
         def entry(group: Any) -> Any:
-            # PEFT's BufferDict has no get()
-            return group[adapter_name] if adapter_name in group else None  # noqa: SIM401
+            if adapter_name not in group:
+                return None
+            found = group[adapter_name]
+            return found.weight if isinstance(found, nn.Module) else found
 
         return LayerTensors(
-            dA=self.lora_dA[adapter_name],
-            dB=self.lora_dB[adapter_name],
+            dA=entry(self.lora_dA),
+            dB=entry(self.lora_dB),
             A0=entry(self.lora_A0),
             B0=entry(self.lora_B0),
             m0=entry(self.lora_m0),
@@ -214,6 +222,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def base_fingerprint(self) -> TensorPrint:
         """Fingerprint of the base weight (of the unmerged one), computed once while the weight stays the same."""
+        if self._opaque_print is not None:
+            return self._opaque_print
         base: Any = self.get_base_layer()
         weight = base.weight if self._unmerged_weight is None else self._unmerged_weight
         key = (weight.data_ptr(), weight._version, f"{weight.dtype}{weight.device}")
@@ -266,9 +276,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round the frozen start.
         target = device if device is not None else self._base_device()
-        for name in (*_TRAINED, *_FROZEN):
+        for name in (*TRAINED, *FROZEN):
             group = getattr(self, name)
-            if adapter_name in group and group[adapter_name].device.type != "meta":
+            if adapter_name in group and not _is_meta(group[adapter_name]):
                 group[adapter_name] = group[adapter_name].to(target)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -277,6 +287,19 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "dude_peft." + super().__repr__()
+
+
+class _Trained(nn.Module):
+    """A trained tensor under the name ADAPTER.weight: TRL looks for `.ADAPTER.` in the names of parameters."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor)
+
+
+def _is_meta(entry: Any) -> bool:
+    tensor = entry.weight if isinstance(entry, nn.Module) else entry
+    return bool(tensor.device.type == "meta")
 
 
 class _Unmerged:

@@ -18,7 +18,7 @@ from dude_peft.artifact.stock import EXTRA_A0, from_stock, stock_names, to_stock
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
-from dude_peft.tuner.layer import DudeLinear, check_finite, check_rank
+from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_finite, check_rank
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -104,12 +104,12 @@ class DudeModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        super()._replace_module(parent, child_name, new_module, child)
-        # A layer object that stands in several places is adapted in all of them.
-        for other in self.model.modules():
+        # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
+        # is, in every place where the layer object stands.
+        for other in list(self.model.modules()):
             if other is new_module:
                 continue
-            for name, module in other._modules.items():
+            for name, module in list(other._modules.items()):
                 if module is child:
                     setattr(other, name, new_module)
 
@@ -137,7 +137,7 @@ class DudeModel(BaseTuner):
                 dtype = frozen.compute_dtype(layer.get_base_layer())
                 for group in (layer.lora_dA, layer.lora_dB, layer.lora_dm):
                     if adapter_name in group:
-                        group[adapter_name].data = group[adapter_name].data.to(dtype)
+                        group[adapter_name].to(dtype)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -168,23 +168,27 @@ class DudeModel(BaseTuner):
         spec = config.spec
         remaining = {_model_key(name, model): tensor for name, tensor in state_dict.items()}
         loaded: dict[str, Tensor] = {}
-        missing = []
+        missing: list[str] = []
+        places: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            places.setdefault(id(module), []).append(name)
         for module_name, layer in _adapted_layers(model, adapter_name):
             keys = {name: f"{module_name}.{name}" for name in stock_names(spec.principal, spec.magnitude)}
-            absent = [key for key in keys.values() if key not in remaining]
-            missing += absent
-            if absent:
+            found = {name: remaining.pop(key) for name, key in keys.items() if key in remaining}
+            missing += [key for name, key in keys.items() if name not in found]
+            if len(found) < len(keys):
                 continue
             state = from_stock(
-                {name: remaining.pop(key) for name, key in keys.items()},
+                found,
                 spec.principal,
                 spec.magnitude,
                 layer.r[adapter_name],
                 (layer.out_features, layer.in_features),
                 module_name.removeprefix(_PEFT_PREFIX),
             )
-            for group, tensor in _named(state):
-                loaded[f"{module_name}.{group}.{adapter_name}"] = tensor
+            for place in places[id(layer)]:
+                for group, tensor in _named(state):
+                    loaded[_state_key(place, group, adapter_name)] = tensor
         extra = [name for name in remaining if not _may_accompany(name, model, config)]
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
@@ -198,8 +202,12 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
             yield name.removeprefix("_fsdp_wrapped_module."), module
 
 
+def _state_key(module_name: str, group: str, adapter_name: str) -> str:
+    return f"{module_name}.{group}.{adapter_name}" + (".weight" if group in TRAINED else "")
+
+
 def _named(state: Any) -> Iterator[tuple[str, Tensor]]:
-    for group in ("lora_dA", "lora_dB", "lora_dm", "lora_A0", "lora_B0", "lora_m0"):
+    for group in (*TRAINED, *FROZEN):
         tensor = getattr(state, group.removeprefix("lora_"))
         if tensor is not None:
             yield group, tensor
@@ -210,7 +218,7 @@ def _from_state_dict(layer: DudeLinear, module_name: str, adapter_name: str, sta
     own = layer.tensors(adapter_name)
     found = {}
     for group, tensor in _named(own):
-        found[group.removeprefix("lora_")] = state.get(f"{module_name}.{group}.{adapter_name}", tensor).detach()
+        found[group.removeprefix("lora_")] = state.get(_state_key(module_name, group, adapter_name), tensor).detach()
     return type(own)(**found)
 
 

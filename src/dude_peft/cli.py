@@ -1,0 +1,117 @@
+"""The command `dude`: arguments in, one call, and errors as one line with an exit code. No logic lives here.
+
+Nothing heavy is imported before a command runs, so that `dude --help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dude_peft.data.show import shown
+from dude_peft.errors import DudeError, ResourceError
+from dude_peft.version import __version__
+
+app = typer.Typer(
+    name="dude",
+    help="DuDe: fine-tune language models through a trained magnitude and a principal low-rank direction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class _InterruptedError(DudeError):
+    exit_code = 130
+    label = "interrupted"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dude {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dude(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run; examples/ holds some.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace one key, as in train.max_steps=80; repeatable."),
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Replace output_dir.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow an output folder that is not empty.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune a language model, and measure it before and after."""
+    from dude_peft.train.config_file import load_config
+
+    changes = list(overrides or [])
+    if output_dir is not None:
+        # Quoted as YAML text: a folder may be named 2024 or null.
+        quoted = output_dir.replace("'", "''")
+        changes.append(f"output_dir='{quoted}'")
+    run_config = load_config(config, changes)
+
+    from dude_peft.train.run import run
+
+    try:
+        run(run_config, overwrite=overwrite)
+    except KeyboardInterrupt:  # caught here, since Typer would end the process without a word
+        raise _InterruptedError("stopped by Ctrl-C; no adapter was saved, start the run again") from None
+
+
+def main() -> None:
+    """Entry point of the console script: runs the command and exits with its code."""
+    debug = "--debug" in sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII must not end a run
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail(_InterruptedError.label, "stopped by Ctrl-C", _InterruptedError.exit_code, debug=False)
+    except DudeError as error:
+        _fail(error.label, str(error), error.exit_code, debug=debug)
+    except MemoryError:
+        message = "out of memory; lower train.per_device_train_batch_size or use a smaller model"
+        _fail(ResourceError.label, message, ResourceError.exit_code, debug=debug)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full ({shown(error)}); free some space"
+            _fail(ResourceError.label, message, ResourceError.exit_code, debug=debug)
+        _internal(error, debug=debug)
+    except Exception as error:
+        _internal(error, debug=debug)
+
+
+def _internal(error: Exception, *, debug: bool) -> None:
+    hint = "" if debug else " (run again with --debug for the traceback)"
+    _fail(DudeError.label, f"{type(error).__name__}: {error}{hint}", DudeError.exit_code, debug=debug)
+
+
+def _fail(label: str, message: str, code: int, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    # One line whatever the message holds: foreign text must neither break it nor reach the terminal as commands.
+    print(f"dude: error[{label}]: {shown(' '.join(message.split()), None)}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

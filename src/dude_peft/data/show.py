@@ -1,0 +1,17 @@
+"""Foreign text in our messages: always one printable line, never longer than a reader wants.
+
+File names, keys and template errors come from outside; a newline or an escape sequence in them must not reach a
+terminal.
+"""
+
+
+def shown(text: object, limit: int | None = 80) -> str:
+    """`text` on one line, control characters and lone surrogates escaped, cut to `limit` characters."""
+    full = text if isinstance(text, str) else str(text)
+    head = full if limit is None or len(full) <= limit else full[:limit] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in head)
+
+
+def quoted(text: object, limit: int = 40) -> str:
+    """`shown` in single quotes: how a key, a role or an option is named in a message."""
+    return f"'{shown(text, limit)}'"

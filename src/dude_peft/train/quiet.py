@@ -1,0 +1,36 @@
+"""Keeps other libraries' chatter off the terminal, and puts real warnings where the run keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_TALKATIVE = ("transformers", "accelerate", "peft", "torchao", "datasets")
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Within: imports may write what they like, it is not shown. After: these libraries only report errors."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def gathered_warnings(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within: each warning goes to `tell` once; notes between libraries about their next versions are dropped."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        tell(" ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,107 @@
+"""What a model knows of held-out rows: its loss on their answers, and how many it answers right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig
+
+from dude_peft.train.batches import IGNORED, pad_left, pad_right
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Advance = Callable[[int], None]
+"""Called with the number of rows that were just finished."""
+
+_Z95 = 1.959963984540054
+
+
+def wilson_interval(right: int, rows: int) -> tuple[float, float]:
+    """95 % interval of the share right / rows (Wilson 1927), sensible down to 0 and up to all."""
+    if rows == 0:
+        return 0.0, 1.0
+    share, z2 = right / rows, _Z95**2
+    centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
+    half = _Z95 * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@torch.inference_mode()
+def held_out_loss(
+    model: Any,
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    advance: Advance = lambda rows: None,
+) -> float:
+    """Mean cross-entropy in nats over all trained tokens of all `examples`; every token counts the same."""
+    model.eval()
+    total, tokens = 0.0, 0
+    # Rows of like length share a batch, so that little time goes into padding.
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    for start in range(0, len(ordered), batch_size):
+        rows = ordered[start : start + batch_size]
+        batch = {name: tensor.to(model.device) for name, tensor in pad_right(rows, pad_id).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        learned = labels != IGNORED
+        total += float(functional.cross_entropy(logits[learned].float(), labels[learned], reduction="sum"))
+        tokens += int(learned.sum())
+        advance(len(rows))
+    return total / max(tokens, 1)
+
+
+@torch.inference_mode()
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Advance = lambda rows: None,
+) -> list[str]:
+    """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn."""
+    ends = end_of_turn_ids(model, tokenizer)
+    # A fresh config: the checkpoint's own may sample, and greedy decoding is what can be repeated.
+    settings: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    model.eval()
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = pad_left([prompts[index] for index in indices], int(tokenizer.pad_token_id))
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        out = model.generate(**batch, generation_config=settings)
+        for index, row in zip(indices, out[:, batch["input_ids"].shape[1] :], strict=True):
+            texts[index] = _decoded(tokenizer, row, ends)
+        advance(len(indices))
+    return texts
+
+
+def end_of_turn_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation config (chat models)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {own} if isinstance(own, int) else set(own or ())
+    if tokenizer.eos_token_id is not None:
+        ends.add(int(tokenizer.eos_token_id))
+    return ends
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, ends: set[int]) -> str:
+    ids: list[int] = tokens.tolist()
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()

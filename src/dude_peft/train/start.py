@@ -1,0 +1,80 @@
+"""The checks on a freshly loaded model: rows fit it, and a fresh adapter changes nothing, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dude_peft.errors import ConfigError, DataError, NumericsError
+from dude_peft.train.batches import pad_right
+
+_ROWS, _TOKENS = 2, 64
+
+
+def check_fits(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any) -> None:
+    """Compares the rows with what the model can read.
+
+    Raises:
+        DataError: a token that the model's vocabulary does not have.
+        ConfigError: a row longer than the model's positions.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    largest = max(max(example["input_ids"]) for example in examples)
+    if largest >= vocabulary:
+        raise DataError(
+            f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's vocabulary has "
+            f"{vocabulary} entries; use the tokenizer that belongs to the model"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(example["input_ids"]) for example in examples)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.max_length: the longest row has {longest} tokens, the model reads {positions}; "
+            f"set data.max_length: {positions}"
+        )
+
+
+def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ConfigError where a prompt and its longest answer exceed the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"evaluation.max_new_tokens: {max_new_tokens} tokens behind a prompt of {longest} exceed the {positions} "
+            "that the model reads; lower it, or shorten the held-out rows"
+        )
+
+
+@torch.inference_mode()
+def probe(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> Tensor:
+    """Logits (rows, tokens, vocabulary) of `model` on the head of the first rows.
+
+    Raises:
+        NumericsError: they are not finite.
+    """
+    cut = [{name: ids[:_TOKENS] for name, ids in example.items()} for example in examples[:_ROWS]]
+    batch = {name: tensor.to(model.device) for name, tensor in pad_right(cut, pad_id).items() if name != "labels"}
+    model.eval()
+    logits: Tensor = model(**batch, use_cache=False).logits
+    # Only real tokens: what a model makes of padding may be anything.
+    logits = logits[batch["attention_mask"].bool()]
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericsError("the pretrained model's own output is not finite; use model.dtype: float32 or bfloat16")
+    return logits
+
+
+def check_start(base: Tensor, adapted: Tensor) -> None:
+    """Compares the two `probe` results.
+
+    Raises:
+        NumericsError: they differ in any bit.
+    """
+    if not torch.equal(base, adapted):
+        distance = float((base.float() - adapted.float()).abs().max())
+        raise NumericsError(
+            f"the start is not the base model: a fresh adapter moves the logits by up to {distance:.2g}; "
+            "report this with the model's name"
+        )

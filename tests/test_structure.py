@@ -1,0 +1,148 @@
+"""The shape of the package: imports run one way, the command starts lean, README's tree and blocks are true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tokens
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "dude_peft"
+# From the bottom up: a room may import from the rooms before it, and from itself.
+ROOMS = ["version", "errors", "core", "methods", "artifact", "tuner", "data", "train", "cli"]
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path, top_level_only=False):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_room_has_its_place():
+    assert {room_of(path) for path in modules()} - {"__init__", "__main__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for name in imports_of(path):
+        if name.startswith("dude_peft."):
+            assert name.split(".")[1] in allowed, f"{path.name} of '{room}' imports {name}"
+
+
+@pytest.mark.parametrize("room", ["core", "methods"])
+def test_the_mathematics_needs_torch_alone(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            assert top in {"torch", "dude_peft", "triton"} or top in sys.stdlib_module_names, f"{path.name}: {name}"
+
+
+def loaded_by(statement):
+    program = f"{statement}\nimport sys\nprint(','.join(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.strip().splitlines()[-1].split(",")}
+
+
+@pytest.mark.parametrize("statement", ["import dude_peft", "import dude_peft.cli", "import dude_peft.train.config"])
+def test_starting_loads_nothing_heavy(statement):
+    assert not loaded_by(statement) & HEAVY
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_module_imports_with_the_core_dependencies(path):
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    if name.endswith("__main__"):
+        return
+    importlib.import_module(name)
+    extras = {"datasets", "matplotlib", "gguf", "trl", "bitsandbytes", "torchao"}
+    assert not {n.split(".")[0] for n in imports_of(path, top_level_only=True)} & extras
+
+
+def test_the_public_names_exist_and_are_documented():
+    import dude_peft
+
+    for name in dude_peft.__all__:
+        value = getattr(dude_peft, name)
+        assert name == "__version__" or value.__doc__
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = dude_peft.nothing
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readmes_tree_is_the_tree_on_disk():
+    block = next(b for b in re.findall(r"```text\n(.*?)```", readme(), re.S) if "src/dude_peft/" in b)
+    stack, named = [], set()
+    for line in block.splitlines():
+        name = line.split("#")[0].rstrip()
+        if not name.strip():
+            continue
+        depth = (len(name) - len(name.lstrip())) // 2
+        stack[depth:] = [name.strip()]
+        for part in re.split(r"\s+", name.strip()):
+            named.add("/".join([*(s.rstrip("/") for s in stack[:-1]), part.rstrip("/")]))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+    on_disk = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
+    on_disk |= {str(p.relative_to(ROOT)) for folder in ("scripts", "examples") for p in (ROOT / folder).iterdir()}
+    assert not sorted(on_disk - named)
+
+
+def test_readmes_python_runs(tmp_path, monkeypatch):
+    from tiny import save_tiny_model
+
+    block = next(b for b in re.findall(r"```python\n(.*?)```", readme(), re.S) if "get_peft_model" in b)
+    folder = tmp_path / "model"
+    save_tiny_model(folder)
+    monkeypatch.chdir(tmp_path)
+    names = {"batches": [{"input_ids": tokens(), "labels": tokens()}] * 3}
+    block, replaced = re.subn(r'"HuggingFaceTB/[^"]*"', repr(str(folder)), block)
+    assert replaced
+    exec(compile(block, "README.md", "exec"), names)
+    assert torch.isfinite(names["loss"])
+
+
+def test_readmes_two_commands_exist_and_ci_calls_the_second():
+    commands = re.findall(r"^bash (scripts/\w+\.sh)", readme(), re.M)
+    assert "scripts/quickstart.sh" in commands
+    assert "scripts/test.sh" in commands
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert all(os.access(ROOT / command, os.X_OK) for command in commands)
+
+
+def test_no_pickle_and_no_eval_in_the_package():
+    for path in modules():
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                assert call not in {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}, path
+                assert not any(word.arg == "trust_remote_code" for word in node.keywords), path
