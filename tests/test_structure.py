@@ -117,11 +117,11 @@ def test_readmes_tree_is_the_tree_on_disk():
 
 
 def test_readmes_python_runs(tmp_path, monkeypatch):
-    from tiny import save_tiny_model
+    from tiny import save_tiny
 
     block = next(b for b in re.findall(r"```python\n(.*?)```", readme(), re.S) if "get_peft_model" in b)
     folder = tmp_path / "model"
-    save_tiny_model(folder)
+    save_tiny(folder)
     monkeypatch.chdir(tmp_path)
     names = {"batches": [{"input_ids": tokens(), "labels": tokens()}] * 3}
     block, replaced = re.subn(r'"HuggingFaceTB/[^"]*"', repr(str(folder)), block)

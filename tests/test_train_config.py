@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dude_peft.errors import ConfigError
-from dude_peft.train.config import PRINCIPAL_METHODS, AdapterSection, Method, RunConfig
+from dude_peft.train.config import AdapterSection, RunConfig
 from dude_peft.train.config_file import dump_config, load_config
 
 GOOD = """\
@@ -108,13 +108,9 @@ def test_a_resolved_run_reads_back_the_same(file, tmp_path):
     assert load_config(path).resolved() == config
 
 
-def test_the_names_of_methods_are_the_table_s():
-    from typing import get_args
-
-    from dude_peft.methods import METHODS
-
-    assert set(get_args(Method)) == set(METHODS)
-    assert set(PRINCIPAL_METHODS) == {name for name, method in METHODS.items() if method.principal}
+def test_an_unknown_method_is_refused_before_anything_is_loaded(file):
+    with pytest.raises(ConfigError, match=r"'adapter.method'.*'dudes'.*closest: 'dude'"):
+        load_config(file, ["adapter.method=dudes"]).resolved()
 
 
 def test_adapter_keys_and_defaults_are_those_of_the_tuner():
@@ -190,7 +186,6 @@ WRONG = [
     ("adapter.lora_alpha=0", "> 0"),
     ("adapter.lora_alpha=-1", "> 0"),
     ("adapter.lora_dropout=1", "< 1"),
-    ("adapter.method=dudes", "'dude'"),
     ("adapter.target_modules=[]", "list"),
     ("adapter.target_modules=[q_proj, 3]", "target_modules.1"),
     ("adapter.target_modules=''", "not empty"),

@@ -145,7 +145,8 @@ def _json_sha256(path: Path) -> str:
 
 def _with_sorted_header(data: bytes) -> bytes:
     """The same file with a sorted header: safetensors orders the metadata by chance, and equal content shall be equal
-    bytes."""
+    bytes.
+    """
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -3,4 +3,4 @@
 from dude_peft.methods.method import Method
 from dude_peft.methods.splits import zero_split
 
-DORA = Method("dora", zero_split, principal=False, magnitude=True, paper="arXiv 2402.09353")
+DORA = Method("dora", zero_split, principal=False, magnitude=True, learning_rate=2e-4, paper="arXiv 2402.09353")

@@ -3,4 +3,12 @@
 from dude_peft.methods.method import Method
 from dude_peft.methods.splits import zero_split
 
-RSLORA = Method("rslora", zero_split, principal=False, magnitude=False, rank_stabilized=True, paper="arXiv 2312.03732")
+RSLORA = Method(
+    "rslora",
+    zero_split,
+    principal=False,
+    magnitude=False,
+    learning_rate=2e-4,
+    rank_stabilized=True,
+    paper="arXiv 2312.03732",
+)

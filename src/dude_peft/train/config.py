@@ -7,18 +7,14 @@ configuration is reported at once; `config_file.load_config` turns what pydantic
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-Method = Literal["dude", "dora", "pissa", "lora", "rslora"]
-"""Names of the method table (`dude_peft.methods.METHODS`), repeated because reading the table imports torch; a test
-holds the two together."""
-
-PRINCIPAL_METHODS = ("dude", "pissa")
-"""Methods that train the principal factors of the weight: their best learning rate is smaller, see `learning_rate`."""
+from dude_peft.errors import ConfigError
 
 _DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
@@ -73,8 +69,9 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""
 
-    method: Method = "dude"
-    """Which row of the method table is trained."""
+    method: Text = "dude"
+    """Which entry of the method table (`dude_peft.methods.METHODS`) is trained; checked when the run is resolved, since
+    the table imports torch."""
 
     r: Count = 16
     """Rank of the update."""
@@ -151,11 +148,7 @@ class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
     learning_rate: Positive | None = None
-    """Peak learning rate. Left out, it depends on the method: 1e-4 for dude and pissa, 2e-4 for the others. Training
-    the principal factors moves the weight further per unit of rate, so these methods peak about ten times lower: on
-    Qwen3-0.6B, r = 128, over thousands of steps PiSSA is best at 2e-5 and LoRA at 2e-4 (arXiv 2602.04998). The
-    default is higher than 2e-5 because it has to serve short runs at small ranks. Compare methods at each one's best
-    rate, never at one rate for all."""
+    """Peak learning rate. Left out, it is the method's own (`Method.learning_rate`): principal methods peak lower."""
 
     max_steps: Count | None = None
     """Optimizer steps; excludes num_train_epochs."""
@@ -244,11 +237,22 @@ class RunConfig(Section):
         return self
 
     def resolved(self) -> RunConfig:
-        """The same run with every choice that was left open written out."""
+        """The same run with every choice that was left open written out.
+
+        Raises:
+            ConfigError: the method is not in the table.
+        """
+        from dude_peft.methods import METHODS
+
+        method = METHODS.get(self.adapter.method)
+        if method is None:
+            near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
+            hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
+            raise ConfigError(f"key 'adapter.method': there is no method {self.adapter.method!r}; {hint}")
         train = self.train
         choices: dict[str, float] = {}
         if train.learning_rate is None:
-            choices["learning_rate"] = 1e-4 if self.adapter.method in PRINCIPAL_METHODS else 2e-4
+            choices["learning_rate"] = method.learning_rate
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
         return self.model_copy(update={"train": train.model_copy(update=choices)}) if choices else self

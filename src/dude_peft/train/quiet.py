@@ -15,9 +15,14 @@ _TALKATIVE = ("transformers", "accelerate", "peft", "torchao", "datasets")
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
     """Within: imports may write what they like, it is not shown. After: these libraries only report errors."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # handlers that were made before keep the real stderr
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
 
