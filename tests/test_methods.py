@@ -229,6 +229,24 @@ def test_several_adapters(method, tmp_path):
     assert torch.equal(logits(together), first)
 
 
+@every_method
+def test_a_name_can_be_used_again_for_another_adapter(method):
+    model = adapted(method)
+    logits(model)  # fills the caches, which must not outlive the adapter
+    model.add_adapter("other", config(method))
+    model.delete_adapter("default")
+    settings = {"r": 7, "lora_alpha": 3, "svd_seed": 5}
+    model.add_adapter("default", config(method, **settings))
+    model.set_adapter("default")
+    torch.manual_seed(0)
+    fresh = adapted(method, moved=False, **settings)
+    for layer, twin in zip(layers_of(model), layers_of(fresh), strict=True):
+        layer.lora_dA["default"].weight.data.copy_(twin.lora_dA["default"].weight)
+    perturb(fresh)
+    perturb(model)
+    assert torch.equal(logits(model), logits(fresh))
+
+
 def test_adapters_of_different_methods_live_together():
     model = adapted("dude")
     first = logits(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = TRAINED
-    other_param_names = (*FROZEN, "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
+    other_param_names = (*FROZEN, "_start_product", "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__()
@@ -228,7 +230,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         weight = base.weight if self._unmerged_weight is None else self._unmerged_weight
         key = (weight.data_ptr(), weight._version, f"{weight.dtype}{weight.device}")
         if self._fingerprint is None or self._fingerprint[0] != key:
-            with self._unmerged():
+            with self.unmerged():
                 self._fingerprint = (key, frozen.layer_fingerprint(base))
         return self._fingerprint[1]
 
@@ -249,14 +251,24 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         return config.spec.split(W0, r, scaling, config.split_options), row_norm(W0)
 
     def _base_weight(self) -> Tensor:
-        with self._unmerged(), torch.no_grad():
+        with self.unmerged(), torch.no_grad():
             return frozen.dense_weight(self.get_base_layer())
 
-    def _unmerged(self) -> _Unmerged:
-        return _Unmerged(self)
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Within: the base layer has its own weight, merged or not."""
+        base: Any = self.get_base_layer()
+        if self._unmerged_weight is None:
+            yield
+            return
+        merged, base.weight = base.weight, self._unmerged_weight
+        try:
+            yield
+        finally:
+            base.weight = merged
 
     def _product(self, base: nn.Module, rows: Tensor) -> Tensor:
-        with self._unmerged(), torch.autocast(rows.device.type, enabled=False):
+        with self.unmerged(), torch.autocast(rows.device.type, enabled=False):
             return frozen.product(base, rows)
 
     def _product_with_start(self, name: str, A0: Tensor) -> Tensor:
@@ -300,23 +312,6 @@ class _Trained(nn.Module):
 def _is_meta(entry: Any) -> bool:
     tensor = entry.weight if isinstance(entry, nn.Module) else entry
     return bool(tensor.device.type == "meta")
-
-
-class _Unmerged:
-    """While it is open, the base layer has its own weight, merged or not."""
-
-    def __init__(self, layer: DudeLinear) -> None:
-        self.layer = layer
-
-    def __enter__(self) -> None:
-        self.merged = None
-        if self.layer._unmerged_weight is not None:
-            base = self.layer.get_base_layer()
-            self.merged, base.weight = base.weight, self.layer._unmerged_weight
-
-    def __exit__(self, *_: object) -> None:
-        if self.merged is not None:
-            self.layer.get_base_layer().weight = self.merged
 
 
 def check_rank(layer_name: str, shape: tuple[int, int], r: int) -> None:

@@ -100,6 +100,6 @@ def _holds(module: nn.Module, expected: TensorPrint) -> bool:
     if isinstance(module, DudeLinear):
         if module.base_fingerprint() == expected:
             return True
-        with module._unmerged():
+        with module.unmerged():
             return frozen.holds(module.get_base_layer(), expected)
     return frozen.holds(module, expected)
