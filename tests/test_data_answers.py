@@ -73,7 +73,10 @@ def test_expected_answer(answer, expected):
     [
         ("1 + 1 = 2\n#### 2", "#### 2.0", True),
         ("#### $2,000", "#### 2000", True),
-        ("2", "#### 2", False),  # the format is part of what is learned
+        ("2", "#### 2", True),  # the right number counts without the format
+        ("First 3, so the answer is 2.", "#### 2", True),
+        ("2, then 3", "#### 2", False),
+        ("2\n#### 3", "#### 2", False),  # but what is behind the mark decides
         ("#### 3\n#### 2", "#### 2", True),
         ("#### 22", "#### 2", False),
         ("#### -2", "#### 2", False),
