@@ -63,8 +63,8 @@ def expected_answer(row: Row) -> str:
 def is_match(generated: str, row: Row) -> bool:
     """Whether a generated text has the row's final answer, in the row's format or not.
 
-    Where the row writes `####`, the generated answer is what follows its own last `####`, or else its last number, so that
-    a model that solves the problem but does not know the format is not counted as wrong (lm-eval calls this
+    Where the row writes `####`, the generated answer is what follows its own last `####`, or else its last number, so
+    that a model that solves the problem but does not know the format is not counted as wrong (lm-eval calls this
     flexible-extract). Where the row writes none, the whole texts are compared.
     """
     final = final_answer(row.answer)
