@@ -208,3 +208,14 @@ def test_a_base_of_another_size_is_refused(tmp_path):
     with pytest.raises(ArtifactError) as error:
         load_adapter(make("gpt2-conv1d"), tmp_path)
     refused(error, "GPT2LMHeadModel has not")
+
+
+def test_all_linear_leaves_out_what_cannot_be_adapted():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.fc = nn.Linear(8, 8)
+
+    model = get_peft_model(Vision(), DudeConfig(r=2, target_modules="all-linear"))
+    assert [m.layer_name for m in model.modules() if isinstance(m, DudeLinear)] == ["fc"]

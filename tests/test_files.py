@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -73,7 +74,8 @@ def rewrite(folder, tensors=None, manifest=None, seal=False):
         from dude_peft.artifact.fingerprint import sha256_of
 
         manifest["tensors"] = {name: sha256_of([tensor]) for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "dude": json.dumps(manifest)}
+    text = json.dumps(manifest)
+    metadata = {"format": "pt", "dude": text, "dude_sha256": hashlib.sha256(text.encode()).hexdigest()}
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata))
 
 
@@ -239,7 +241,7 @@ def test_every_flipped_bit_is_noticed(copied):
     base = make("mistral-gqa")
     header = int.from_bytes(data[:8], "little") + 8
     places = torch.randint(0, len(data), (60,), generator=generator).tolist()
-    places += torch.randint(0, header, (60,), generator=generator).tolist()
+    places += torch.randint(0, header, (200,), generator=generator).tolist()
     for place in places:
         bit = 1 << (place % 8)
         (copied / WEIGHTS).write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
@@ -314,7 +316,12 @@ def test_versions_and_unknown_settings(copied):
     refused(copied, ArtifactError, f"format {FORMAT_VERSION + 1}", "upgrade")
     rewrite(copied, manifest={**manifest, "config": {**manifest["config"], "novelty": 1}})
     refused(copied, ArtifactError, "novelty", "upgrade")
-    for broken in ({"format_version": FORMAT_VERSION}, {**manifest, "base": []}, {**manifest, "more": 1}):
+    for broken in (
+        {"format_version": FORMAT_VERSION},
+        {**manifest, "base": []},
+        {**manifest, "more": 1},
+        {**manifest, "base": {"x": {"shape": [1]}}},
+    ):
         rewrite(copied, manifest=broken)
         refused(copied, ArtifactError, "manifest is damaged")
 
@@ -356,3 +363,11 @@ def test_loading_into_the_adapter_in_place_as_trainer_does(trained):
     logits(model)
     model.load_adapter(str(folder), "default", is_trainable=True)
     assert torch.equal(logits(model.eval()), expected)
+
+
+def test_loading_in_place_on_another_base_is_refused(trained):
+    model = get_peft_model(make("mistral-gqa", seed=1), DudeConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    expected = logits(model.eval())
+    with pytest.raises(ArtifactError, match="other base weights"):
+        model.load_adapter(str(trained()[0]), "default")
+    assert torch.equal(logits(model), expected)

@@ -26,7 +26,7 @@ from dude_peft.version import __version__
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-_KEY = "dude"
+_KEY, _SEAL = "dude", "dude_sha256"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint])
         tensors={name: sha256_of([tensor]) for name, tensor in sorted(tensors.items())},
         config_sha256=_json_sha256(directory / CONFIG_FILE),
     )
-    metadata = {"format": "pt", _KEY: json.dumps(asdict(manifest), sort_keys=True)}
+    text = json.dumps(asdict(manifest), sort_keys=True)
+    metadata = {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
     _replace(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
 
 
@@ -89,6 +90,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise ArtifactError(
                 f"'{path}' carries no DuDe manifest, it was not saved by dude-peft; load it with peft.PeftModel"
             )
+        if metadata.get(_SEAL) != _text_sha256(metadata[_KEY]):
+            raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
         manifest = _parse(metadata[_KEY], path)
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
@@ -118,6 +121,8 @@ def _parse(text: str, path: Path) -> Manifest:
         manifest = Manifest(**fields)
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
             raise TypeError("config, base and tensors have to be objects")
+        if not all(set(entry) == set(TensorPrint.__annotations__) for entry in manifest.base.values()):
+            raise TypeError("a fingerprint has to have dtype, shape and sha256")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged ({error}); copy the file again") from error
     return manifest
@@ -140,7 +145,11 @@ def _json_sha256(path: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _text_sha256(json.dumps(content, sort_keys=True))
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _with_sorted_header(data: bytes) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dude_peft.data.show import shown
 from dude_peft.errors import ConfigError
 from dude_peft.train.config import RunConfig, Section
 
@@ -47,7 +48,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: the file is missing or unreadable, is not plain YAML, or a key or value is wrong.
     """
-    tree = _Tree(name=_shown(str(path)))
+    tree = _Tree(name=shown(path, None))
     _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
     for override in overrides or []:
         _apply_override(override, tree)
@@ -71,12 +72,12 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{_shown(str(path))}: no such file; see examples/quickstart.yaml for one") from None
+        raise ConfigError(f"{shown(path, None)}: no such file; see examples/quickstart.yaml for one") from None
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{_shown(str(path))}: cannot be read ({reason}); check the path") from None
+        raise ConfigError(f"{shown(path, None)}: cannot be read ({reason}); check the path") from None
     if len(raw) > _LARGEST_FILE_BYTES:
         limit = _LARGEST_FILE_BYTES // 1024
         raise ConfigError(f"{path}: larger than {limit} KiB, which no configuration is; check the path")
@@ -144,7 +145,7 @@ class _Events:
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise ConfigError(f"{where}: YAML anchors and aliases (& and *) are not read; write the value out")
         if event.tag is not None:
-            raise ConfigError(f"{where}: the YAML tag {_shown(event.tag)} is not read; write a plain value")
+            raise ConfigError(f"{where}: the YAML tag {shown(event.tag)} is not read; write a plain value")
         if isinstance(event, yaml.ScalarEvent):
             return _scalar(event.value) if event.implicit[0] else event.value
         if depth >= _DEEPEST:
@@ -190,7 +191,7 @@ def _scalar(text: str) -> Any:
 def _apply_override(override: str, tree: _Tree) -> None:
     name, equals, text = override.partition("=")
     name = name.strip()
-    where = f"--set {_shown(override)}"
+    where = f"--set {shown(override, 120)}"
     if not equals or not all(name.split(".")):
         raise ConfigError(f"{where}: not KEY=VALUE; write for example --set train.max_steps=80")
     *sections, last = name.split(".")
@@ -334,12 +335,8 @@ def _closest(key: Key) -> str | None:
 
 def _as_yaml(value: Any) -> str:
     constants = {None: "null", True: "true", False: "false"}
-    return constants[value] if value is None or isinstance(value, bool) else _shown(repr(value))
+    return constants[value] if value is None or isinstance(value, bool) else shown(repr(value), 120)
 
 
 def _name(key: Key) -> str:
-    return repr(_shown(".".join(map(str, key))))
-
-
-def _shown(text: str, longest: int = 120) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return repr(shown(".".join(map(str, key)), 120))

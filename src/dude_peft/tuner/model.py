@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -14,7 +15,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from dude_peft.artifact.stock import EXTRA_A0, from_stock, stock_names, to_stock
+from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
@@ -42,7 +43,11 @@ class DudeModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         self._prepare_adapter_config(config, self.get_model_config(model))
-        _maybe_include_all_linear_layers(config, model)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            _maybe_include_all_linear_layers(config, model)
+            # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
+            unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
+            config.target_modules = set(config.target_modules) - unfit
         if state_dict is None:
             self._check_targets(model, config)
         self._meta = low_cpu_mem_usage
@@ -72,7 +77,7 @@ class DudeModel(BaseTuner):
                 f"exclude_modules, modules_to_save and layers_to_transform; 'all-linear' adapts every linear layer"
             )
         for name, module in targets:
-            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            layer = _base_of(module)
             if not frozen.is_supported(layer):
                 raise ConfigError(
                     f"target '{name}' is a {type(layer).__name__}, which is not a linear layer; adapt linear layers, "
@@ -186,6 +191,8 @@ class DudeModel(BaseTuner):
                 (layer.out_features, layer.in_features),
                 module_name.removeprefix(_PEFT_PREFIX),
             )
+            if config._loading is None:
+                _check_same_base(layer, adapter_name, state)
             for place in places[id(layer)]:
                 for group, tensor in _named(state):
                     loaded[_state_key(place, group, adapter_name)] = tensor
@@ -194,6 +201,14 @@ class DudeModel(BaseTuner):
             raise ArtifactError(_names_message(missing, extra))
         config._loading = None
         return {**loaded, **remaining}
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _is_supported(module: nn.Module) -> bool:
+    return frozen.is_supported(_base_of(module))
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:
@@ -206,14 +221,28 @@ def _state_key(module_name: str, group: str, adapter_name: str) -> str:
     return f"{module_name}.{group}.{adapter_name}" + (".weight" if group in TRAINED else "")
 
 
-def _named(state: Any) -> Iterator[tuple[str, Tensor]]:
+def _check_same_base(layer: DudeLinear, adapter_name: str, state: LayerTensors) -> None:
+    """Loading over an adapter that is there (Trainer's resume) brings no fingerprint: the row norms stand in for it."""
+    norms = layer.tensors(adapter_name).m0
+    if norms is None or state.m0 is None or norms.is_meta:
+        return
+    if not torch.allclose(norms.cpu().double(), state.m0.cpu().double(), rtol=1e-5, atol=0):
+        raise ArtifactError(
+            f"the adapter was trained on other base weights: the row norms of '{layer.layer_name}' differ; load the "
+            f"base model it was trained on"
+        )
+
+
+def _named(state: LayerTensors) -> Iterator[tuple[str, Tensor]]:
     for group in (*TRAINED, *FROZEN):
         tensor = getattr(state, group.removeprefix("lora_"))
         if tensor is not None:
             yield group, tensor
 
 
-def _from_state_dict(layer: DudeLinear, module_name: str, adapter_name: str, state: Mapping[str, Tensor]) -> Any:
+def _from_state_dict(
+    layer: DudeLinear, module_name: str, adapter_name: str, state: Mapping[str, Tensor]
+) -> LayerTensors:
     """The layer's state as the given state dict has it (gathered from shards, say)."""
     own = layer.tensors(adapter_name)
     found = {}
