@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: the file is missing or unreadable, is not plain YAML, or a key or value is wrong.
     """
-    tree = _Tree(name=shown(path, None))
+    tree = _Tree(name=shown(path, 300))
     _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
     for override in overrides or []:
         _apply_override(override, tree)
@@ -72,12 +72,12 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{shown(path, None)}: no such file; see examples/quickstart.yaml for one") from None
+        raise ConfigError(f"{shown(path, 300)}: no such file; see examples/quickstart.yaml for one") from None
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{shown(path, None)}: cannot be read ({reason}); check the path") from None
+        raise ConfigError(f"{shown(path, 300)}: cannot be read ({reason}); check the path") from None
     if len(raw) > _LARGEST_FILE_BYTES:
         limit = _LARGEST_FILE_BYTES // 1024
         raise ConfigError(f"{path}: larger than {limit} KiB, which no configuration is; check the path")

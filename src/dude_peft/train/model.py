@@ -42,19 +42,19 @@ def locate(section: ModelSection) -> str:
     if folder is None:
         if os.path.isabs(name) or name.startswith(".") or not _HUB_ID.fullmatch(name):
             raise ConfigError(
-                f"model.name_or_path: no folder {shown(name, None)}; check the path, or give a hub id OWNER/NAME"
+                f"model.name_or_path: no folder {shown(name, 300)}; check the path, or give a hub id OWNER/NAME"
             )
         return name
     if not folder.is_dir():
         raise ConfigError(
-            f"model.name_or_path: {shown(folder, None)} is a file; give its folder"
+            f"model.name_or_path: {shown(folder, 300)} is a file; give its folder"
             + (f", and model.gguf_file: {folder.name}" if folder.suffix == ".gguf" else "")
         )
     wanted = section.gguf_file or "config.json"
     if not (folder / wanted).is_file():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
-        raise ConfigError(f"model.name_or_path: {shown(folder, None)} holds no {shown(wanted)}; {hint}")
+        raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
     return str(folder.absolute())
 
 
@@ -168,7 +168,7 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
         name = shown(section.name_or_path)
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         if os.path.isabs(where):
-            raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, None)} ({reason})") from error
+            raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
         if not _hub_reachable():
             raise ConfigError(
                 f"{what} {name}: no such folder, not in the hub's cache, and the hub cannot be reached; {_ELSEWHERE}"

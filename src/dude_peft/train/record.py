@@ -80,7 +80,7 @@ class RunFolder:
         """
         self.path = Path(path)
         self._created: list[Path] = []
-        name = shown(self.path, None)
+        name = shown(self.path, 300)
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"output_dir: {name} is a file; choose another folder")
@@ -185,7 +185,7 @@ class RunFolder:
             free = shutil.disk_usage(self.path).free if self.path.exists() else 0
             reason = error.strerror or shown(error)
             raise ResourceError(
-                f"{shown(self.path / name, None)}: cannot be written ({reason}; {free // 2**20} MiB free); "
+                f"{shown(self.path / name, 300)}: cannot be written ({reason}; {free // 2**20} MiB free); "
                 "free some space or choose another output_dir"
             ) from error
 
