@@ -337,7 +337,7 @@ def test_a_failed_write_leaves_the_old_file(copied, monkeypatch):
     import dude_peft.artifact.manifest as module
 
     before = (copied / WEIGHTS).read_bytes()
-    monkeypatch.setattr(module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no space left")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no space left")))
     with pytest.raises(OSError, match="no space"):
         module.stamp(copied, {}, {})
     assert (copied / WEIGHTS).read_bytes() == before

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 
+from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
@@ -70,7 +69,7 @@ def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint])
     )
     text = json.dumps(asdict(manifest), sort_keys=True)
     metadata = {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
-    _replace(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
+    replace_file(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -160,24 +159,3 @@ def _with_sorted_header(data: bytes) -> bytes:
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename: the old file or the new one, never a torn one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dude_peft.artifact.durable import replace_file, sync, umask
 from dude_peft.data.show import shown
 from dude_peft.errors import ConfigError, ResourceError
 
@@ -129,18 +130,7 @@ class RunFolder:
         """
         raw = content.encode("utf-8") if isinstance(content, str) else content
         with self._writing(name):
-            descriptor, temporary = tempfile.mkstemp(prefix=".dude-", dir=self.path)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(raw)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(temporary, 0o666 & ~_umask())
-                os.replace(temporary, self.path / name)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            _sync(self.path)
+            replace_file(self.path / name, raw)
         return self.path / name
 
     def save_adapter(self, model: Any) -> Path:
@@ -155,20 +145,20 @@ class RunFolder:
             try:
                 model.save_pretrained(str(temporary))
                 for file in temporary.rglob("*"):
-                    _sync(file)
-                _sync(temporary)
+                    sync(file)
+                sync(temporary)
                 if target.is_dir() and not target.is_symlink():
                     # Overwriting: our files replace their namesakes, whatever else lies there stays.
                     for file in sorted(temporary.iterdir()):
                         os.replace(file, target / file.name)
                     temporary.rmdir()
                 else:
-                    temporary.chmod(0o777 & ~_umask())
+                    temporary.chmod(0o777 & ~umask())
                     os.replace(temporary, target)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            _sync(self.path)
+            sync(self.path)
         return target
 
     def write_report(self, report: RunReport) -> Path:
@@ -188,18 +178,3 @@ class RunFolder:
                 f"{shown(self.path / name, 300)}: cannot be written ({reason}; {free // 2**20} MiB free); "
                 "free some space or choose another output_dir"
             ) from error
-
-
-def _sync(path: Path) -> None:
-    """Waits until `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
