@@ -143,7 +143,8 @@ class RunFolder:
         with self._writing(ADAPTER):
             temporary = Path(tempfile.mkdtemp(prefix=".dude-", dir=self.path))
             try:
-                model.save_pretrained(str(temporary))
+                # Embeddings stay the base's: who trains them names them in modules_to_save.
+                model.save_pretrained(str(temporary), save_embedding_layers=False)
                 for file in temporary.rglob("*"):
                     sync(file)
                 sync(temporary)
