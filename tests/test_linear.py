@@ -215,8 +215,11 @@ def test_the_factored_norm_is_the_norm(out, in_, r, scale, scaling, dtype, seed)
     q = norm_change(rows_product(W0, dA), rows_product(W0, A0), dA, dB, A0, B0, scaling)
     V = reference_direction(W0, A0 + dA, B0 + dB, scaling, A0, B0)
     expected = torch.linalg.vector_norm(V, dim=1)
-    # A row whose change nearly cancels W0 loses digits in any factored form: the bound is relative to what is summed.
-    weight = torch.linalg.vector_norm(W0.double(), dim=1) + torch.linalg.vector_norm(V - W0.double(), dim=1)
+    # Where parts cancel (within D, or between D and W0), any factored form loses digits: the bound is relative to the
+    # size of what is summed.
+    left, right = torch.cat([dB, B0], dim=1).double(), torch.cat([A0 + dA, dA]).double()
+    summed = scaling * left.abs() @ torch.linalg.vector_norm(right, dim=1)
+    weight = torch.linalg.vector_norm(W0.double(), dim=1) + summed
     eps = torch.finfo(factor).eps
     bound = (30 * eps) ** 0.5 * weight
     assert (

@@ -16,6 +16,7 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
+from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
@@ -192,7 +193,7 @@ class DudeModel(BaseTuner):
                 module_name.removeprefix(_PEFT_PREFIX),
             )
             if config._loading is None:
-                _check_same_base(layer, adapter_name, state)
+                _check_same_base(layer, state)
             for place in places[id(layer)]:
                 for group, tensor in _named(state):
                     loaded[_state_key(place, group, adapter_name)] = tensor
@@ -221,12 +222,13 @@ def _state_key(module_name: str, group: str, adapter_name: str) -> str:
     return f"{module_name}.{group}.{adapter_name}" + (".weight" if group in TRAINED else "")
 
 
-def _check_same_base(layer: DudeLinear, adapter_name: str, state: LayerTensors) -> None:
+def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
     """Loading over an adapter that is there (Trainer's resume) brings no fingerprint: the row norms stand in for it."""
-    norms = layer.tensors(adapter_name).m0
-    if norms is None or state.m0 is None or norms.is_meta:
+    with layer.unmerged():
+        weight = frozen.plain_weight(layer.get_base_layer())
+    if state.m0 is None or weight is None or weight.is_meta:
         return
-    if not torch.allclose(norms.cpu().double(), state.m0.cpu().double(), rtol=1e-5, atol=0):
+    if not torch.allclose(row_norm(weight).cpu(), state.m0.cpu().double(), rtol=1e-5, atol=0):
         raise ArtifactError(
             f"the adapter was trained on other base weights: the row norms of '{layer.layer_name}' differ; load the "
             f"base model it was trained on"
