@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -172,7 +172,10 @@ class DudeModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Deviations and starts from stock tensors; refuses what is missing, extra, mis-shaped or not finite."""
         spec = config.spec
-        remaining = {_model_key(name, model): tensor for name, tensor in state_dict.items()}
+        # Layers injected without a PeftModel have no prefix, their files have.
+        prefixed = any(name.startswith(_PEFT_PREFIX) for name, _ in model.named_modules())
+        prefix = "" if prefixed else _PEFT_PREFIX
+        remaining = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
         loaded: dict[str, Tensor] = {}
         missing: list[str] = []
         places: dict[int, list[str]] = {}
@@ -197,7 +200,7 @@ class DudeModel(BaseTuner):
             for place in places[id(layer)]:
                 for group, tensor in _named(state):
                     loaded[_state_key(place, group, adapter_name)] = tensor
-        extra = [name for name in remaining if not _may_accompany(name, model, config)]
+        extra = _foreign(remaining, model, config)
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
         config._loading = None
@@ -259,18 +262,11 @@ def _with_adapter(name: str, adapter_name: str) -> str:
     return f"{head}.{adapter_name}{dot}{tail}"
 
 
-def _model_key(name: str, model: nn.Module) -> str:
-    """A key of the file under the model's own names: layers injected without a PeftModel have no prefix."""
-    prefixed = any(n.startswith(_PEFT_PREFIX) for n, _ in model.named_modules())
-    return name if prefixed else name.removeprefix(_PEFT_PREFIX)
-
-
-def _may_accompany(name: str, model: nn.Module, config: DudeConfig) -> bool:
-    """Whether a tensor that is no adapter tensor belongs in the file: modules_to_save, trained biases."""
-    wrappers = [n for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    if any(name.startswith(f"{wrapper}.") for wrapper in wrappers):
-        return True
-    return config.bias != "none" and name.endswith(".bias")
+def _foreign(names: Iterable[str], model: nn.Module, config: DudeConfig) -> list[str]:
+    """Tensors that are no adapter tensors and do not belong beside them either, as modules_to_save and biases do."""
+    wrappers = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    trained_biases = (".bias",) if config.bias != "none" else ()
+    return [name for name in names if not name.startswith(wrappers) and not name.endswith(trained_biases)]
 
 
 def _names_message(missing: list[str], extra: list[str]) -> str:
