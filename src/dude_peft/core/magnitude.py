@@ -20,8 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows converted at a time when a half-precision weight meets float32 factors: bounds the temporary at a few MiB.
-_CHUNK_ROWS = 1024
+# Elements converted at a time when a half-precision weight meets float32 factors: one MiB, which stays in the cache.
+_CHUNK_ELEMENTS = 1 << 18
+# |g| is kept away from 0 by this much: far below any rounding of an output, and y / g still gives the product back.
+_SMALLEST_GAIN = 1e-30
 
 
 def row_norm(W: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def row_norm(W: Tensor) -> Tensor:
 
     Source: DoRA section 4.1 (there called column-wise).
     """
-    parts = [chunk.to(_wide(W)).square().sum(dim=1).sqrt() for chunk in W.detach().split(_CHUNK_ROWS)]
+    parts = [chunk.to(_wide(W)).square().sum(dim=1).sqrt() for chunk in _chunks(W.detach())]
     return torch.cat(parts)
 
 
@@ -51,7 +53,7 @@ def rows_product(W0: Tensor, rows: Tensor) -> Tensor:
     """
     if W0.dtype == rows.dtype:
         return W0 @ rows.T
-    return torch.cat([chunk.to(rows.dtype) @ rows.T for chunk in W0.split(_CHUNK_ROWS)])
+    return torch.cat([chunk.to(rows.dtype) @ rows.T for chunk in _chunks(W0)])
 
 
 def norm_change(
@@ -102,7 +104,8 @@ def gain(m0: Tensor, dm: Tensor, q: Tensor, norm_gradient: str = "detached") -> 
 
     Returns:
         (out,) in dm's dtype, at least float32, differentiable in dm and, with "exact", in q. Zero rows of W0 (m0 = 0)
-        give 1, rows whose V vanished give 0, and nothing is ever NaN.
+        give 1, rows whose V vanished give 0 and, like rows with m = 0, come out as 2e-30. Finite arguments give finite
+        gains.
     """
     wide = _wide(dm)
     m0, q = m0.to(wide), q.to(wide)
@@ -116,12 +119,26 @@ def gain(m0: Tensor, dm: Tensor, q: Tensor, norm_gradient: str = "detached") -> 
     narrow = torch.promote_types(dm.dtype, torch.float32)
     # A denormal row under a large m would overflow float32; the clamp keeps it finite.
     limit = torch.finfo(narrow).max
+    g = torch.where(g.abs() < _SMALLEST_GAIN, g + 2 * _SMALLEST_GAIN, g)  # a sum, so that the gradient stays
+    # One NaN for all: the dithered rounding counts on the bits of its arguments.
+    g = torch.where(g.isnan(), torch.nan, g)
     return g.clamp(-limit, limit).to(narrow)
+
+
+def gain_slope(m0: Tensor, q: Tensor) -> Tensor:
+    """Slope of the gain, `dg / ddm = 1 / n`, the norm a constant: (out,) float64, 0 on zero rows of W0 and V."""
+    n = direction_norm(m0, q)
+    return torch.where((n > 0) & (m0 != 0), 1 / n, 0.0)
 
 
 def direction_norm(m0: Tensor, q: Tensor) -> Tensor:
     """Row norm `n = sqrt(m0^2 + q)` of the direction V, (out,) float64; 0 where V vanished."""
     return (m0.to(_wide(m0)).square() + q).clamp_min(0).sqrt()
+
+
+def _chunks(W: Tensor) -> tuple[Tensor, ...]:
+    whole = W.device.type != "cpu" or torch.compiler.is_compiling()
+    return (W,) if whole else W.split(max(1, _CHUNK_ELEMENTS // max(1, W.shape[1])))
 
 
 def _wide(t: Tensor) -> torch.dtype:

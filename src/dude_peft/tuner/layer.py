@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import adapted_linear
-from dude_peft.core.magnitude import gain, norm_change, row_norm
+from dude_peft.core.magnitude import gain, gain_slope, norm_change, row_norm
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
+from dude_peft.tuner.refresh import refresh_gain, register
+from dude_peft.tuner.steps import steps_taken
 
 # On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
 # that a raw state dict of ours cannot be taken for a stock adapter.
 TRAINED = ("lora_dA", "lora_dB", "lora_dm")
 FROZEN = ("lora_A0", "lora_B0", "lora_m0")
+# Buffers that follow from the others: W0 A0^T, the gain, its slope.
+_CACHED = ("_start_product", "_gain", "_slope")
 
 
 class DudeLinear(nn.Module, BaseTunerLayer):
@@ -33,7 +37,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = TRAINED
-    other_param_names = (*FROZEN, "_start_product", "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
+    other_param_names = (*FROZEN, *_CACHED, "_fresh", "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__()
@@ -42,8 +46,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = frozen.layer_shape(base_layer)
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in FROZEN)
-        # W0 A0^T is needed by every norm and never changes: computed in the first forward, dropped when A0 is loaded.
-        self._start_product = BufferDict(persistent=False)
+        # W0 A0^T is needed by every norm and never changes: computed at the first norm, dropped when A0 is loaded.
+        self._start_product, self._gain, self._slope = (BufferDict(persistent=False) for _ in _CACHED)
+        # What the cached gain was computed from (`_state_of`), by adapter; without an entry it is stale.
+        self._fresh: dict[str, tuple[int, ...]] = {}
+        self._number = register(self)
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -99,6 +106,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if spec.magnitude:
             self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
             self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
+            self._gain[adapter_name], self._slope[adapter_name] = zeros(self.out_features), zeros(self.out_features)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -141,22 +149,64 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return total
 
     def gain(self, adapter_name: str) -> Tensor | None:
-        """Gain g = m / n of one adapter, (out,), float32 or better; None for methods without a magnitude."""
+        """Gain g = m / n of one adapter, (out,), float32 or better; None for methods without a magnitude.
+
+        The values are computed once per optimizer step, in the first call behind it. With `norm_gradient="exact"` and
+        gradients wanted, it is computed anew as a function of the deviations.
+        """
         if adapter_name not in self.lora_dm:
             return None
-        layer, scaling = self.tensors(adapter_name), self.scaling[adapter_name]
-        mode = self.norm_gradient[adapter_name]
-        with (
-            torch.set_grad_enabled(mode == "exact" and torch.is_grad_enabled()),
-            torch.autocast(layer.dA.device.type, enabled=False),
-        ):
-            dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
-            base = self.get_base_layer()
-            start = None if layer.A0 is None else self._product_with_start(adapter_name, layer.A0)
-            q = norm_change(self._product(base, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
+        if self.norm_gradient[adapter_name] == "exact" and torch.is_grad_enabled():
+            layer = self.tensors(adapter_name)
+            assert layer.m0 is not None
+            assert layer.dm is not None
+            return gain(layer.m0, layer.dm, self._norm_change(adapter_name, layer), "exact")
+        if torch.compiler.is_compiling():
+            refresh_gain(self._number, self._slots.index(adapter_name), *self._cached_gain(adapter_name))
+        else:
+            self._refresh_if_stale(adapter_name)
+        return self._cached_gain(adapter_name)[0]
+
+    def refresh(self) -> None:
+        """Take the cached gains as out of date; the next forward computes them.
+
+        Optimizer steps, loading, moves and every in-place operation that torch counts are noticed without it. Only
+        writes past torch's count, as `parameter.data.copy_(...)` in training mode, need the call.
+        """
+        self._fresh.clear()
+
+    def refresh_if_stale(self, slot: int) -> None:
+        """Bring the cached gain of an adapter up to date; called by compiled code, which knows it by number."""
+        self._refresh_if_stale(self._slots[slot])
+
+    @property
+    def _slots(self) -> list[str]:
+        return list(self.lora_dm)
+
+    def _cached_gain(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return self._gain[adapter_name], self._slope[adapter_name]
+
+    def _refresh_if_stale(self, adapter_name: str) -> None:
+        layer = self.tensors(adapter_name)
+        state = _state_of(layer)
+        if self._fresh.get(adapter_name) == state:
+            return
         assert layer.m0 is not None
         assert layer.dm is not None
-        return gain(layer.m0, layer.dm, q, mode)
+        with torch.no_grad():
+            q = self._norm_change(adapter_name, layer)
+            value, slope = self._cached_gain(adapter_name)
+            value.copy_(gain(layer.m0, layer.dm, q))
+            slope.copy_(gain_slope(layer.m0, q))
+        self._fresh[adapter_name] = state
+
+    def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
+        with torch.autocast(layer.dA.device.type, enabled=False):
+            dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
+            start = None if layer.A0 is None else self._product_with_start(adapter_name, layer.A0)
+            W0_dA = self._product(self.get_base_layer(), dA)
+            scaling = self.scaling[adapter_name]
+            return norm_change(W0_dA, start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the effective weight of some adapters into the base layer; `unmerge` restores every bit.
@@ -242,8 +292,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         layer = self.tensors(name)
         g = self.gain(name)
         bias = getattr(self.get_base_layer(), "bias", None) if g is not None else None
-        dropout: nn.Module = self.lora_dropout[name]
-        return adapted_linear(base_out, dropout(x), layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name])
+        x = self.lora_dropout[name](x)
+        cached = g is not None and not g.requires_grad
+        dm, slope = (layer.dm, self._slope[name]) if cached else (None, None)
+        return adapted_linear(
+            base_out, x, layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope
+        )
 
     def _start(self, r: int, scaling: float, config: DudeConfig) -> tuple[Split, Tensor]:
         W0 = self._base_weight()
@@ -295,7 +349,22 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._start_product.clear()
+        self.refresh()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.refresh()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; averaged weights are often swapped in around it, so the gain is taken as stale."""
+        self.refresh()
+        return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = register(self)  # a copy is a layer of its own
+        self.refresh()
 
     def __repr__(self) -> str:
         return "dude_peft." + super().__repr__()
@@ -307,6 +376,13 @@ class _Trained(nn.Module):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(tensor)
+
+
+def _state_of(layer: LayerTensors) -> tuple[int, ...]:
+    """Changes when the trained tensors may have changed: with optimizer steps, in-place operations, new storages."""
+    trained = [tensor for tensor in (layer.dA, layer.dB, layer.dm) if tensor is not None]
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in trained]
+    return (steps_taken(), *versions, *(tensor.data_ptr() for tensor in trained))
 
 
 def _is_meta(entry: Any) -> bool:
