@@ -48,7 +48,7 @@ def compose(
     shift = None if b is None or g is None else (1 - g) * b
     y = torch.empty_like(base)
     kept = torch.empty_like(base) if keep else None
-    by_row, by_column = thresholds(*base.shape, base.device, dtype) if half else (y, y)
+    by_row, by_column = thresholds(base.shape[0], base.shape[1], base.device, dtype) if half else (y, y)
     for rows in _blocks(base):
         if half:
             v = torch.addmm(base[rows].to(wide), u[rows].to(wide), left_t, alpha=scaling)

@@ -362,7 +362,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._number = register(self)  # a copy is a layer of its own
         self.refresh()
 
