@@ -20,6 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dude_peft.core import compose
+from dude_peft.core.rounding import is_half
+
 # Elements converted at a time when a half-precision weight meets float32 factors: one MiB, which stays in the cache.
 _CHUNK_ELEMENTS = 1 << 18
 # |g| is kept away from 0 by this much: far below any rounding of an output, and y / g still gives the product back.
@@ -53,6 +56,9 @@ def rows_product(W0: Tensor, rows: Tensor) -> Tensor:
     """
     if W0.dtype == rows.dtype:
         return W0 @ rows.T
+    kernels = compose.kernels_for(W0)
+    if kernels is not None and rows.dtype == torch.float32 and is_half(W0.dtype):
+        return kernels.rows_product(W0, rows)
     return torch.cat([chunk.to(rows.dtype) @ rows.T for chunk in _chunks(W0)])
 
 
