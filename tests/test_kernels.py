@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_linear import Case, relative_error
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="the kernels need triton, which is not installed here")
 
@@ -188,7 +189,7 @@ def test_a_value_that_fits_stays_as_it_is(dtype):
 @pytest.mark.parametrize("k", [1, 32, 100, 256])
 def test_spread(monkeypatch, dtype, k):
     tokens, out = 150, 301  # three blocks of rows, three spans of columns
-    monkeypatch.setattr(kernels, "_SPAN", 128)
+    monkeypatch.setattr(kernels, "_span", lambda k: 128)
     dy, kept, left = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate([(tokens, out)] * 2 + [(out, k)]))
     gain = 1 + 0.1 * normal(out)
     use(monkeypatch, "torch")
@@ -261,6 +262,14 @@ def test_the_layer_on_kernels_equals_the_textbook(monkeypatch, dtype, bound, mod
     for value, expected in zip(ours, theirs, strict=True):
         assert torch.isfinite(value).all()
         assert relative_error(value, expected) <= bound
+
+
+def test_recomputing_under_checkpointing_gives_the_same_bits(monkeypatch):
+    use(monkeypatch, "kernels")
+    case = on_device(Case(torch.bfloat16, out=65, in_=48, r=5, tokens=(4, 21)))
+    plain = case.outputs_and_gradients(case.fast, "detached")
+    again = case.outputs_and_gradients(lambda mode: checkpoint(case.fast, mode, use_reentrant=False), "detached")
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
