@@ -47,6 +47,9 @@ class Compiled:
         # As the launcher does: a stride of 1 is known when compiling, and so is what 16 divides.
         constants |= {name: value for name, value in named.items() if type(value) is int and value == 1}
         signature = {n: "constexpr" if n in constants else mangle_type(named[n]) for n in names}
+        for name, value in named.items():
+            if type(value) is float:  # as torch.compile's launcher hands it over; Triton's own makes it float32
+                signature[name] = "fp64"
         even = [i for i, n in enumerate(names) if n not in constants and divided_by_16(named[n])]
         source = ASTSource(
             self.kernel,

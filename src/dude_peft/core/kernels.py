@@ -267,7 +267,8 @@ def _compose_kernel(
         left = tl.load(left_ptr + left_at, mask=column_here[None, :] & inner_here[:, None], other=0.0)
         change = tl.dot(u, left, change, input_precision="ieee")
 
-    v = base.to(tl.float32) + scaling * change
+    # torch.compile's launcher hands Python's numbers over as float64.
+    v = base.to(tl.float32) + tl.cast(scaling, tl.float32) * change
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=column_here, other=0.0).to(tl.float32)
     if KEEP:
