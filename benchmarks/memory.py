@@ -4,7 +4,7 @@
     python benchmarks/memory.py growth
 
 On a CPU every storage that the step makes is counted while it lives, by a dispatch mode: exact, and the same on every
-machine. On a GPU the allocator's own peak is read. What was there before the step (weights, the adapter) is not counted,
+machine. On a GPU the allocator's own peak is read. What was there before it (weights, the adapter) is not counted,
 gradients of the adapter are.
 """
 

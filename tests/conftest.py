@@ -13,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from hypothesis import settings
 
+# Without a GPU the kernels run in Triton's interpreter; Triton asks when it is imported, and transformers imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The models are tiny, a second thread would only wait; bit-for-bit comparisons hold for a fixed count.
 torch.set_num_threads(1)
 

@@ -1,17 +1,19 @@
 """The two passes over (tokens, out) that an adapted layer adds to the frozen one, as plain torch operations.
 
     forward:    v = base + s u L^T,   y = g * v + (1 - g) * bias       one rounding at the end
-    backward:   dv = g * dy,          dot = sum over tokens of dy * kept
+    backward:   dv = g * dy,          dot = sum over tokens of dy * kept,     w = dv L
 
 On a CPU both run over blocks of rows that stay in the cache, so that what costs time is reading `base` and writing
-`y` once, not the operations in between; nothing (tokens, out)-sized is made beside the results. Compiled code and
-other devices take everything as one block and leave the fusing to the compiler. `kernels.py` has the same two passes
-for GPUs.
+`y` once, not the operations in between; nothing (tokens, out)-sized is made beside the results. On a GPU with Triton
+`kernels.py` has the same two passes as one kernel each. Compiled code and other devices take everything as one block
+and leave the fusing to the compiler.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +21,20 @@ from torch import Tensor
 from dude_peft.core.rounding import is_half, round_dithered_, thresholds
 
 _BLOCK_ELEMENTS = 1 << 19  # of float32: 2 MiB; smaller blocks cost more in waking threads than the cache gives back
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported: that takes a second
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """`kernels.py` where it runs on the tensor's device and dtype, else None: then torch's operations do the work."""
+    if not tensor.is_cuda or not _HAS_TRITON or tensor.dtype not in _KERNEL_DTYPES:
+        return None
+    # Tensor cores with bfloat16 begin with Ampere; ROCm's devices call themselves "cuda" too, and all have them.
+    if torch.version.hip is None and torch.cuda.get_device_properties(tensor.device).major < 8:
+        return None
+    from dude_peft.core import kernels
+
+    return kernels
 
 
 def compose(
@@ -46,6 +62,9 @@ def compose(
     Returns:
         (y, kept), both (tokens, out): y in base's dtype; kept = v - bias, or None.
     """
+    kernels = kernels_for(base)
+    if kernels is not None:
+        return kernels.compose(base, u, left, gain, bias, scaling, keep)
     dtype, wide = base.dtype, torch.promote_types(base.dtype, torch.float32)
     half = is_half(dtype)
     left_t = left.to(wide).T
@@ -72,19 +91,28 @@ def compose(
     return y, kept
 
 
-def spread(dy: Tensor, gain: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradient before the gain, and what the gain's own gradient needs.
+def spread(
+    dy: Tensor, gain: Tensor | None, kept: Tensor | None, left: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient before the gain, and what the gradients of the gain and of the low-rank factors need.
 
-        dv = g * dy,    dot = sum over tokens of dy * kept
+        dv = g * dy,    dot = sum over tokens of dy * kept,    w = dv L
 
     Args:
         dy: (tokens, out) gradient of y.
-        gain: (out,) g.
+        gain: (out,) g; None for 1.
         kept: (tokens, out) what `compose` kept, or y itself; None if no gradient of the gain is wanted.
+        left: (out, k) L in dy's dtype; None if w is not wanted.
 
     Returns:
-        (dv, dot): (tokens, out) in dy's dtype, and (out,) in float32 or better, or None. The sum's order is fixed.
+        (dv, dot, w): (tokens, out) in dy's dtype (dy itself without a gain), (out,) in float32 or better, or None, and
+        (tokens, k) in dy's dtype, or None. The sums' order is fixed.
     """
+    if gain is None:
+        return dy, None, None if left is None else dy @ left
+    kernels = kernels_for(dy)
+    if kernels is not None:
+        return kernels.spread(dy, gain, kept, left)
     wide = torch.promote_types(dy.dtype, torch.float32)
     g = gain.to(wide)
     dv = torch.empty_like(dy)
@@ -95,7 +123,7 @@ def spread(dy: Tensor, gain: Tensor, kept: Tensor | None) -> tuple[Tensor, Tenso
         if kept is not None and dot is not None:
             dot.add_(products(rows).copy_(kept[rows]).mul_(d).sum(dim=0))
         dv[rows] = d.mul_(g)
-    return dv, dot
+    return dv, dot, None if left is None else dv @ left
 
 
 def _block_rows(matrix: Tensor) -> int:

@@ -120,13 +120,11 @@ class _AdaptedLinear(torch.autograd.Function):
             left, right = _stack(dA, dB, A0, B0, compute)
             dy_rows = dy.reshape(-1, dy.shape[-1])
             grad_x = grad_dA = grad_dB = grad_gain = grad_bias = grad_dm = None
-            if gain is None:
-                dv, dot = dy_rows, None
-            else:
-                dv, dot = spread(dy_rows, gain, None if kept is None else kept.reshape(dy_rows.shape))
+            kept_rows = None if kept is None else kept.reshape(dy_rows.shape)
+            dv, dot, w = spread(dy_rows, gain, kept_rows, left if need_x or need_dA else None)
             grad_base = dv.view(dy.shape) if need_base else None
-            if need_x or need_dA:
-                w = (dv @ left).mul_(scaling)  # (tokens, 2r)
+            if w is not None:
+                w = w.mul_(scaling)  # (tokens, 2r)
                 if need_x:
                     grad_x = (w @ right).view(x.shape).to(x.dtype)
                 if need_dA:

@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dude_peft.core import compose
+from dude_peft.core.rounding import is_half
+
 # Elements converted at a time when a half-precision weight meets float32 factors: 4 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 20
 # |g| is kept away from 0 by this much: far below any rounding of an output, and y / g still gives the product back.
@@ -55,7 +58,13 @@ def rows_product(W0: Tensor, rows: Tensor) -> Tensor:
     Returns:
         (out, k) in the dtype of `rows`, differentiable in `rows`.
     """
-    product: Tensor = W0.detach() @ rows.T if W0.dtype == rows.dtype else _RowsProduct.apply(W0.detach(), rows)
+    W0 = W0.detach()
+    if W0.dtype == rows.dtype:
+        return W0 @ rows.T
+    kernels = compose.kernels_for(W0)
+    if kernels is not None and rows.dtype == torch.float32 and is_half(W0.dtype):
+        return kernels.rows_product(W0, rows)
+    product: Tensor = _RowsProduct.apply(W0, rows)
     return product
 
 

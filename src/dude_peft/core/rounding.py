@@ -53,6 +53,9 @@ def round_dithered_(v: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         v, still float32, holding values that `dtype` represents exactly (float16: but for its subnormal range).
     """
+    if v.device.type != "cpu":
+        # A GPU's own NaN is 0x7fffffff, and adding a threshold to that gives -0.0. On a CPU none has all these bits.
+        v = v.masked_fill_(v.isnan(), torch.nan)
     v.view(torch.int32).add_(threshold).bitwise_and_(-(1 << DROPPED_BITS[dtype]))
     return v
 
