@@ -19,14 +19,14 @@ from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
-from dude_peft.tuner.refresh import refresh_gain, register
+from dude_peft.tuner.refresh import refresh_caches, register
 from dude_peft.tuner.steps import steps_taken
 
 # On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
 # that a raw state dict of ours cannot be taken for a stock adapter.
 TRAINED = ("lora_dA", "lora_dB", "lora_dm")
 FROZEN = ("lora_A0", "lora_B0", "lora_m0")
-# Buffers that follow from the others: W0 A0^T, the gain, its slope.
+# Buffers that follow from the others: W0 A0^T (out, r), the gain (out,), its slope (out,).
 _CACHED = ("_start_product", "_gain", "_slope")
 # Layers of the Llama family whose output nothing behind them keeps for its backward: it is rotated, or added to the
 # residual stream. A wrong guess costs memory, nothing else.
@@ -49,9 +49,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = frozen.layer_shape(base_layer)
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in FROZEN)
-        # W0 A0^T is needed by every norm and never changes: computed at the first norm, dropped when A0 is loaded.
         self._start_product, self._gain, self._slope = (BufferDict(persistent=False) for _ in _CACHED)
-        # What the cached gain was computed from (`_state_of`), by adapter; without an entry it is stale.
+        # What the caches were computed from (`_state_of`), by adapter; without an entry they are stale. W0 A0^T changes
+        # with A0 alone, so it is computed only where there is no entry.
         self._fresh: dict[str, tuple[int, ...]] = {}
         self._number = register(self)
         self._output_kept = layer_name.rpartition(".")[2] not in _OUTPUT_NOT_KEPT
@@ -110,7 +110,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if spec.magnitude:
             self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
             self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
-            self._gain[adapter_name], self._slope[adapter_name] = zeros(self.out_features), zeros(self.out_features)
+            self._make_caches(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -139,6 +139,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Args:
             adapter_names: adapters to merge; None means the active ones.
         """
+        self.refresh()  # what is merged or compared follows from the tensors themselves, whoever wrote them
         with torch.no_grad():
             W0 = self._base_weight()
             total = W0.clone()
@@ -161,15 +162,14 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.lora_dm:
             return None
         if self.norm_gradient[adapter_name] == "exact" and torch.is_grad_enabled():
+            self._refresh(adapter_name)  # for W0 A0^T
             layer = self.tensors(adapter_name)
             assert layer.m0 is not None
             assert layer.dm is not None
             return gain(layer.m0, layer.dm, self._norm_change(adapter_name, layer), "exact")
-        if torch.compiler.is_compiling():
-            refresh_gain(self._number, self._slots.index(adapter_name), *self._cached_gain(adapter_name))
-        else:
-            self._refresh_if_stale(adapter_name)
-        return self._cached_gain(adapter_name)[0]
+        self._refresh(adapter_name)
+        value: Tensor = self._gain[adapter_name]
+        return value
 
     def refresh(self) -> None:
         """Take the cached gains as out of date; the next forward computes them.
@@ -179,16 +179,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         self._fresh.clear()
 
-    def refresh_if_stale(self, slot: int) -> None:
-        """Bring the cached gain of an adapter up to date; called by compiled code, which knows it by number."""
-        self._refresh_if_stale(self._slots[slot])
+    def refreshed(self, slot: int) -> list[Tensor]:
+        """The caches of an adapter, up to date; called by compiled code, which knows the adapter by number."""
+        name = self._slots[slot]
+        self._refresh_if_stale(name)
+        return self._caches(name)
 
     @property
     def _slots(self) -> list[str]:
         return list(self.lora_dm)
 
-    def _cached_gain(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self._gain[adapter_name], self._slope[adapter_name]
+    def _refresh(self, adapter_name: str) -> None:
+        if torch.compiler.is_compiling():
+            refresh_caches(self._number, self._slots.index(adapter_name), self._caches(adapter_name))
+        else:
+            self._refresh_if_stale(adapter_name)
 
     def _refresh_if_stale(self, adapter_name: str) -> None:
         layer = self.tensors(adapter_name)
@@ -197,20 +202,34 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return
         assert layer.m0 is not None
         assert layer.dm is not None
+        if self._gain[adapter_name].device != layer.dm.device:
+            self._make_caches(adapter_name)
         with torch.no_grad():
+            if layer.A0 is not None and adapter_name not in self._fresh:
+                self._start_product[adapter_name].copy_(self._product(layer.A0))
             q = self._norm_change(adapter_name, layer)
-            value, slope = self._cached_gain(adapter_name)
-            value.copy_(gain(layer.m0, layer.dm, q))
-            slope.copy_(gain_slope(layer.m0, q))
+            self._gain[adapter_name].copy_(gain(layer.m0, layer.dm, q))
+            self._slope[adapter_name].copy_(gain_slope(layer.m0, q))
         self._fresh[adapter_name] = state
+
+    def _caches(self, adapter_name: str) -> list[Tensor]:
+        return [getattr(self, name)[adapter_name] for name in _CACHED]
+
+    def _make_caches(self, adapter_name: str) -> None:
+        dm: Any = self.lora_dm[adapter_name].weight
+        rank = self.r[adapter_name] if adapter_name in self.lora_A0 else 0
+        # The gain is float32 or better, also beside a trained magnitude in half precision.
+        dtype = torch.promote_types(dm.dtype, torch.float32)
+        for name, shape in zip(_CACHED, ((rank,), (), ()), strict=True):
+            zeros = torch.zeros(self.out_features, *shape, dtype=dtype, device=dm.device)
+            getattr(self, name)[adapter_name] = zeros
 
     def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
         with torch.autocast(layer.dA.device.type, enabled=False):
             dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
-            start = None if layer.A0 is None else self._product_with_start(adapter_name, layer.A0)
-            W0_dA = self._product(self.get_base_layer(), dA)
+            start = None if layer.A0 is None else self._start_product[adapter_name]
             scaling = self.scaling[adapter_name]
-            return norm_change(W0_dA, start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
+            return norm_change(self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the effective weight of some adapters into the base layer; `unmerge` restores every bit.
@@ -324,16 +343,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         finally:
             base.weight = merged
 
-    def _product(self, base: nn.Module, rows: Tensor) -> Tensor:
+    def _product(self, rows: Tensor) -> Tensor:
         with self.unmerged(), torch.autocast(rows.device.type, enabled=False):
-            return frozen.product(base, rows)
-
-    def _product_with_start(self, name: str, A0: Tensor) -> Tensor:
-        if name not in self._start_product:
-            with torch.no_grad():
-                self._start_product[name] = self._product(self.get_base_layer(), A0)
-        product: Tensor = self._start_product[name]
-        return product
+            return frozen.product(self.get_base_layer(), rows)
 
     def _names(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.lora_dA]
@@ -351,7 +363,6 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 group[adapter_name] = group[adapter_name].to(target)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._start_product.clear()
         self.refresh()
         super()._load_from_state_dict(*args, **kwargs)
 

@@ -1,8 +1,8 @@
-"""The cached gain of a layer brought up to date, in eager and in compiled code.
+"""The cached gains of layers brought up to date, in eager and in compiled code.
 
 Compiled code cannot ask "did the deviations change?" without being compiled anew for every answer. It calls one opaque
-operator instead, which asks when it runs: `dude_peft::refresh_gain(layer, slot, gain, slope)` writes both tensors if
-they are out of date.
+operator instead, which asks when it runs: `dude_peft::refresh_caches(layer, slot, caches)` writes the tensors if they
+are out of date.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 class Refreshable(Protocol):
     """A layer whose gains are cached, by the number of the adapter."""
 
-    def refresh_if_stale(self, slot: int) -> None:
-        """Bring the cached gain up to date."""
+    def refreshed(self, slot: int) -> list[Tensor]:
+        """The caches of an adapter, up to date."""
 
 
 _numbers = itertools.count()
@@ -33,12 +33,14 @@ def register(layer: Refreshable) -> int:
     return number
 
 
-@torch.library.custom_op("dude_peft::refresh_gain", mutates_args=("gain", "slope"))
-def refresh_gain(layer: int, slot: int, gain: Tensor, slope: Tensor) -> None:
-    """Bring the gain of adapter number `slot` of a registered layer up to date, in place."""
-    _layers[layer].refresh_if_stale(slot)
+@torch.library.custom_op("dude_peft::refresh_caches", mutates_args=("caches",))
+def refresh_caches(layer: int, slot: int, caches: list[Tensor]) -> None:
+    """Bring what adapter number `slot` of a registered layer caches up to date, in place."""
+    for own, given in zip(_layers[layer].refreshed(slot), caches, strict=True):
+        if given.data_ptr() != own.data_ptr():  # the compiler may hand over copies, and writes them back afterwards
+            given.copy_(own)
 
 
-@refresh_gain.register_fake
-def _(layer: int, slot: int, gain: Tensor, slope: Tensor) -> None:
+@refresh_caches.register_fake
+def _(layer: int, slot: int, caches: list[Tensor]) -> None:
     return None
