@@ -294,10 +294,10 @@ def test_tf32_is_off_inside_and_as_it_was_afterwards():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with svd_module._full_precision_products(torch.device("cuda")):
+        with svd_module.full_precision_products(torch.device("cuda")):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
-        with pytest.raises(KeyError), svd_module._full_precision_products(torch.device("cuda")):
+        with pytest.raises(KeyError), svd_module.full_precision_products(torch.device("cuda")):
             raise KeyError
         assert matmul.fp32_precision == "tf32"
     finally:

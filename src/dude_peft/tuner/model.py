@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.methods.start import Start, check_finite
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
-from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_finite, check_rank
+from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
+from dude_peft.tuner.starts import compute_starts
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -49,12 +51,15 @@ class DudeModel(BaseTuner):
             # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
             unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
             config.target_modules = set(config.target_modules) - unfit
+        self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
         if state_dict is None:
-            self._check_targets(model, config)
-        self._meta = low_cpu_mem_usage
+            targets = self._check_targets(model, config)
+            if config._loading is None and not low_cpu_mem_usage:
+                self._starts = compute_starts(targets, config)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._starts.clear()
 
-    def _check_targets(self, model: nn.Module, config: DudeConfig) -> None:
+    def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
         if isinstance(config.target_modules, str):
             try:
@@ -88,6 +93,7 @@ class DudeModel(BaseTuner):
             weight = frozen.plain_weight(layer)
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
+        return targets
 
     def _create_and_replace(
         self,
@@ -100,11 +106,11 @@ class DudeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, DudeLinear):
-            target.add(adapter_name, peft_config, meta=self._meta)
+            target.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
             return
         layer = DudeLinear(target, current_key)
         layer.set_adapter(self.active_adapters)
-        layer.add(adapter_name, peft_config, meta=self._meta)
+        layer.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
         self._replace_module(parent, target_name, layer, target)
