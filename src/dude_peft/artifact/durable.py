@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Writes `path` whole: a reader sees the old file or the new one, never a part, also after a power cut.
 
-    A symbolic link at `path` is replaced, never written through.
+    A symbolic link at `path` is replaced, never written through. Data may come in pieces, for files larger than memory.
 
     Raises:
         OSError: the disk or a permission does not allow it; the old file stays, nothing is left beside it.
@@ -18,7 +19,7 @@ def replace_file(path: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".dude-")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())
