@@ -98,13 +98,13 @@ def init(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write the start of an adapter from a checkpoint that need not fit into memory; repeat it to resume."""
-    from dude_peft.init.options import module_names, pattern
+    from dude_peft.init.options import int_if_whole, module_names, pattern
     from dude_peft.init.run import initialise
 
     settings = {
         "method": method,
         "r": r,
-        "lora_alpha": lora_alpha,
+        "lora_alpha": int_if_whole(lora_alpha),
         "target_modules": module_names(target_modules),
         "exclude_modules": module_names(exclude_modules),
         "rank_pattern": pattern("--rank-pattern", rank_pattern),

@@ -20,6 +20,11 @@ def module_names(text: str | None) -> list[str] | str | None:
     return parts if all(_NAME.fullmatch(part) for part in parts) else text
 
 
+def int_if_whole(value: float) -> int | float:
+    """16.0 as 16, which is how a configuration in Python is written and saved."""
+    return int(value) if value.is_integer() else value
+
+
 def pattern(option: str, text: str | None) -> dict[str, Any]:
     """A JSON object, as in {"q_proj": 8}.
 
