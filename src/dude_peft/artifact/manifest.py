@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
+from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
 
@@ -106,8 +107,10 @@ def read_manifest(directory: Path) -> Manifest:
     except SafetensorError as error:
         raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or save it again") from error
     _check_names(set(tensors), set(manifest.tensors), path)
-    for name, tensor in tensors.items():
-        if sha256_of([tensor]) != manifest.tensors[name]:
+    with single_threaded_pool(len(tensors)) as pool:
+        hashes = dict(zip(tensors, pool.map(lambda tensor: sha256_of([tensor]), tensors.values()), strict=True))
+    for name, digest in hashes.items():
+        if digest != manifest.tensors[name]:
             raise ArtifactError(
                 f"'{path}': tensor '{name}' is not what was saved; copy the file again or save it again"
             )

@@ -52,12 +52,18 @@ class DudeModel(BaseTuner):
             unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
             config.target_modules = set(config.target_modules) - unfit
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
+        # Looked up once: a search per layer takes longer than all else that loading an adapter does.
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                self._places.setdefault(id(child), []).append((parent, name))
         if state_dict is None:
             targets = self._check_targets(model, config)
             if config._loading is None and not low_cpu_mem_usage:
                 self._starts = compute_starts(targets, config)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._starts.clear()
+        self._places.clear()
 
     def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
@@ -118,12 +124,8 @@ class DudeModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
         # is, in every place where the layer object stands.
-        for other in list(self.model.modules()):
-            if other is new_module:
-                continue
-            for name, module in list(other._modules.items()):
-                if module is child:
-                    setattr(other, name, new_module)
+        for other, name in self._places.pop(id(child), ()):
+            setattr(other, name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -8,8 +8,8 @@ side). The bits are those of one layer after the other, whatever the number of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import Future, as_completed
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from dude_peft.core.svd import full_precision_products
+from dude_peft.core.threads import one_thread, single_threaded_pool
 from dude_peft.methods.start import Start, start_of
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
@@ -49,20 +50,13 @@ def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig)
         if weight is not None and weight.device.type != "meta":
             by_device.setdefault(weight.device, []).append((name, module))
     with ExitStack() as stack:
-        stack.enter_context(_threads_restored())
-        pools: list[ThreadPoolExecutor] = []
         jobs: dict[Future[Start], str] = {}
         for device, layers in by_device.items():
             stack.enter_context(full_precision_products(device))
-            count = min(torch.get_num_threads(), _MOST_THREADS, len(layers)) if device.type == "cpu" else 1
-            pool = ThreadPoolExecutor(count, "dude-start", initializer=torch.set_num_threads, initargs=(1,))
-            pools.append(pool)
+            most = _MOST_THREADS if device.type == "cpu" else 1
+            pool = stack.enter_context(single_threaded_pool(len(layers), most))
             jobs |= {pool.submit(start_of_layer, module, name, config): name for name, module in layers}
-        try:
-            return {jobs[job]: job.result() for job in _with_bar(jobs)}
-        finally:
-            for pool in pools:
-                pool.shutdown(cancel_futures=True)
+        return {jobs[job]: job.result() for job in _with_bar(jobs)}
 
 
 def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
@@ -80,8 +74,7 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
         W0 = frozen.dense_weight(base)
         if weight is None or weight.dtype != W0.dtype:  # a copy already
             options = replace(options, overwrite=True)
-        with _threads_restored():
-            torch.set_num_threads(1)
+        with one_thread():
             return start_of(config.spec, W0, r, config.spec.scaling(r, alpha), options, name)
 
 
@@ -93,12 +86,3 @@ def _with_bar(jobs: dict[Future[Start], str]) -> Iterator[Future[Start]]:
         for job in as_completed(jobs):
             yield job
             bar.update(1)
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
