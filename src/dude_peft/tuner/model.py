@@ -53,10 +53,7 @@ class DudeModel(BaseTuner):
             config.target_modules = set(config.target_modules) - unfit
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
         # Looked up once: a search per layer takes longer than all else that loading an adapter does.
-        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for parent in model.modules():
-            for name, child in parent._modules.items():
-                self._places.setdefault(id(child), []).append((parent, name))
+        self._places = _places(model)
         if state_dict is None:
             targets = self._check_targets(model, config)
             if config._loading is None and not low_cpu_mem_usage:
@@ -124,8 +121,10 @@ class DudeModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
         # is, in every place where the layer object stands.
-        for other, name in self._places.pop(id(child), ()):
-            setattr(other, name, new_module)
+        places = self._places.pop(id(child), None) or _places(self.model).get(id(child), [])
+        for other, name in places:
+            if other is not new_module:
+                setattr(other, name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -213,6 +212,15 @@ class DudeModel(BaseTuner):
             raise ArtifactError(_names_message(missing, extra))
         config._loading = None
         return {**loaded, **remaining}
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every module of the model, by id -> the modules that hold it, and under which name."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
 
 
 def _base_of(module: nn.Module) -> nn.Module:
