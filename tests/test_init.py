@@ -22,8 +22,9 @@ from safetensors import safe_open
 from test_cli import assert_refused, dude
 
 from dude_peft import DudeConfig, load_adapter
+from dude_peft.artifact.durable import locked
 from dude_peft.artifact.manifest import read_manifest
-from dude_peft.errors import ArtifactError, ConfigError, DudeError, NumericsError, ResourceError
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DudeError, NumericsError, ResourceError
 from dude_peft.init import run as init_run
 from dude_peft.init.options import module_names, pattern
 from dude_peft.init.run import initialise
@@ -252,6 +253,13 @@ def test_a_folder_with_something_in_it_is_left_alone(checkpoint, adapter, tmp_pa
     assert (tmp_path / "precious.txt").read_text() == "mine"
     with pytest.raises(ConfigError, match="is a file"):
         init(checkpoint, tmp_path / "precious.txt")
+
+
+def test_two_at_a_time_do_not_share_a_folder(checkpoint, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with locked(tmp_path / "adapter"), pytest.raises(BusyError, match="another process"):
+        init(checkpoint, tmp_path / "adapter")
+    init(checkpoint, tmp_path / "adapter")
 
 
 def test_too_little_disk_is_noticed_before_the_work(checkpoint, tmp_path, monkeypatch):

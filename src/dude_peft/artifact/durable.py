@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from dude_peft.errors import BusyError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; nothing is locked there
+    fcntl = None  # type: ignore[assignment]
 
 
 def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -28,6 +36,25 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within: no other process that asks for the same folder gets it. A killed process holds nothing.
+
+    Raises:
+        BusyError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BusyError(f"'{folder}' is being written by another process; wait for it to end") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.data.show import shown
-from dude_peft.errors import ConfigError, NumericsError, ResourceError
+from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.version import __version__
@@ -61,6 +61,7 @@ def initialise(
 
     Raises:
         ConfigError: a setting, a model or an output folder that cannot be used.
+        BusyError: another process writes the same folder.
         ArtifactError: a checkpoint that is damaged or incomplete.
         NumericsError: NaN or Inf in a weight.
         ResourceError: disk, memory or permission.
@@ -75,39 +76,50 @@ def initialise(
     folder = _folder_of(model)
     display = Display(quiet=quiet)
     with display.waiting("reading the checkpoint"), quiet_imports():
+        from dude_peft.artifact.durable import locked
         from dude_peft.init.checkpoint import open_checkpoint
         from dude_peft.init.parts import Parts
         from dude_peft.init.plan import make_plan
-        from dude_peft.init.workers import run_layers, usual_count
+        from dude_peft.init.workers import usual_count
         from dude_peft.tuner import DudeConfig
 
         checkpoint = open_checkpoint(folder)
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         plan = make_plan(model, folder, checkpoint, config, dtype, seed)
     parts = Parts(output, _settings_hash(plan, checkpoint.identity, dtype, seed))
-    _claim(parts, overwrite)
-    if (output / _CONFIG).is_file():  # written last: only the removal of the parts was cut short
-        parts.remove()
-        display.say(f"adapter: {output} was complete")
-        return output
     with _disk(output):
-        parts.begin()
-        tasks = [(i, task) for i, task in enumerate(plan.layers) if parts.read(i, task.name) is None]
-        _check_space(output, plan, missing=len(tasks))
-        count = workers or usual_count()
-        display.say(
-            f"DuDe {__version__}: {config.method}, r = {config.r}, {len(plan.layers)} layers of {shown(model, 300)}; "
-            f"{len(plan.layers) - len(tasks)} done before, {min(count, len(tasks))} workers"
-        )
-        _show(display, run_layers(tasks, plan.config, output, parts.settings, count, debug), len(tasks))
-        finished = [_trusted(parts, i, task.name) for i, task in enumerate(plan.layers)]
-        _assemble(output, plan, finished)
-        parts.remove()
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output):
+            finished = _work(plan, parts, display, model, workers or usual_count(), overwrite=overwrite, debug=debug)
     captured = [part.captured for part in finished if part.captured is not None]
     energy = f"; captured energy {100 * statistics.mean(captured):.1f} % on average" if captured else ""
     display.say(f"{time.perf_counter() - started:.0f} s in all, {plan.adapter_bytes / 2**20:,.0f} MiB{energy}")
     display.say(f"adapter: {output}")
     return output
+
+
+def _work(
+    plan: Plan, parts: Parts, display: Display, model: str, workers: int, *, overwrite: bool, debug: bool
+) -> list[Part]:
+    """Compute the layers that are missing and put the files together; the parts, none where all was done before."""
+    from dude_peft.init.workers import run_layers
+
+    _claim(parts, overwrite)
+    if (parts.output / _CONFIG).is_file():  # written last: only the removal of the parts was cut short
+        parts.remove()
+        return []
+    parts.begin()
+    tasks = [(i, task) for i, task in enumerate(plan.layers) if parts.read(i, task.name) is None]
+    _check_space(parts.output, plan, missing=len(tasks))
+    display.say(
+        f"DuDe {__version__}: {plan.config.method}, r = {plan.config.r}, {len(plan.layers)} layers of "
+        f"{shown(model, 300)}; {len(plan.layers) - len(tasks)} done before, {min(workers, len(tasks))} workers"
+    )
+    _show(display, run_layers(tasks, plan.config, parts.output, parts.settings, workers, debug), len(tasks))
+    finished = [_trusted(parts, i, task.name) for i, task in enumerate(plan.layers)]
+    _assemble(parts.output, plan, finished)
+    parts.remove()
+    return finished
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -122,7 +134,7 @@ def _claim(parts: Parts, overwrite: bool) -> None:
     """Make sure that the folder is free, or holds parts of this very init."""
     from dude_peft.init.parts import settings_found
 
-    if not parts.output.is_dir() or not any(parts.output.iterdir()):
+    if not any(parts.output.iterdir()):
         return
     found = settings_found(parts.output)
     if found == parts.settings:
@@ -134,11 +146,10 @@ def _claim(parts: Parts, overwrite: bool) -> None:
             f"output {shown(parts.output, 300)} holds {what}; repeat its command to finish it, choose another folder, "
             "or add --overwrite"
         )
-    with _disk(parts.output):
-        for name in (_CONFIG, _WEIGHTS):
-            (parts.output / name).unlink(missing_ok=True)
-        if parts.folder.is_dir():
-            shutil.rmtree(parts.folder)
+    for name in (_CONFIG, _WEIGHTS):
+        (parts.output / name).unlink(missing_ok=True)
+    if parts.folder.is_dir():
+        shutil.rmtree(parts.folder)
 
 
 def _folder_of(model: str) -> Path:
@@ -234,7 +245,7 @@ def _disk(output: Path) -> Any:
     try:
         yield
     except OSError as error:
-        if isinstance(error, (ResourceError, NumericsError)):
+        if isinstance(error, ResourceError):
             raise
         reason = error.strerror or shown(error)
         raise ResourceError(
