@@ -9,9 +9,13 @@ bits of `base_out` come out as they went in.
 
 What was traded off: the hand-written backward keeps x, u = x R^T and the output y, where plain autograd would keep
 several (tokens, out) temporaries, and casts the float32 factors inside. The gain's gradient is sum_t dy * v with
-v = y / g. Three cases keep v itself instead, one more (tokens, out): a layer with a bias, which would have to be taken
-out of y again, at the cost of its digits; float16, whose range y can leave downwards where v does not; and float32
-runs under autocast never meet it, since y is what they keep. A gain of exactly zero never comes here (`magnitude.py`).
+v = y / g; a gain of exactly zero never comes here (`magnitude.py`). Mostly y is kept anyway, by the activation function
+or the attention behind the layer, and costs nothing. A copy of v is kept instead
+- of a layer with a bias, which would have to be taken out of y again, at the cost of its digits;
+- in float16, whose range y can leave downwards where v does not;
+- in float32, where the caller says that nobody else keeps y: as bfloat16, which is half the memory. Its rounding
+  (2^-9 of each term, without bias) averages out over the tokens, so only from 512 tokens on, where the gain's gradient
+  still agrees to about 1e-4 (`tests/test_linear.py`). Fewer tokens keep y and every digit.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dude_peft.core.compose import compose, spread
+
+# From this many tokens on a float32 layer may keep its product in half the memory.
+_COMPACT_TOKENS = 512
 
 
 def adapted_linear(
@@ -37,6 +44,7 @@ def adapted_linear(
     scaling: float,
     dm: Tensor | None = None,
     slope: Tensor | None = None,
+    output_kept: bool = True,
 ) -> Tensor:
     """Output of the adapted layer, `y = g * (base_out - bias + s x (dB A + B0 dA)^T) + bias`.
 
@@ -53,6 +61,7 @@ def adapted_linear(
         dm: (out,) trained deviation of the magnitude, where `gain` is a value computed before and no function of it
             that autograd knows; its gradient is slope * (the gain's gradient).
         slope: (out,) dg/ddm, with dm.
+        output_kept: whether the model keeps the output for its backward anyway; decides what this function keeps.
 
     Returns:
         (*, out) in base_out's dtype. Gradients reach base_out, x, dA, dB, bias, and gain or dm;
@@ -60,7 +69,7 @@ def adapted_linear(
 
     Source: DuDe section 3, in the deviations of DESIGN section 2.
     """
-    y: Tensor = _AdaptedLinear.apply(base_out, x, dA, dB, A0, B0, gain, bias, scaling, dm, slope)
+    y: Tensor = _AdaptedLinear.apply(base_out, x, dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
     return y
 
 
@@ -79,16 +88,21 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         dm: Tensor | None,
         slope: Tensor | None,
+        output_kept: bool,
     ) -> Tensor:
         compute = base_out.dtype
         needs_kept = gain is not None and (ctx.needs_input_grad[6] or ctx.needs_input_grad[9])
-        keep_v = needs_kept and (bias is not None or compute == torch.float16)
+        compact = compute == torch.float32 and x.numel() >= _COMPACT_TOKENS * x.shape[-1]
+        keep_v = needs_kept and (bias is not None or compute == torch.float16 or (compact and not output_kept))
+        keep = (torch.bfloat16 if compact else compute) if keep_v else None
         with torch.autocast(base_out.device.type, enabled=False):
             left, right = _stack(dA, dB, A0, B0, compute)
             base = base_out.reshape(-1, base_out.shape[-1])
             u = x.reshape(-1, x.shape[-1]).to(compute) @ right.T  # (tokens, 2r)
-            y, kept = compose(base, u, left, gain, bias, scaling, keep_v)
+            y, kept = compose(base, u, left, gain, bias, scaling, keep)
             y = y.view(base_out.shape)
+            if B0 is not None:
+                u = u[:, : dA.shape[0]].contiguous()  # x A^T is all that the backward reads
         if needs_kept and kept is None:
             kept = y
         ctx.save_for_backward(x, u, dA, dB, A0, B0, gain, bias, kept, slope)
@@ -100,7 +114,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, dA, dB, A0, B0, gain, bias, kept, slope = ctx.saved_tensors
-        need_base, need_x, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, _ = ctx.needs_input_grad
+        need_base, need_x, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, _, _ = ctx.needs_input_grad
         r, compute, scaling = dA.shape[0], u.dtype, ctx.scaling
         with torch.autocast(dy.device.type, enabled=False):
             left, right = _stack(dA, dB, A0, B0, compute)
@@ -119,7 +133,7 @@ class _AdaptedLinear(torch.autograd.Function):
                     through_B = w if B0 is None else w[:, :r] + w[:, r:]
                     grad_dA = (through_B.T @ x.reshape(-1, x.shape[-1]).to(compute)).to(dA.dtype)
             if need_dB:
-                grad_dB = (dv.T @ u[:, :r]).to(dB.dtype).mul_(scaling)
+                grad_dB = (dv.T @ u).to(dB.dtype).mul_(scaling)
             if dot is not None:
                 dg = dot if ctx.kept_is_v else dot / gain.to(dot.dtype)
                 grad_gain = dg.to(gain.dtype) if need_gain else None
@@ -128,7 +142,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 # base_out carries the other part, g * dy, to the bias through the frozen layer.
                 wide = torch.promote_types(compute, torch.float32)
                 grad_bias = (dy_rows.to(wide).sum(dim=0) * (1 - gain.to(wide))).to(bias.dtype)
-        return grad_base, grad_x, grad_dA, grad_dB, None, None, grad_gain, grad_bias, None, grad_dm, None
+        return grad_base, grad_x, grad_dA, grad_dB, None, None, grad_gain, grad_bias, None, grad_dm, None, None
 
 
 def _stack(dA: Tensor, dB: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

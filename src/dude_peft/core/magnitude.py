@@ -17,11 +17,15 @@ which keeps rows of 1e-25 and of 1e+25 alive; the result is handed out in the ad
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Elements converted at a time when a half-precision weight meets float32 factors: one MiB, which stays in the cache.
-_CHUNK_ELEMENTS = 1 << 18
+# Elements converted at a time when a half-precision weight meets float32 factors: 4 MiB of float32.
+_CHUNK_ELEMENTS = 1 << 20
 # |g| is kept away from 0 by this much: far below any rounding of an output, and y / g still gives the product back.
 _SMALLEST_GAIN = 1e-30
 
@@ -50,15 +54,36 @@ def rows_product(W0: Tensor, rows: Tensor) -> Tensor:
     """Product `W0 rows^T` accumulated in the precision of `rows`, without a full copy of W0.
 
     Args:
-        W0: (out, in) base weight, any floating dtype.
+        W0: (out, in) base weight, any floating dtype; it gets no gradient.
         rows: (k, in) a few rows, float32 or float64.
 
     Returns:
-        (out, k) in the dtype of `rows`.
+        (out, k) in the dtype of `rows`, differentiable in `rows`.
     """
-    if W0.dtype == rows.dtype:
-        return W0 @ rows.T
-    return torch.cat([chunk.to(rows.dtype) @ rows.T for chunk in _chunks(W0)])
+    product: Tensor = W0.detach() @ rows.T if W0.dtype == rows.dtype else _RowsProduct.apply(W0.detach(), rows)
+    return product
+
+
+class _RowsProduct(torch.autograd.Function):
+    """The product in chunks of W0, each converted into the same buffer: fresh memory would cost more than the work."""
+
+    @staticmethod
+    def forward(ctx: Any, W0: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(W0)
+        product = rows.new_empty(W0.shape[0], rows.shape[0])
+        rows_t = rows.T.contiguous()
+        for at, chunk in _converted(W0, rows.dtype):
+            product[at] = chunk @ rows_t
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (W0,) = ctx.saved_tensors
+        total = grad.new_zeros(grad.shape[1], W0.shape[1])
+        for at, chunk in _converted(W0, grad.dtype):
+            total.addmm_(grad[at].T, chunk)
+        return None, total
 
 
 def norm_change(
@@ -142,8 +167,21 @@ def direction_norm(m0: Tensor, q: Tensor) -> Tensor:
 
 
 def _chunks(W: Tensor) -> tuple[Tensor, ...]:
-    whole = W.device.type != "cpu" or torch.compiler.is_compiling()
-    return (W,) if whole else W.split(max(1, _CHUNK_ELEMENTS // max(1, W.shape[1])))
+    return W.split(max(1, _CHUNK_ELEMENTS // max(1, W.shape[1])))
+
+
+def _converted(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    if torch.compiler.is_compiling():
+        yield slice(0, W.shape[0]), W.to(dtype)
+        return
+    buffer: Tensor | None = None
+    start = 0
+    for chunk in _chunks(W):
+        if buffer is None:
+            buffer = torch.empty_like(chunk, dtype=dtype)
+        stop = start + chunk.shape[0]
+        yield slice(start, stop), buffer[: chunk.shape[0]].copy_(chunk)
+        start = stop
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -42,20 +42,18 @@ def thresholds(rows: int, columns: int, device: torch.device, dtype: torch.dtype
     return by_row[:rows], by_column
 
 
-def round_dithered_(v: Tensor, by_row: Tensor, by_column: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 v (rows, columns) to half precision; v itself is left in pieces.
+def round_dithered_(v: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 v to half precision in place.
 
     Args:
         v: (rows, columns) float32.
-        by_row: (rows, 1) int32 of `thresholds`.
-        by_column: (columns,) int32 of `thresholds`.
+        threshold: (rows, columns) int32, the xor of the two halves of `thresholds`.
         dtype: bfloat16 or float16.
 
     Returns:
         v, still float32, holding values that `dtype` represents exactly (float16: but for its subnormal range).
     """
-    bits = v.view(torch.int32)
-    bits.add_(by_row ^ by_column).bitwise_and_(-(1 << DROPPED_BITS[dtype]))
+    v.view(torch.int32).add_(threshold).bitwise_and_(-(1 << DROPPED_BITS[dtype]))
     return v
 
 

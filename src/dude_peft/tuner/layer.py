@@ -30,6 +30,9 @@ TRAINED = ("lora_dA", "lora_dB", "lora_dm")
 FROZEN = ("lora_A0", "lora_B0", "lora_m0")
 # Buffers that follow from the others: W0 A0^T, the gain, its slope.
 _CACHED = ("_start_product", "_gain", "_slope")
+# Layers of the Llama family whose output nothing behind them keeps for its backward: it is rotated, or added to the
+# residual stream. A wrong guess costs memory, nothing else.
+_OUTPUT_NOT_KEPT = ("q_proj", "k_proj", "o_proj", "down_proj")
 
 
 class DudeLinear(nn.Module, BaseTunerLayer):
@@ -53,6 +56,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         # What the cached gain was computed from (`_state_of`), by adapter; without an entry it is stale.
         self._fresh: dict[str, tuple[int, ...]] = {}
         self._number = register(self)
+        self._output_kept = layer_name.rpartition(".")[2] not in _OUTPUT_NOT_KEPT
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -298,9 +302,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         x = self.lora_dropout[name](x)
         cached = g is not None and not g.requires_grad
         dm, slope = (layer.dm, self._slope[name]) if cached else (None, None)
-        return adapted_linear(
-            base_out, x, layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope
-        )
+        factors = (layer.dA, layer.dB, layer.A0, layer.B0)
+        return adapted_linear(base_out, x, *factors, g, bias, self.scaling[name], dm, slope, self._output_kept)
 
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():

@@ -1,0 +1,152 @@
+"""Peak memory of one training step (forward and backward) against PEFT LoRA, and what is saved between the two.
+
+    python benchmarks/memory.py --dtype float32 --dtype bfloat16
+    python benchmarks/memory.py growth
+
+On a CPU every storage that the step makes is counted while it lives, by a dispatch mode: exact, and the same on every
+machine. On a GPU the allocator's own peak is read. What was there before the step (weights, the adapter) is not counted,
+gradients of the adapter are.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from measure import arguments, finish, show
+from step import _exponent, _numbers
+from subjects import BASELINE, adapt, configurations, llama, model_step
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside it, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in given:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("what", nargs="?", default="model", choices=["model", "growth"])
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--ranks", default="16")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=1024, help="in sequences of 512")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    settings = parser.parse_args()
+    settings.dtype = settings.dtype or ["float32", "bfloat16"]
+    results = model(settings) if settings.what == "model" else growth(settings)
+    finish(f"memory {settings.what}", settings, results)
+
+
+def model(settings: Any) -> dict[str, Any]:
+    """Peak of a whole language model's step under every adapter."""
+    results = {}
+    length = min(512, settings.tokens)
+    ids = torch.randint(settings.vocabulary, (settings.tokens // length, length), device=settings.device)
+    for name in settings.dtype:
+        dtype = getattr(torch, name)
+        base = llama(dtype, settings.hidden, settings.layers, settings.intermediate, settings.vocabulary)
+        base.to(settings.device)
+        for rank in _numbers(settings.ranks):
+            rows = {}
+            for case, configuration in configurations(rank).items():
+                adapted = adapt(base, configuration()).to(settings.device)
+                if settings.checkpointing:
+                    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+                rows[case] = measured(adapted, ids, settings.device)
+            for row in rows.values():
+                row["peak_ratio"] = row["peak_mib"] / rows[BASELINE]["peak_mib"]
+                row["saved_ratio"] = row["saved_mib"] / rows[BASELINE]["saved_mib"]
+            title = f"{name}, {settings.layers} layers of {settings.hidden}, {settings.tokens} tokens, r = {rank}"
+            show(title, rows, ["peak_ratio", "peak_mib", "saved_ratio", "saved_mib"])
+            results[title] = rows
+    return results
+
+
+def measured(model: Any, ids: Any, device: str) -> dict[str, float]:
+    """MiB at the peak of forward and backward, and between the two."""
+    step = model_step(model, ids, optimize=False)
+    step()  # caches that stay (rotary tables, the norm) are there from now on
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = model(input_ids=ids, labels=ids).loss
+        saved = torch.cuda.memory_allocated() - before
+        loss.backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with LiveBytes() as live:
+            loss = model(input_ids=ids, labels=ids).loss
+            saved = live.now
+            loss.backward()
+        peak = live.peak
+    model.zero_grad()
+    return {"peak_mib": peak / 2**20, "saved_mib": saved / 2**20}
+
+
+def growth(settings: Any) -> dict[str, Any]:
+    """DuDe's peak against rank, tokens, width and depth, with the exponent of a fitted power law."""
+    axes: dict[str, list[dict[str, int]]] = {
+        "rank": [{"rank": r} for r in (8, 16, 32, 64, 128)],
+        "tokens": [{"tokens": t} for t in (128, 256, 512, 1024)],
+        "width": [{"hidden": h} for h in (256, 512, 768, 1024)],
+        "depth": [{"layers": n} for n in (2, 4, 8, 12)],
+    }
+    results: dict[str, Any] = {}
+    for axis, points in axes.items():
+        rows = {}
+        for point in points:
+            setup = {"rank": 16, "tokens": 256, "hidden": 512, "layers": 4, **point}
+            base = llama(torch.float32, setup["hidden"], setup["layers"], 8 * setup["hidden"] // 3 // 64 * 64, 2048)
+            ids = torch.randint(2048, (1, setup["tokens"]), device=settings.device)
+            cases = configurations(setup["rank"])
+            both = {n: measured(adapt(base, cases[n]()).to(settings.device), ids, settings.device) for n in _PAIR}
+            row = {"peak_mib": both["DuDe"]["peak_mib"], "lora_peak_mib": both[BASELINE]["peak_mib"]}
+            rows[str(next(iter(point.values())))] = {**row, "peak_ratio": row["peak_mib"] / row["lora_peak_mib"]}
+        exponents = {
+            "DuDe": _exponent({float(n): row["peak_mib"] for n, row in rows.items()}),
+            BASELINE: _exponent({float(n): row["lora_peak_mib"] for n, row in rows.items()}),
+        }
+        show(f"growth with {axis}: peak ~ {axis}^{exponents['DuDe']:.2f}", rows, ["peak_ratio", "peak_mib"])
+        results[axis] = {"exponents": exponents, "rows": rows}
+    return results
+
+
+_PAIR = (BASELINE, "DuDe")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What is compared: one frozen model or layer under every adapter, all with the same base weights, rank and alpha.
+
+PEFT's own adapters are made exactly as its users make them (adapters in float32 whatever the base). Every adapter is
+moved a little away from its start, so that no case profits from zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from dude_peft import DudeConfig
+
+BASELINE = "PEFT LoRA"
+
+
+def configurations(r: int) -> dict[str, Callable[[], Any]]:
+    """Name of a case -> its adapter's configuration; None is the frozen base."""
+    common: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"}
+    return {
+        BASELINE: lambda: LoraConfig(**common),
+        "DuDe": lambda: DudeConfig(**common),
+        "frozen base": lambda: None,
+        "PEFT DoRA": lambda: LoraConfig(**common, use_dora=True),
+        # niter_4: the same step as the full SVD's, without its minutes
+        "PEFT PiSSA + DoRA": lambda: LoraConfig(**common, use_dora=True, init_lora_weights="pissa_niter_4"),
+        "our lora": lambda: DudeConfig(**common, method="lora"),
+        "our dora": lambda: DudeConfig(**common, method="dora"),
+        "our pissa": lambda: DudeConfig(**common, method="pissa"),
+    }
+
+
+def llama(
+    dtype: torch.dtype, hidden: int = 768, layers: int = 12, intermediate: int = 2048, vocabulary: int = 8192
+) -> nn.Module:
+    """A Llama with random weights; the default has 97.5 million parameters."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+class OneLinear(nn.Module):
+    """A single linear layer, as a model that PEFT can adapt."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, in) -> (tokens, out)."""
+        return self.linear(x)
+
+
+def adapt(base: nn.Module, configuration: Any) -> nn.Module:
+    """A copy of the base under an adapter; the frozen base itself where there is none."""
+    model = copy.deepcopy(base)
+    model.requires_grad_(False)
+    if configuration is None:
+        return model
+    if isinstance(base, OneLinear):
+        configuration.target_modules = {"linear"}
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, configuration)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * parameter.std() + 1e-4 * torch.randn_like(parameter))
+    return adapted
+
+
+def model_step(model: nn.Module, ids: Tensor, optimize: bool = True) -> Callable[[], None]:
+    """One training step of a language model: forward, backward, optimizer."""
+    if hasattr(model, "enable_input_require_grads"):
+        # With nothing to train the gradient still flows to the embeddings, as it does under adapters.
+        model.enable_input_require_grads()
+    model.train()
+    optimizer = adam(model) if optimize else None
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad()
+
+    return step
+
+
+def layer_step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """One training step of one layer in the middle of a model: its input wants a gradient."""
+    model.train()
+    optimizer = adam(model)
+    x = x.clone().requires_grad_()
+
+    def step() -> None:
+        x.grad = None
+        model(x).backward(dy)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer | None:
+    """AdamW over what trains, fused as the Trainer's default is; None where nothing trains."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
