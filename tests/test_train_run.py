@@ -16,11 +16,11 @@ from tiny import save_tiny, tiny_llama, write_rows
 
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.methods import METHODS
+from dude_peft.terminal.quiet import gathered_warnings
 from dude_peft.train import model as model_module
 from dude_peft.train.config import ModelSection, RunConfig
 from dude_peft.train.config_file import load_config
 from dude_peft.train.model import load_model, load_tokenizer, locate
-from dude_peft.train.quiet import gathered_warnings
 from dude_peft.train.record import RunFolder
 from dude_peft.train.run import run
 from dude_peft.train.start import check_start

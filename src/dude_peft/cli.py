@@ -76,6 +76,48 @@ def train(
         raise _InterruptedError("stopped by Ctrl-C; no adapter was saved, start the run again") from None
 
 
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with safetensors weights, or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="ADAPTER", help="Folder of the adapter.")],
+    method: Annotated[str, typer.Option(help="dude, dora, pissa, lora or rslora.")] = "dude",
+    r: Annotated[int, typer.Option("--r", "-r", help="Rank.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="The change is scaled by lora_alpha / r.")] = 16,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names separated by commas, or a regular expression.")
+    ] = "all-linear",
+    exclude_modules: Annotated[str | None, typer.Option(help="Names to leave out, written the same way.")] = None,
+    rank_pattern: Annotated[str | None, typer.Option(help="Ranks of single layers: '{\"q_proj\": 8}'.")] = None,
+    alpha_pattern: Annotated[str | None, typer.Option(help="Alphas of single layers, written the same way.")] = None,
+    svd_tol: Annotated[float, typer.Option(help="Where the SVD stops; 0 takes a full one.")] = 1e-3,
+    svd_seed: Annotated[int, typer.Option(help="Seed of the SVD.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of a random start (lora, dora, rslora).")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the model in use: auto, float32, bfloat16, float16.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes, one thread each; default: cores, at most 4.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write the start of an adapter from a checkpoint that need not fit into memory; repeat it to resume."""
+    from dude_peft.init.options import int_if_whole, module_names, pattern
+    from dude_peft.init.run import initialise
+
+    settings = {
+        "method": method,
+        "r": r,
+        "lora_alpha": int_if_whole(lora_alpha),
+        "target_modules": module_names(target_modules),
+        "exclude_modules": module_names(exclude_modules),
+        "rank_pattern": pattern("--rank-pattern", rank_pattern),
+        "alpha_pattern": pattern("--alpha-pattern", alpha_pattern),
+        "svd_tol": svd_tol,
+        "svd_seed": svd_seed,
+    }
+    try:
+        initialise(model, output, settings, dtype=dtype, seed=seed, workers=workers, overwrite=overwrite, debug=debug)
+    except KeyboardInterrupt:
+        raise _InterruptedError("stopped by Ctrl-C; the same command goes on where it stopped") from None
+
+
 def main() -> None:
     """Entry point of the console script: runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]

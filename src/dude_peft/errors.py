@@ -8,6 +8,7 @@ The line is made where the fact is known: what is wrong, where (file:line, layer
       ArtifactError      exit 4    an adapter or model file: corrupt, forged, wrong base
       NumericsError      exit 5    NaN or Inf
       ResourceError      exit 6    disk, memory, permission
+      BusyError          exit 75   another process works in the same folder
 """
 
 
@@ -51,3 +52,10 @@ class ResourceError(DudeError, OSError):
 
     exit_code = 6
     label = "resource"
+
+
+class BusyError(DudeError, RuntimeError):
+    """Another process works in the same folder."""
+
+    exit_code = 75
+    label = "busy"

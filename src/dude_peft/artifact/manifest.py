@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
+from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
 
@@ -61,15 +62,25 @@ def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint])
     path = directory / WEIGHTS_FILE
     tensors = safetensors.torch.load_file(path)
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".base_layer.weight")}
-    manifest = Manifest(
-        config=config,
-        base=base,
-        tensors={name: sha256_of([tensor]) for name, tensor in sorted(tensors.items())},
-        config_sha256=_json_sha256(directory / CONFIG_FILE),
-    )
-    text = json.dumps(asdict(manifest), sort_keys=True)
-    metadata = {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
+    hashes = {name: sha256_of([tensor]) for name, tensor in tensors.items()}
+    metadata = sealed_metadata(config, base, hashes, directory / CONFIG_FILE)
     replace_file(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
+
+
+def sealed_metadata(
+    config: dict[str, Any], base: dict[str, TensorPrint], tensors: dict[str, str], config_file: Path
+) -> dict[str, str]:
+    """Metadata of an adapter file: the manifest and its hash.
+
+    Args:
+        config: fields of DudeConfig.
+        base: fingerprints of the adapted base weights.
+        tensors: name of every tensor in the file -> sha256 of its values.
+        config_file: the adapter_config.json that goes with it.
+    """
+    manifest = Manifest(config=config, base=base, tensors=tensors, config_sha256=_json_sha256(config_file))
+    text = json.dumps(asdict(manifest), sort_keys=True)
+    return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -96,8 +107,10 @@ def read_manifest(directory: Path) -> Manifest:
     except SafetensorError as error:
         raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or save it again") from error
     _check_names(set(tensors), set(manifest.tensors), path)
-    for name, tensor in tensors.items():
-        if sha256_of([tensor]) != manifest.tensors[name]:
+    with single_threaded_pool(len(tensors)) as pool:
+        hashes = dict(zip(tensors, pool.map(lambda tensor: sha256_of([tensor]), tensors.values()), strict=True))
+    for name, digest in hashes.items():
+        if digest != manifest.tensors[name]:
             raise ArtifactError(
                 f"'{path}': tensor '{name}' is not what was saved; copy the file again or save it again"
             )
@@ -156,6 +169,11 @@ def _with_sorted_header(data: bytes) -> bytes:
     bytes.
     """
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    return sorted_header(json.loads(data[8 : 8 + size])) + data[8 + size :]
+
+
+def sorted_header(content: dict[str, Any]) -> bytes:
+    """Head of a safetensors file: its length, and the header as sorted JSON."""
+    header = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+    return len(header).to_bytes(8, "little") + header

@@ -44,8 +44,13 @@ def row_norm(W: Tensor) -> Tensor:
 
     Source: DoRA section 4.1 (there called column-wise).
     """
-    parts = [chunk.to(_wide(W)).square().sum(dim=1).sqrt() for chunk in _chunks(W.detach())]
-    return torch.cat(parts)
+    # Into one tensor: small results kept between large temporaries would fragment the heap, by a copy of W and more.
+    norms = torch.empty(W.shape[0], dtype=_wide(W), device=W.device)
+    start = 0
+    for chunk in _chunks(W.detach()):
+        norms[start : start + len(chunk)] = chunk.to(norms.dtype).square().sum(dim=1).sqrt()
+        start += len(chunk)
+    return norms
 
 
 def rows_product(W0: Tensor, rows: Tensor) -> Tensor:

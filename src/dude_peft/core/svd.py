@@ -40,7 +40,9 @@ class TopSVD(NamedTuple):
 
 
 @torch.no_grad()
-def top_svd(W: Tensor, r: int, *, tol: float = 1e-3, seed: int = 0, exact: bool = False) -> TopSVD:
+def top_svd(
+    W: Tensor, r: int, *, tol: float = 1e-3, seed: int = 0, exact: bool = False, overwrite: bool = False
+) -> TopSVD:
     """Return the r largest singular values of W and their vectors.
 
         W (out, in) ≈ U (out, r) diag(S) Vh (r, in),     captured = sum(S²) / ||W||_F²
@@ -55,6 +57,7 @@ def top_svd(W: Tensor, r: int, *, tol: float = 1e-3, seed: int = 0, exact: bool 
         tol: stop when the captured energy of the top r rises by less than this fraction, twice in a row; in (0, 1).
         seed: of the random start block, which is drawn on the CPU and so is the same for every device.
         exact: compute a full SVD, as is always done for small matrices and for r close to min(out, in).
+        overwrite: work in W's own memory where its precision allows, and leave other numbers there: no copy is made.
 
     Raises:
         ConfigError: W is not a dense floating-point matrix with values, or r, tol or seed is out of range.
@@ -66,9 +69,9 @@ def top_svd(W: Tensor, r: int, *, tol: float = 1e-3, seed: int = 0, exact: bool 
     _check_arguments(W, r, tol, seed)
     exponent = _binary_exponent(W)  # a power of two scales exactly, and then no square overflows or is lost
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    A = W.to(dtype, copy=True).mul_(2.0**-exponent)
+    A = W.to(dtype, copy=not overwrite).mul_(2.0**-exponent)
     full = exact or min(A.shape) <= max(_SMALL, 6 * r)
-    with _full_precision_products(A.device):
+    with full_precision_products(A.device):
         U, S, Vh = _full_svd(A) if full else _krylov_svd(A, r, tol, seed)
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
 
@@ -115,8 +118,11 @@ def _binary_exponent(W: Tensor) -> int:
 
 
 @contextmanager
-def _full_precision_products(device: torch.device) -> Iterator[None]:
-    """Switch off autocast and TF32, in which new columns could not be told from rounding noise."""
+def full_precision_products(device: torch.device) -> Iterator[None]:
+    """Switch off autocast and TF32, in which new columns could not be told from rounding noise.
+
+    TF32's switch is the process's: who takes SVDs in several threads enters this around them all.
+    """
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
     with torch.autocast(device.type, enabled=False):

@@ -37,6 +37,8 @@ class SplitOptions:
     """Relative gain of captured energy at which the top-r SVD stops; 0 asks for a full SVD."""
     svd_seed: int = 0
     """Seed of the SVD's start block, and of the random start of an all-zero weight."""
+    overwrite: bool = False
+    """Whether the split may use W0's memory as its own and leave other numbers there: a copy less of a large matrix."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,14 @@ def principal_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -
 
     Source: PiSSA, arXiv 2404.02948, equations 2 and 3; DuDe section 3.
     """
-    svd = top_svd(W0, r, tol=options.svd_tol or 1e-3, seed=options.svd_seed, exact=options.svd_tol == 0)
+    svd = top_svd(
+        W0,
+        r,
+        tol=options.svd_tol or 1e-3,
+        seed=options.svd_seed,
+        exact=options.svd_tol == 0,
+        overwrite=options.overwrite,
+    )
     if svd.rank == 0:
         generator = torch.Generator("cpu").manual_seed(options.svd_seed)
         return Split(_uniform(W0, r, generator), W0.new_zeros(W0.shape[0], r), svd.captured)
@@ -60,5 +67,5 @@ def zero_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Spl
 def _uniform(W0: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
     bound = 1 / math.sqrt(W0.shape[1])
     # Drawn in float32 on the CPU, so that a seed gives the same start on every device.
-    A = torch.empty(r, W0.shape[1], dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    A = torch.empty(r, W0.shape[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     return A.to(W0)

@@ -1,83 +1,19 @@
-"""What a run shows while it goes: one bar at a terminal, plain lines in a log, and tables at the end."""
+"""What a run shows beyond its progress: tables of its result."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dude_peft.data.show import shown
+from dude_peft.terminal import display
 from dude_peft.train.record import Answer, Score
 
-_LOG_WIDTH = 110
 _LONGEST_ANSWER = 700
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """`dude train ... | head` must not end a run: the rest goes nowhere."""
-        self.quiet = True
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-class Display:
-    """Writes to standard output; `Display(quiet=True)` writes nothing."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._console = _Console(quiet=quiet, highlight=False, emoji=False, markup=False)
-        if not self._console.is_terminal and "COLUMNS" not in os.environ:
-            self._console.width = _LOG_WIDTH
-        self.live = self._console.is_terminal and not quiet
-
-    def say(self, text: str) -> None:
-        """One line."""
-        self._console.print(Text(text), soft_wrap=True)
-
-    def warn(self, text: str) -> None:
-        """One line that should be noticed."""
-        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
-
-    @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """A part of the run; yields `advance(count, note="")`. At a terminal a bar, otherwise a line at the end."""
-        start = time.perf_counter()
-        if not self.live:
-            yield lambda count, note="": None
-        else:
-            with self._bar() as bar:
-                task = bar.add_task(name, total=total, note="")
-                yield lambda count, note="": bar.update(task, advance=count, note=note)
-        self.say(f"{name}: {time.perf_counter() - start:.1f} s")
-
-    @contextlib.contextmanager
-    def waiting(self, name: str) -> Iterator[None]:
-        """A part of the run whose length nobody knows: a spinner at a terminal, a line with its time at the end."""
-        start = time.perf_counter()
-        with self._console.status(name) if self.live else contextlib.nullcontext():
-            yield
-        self.say(f"{name}: {time.perf_counter() - start:.1f} s")
-
-    def _bar(self) -> Any:
-        from rich import progress
-
-        return progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=None),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[note]}"),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("ETA"),
-            progress.TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
+class Display(display.Display):
+    """The display of a training run."""
 
     def before_after(self, before: Score, after: Score) -> None:
         """The run's result as a table."""
@@ -91,7 +27,7 @@ class Display:
             change = 100 * (after.right - before.right) / after.rows
             table.add_row("exact match", _share(before), _share(after), f"{change:+.1f} points")
             table.add_row("  95 % interval", _interval(before), _interval(after), "")
-        self._console.print(table)
+        self.console.print(table)
 
     def samples(self, before: tuple[Answer, ...], after: tuple[Answer, ...]) -> None:
         """Answers of the model before and after, side by side."""
@@ -105,7 +41,7 @@ class Display:
             for title, answer in (("before", old), ("after", new)):
                 table.add_column(f"{title}: {'right' if answer.right else 'wrong'}", ratio=1)
             table.add_row(Text(_lines(old.text)), Text(_lines(new.text)))
-            self._console.print(table)
+            self.console.print(table)
 
 
 def _share(score: Score) -> str:

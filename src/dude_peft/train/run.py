@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train.config import RunConfig
 from dude_peft.train.config_file import dump_config
 from dude_peft.train.picture import check_picture, loss_curve
-from dude_peft.train.quiet import gathered_warnings, quiet_imports
 from dude_peft.train.record import ADAPTER, CONFIG, PICTURE, Answer, RunFolder, RunReport, Score
 from dude_peft.version import __version__
 

@@ -137,7 +137,7 @@ class DudeConfig(PeftConfig):
             own = {name: pair for name, pair in own.items() if pair != (self.r, self.lora_alpha)}
             rank_pattern = {name: r for name, (r, _) in own.items()}
             alpha_pattern = {name: alpha * math.sqrt(r) for name, (r, alpha) in own.items()}
-        return LoraConfig(
+        stock = LoraConfig(
             r=double * self.r,
             lora_alpha=_int_if_whole(lora_alpha),  # type: ignore[arg-type]  # PEFT computes with floats too
             lora_dropout=self.lora_dropout,
@@ -156,6 +156,9 @@ class DudeConfig(PeftConfig):
             revision=self.revision,
             inference_mode=self.inference_mode,
         )
+        # LoraConfig makes sets of these, whose order in the file would change from process to process.
+        stock.target_modules, stock.exclude_modules = _sorted(stock.target_modules), _sorted(stock.exclude_modules)
+        return stock
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json for stock PEFT, and the manifest into the tensors beside it.

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import adapted_linear
-from dude_peft.core.magnitude import gain, gain_slope, norm_change, row_norm
+from dude_peft.core.magnitude import gain, gain_slope, norm_change
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
+from dude_peft.methods.start import Start
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.refresh import refresh_caches, register
+from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
 
 # On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
@@ -68,7 +70,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._opaque_print = frozen.layer_fingerprint(base_layer) if opaque else None
         self._fingerprint: tuple[tuple[int, int, str], TensorPrint] | None = None
 
-    def add(self, adapter_name: str, config: DudeConfig, meta: bool = False) -> None:
+    def add(self, adapter_name: str, config: DudeConfig, meta: bool = False, start: Start | None = None) -> None:
         """Add an adapter: split the base weight, set the deviations to zero.
 
         An adapter that is about to be loaded from a file gets zeros instead of a split (which is the base model too).
@@ -77,6 +79,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             adapter_name: name.
             config: configuration; its patterns decide this layer's rank and alpha.
             meta: leave all tensors on the meta device, for loading with low_cpu_mem_usage.
+            start: the start, where it has been computed (`tuner.starts`); None computes it here.
 
         Raises:
             ConfigError: the rank does not fit the layer.
@@ -95,7 +98,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             split = Split(zeros(r, self.in_features), zeros(self.out_features, r) if spec.principal else None)
             m0 = zeros(self.out_features)
         else:
-            split, m0 = self._start(r, scaling, config)
+            split, m0 = start or start_of_layer(self, self.layer_name, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
         self.scaling[adapter_name], self.norm_gradient[adapter_name] = scaling, config.norm_gradient
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
@@ -321,11 +324,6 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         factors = (layer.dA, layer.dB, layer.A0, layer.B0)
         return adapted_linear(base_out, x, *factors, g, bias, self.scaling[name], dm, slope, self._output_kept)
 
-    def _start(self, r: int, scaling: float, config: DudeConfig) -> tuple[Split, Tensor]:
-        W0 = self._base_weight()
-        check_finite(self.layer_name, W0)
-        return config.spec.split(W0, r, scaling, config.split_options), row_norm(W0)
-
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():
             return frozen.dense_weight(self.get_base_layer())
@@ -411,17 +409,4 @@ def check_rank(layer_name: str, shape: tuple[int, int], r: int) -> None:
         raise ConfigError(
             f"r={r} is more than layer '{layer_name}' (out {out}, in {in_}) can take; use r <= {min(out, in_)}, or "
             f"give it a smaller one with rank_pattern"
-        )
-
-
-def check_finite(layer_name: str, W0: Tensor) -> None:
-    """Refuse a weight with NaN or Inf, naming the first place."""
-    if bool(torch.isfinite(W0.sum())):
-        return
-    bad = torch.nonzero(~torch.isfinite(W0))
-    if len(bad):
-        row, column = bad[0].tolist()
-        raise NumericsError(
-            f"base weight of '{layer_name}' holds {W0[row, column].item()} at [{row}, {column}] ({len(bad)} such "
-            f"entries); the checkpoint is damaged, load it again"
         )

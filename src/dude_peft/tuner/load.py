@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.core.threads import one_thread, single_threaded_pool
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
@@ -56,9 +57,10 @@ def load_adapter(
     assert config._loading is not None
     _check_base(base, config._loading.base, str(path), allow_base_mismatch)
     if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(
-            model, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **hub_options
-        )
+        with one_thread():  # hundreds of small copies
+            return PeftModel.from_pretrained(
+                model, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **hub_options
+            )
     model.add_adapter(adapter_name, config)
     try:
         model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **hub_options)
@@ -86,7 +88,9 @@ def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, al
                 f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training; "
                 f"load it on the base model it was trained on"
             )
-    wrong = [name for name, expected in recorded.items() if not _holds(modules[name], expected)]
+    with single_threaded_pool(len(recorded)) as pool:  # sha256 lets other threads run
+        held = pool.map(lambda name: _holds(modules[name], recorded[name]), recorded)
+        wrong = [name for name, holds in zip(recorded, held, strict=True) if not holds]
     if not wrong:
         return
     count = f"{len(wrong)} of {len(recorded)} differ (first: '{wrong[0]}')"

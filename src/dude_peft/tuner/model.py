@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.methods.start import Start, check_finite
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
-from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_finite, check_rank
+from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
+from dude_peft.tuner.starts import compute_starts
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -49,12 +51,18 @@ class DudeModel(BaseTuner):
             # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
             unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
             config.target_modules = set(config.target_modules) - unfit
+        self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
+        # Looked up once: a search per layer takes longer than all else that loading an adapter does.
+        self._places = _places(model)
         if state_dict is None:
-            self._check_targets(model, config)
-        self._meta = low_cpu_mem_usage
+            targets = self._check_targets(model, config)
+            if config._loading is None and not low_cpu_mem_usage:
+                self._starts = compute_starts(targets, config)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._starts.clear()
+        self._places.clear()
 
-    def _check_targets(self, model: nn.Module, config: DudeConfig) -> None:
+    def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
         if isinstance(config.target_modules, str):
             try:
@@ -88,6 +96,7 @@ class DudeModel(BaseTuner):
             weight = frozen.plain_weight(layer)
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
+        return targets
 
     def _create_and_replace(
         self,
@@ -100,11 +109,11 @@ class DudeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, DudeLinear):
-            target.add(adapter_name, peft_config, meta=self._meta)
+            target.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
             return
         layer = DudeLinear(target, current_key)
         layer.set_adapter(self.active_adapters)
-        layer.add(adapter_name, peft_config, meta=self._meta)
+        layer.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
         self._replace_module(parent, target_name, layer, target)
@@ -112,12 +121,10 @@ class DudeModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
         # is, in every place where the layer object stands.
-        for other in list(self.model.modules()):
-            if other is new_module:
-                continue
-            for name, module in list(other._modules.items()):
-                if module is child:
-                    setattr(other, name, new_module)
+        places = self._places.pop(id(child), None) or _places(self.model).get(id(child), [])
+        for other, name in places:
+            if other is not new_module:
+                setattr(other, name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -205,6 +212,15 @@ class DudeModel(BaseTuner):
             raise ArtifactError(_names_message(missing, extra))
         config._loading = None
         return {**loaded, **remaining}
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every module of the model, by id -> the modules that hold it, and under which name."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
 
 
 def _base_of(module: nn.Module) -> nn.Module:

@@ -1,0 +1,69 @@
+"""The start of one layer: its weight read, hashed and split, and the tensors that go into the adapter file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.stock import LayerTensors, to_stock
+from dude_peft.init.checkpoint import StoredTensor, read_weight
+from dude_peft.methods import Method, SplitOptions
+from dude_peft.methods.start import start_of
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer to initialise; plain values, since it travels to another process."""
+
+    name: str
+    stored: StoredTensor
+    dtype: str
+    """Of the weight in the model."""
+    transposed: bool
+    """Whether the weight is kept as (in, out)."""
+    r: int
+    scaling: float
+    generator: str = ""
+    """State of torch's generator before this layer, in hexadecimal, for methods that draw from it."""
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """What one layer gives."""
+
+    tensors: dict[str, Tensor]
+    """As stock PEFT reads them, by the names of `artifact.stock`."""
+    base: TensorPrint
+    captured: float | None
+    """Share of the weight's energy that the factors hold, where an SVD was taken."""
+
+
+def compute(task: LayerTask, method: Method, options: SplitOptions) -> LayerStart:
+    """Start of one layer; the bits of `DudeLinear.add` on the same weight, then of saving it.
+
+    Raises:
+        ArtifactError: the file ends early.
+        NumericsError: NaN or Inf in the weight.
+    """
+    stored, base = read_weight(task.stored, getattr(torch, task.dtype))
+    W0 = stored.T if task.transposed else stored
+    out, in_ = W0.shape
+    if task.generator:
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(task.generator)), dtype=torch.uint8))
+    split, m0 = start_of(method, W0, task.r, task.scaling, options, task.name)
+
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=stored.dtype)
+
+    state = LayerTensors(
+        dA=split.A if split.B is None else zeros(task.r, in_),
+        dB=zeros(out, task.r),
+        A0=None if split.B is None else split.A.contiguous(),
+        B0=None if split.B is None else split.B.contiguous(),
+        m0=m0.to(stored.dtype) if method.magnitude else None,
+        dm=zeros(out) if method.magnitude else None,
+    )
+    return LayerStart(to_stock(state, task.scaling), base, split.captured)

@@ -1,0 +1,152 @@
+"""What is to be computed: the target layers of a model without weights, and where each one's weight lies.
+
+The model is made on the meta device and adapted by the tuner itself, so that targets, patterns and refusals are those
+of `get_peft_model`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from dude_peft.data.show import shown
+from dude_peft.errors import ArtifactError, ConfigError, DudeError
+from dude_peft.init.checkpoint import Checkpoint, StoredTensor, is_plain
+from dude_peft.init.layer import LayerTask
+from dude_peft.tuner import DudeConfig, DudeLinear, frozen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `dude init` has to do."""
+
+    config: DudeConfig
+    """As the tuner resolved it on this model."""
+    layers: list[LayerTask]
+    adapter_bytes: int
+    """Size of the tensors that will be written."""
+
+
+def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: DudeConfig, dtype: str, seed: int) -> Plan:
+    """Plan of the adapter that `get_peft_model` would make.
+
+    Args:
+        model_name: recorded in the adapter as its base.
+        folder: with config.json.
+        checkpoint: its weights.
+        config: configuration of the adapter.
+        dtype: of the model: auto (config.json's, or the checkpoint's own), float32, bfloat16, float16.
+        seed: of torch's generator, for methods with a random start.
+
+    Raises:
+        ConfigError: a model that cannot be adapted so.
+        ArtifactError: a weight is missing, or its shape does not fit.
+    """
+    model = _empty_model(model_name, folder, checkpoint, dtype)
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    prefix = model.base_model_prefix
+    # What get_peft_model does, which has no way of its own to leave the tensors empty.
+    config.base_model_name_or_path = model_name
+    adapted: Any = peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    layers, size = [], 0
+    torch.manual_seed(seed)
+    for module in adapted.modules():
+        if not isinstance(module, DudeLinear):
+            continue
+        base: Any = module.get_base_layer()
+        if frozen.plain_weight(base) is None:
+            raise ConfigError(
+                f"target '{module.layer_name}' is a {type(base).__name__}, whose weight is no plain matrix; leave it "
+                "out with --exclude-modules, or initialise in memory with get_peft_model"
+            )
+        stored = _find(f"{module.layer_name}.weight", names_of[id(base.weight)], prefix, checkpoint)
+        if not is_plain(stored):
+            raise ConfigError(
+                f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}: a quantised checkpoint cannot be "
+                "initialised from; use the unquantised one"
+            )
+        if stored.shape != tuple(base.weight.shape):
+            raise ArtifactError(
+                f"tensor '{shown(stored.name)}' has shape {stored.shape}, config.json wants "
+                f"{tuple(base.weight.shape)}; they belong to different models"
+            )
+        (r,), (scaling,) = module.r.values(), module.scaling.values()
+        state = ""
+        if not config.spec.principal:
+            state = bytes(torch.get_rng_state().tolist()).hex()
+            shape = torch.empty(module.out_features, module.in_features, device="meta")
+            config.spec.split(shape, r, scaling, config.split_options)  # moves the generator on
+        dtype_name = str(base.weight.dtype).removeprefix("torch.")
+        transposed = frozen.is_transposed(base)
+        layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
+        size += _bytes_of(module, config, r)
+    return Plan(config, layers, size)
+
+
+def _empty_model(model_name: str, folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
+    try:
+        settings = transformers.AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # transformers raises what its readers raise
+        raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
+    quantised = getattr(settings, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ConfigError(
+            f"model {shown(model_name, 300)} is quantised ({shown(method)}): initialise from the unquantised checkpoint"
+        )
+    wanted = (getattr(settings, "dtype", None) or checkpoint.dtype) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with torch.device("meta"):
+            automatic: Any = transformers.AutoModelForCausalLM
+            model: nn.Module = automatic.from_config(settings, dtype=wanted)
+    except DudeError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model {shown(model_name, 300)} is no causal language model that transformers knows ({_first(error)})"
+        ) from error
+    model.name_or_path = settings.name_or_path = model_name  # type: ignore[assignment]
+    return model
+
+
+def _find(key: str, names: list[str], prefix: str, checkpoint: Checkpoint) -> StoredTensor:
+    """The stored tensor of a parameter: under its own name or a tied one's, with or without the model's prefix."""
+    found: dict[str, StoredTensor] = {}
+    for name in names:
+        other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+        stored = checkpoint.tensors.get(name) or checkpoint.tensors.get(other)
+        if stored is not None:
+            found[stored.name] = stored
+    if not found:
+        raise ArtifactError(
+            f"the checkpoint has no tensor '{shown(key)}' ({len(checkpoint.tensors)} others); use one in transformers' "
+            "own layout"
+        )
+    if len(found) > 1:
+        raise ArtifactError(
+            f"the checkpoint has {' and '.join(map(shown, found))}, which are one weight in the model; leave the layer "
+            "out with --exclude-modules"
+        )
+    return next(iter(found.values()))
+
+
+def _bytes_of(module: DudeLinear, config: DudeConfig, r: int) -> int:
+    out, in_ = module.out_features, module.in_features
+    numbers = 2 * r * (out + in_) + r * in_ if config.spec.principal else r * (out + in_)
+    if config.spec.magnitude:
+        numbers += 3 * out
+    base: Any = module.get_base_layer()
+    return numbers * torch.promote_types(base.weight.dtype, torch.float32).itemsize
+
+
+def _first(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {shown(text.splitlines()[0], 200)}" if text else type(error).__name__

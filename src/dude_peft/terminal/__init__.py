@@ -1,0 +1,1 @@
+"""What every command shows at a terminal, and what it keeps away from it."""

@@ -1,0 +1,75 @@
+"""Progress of a command: one bar at a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+_LOG_WIDTH = 110
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """`dude train ... | head` must not end a run: the rest goes nowhere."""
+        self.quiet = True
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class Display:
+    """Writes to standard output; `Display(quiet=True)` writes nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = _Console(quiet=quiet, highlight=False, emoji=False, markup=False)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = _LOG_WIDTH
+        self.live = self.console.is_terminal and not quiet
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that should be noticed."""
+        self.console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        """A part of the run; yields `advance(count, note="")`. At a terminal a bar, otherwise a line at the end."""
+        start = time.perf_counter()
+        if not self.live:
+            yield lambda count, note="": None
+        else:
+            with self._bar() as bar:
+                task = bar.add_task(name, total=total, note="")
+                yield lambda count, note="": bar.update(task, advance=count, note=note)
+        self.say(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """A part of the run whose length nobody knows: a spinner at a terminal, a line with its time at the end."""
+        start = time.perf_counter()
+        with self.console.status(name) if self.live else contextlib.nullcontext():
+            yield
+        self.say(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    def _bar(self) -> Any:
+        from rich import progress
+
+        return progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[note]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("ETA"),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )

@@ -1,0 +1,88 @@
+"""The starts of all target layers, several layers at a time.
+
+A top-r SVD is a chain of small steps, in which threads mostly wait for each other; layers are independent. So every
+SVD runs on one thread and as many layers at a time as torch has threads (on a GPU one at a time, and devices side by
+side). The bits are those of one layer after the other, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.utils import logging
+
+from dude_peft.core.svd import full_precision_products
+from dude_peft.core.threads import one_thread, single_threaded_pool
+from dude_peft.methods.start import Start, start_of
+from dude_peft.tuner import frozen
+from dude_peft.tuner.config import DudeConfig
+
+# Every thread holds a float32 copy of its weight: more of them would cost a model's worth of memory.
+_MOST_THREADS = 16
+_BAR_AFTER_SECONDS = 3.0
+
+
+def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig) -> dict[str, Start]:
+    """Start of every target layer, by its name.
+
+    Methods that draw from torch's global generator are left out, and so are layers whose weight is only to be had
+    through their forward: they are computed in order, when the layer is made.
+
+    Args:
+        targets: name and layer, adapted by other adapters already or not.
+        config: the new adapter's configuration.
+
+    Raises:
+        NumericsError: NaN or Inf in a weight.
+    """
+    if not config.spec.principal:
+        return {}
+    by_device: dict[torch.device, list[tuple[str, Any]]] = {}
+    for name, module in targets:
+        weight = frozen.plain_weight(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        if weight is not None and weight.device.type != "meta":
+            by_device.setdefault(weight.device, []).append((name, module))
+    with ExitStack() as stack:
+        jobs: dict[Future[Start], str] = {}
+        for device, layers in by_device.items():
+            stack.enter_context(full_precision_products(device))
+            most = _MOST_THREADS if device.type == "cpu" else 1
+            pool = stack.enter_context(single_threaded_pool(len(layers), most))
+            jobs |= {pool.submit(start_of_layer, module, name, config): name for name, module in layers}
+        return {jobs[job]: job.result() for job in _with_bar(jobs)}
+
+
+def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
+    """Start of one layer, adapted already or not.
+
+    Raises:
+        NumericsError: NaN or Inf in the base weight.
+    """
+    r, alpha = config.rank_and_alpha(name)
+    options = config.split_options
+    adapted = isinstance(module, BaseTunerLayer)
+    with module.unmerged() if adapted else nullcontext(), torch.no_grad():
+        base = module.get_base_layer() if adapted else module
+        weight = frozen.plain_weight(base)
+        W0 = frozen.dense_weight(base)
+        if weight is None or weight.dtype != W0.dtype:  # a copy already
+            options = replace(options, overwrite=True)
+        with one_thread():
+            return start_of(config.spec, W0, r, config.spec.scaling(r, alpha), options, name)
+
+
+def _with_bar(jobs: dict[Future[Start], str]) -> Iterator[Future[Start]]:
+    """The jobs as they are done; the bar is transformers' own (and obeys its switch), and shows up at a terminal."""
+    with logging.tqdm(
+        total=len(jobs), desc="Initialising", unit="layer", delay=_BAR_AFTER_SECONDS, disable=None
+    ) as bar:
+        for job in as_completed(jobs):
+            yield job
+            bar.update(1)
