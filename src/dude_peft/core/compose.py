@@ -12,13 +12,14 @@ and leave the fusing to the compiler.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from dude_peft.core.rounding import is_half, round_dithered_, thresholds
+from dude_peft.core.scratch import scratch
 
 _BLOCK_ELEMENTS = 1 << 19  # of float32: 2 MiB; smaller blocks cost more in waking threads than the cache gives back
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported: that takes a second
@@ -75,9 +76,9 @@ def compose(
     y = torch.empty_like(base)
     kept = None if keep is None else torch.empty_like(base, dtype=keep)
     by_row, by_column = thresholds(base.shape[0], base.shape[1], base.device, dtype) if half else (y, y)
-    scratch, pattern = _scratch(base, wide), _scratch(base, torch.int32)
-    for rows in _blocks(base):
-        v = scratch(rows).copy_(base[rows]) if half else y[rows].copy_(base[rows])
+    out = base.shape[1]
+    for rows, count in _blocks(base):
+        v = (scratch(count, out, wide, base, "block") if half else y[rows]).copy_(base[rows])
         v.addmm_(u[rows], left_t, alpha=scaling)
         if kept is not None:
             kept[rows] = v if b is None else v - b
@@ -86,7 +87,9 @@ def compose(
         if shift is not None:
             v.add_(shift)
         if half:
-            threshold = torch.bitwise_xor(by_row[rows], by_column, out=pattern(rows))
+            threshold = torch.bitwise_xor(
+                by_row[rows], by_column, out=scratch(count, out, torch.int32, base, "pattern")
+            )
             y[rows] = round_dithered_(v, threshold, dtype)
     return y, kept
 
@@ -117,35 +120,21 @@ def spread(
     g = gain.to(wide)
     dv = torch.empty_like(dy)
     dot = None if kept is None else torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
-    scratch, products = _scratch(dy, wide), _scratch(dy, wide)
-    for rows in _blocks(dy):
-        d = scratch(rows).copy_(dy[rows])
+    out = dy.shape[1]
+    for rows, count in _blocks(dy):
+        d = scratch(count, out, wide, dy, "block").copy_(dy[rows])
         if kept is not None and dot is not None:
-            dot.add_(products(rows).copy_(kept[rows]).mul_(d).sum(dim=0))
+            products = scratch(count, out, wide, dy, "products").copy_(kept[rows]).mul_(d)
+            dot.add_(products.sum(dim=0))
         dv[rows] = d.mul_(g)
     return dv, dot, None if left is None else dv @ left
 
 
-def _block_rows(matrix: Tensor) -> int:
-    if matrix.device.type != "cpu" or torch.compiler.is_compiling():
-        return max(1, matrix.shape[0])
-    return min(max(1, matrix.shape[0]), max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1])))
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    size = _block_rows(matrix)
-    for start in range(0, matrix.shape[0], size):
-        yield slice(start, min(start + size, matrix.shape[0]))
-
-
-def _scratch(matrix: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
-    """One buffer of a block's size, used again by every block: fresh memory costs more than what is done in it."""
-    buffer: Tensor | None = None
-
-    def block(rows: slice) -> Tensor:
-        nonlocal buffer
-        if buffer is None:
-            buffer = torch.empty(_block_rows(matrix), matrix.shape[1], dtype=dtype, device=matrix.device)
-        return buffer[: rows.stop - rows.start]
-
-    return block
+def _blocks(matrix: Tensor) -> Iterator[tuple[slice, int]]:
+    """Rows of the matrix in blocks, and how many each has; all at once but on a CPU in eager mode."""
+    rows, columns = matrix.shape
+    whole = matrix.device.type != "cpu" or torch.compiler.is_compiling()
+    size = max(1, rows if whole else _BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, size):
+        count = min(size, rows - start)
+        yield slice(start, start + count), count

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from dude_peft.core import compose
 from dude_peft.core.rounding import is_half
+from dude_peft.core.scratch import scratch
 
 # Elements converted at a time when a half-precision weight meets float32 factors: 4 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 20
@@ -82,7 +83,7 @@ class _RowsProduct(torch.autograd.Function):
         product = rows.new_empty(W0.shape[0], rows.shape[0])
         rows_t = rows.T.contiguous()
         for at, chunk in _converted(W0, rows.dtype):
-            product[at] = chunk @ rows_t
+            torch.mm(chunk, rows_t, out=product[at])
         return product
 
     @staticmethod
@@ -183,13 +184,11 @@ def _converted(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     if torch.compiler.is_compiling():
         yield slice(0, W.shape[0]), W.to(dtype)
         return
-    buffer: Tensor | None = None
     start = 0
     for chunk in _chunks(W):
-        if buffer is None:
-            buffer = torch.empty_like(chunk, dtype=dtype)
         stop = start + chunk.shape[0]
-        yield slice(start, stop), buffer[: chunk.shape[0]].copy_(chunk)
+        buffer = scratch(chunk.shape[0], W.shape[1], dtype, W, "weight")
+        yield slice(start, stop), buffer.copy_(chunk)
         start = stop
 
 
