@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dude_peft.core.linear import adapted_linear
+from dude_peft.core.linear import adapted_dense, adapted_linear
 from dude_peft.core.magnitude import direction_norm, gain, norm_change, row_norm, rows_product
 from dude_peft.core.reference import reference_direction, reference_gain, reference_linear, reference_weight
 
@@ -51,14 +51,17 @@ class Case:
     def leaves(self):
         return [t for t in (self.x, self.dA, self.dB, self.dm, self.bias) if t is not None]
 
-    def fast(self, mode="detached"):
+    def fast(self, mode="detached", inside=False):
         g = None
         if self.dm is not None:
             start = None if self.A0 is None else rows_product(self.W0, self.A0)
             q = norm_change(rows_product(self.W0, self.dA), start, self.dA, self.dB, self.A0, self.B0, SCALING)
             g = gain(self.m0, self.dm, q, mode)
-        base = torch.nn.functional.linear(self.x, self.W0, self.bias)
         x = self.x if self.mask is None else self.x * self.mask
+        if inside:
+            factors = (self.dA, self.dB, self.A0, self.B0, g)
+            return adapted_dense(self.x, self.W0, None if self.mask is None else x, *factors, self.bias, SCALING)
+        base = torch.nn.functional.linear(self.x, self.W0, self.bias)
         bias = self.bias if g is not None else None
         return adapted_linear(base, x, self.dA, self.dB, self.A0, self.B0, g, bias, SCALING)
 
@@ -72,8 +75,8 @@ class Case:
         x_change = None if self.mask is None else self.x * self.mask
         return reference_linear(self.x, self.W0, self.bias, self.direction(), m, mode, x_change)
 
-    def outputs_and_gradients(self, function, mode):
-        y = function(mode)
+    def outputs_and_gradients(self, function, mode, **settings):
+        y = function(mode, **settings)
         return [y.detach(), *torch.autograd.grad(y, self.leaves, self.dy.to(y.dtype))]
 
 
@@ -86,9 +89,10 @@ def relative_error(value, expected):
 @pytest.mark.parametrize("principal", [True, False])
 @pytest.mark.parametrize("magnitude", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_outputs_and_all_gradients_equal_the_textbook(dtype, bound, mode, principal, magnitude, bias):
+@pytest.mark.parametrize("inside", [True, False])
+def test_outputs_and_all_gradients_equal_the_textbook(dtype, bound, mode, principal, magnitude, bias, inside):
     case = Case(dtype, principal, magnitude, bias)
-    ours = case.outputs_and_gradients(case.fast, mode)
+    ours = case.outputs_and_gradients(case.fast, mode, inside=inside)
     theirs = case.outputs_and_gradients(case.reference, mode)
     names = ["y", "x", "dA", "dB", *(["dm"] if magnitude else []), *(["bias"] if bias else [])]
     for name, value, expected in zip(names, ours, theirs, strict=True):
@@ -98,9 +102,10 @@ def test_outputs_and_all_gradients_equal_the_textbook(dtype, bound, mode, princi
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_half_precision_stays_within_its_rounding(dtype, bound, bias):
+@pytest.mark.parametrize("inside", [True, False])
+def test_half_precision_stays_within_its_rounding(dtype, bound, bias, inside):
     case = Case(dtype, bias=bias, out=64, in_=48, r=4, tokens=(40,))
-    ours = case.outputs_and_gradients(case.fast, "detached")
+    ours = case.outputs_and_gradients(case.fast, "detached", inside=inside)
     theirs = case.outputs_and_gradients(case.reference, "detached")
     for value, expected in zip(ours, theirs, strict=True):
         assert relative_error(value, expected) <= bound
@@ -127,12 +132,14 @@ def test_the_untouched_layer_gives_the_bits_it_was_given(dtype):
             deviation.zero_()
     base = torch.nn.functional.linear(case.x, case.W0, case.bias)
     assert torch.equal(case.fast(), base)
+    assert torch.equal(case.fast(inside=True), base)
 
 
-def test_dropout_acts_on_the_change_alone():
+@pytest.mark.parametrize("inside", [True, False])
+def test_dropout_acts_on_the_change_alone(inside):
     case = Case(torch.float64)
     case.mask = (torch.rand(case.x.shape, generator=torch.Generator().manual_seed(9)) > 0.5).double() * 2
-    ours = case.outputs_and_gradients(case.fast, "detached")
+    ours = case.outputs_and_gradients(case.fast, "detached", inside=inside)
     theirs = case.outputs_and_gradients(case.reference, "detached")
     for value, expected in zip(ours, theirs, strict=True):
         assert relative_error(value, expected) <= 1e-13
@@ -171,6 +178,25 @@ def test_rows_of_extreme_size(scale):
     assert relative_error(row_norm(W0), expected) <= 1e-14
     zero = torch.zeros(5)
     assert torch.equal(gain(row_norm(W0), zero, zero.double()), torch.ones(5))
+
+
+def test_a_product_kept_in_half_precision_costs_the_magnitude_nothing_that_counts():
+    """From 512 tokens on float32 may keep v as bfloat16; all other gradients are untouched."""
+    gradients = []
+    for output_kept in (True, False):
+        g = torch.Generator().manual_seed(0)
+        x, dy, W0 = (torch.randn(*size, generator=g) for size in ((1024, 48), (1024, 64), (64, 48)))
+        dA, dB = (0.1 * torch.randn(*size, generator=g) for size in ((4, 48), (64, 4)))
+        gain = (1 + 0.01 * torch.randn(64, generator=g)).requires_grad_()
+        leaves = [t.requires_grad_() for t in (x, dA, dB)] + [gain]
+        y = adapted_linear(x @ W0.T, x, dA, dB, None, None, gain, None, 1.0, output_kept=output_kept)
+        gradients.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    exact, compact = gradients
+    assert all(torch.equal(a, b) for a, b in zip(exact[:4], compact[:4], strict=True))
+    assert 0 < relative_error(compact[4], exact[4]) <= 3e-3
+    # Against the noise that a gradient over 1,024 tokens has of itself: the spread of the sum's terms.
+    spread = (dy * y.detach()).norm(dim=0)
+    assert ((compact[4] - exact[4]).abs() / spread).max() <= 1e-2
 
 
 def test_second_derivatives_are_refused():

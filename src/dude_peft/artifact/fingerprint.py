@@ -1,17 +1,22 @@
-"""Fingerprint of the base weights that an adapter was trained on: sha256 of the values, tensor by tensor.
+"""Fingerprint of the base weights that an adapter was trained on: a hash of the values, tensor by tensor.
 
 It does not depend on file names, on shards, or on a dtype that holds the same values: a weight in another dtype is cast
 to the recorded one, and matches if that loses nothing and the hash agrees (a bfloat16 checkpoint loaded in float32 is
 the same base; a float32 checkpoint rounded to bfloat16 is not).
+
+The hash is XXH3 with 128 bits, at the speed of memory: a base model is gigabytes, read whenever an adapter is loaded,
+and the question is whether it is the wrong one, not whether somebody forged it (who can choose the base model needs no
+collision). An adapter's own tensors, which are small and travel, carry sha256.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
+import xxhash
 from torch import Tensor
 
 
@@ -20,16 +25,17 @@ class TensorPrint(TypedDict):
 
     dtype: str
     shape: list[int]
-    sha256: str
+    xxh3_128: str
 
 
 def sha256_of(tensors: Iterable[Tensor]) -> str:
     """Hexadecimal sha256 of the values of some tensors, row-major, one after the other."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return _digest(hashlib.sha256(), tensors)
+
+
+def xxh3_of(tensors: Iterable[Tensor]) -> str:
+    """Hexadecimal XXH3 (128 bits) of the values of some tensors, row-major, one after the other."""
+    return _digest(xxhash.xxh3_128(), tensors)
 
 
 def fingerprint(weight: Tensor) -> TensorPrint:
@@ -37,7 +43,7 @@ def fingerprint(weight: Tensor) -> TensorPrint:
     return {
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
-        "sha256": sha256_of([weight]),
+        "xxh3_128": xxh3_of([weight]),
     }
 
 
@@ -54,4 +60,11 @@ def same_values(weight: Tensor, recorded: TensorPrint) -> bool:
         if not torch.equal(cast.to(weight.dtype), weight):
             return False
         weight = cast
-    return sha256_of([weight]) == recorded["sha256"]
+    return xxh3_of([weight]) == recorded["xxh3_128"]
+
+
+def _digest(digest: Any, tensors: Iterable[Tensor]) -> str:
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())

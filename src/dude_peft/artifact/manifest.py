@@ -24,7 +24,7 @@ from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: base weights hashed with sha256
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _KEY, _SEAL = "dude", "dude_sha256"
 
@@ -128,13 +128,17 @@ def _parse(text: str, path: Path) -> Manifest:
         if version != FORMAT_VERSION:
             raise ArtifactError(
                 f"'{path}' has adapter format {version}, this is dude-peft {__version__} with format {FORMAT_VERSION}; "
-                f"upgrade with: pip install -U dude-peft"
+                + (
+                    "peft.PeftModel loads it for inference, training starts anew"
+                    if version == 1
+                    else "upgrade with: pip install -U dude-peft"
+                )
             )
         manifest = Manifest(**fields)
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
             raise TypeError("config, base and tensors have to be objects")
         if not all(set(entry) == set(TensorPrint.__annotations__) for entry in manifest.base.values()):
-            raise TypeError("a fingerprint has to have dtype, shape and sha256")
+            raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged ({error}); copy the file again") from error
     return manifest

@@ -22,6 +22,7 @@ from dude_peft.core.rounding import is_half, round_dithered_, thresholds
 from dude_peft.core.scratch import scratch
 
 _BLOCK_ELEMENTS = 1 << 19  # of float32: 2 MiB; smaller blocks cost more in waking threads than the cache gives back
+_BUFFERED_ELEMENTS = 1 << 23  # a gradient up to this size may stay in a buffer between layers
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported: that takes a second
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +47,7 @@ def compose(
     bias: Tensor | None,
     scaling: float,
     keep: torch.dtype | None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Output of the adapted layer from the frozen layer's.
 
@@ -59,6 +61,7 @@ def compose(
         bias: (out,) the bias inside base; ignored without a gain.
         scaling: s.
         keep: dtype in which v without its bias is returned as well; None for not at all.
+        overwrite: y may take base's place.
 
     Returns:
         (y, kept), both (tokens, out): y in base's dtype; kept = v - bias, or None.
@@ -73,12 +76,14 @@ def compose(
     g = None if gain is None else gain.to(wide)
     b = None if bias is None or g is None else bias.to(wide)
     shift = None if b is None or g is None else (1 - g) * b
-    y = torch.empty_like(base)
+    y = base if overwrite else torch.empty_like(base)
     kept = None if keep is None else torch.empty_like(base, dtype=keep)
     by_row, by_column = thresholds(base.shape[0], base.shape[1], base.device, dtype) if half else (y, y)
     out = base.shape[1]
     for rows, count in _blocks(base):
-        v = (scratch(count, out, wide, base, "block") if half else y[rows]).copy_(base[rows])
+        v = scratch(count, out, wide, base, "block") if half else y[rows]
+        if half or not overwrite:
+            v.copy_(base[rows])
         v.addmm_(u[rows], left_t, alpha=scaling)
         if kept is not None:
             kept[rows] = v if b is None else v - b
@@ -95,7 +100,7 @@ def compose(
 
 
 def spread(
-    dy: Tensor, gain: Tensor | None, kept: Tensor | None, left: Tensor | None
+    dy: Tensor, gain: Tensor | None, kept: Tensor | None, left: Tensor | None, passing: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient before the gain, and what the gradients of the gain and of the low-rank factors need.
 
@@ -106,6 +111,7 @@ def spread(
         gain: (out,) g; None for 1.
         kept: (tokens, out) what `compose` kept, or y itself; None if no gradient of the gain is wanted.
         left: (out, k) L in dy's dtype; None if w is not wanted.
+        passing: dv is done with before the next layer's turn, and may lie in a buffer.
 
     Returns:
         (dv, dot, w): (tokens, out) in dy's dtype (dy itself without a gain), (out,) in float32 or better, or None, and
@@ -118,15 +124,23 @@ def spread(
         return kernels.spread(dy, gain, kept, left)
     wide = torch.promote_types(dy.dtype, torch.float32)
     g = gain.to(wide)
-    dv = torch.empty_like(dy)
-    dot = None if kept is None else torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
     out = dy.shape[1]
+    buffered = passing and dy.numel() <= _BUFFERED_ELEMENTS
+    dv = scratch(dy.shape[0], out, dy.dtype, dy, "dv") if buffered else torch.empty_like(dy)
+    dot = None if kept is None else torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
     for rows, count in _blocks(dy):
-        d = scratch(count, out, wide, dy, "block").copy_(dy[rows])
+        d = dy[rows] if dy.dtype == wide else scratch(count, out, wide, dy, "block").copy_(dy[rows])
         if kept is not None and dot is not None:
-            products = scratch(count, out, wide, dy, "products").copy_(kept[rows]).mul_(d)
+            products = scratch(count, out, wide, dy, "products")
+            if kept.dtype == wide:
+                torch.mul(d, kept[rows], out=products)
+            else:
+                products.copy_(kept[rows]).mul_(d)
             dot.add_(products.sum(dim=0))
-        dv[rows] = d.mul_(g)
+        if dy.dtype == wide:
+            torch.mul(d, g, out=dv[rows])
+        else:
+            dv[rows] = d.mul_(g)
     return dv, dot, None if left is None else dv @ left
 
 

@@ -3,9 +3,13 @@
     y = g * (base + s ((x A^T) dB^T + (x dA^T) B0^T)) + bias,     base = x W0^T,  A = A0 + dA
 
 `base_out` comes from the frozen layer, called once, as it is, so any layer that maps rows works: dense, quantised,
-sharded, hooked. The two low-rank products are stacked, L = [dB, B0] (out, 2r) and R = [A; dA] (2r, in), and the sum is
-formed in float32 with one rounding at the end (`rounding.py`). Where nothing changed, g = 1 and the change is 0, the
-bits of `base_out` come out as they went in.
+sharded, hooked. Of a plain frozen nn.Linear the product is taken inside instead (`adapted_dense`), by the same call
+with the same bits: the change is then added where the product lies, and in the backward both parts of the input's
+gradient are one sum, which saves a pass over memory in each direction.
+
+The two low-rank products are stacked, L = [dB, B0] (out, 2r) and R = [A; dA] (2r, in), and the sum is formed in float32
+with one rounding at the end (`rounding.py`). Where nothing changed, g = 1 and the change is 0, the bits of `base_out`
+come out as they went in.
 
 What was traded off: the hand-written backward keeps x, u = x R^T and the output y, where plain autograd would keep
 several (tokens, out) temporaries, and casts the float32 factors inside. The gain's gradient is sum_t dy * v with
@@ -69,7 +73,48 @@ def adapted_linear(
 
     Source: DuDe section 3, in the deviations of DESIGN section 2.
     """
-    y: Tensor = _AdaptedLinear.apply(base_out, x, dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
+    factors = (dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
+    y: Tensor = _AdaptedLinear.apply(base_out, None, None, x, *factors)
+    return y
+
+
+def adapted_dense(
+    x: Tensor,
+    weight: Tensor,
+    x_change: Tensor | None,
+    dA: Tensor,
+    dB: Tensor,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dm: Tensor | None = None,
+    slope: Tensor | None = None,
+    output_kept: bool = True,
+) -> Tensor:
+    """The same as `adapted_linear(linear(x, weight, bias), ...)` with the frozen product inside.
+
+    Args:
+        x: (*, in) the layer's input, in the weight's dtype.
+        weight: (out, in) W0; it gets no gradient.
+        x_change: (*, in) dropped-out copy of x that the change sees; None for x itself.
+        dA: as in `adapted_linear`, and so are all that follow; bias is wanted with and without a gain.
+        dB: see dA.
+        A0: see dA.
+        B0: see dA.
+        gain: see dA.
+        bias: (out,) or None.
+        scaling: s.
+        dm: see dA.
+        slope: see dA.
+        output_kept: see dA.
+
+    Returns:
+        (*, out).
+    """
+    factors = (dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
+    y: Tensor = _AdaptedLinear.apply(None, x, weight, x_change, *factors)
     return y
 
 
@@ -77,8 +122,10 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        base_out: Tensor,
-        x: Tensor,
+        base_out: Tensor | None,
+        x: Tensor | None,
+        weight: Tensor | None,
+        x_change: Tensor | None,
         dA: Tensor,
         dB: Tensor,
         A0: Tensor | None,
@@ -90,57 +137,77 @@ class _AdaptedLinear(torch.autograd.Function):
         slope: Tensor | None,
         output_kept: bool,
     ) -> Tensor:
+        fused = base_out is None
+        if base_out is None:
+            assert x is not None
+            assert weight is not None
+            base_out = torch.nn.functional.linear(x, weight, bias)
+        seen = x if x_change is None else x_change  # what the change sees
+        assert seen is not None
         compute = base_out.dtype
-        needs_kept = gain is not None and (ctx.needs_input_grad[6] or ctx.needs_input_grad[9])
-        compact = compute == torch.float32 and x.numel() >= _COMPACT_TOKENS * x.shape[-1]
+        needs_kept = gain is not None and (ctx.needs_input_grad[8] or ctx.needs_input_grad[11])
+        compact = compute == torch.float32 and seen.numel() >= _COMPACT_TOKENS * seen.shape[-1]
         keep_v = needs_kept and (bias is not None or compute == torch.float16 or (compact and not output_kept))
         keep = (torch.bfloat16 if compact else compute) if keep_v else None
         with torch.autocast(base_out.device.type, enabled=False):
             left, right = _stack(dA, dB, A0, B0, compute)
             base = base_out.reshape(-1, base_out.shape[-1])
-            u = x.reshape(-1, x.shape[-1]).to(compute) @ right.T  # (tokens, 2r)
-            y, kept = compose(base, u, left, gain, bias, scaling, keep)
+            u = seen.reshape(-1, seen.shape[-1]).to(compute) @ right.T  # (tokens, 2r)
+            y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
             y = y.view(base_out.shape)
             if B0 is not None:
                 u = u[:, : dA.shape[0]].contiguous()  # x A^T is all that the backward reads
         if needs_kept and kept is None:
             kept = y
-        ctx.save_for_backward(x, u, dA, dB, A0, B0, gain, bias, kept, slope)
+        ctx.save_for_backward(seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope)
         ctx.kept_is_v = keep_v
         ctx.scaling = scaling
+        ctx.one_input = x_change is None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, dA, dB, A0, B0, gain, bias, kept, slope = ctx.saved_tensors
-        need_base, need_x, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, _, _ = ctx.needs_input_grad
+        seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope = ctx.saved_tensors
+        need_base, need_x, _, need_change, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, _, _ = (
+            ctx.needs_input_grad
+        )
         r, compute, scaling = dA.shape[0], u.dtype, ctx.scaling
+        need_change = need_change or (need_x and ctx.one_input)
         with torch.autocast(dy.device.type, enabled=False):
             left, right = _stack(dA, dB, A0, B0, compute)
             dy_rows = dy.reshape(-1, dy.shape[-1])
-            grad_x = grad_dA = grad_dB = grad_gain = grad_bias = grad_dm = None
+            grad_x = grad_change = grad_dA = grad_dB = grad_gain = grad_bias = grad_dm = None
             kept_rows = None if kept is None else kept.reshape(dy_rows.shape)
-            dv, dot, w = spread(dy_rows, gain, kept_rows, left if need_x or need_dA else None)
+            dv, dot, w = spread(dy_rows, gain, kept_rows, left if need_change or need_dA else None, not need_base)
             grad_base = dv.view(dy.shape) if need_base else None
+            if need_x and weight is not None:
+                grad_x = dv @ weight
             if w is not None:
                 w = w.mul_(scaling)  # (tokens, 2r)
-                if need_x:
-                    grad_x = (w @ right).view(x.shape).to(x.dtype)
+                if grad_x is not None and ctx.one_input:
+                    grad_x.addmm_(w, right)
+                elif need_change:
+                    grad_change = (w @ right).view(seen.shape).to(seen.dtype)
                 if need_dA:
                     through_B = w if B0 is None else w[:, :r] + w[:, r:]
-                    grad_dA = (through_B.T @ x.reshape(-1, x.shape[-1]).to(compute)).to(dA.dtype)
+                    grad_dA = (through_B.T @ seen.reshape(-1, seen.shape[-1]).to(compute)).to(dA.dtype)
+            if grad_x is not None:
+                grad_x = grad_x.view(seen.shape)
             if need_dB:
                 grad_dB = (dv.T @ u).to(dB.dtype).mul_(scaling)
             if dot is not None:
                 dg = dot if ctx.kept_is_v else dot / gain.to(dot.dtype)
                 grad_gain = dg.to(gain.dtype) if need_gain else None
                 grad_dm = (dg * slope.to(dg.dtype)).to(gain.dtype) if need_dm else None
-            if need_bias and bias is not None and gain is not None:
-                # base_out carries the other part, g * dy, to the bias through the frozen layer.
+            if need_bias and bias is not None and (gain is not None or weight is not None):
                 wide = torch.promote_types(compute, torch.float32)
-                grad_bias = (dy_rows.to(wide).sum(dim=0) * (1 - gain.to(wide))).to(bias.dtype)
-        return grad_base, grad_x, grad_dA, grad_dB, None, None, grad_gain, grad_bias, None, grad_dm, None, None
+                grad_bias = dy_rows.to(wide).sum(dim=0)
+                if weight is None:  # base_out carries the other part, g * dy, to the bias through the frozen layer
+                    grad_bias = grad_bias * (1 - gain.to(wide))
+                grad_bias = grad_bias.to(bias.dtype)
+        factors = (grad_dA, grad_dB, None, None, grad_gain, grad_bias, None, grad_dm, None, None)
+        return grad_base, grad_x, None, grad_change, *factors
 
 
 def _stack(dA: Tensor, dB: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
@@ -101,7 +102,7 @@ def read_weight(stored: StoredTensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     """
     stored_dtype = _DTYPES[stored.dtype]
     weight = torch.empty(stored.shape, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
-    flat, digest = weight.view(-1), hashlib.sha256()
+    flat, digest = weight.view(-1), xxhash.xxh3_128()
     buffer = bytearray(_CHUNK_BYTES)
     done = 0
     with open(stored.file, "rb", buffering=0) as file:
@@ -114,7 +115,7 @@ def read_weight(stored: StoredTensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
             flat[done : done + count] = chunk
             done += count
     name = str(dtype).removeprefix("torch.")
-    return weight, {"dtype": name, "shape": list(stored.shape), "sha256": digest.hexdigest()}
+    return weight, {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
 
 
 def is_plain(stored: StoredTensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values, sha256_of
+from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values, xxh3_of
 from dude_peft.core.magnitude import rows_product
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,10 +52,21 @@ def is_transposed(layer: nn.Module) -> bool:
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight as an (out, in) view, or None where the layer is opaque."""
     weight: Any = getattr(layer, "weight", None)
-    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in layer.__dict__
     if not known or type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or weight.dtype not in _PLAIN_DTYPES:
         return None
     return weight.detach().T if is_transposed(layer) else weight.detach()
+
+
+def is_dense(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the layer's forward is nothing but `linear(x, weight, bias)` with a plain frozen weight in x's dtype."""
+    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:  # accelerate puts its own there
+        return False
+    weight: Any = layer.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad or weight.dtype != x.dtype:
+        return False
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and not torch.is_autocast_enabled(x.device.type)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -99,7 +110,7 @@ def layer_fingerprint(layer: nn.Module) -> TensorPrint:
     tensors = {name: t for name, t in layer.state_dict().items() if isinstance(t, Tensor) and not name.endswith("bias")}
     flat = [part for _, tensor in sorted(tensors.items()) for part in _plain_parts(tensor)]
     out, in_ = layer_shape(layer)
-    return {"dtype": f"opaque:{type(layer).__name__}", "shape": [out, in_], "sha256": sha256_of(flat)}
+    return {"dtype": f"opaque:{type(layer).__name__}", "shape": [out, in_], "xxh3_128": xxh3_of(flat)}
 
 
 def holds(layer: nn.Module, recorded: TensorPrint) -> bool:

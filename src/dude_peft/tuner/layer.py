@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
-from dude_peft.core.linear import adapted_linear
+from dude_peft.core.linear import adapted_dense, adapted_linear
 from dude_peft.core.magnitude import gain, gain_slope, norm_change
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
@@ -125,12 +125,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        base_out: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return base_out
         names = self._names(self.active_adapters)
-        if not names:
-            return base_out
+        if not names or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if len(names) == 1 and not args and not kwargs and frozen.is_dense(self.base_layer, x):
+            return self._adapt(names[0], x, None)
+        base_out: Tensor = self.base_layer(x, *args, **kwargs)
         y = self._adapt(names[0], x, base_out)
         for name in names[1:]:
             y = y + (self._adapt(name, x, base_out) - base_out)
@@ -205,8 +205,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return
         assert layer.m0 is not None
         assert layer.dm is not None
-        if self._gain[adapter_name].device != layer.dm.device:
-            self._make_caches(adapter_name)
+        value = self._gain[adapter_name]
+        if value.device != layer.dm.device or value.dtype != torch.promote_types(layer.dm.dtype, torch.float32):
+            self._make_caches(adapter_name)  # the model was moved, and buffers with it
         with torch.no_grad():
             if layer.A0 is not None and adapter_name not in self._fresh:
                 self._start_product[adapter_name].copy_(self._product(layer.A0))
@@ -314,15 +315,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """Whether PEFT may convert the adapter to LoRA by its delta weight; not with a magnitude."""
         return adapter_name not in self.lora_dm
 
-    def _adapt(self, name: str, x: Tensor, base_out: Tensor) -> Tensor:
+    def _adapt(self, name: str, x: Tensor, base_out: Tensor | None) -> Tensor:
+        """Output under one adapter; without the frozen layer's output, its product is taken inside."""
         layer = self.tensors(name)
+        base: Any = self.get_base_layer()
         g = self.gain(name)
-        bias = getattr(self.get_base_layer(), "bias", None) if g is not None else None
-        x = self.lora_dropout[name](x)
         cached = g is not None and not g.requires_grad
         dm, slope = (layer.dm, self._slope[name]) if cached else (None, None)
-        factors = (layer.dA, layer.dB, layer.A0, layer.B0)
-        return adapted_linear(base_out, x, *factors, g, bias, self.scaling[name], dm, slope, self._output_kept)
+        factors = (layer.dA, layer.dB, layer.A0, layer.B0, g)
+        rest = (self.scaling[name], dm, slope, self._output_kept)
+        change = self.lora_dropout[name](x)
+        if base_out is None:
+            x_change = None if change is x else change
+            return adapted_dense(x, base.weight, x_change, *factors, base.bias, *rest)
+        bias = getattr(base, "bias", None) if g is not None else None
+        return adapted_linear(base_out, change, *factors, bias, *rest)
 
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():

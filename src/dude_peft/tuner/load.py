@@ -88,7 +88,7 @@ def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, al
                 f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training; "
                 f"load it on the base model it was trained on"
             )
-    with single_threaded_pool(len(recorded)) as pool:  # sha256 lets other threads run
+    with single_threaded_pool(len(recorded)) as pool:  # hashing lets other threads run
         held = pool.map(lambda name: _holds(modules[name], recorded[name]), recorded)
         wrong = [name for name, holds in zip(recorded, held, strict=True) if not holds]
     if not wrong:
