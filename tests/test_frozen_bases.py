@@ -702,3 +702,20 @@ def test_a_tied_output_layer(tmp_path, method):
     torch.testing.assert_close(logits(reloaded), want, rtol=0, atol=2e-5)
     del stock, reloaded
     gc.collect()
+
+
+def test_accelerates_hooks_on_every_layer_change_nothing():
+    """`device_map` puts its own forward on the layers: they are called then, and are the same plain weights."""
+    from accelerate.hooks import attach_execution_device_hook
+
+    outputs, prints = [], []
+    for hooked in (False, True):
+        model = make("llama")
+        if hooked:
+            attach_execution_device_hook(model, "cpu")
+        model = get_peft_model(model, DudeConfig(r=4, target_modules="all-linear"))
+        perturb(model)
+        outputs.append(logits(model))
+        prints.append([m.base_fingerprint() for m in model.modules() if isinstance(m, DudeLinear)])
+    assert torch.equal(*outputs)
+    assert prints[0] == prints[1]

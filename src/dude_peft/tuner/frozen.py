@@ -52,7 +52,7 @@ def is_transposed(layer: nn.Module) -> bool:
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight as an (out, in) view, or None where the layer is opaque."""
     weight: Any = getattr(layer, "weight", None)
-    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in layer.__dict__
+    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward)
     if not known or type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or weight.dtype not in _PLAIN_DTYPES:
         return None
     return weight.detach().T if is_transposed(layer) else weight.detach()
