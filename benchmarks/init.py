@@ -27,6 +27,7 @@ import torch
 import transformers
 from measure import arguments, console, finish, interleaved, set_threads, show
 from peft import LoraConfig, get_peft_model
+from subjects import llama
 
 from dude_peft import DudeConfig
 from dude_peft.core.svd import top_svd
@@ -86,15 +87,8 @@ def svd_part(settings, notes):
 
 
 def _llama(settings):
-    config = transformers.LlamaConfig(
-        vocab_size=8192,
-        hidden_size=settings.hidden,
-        intermediate_size=8 * settings.hidden // 3 // 64 * 64,
-        num_hidden_layers=settings.model_layers,
-        num_attention_heads=settings.hidden // 64,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    intermediate = 8 * settings.hidden // 3 // 64 * 64
+    model = llama(torch.float32, settings.hidden, settings.model_layers, intermediate)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.model.modules():

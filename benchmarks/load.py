@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import transformers
 from measure import arguments, console, finish, interleaved, set_threads, show
 from peft import LoraConfig, PeftModel, get_peft_model
+from subjects import llama
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.fingerprint import sha256_of, xxh3_of
@@ -45,15 +45,9 @@ def main() -> None:
 
 def measured(settings, folder):
     """Time of every case, on one base model that is stripped of its adapter between the rounds."""
-    config = transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=settings.hidden,
-        intermediate_size=8 * settings.hidden // 3 // 64 * 64,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden // 64,
-    )
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(config).to(getattr(torch, settings.dtype)).eval()
+    intermediate = 8 * settings.hidden // 3 // 64 * 64
+    dtype = getattr(torch, settings.dtype)
+    base = llama(dtype, settings.hidden, settings.layers, intermediate, vocabulary=32000).eval()
     common = {"r": settings.r, "target_modules": "all-linear"}
     configs = {"PEFT LoRA": LoraConfig(**common), "dude": DudeConfig(**common, svd_tol=0.1)}
     sizes, hashed = {}, []

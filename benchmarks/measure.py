@@ -11,6 +11,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -116,6 +117,26 @@ def finish(benchmark: str, settings: argparse.Namespace, results: Any, notes: li
     if settings.json is not None:
         settings.json.write_text(json.dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
         console.print(f"written: {settings.json}")
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers of a comma-separated option."""
+    return [int(part) for part in text.split(",")]
+
+
+def exponents(rows: dict[str, dict[str, Any]], columns: dict[str, str]) -> dict[str, float]:
+    """Exponent of a power law through each column, least squares on logarithms.
+
+    Args:
+        rows: value on the axis -> row.
+        columns: name in the answer -> column of the rows.
+    """
+    at = [float(value) for value in rows]
+    fits = {name: [row[column] for row in rows.values()] for name, column in columns.items()}
+    return {
+        name: statistics.linear_regression(list(map(math.log, at)), list(map(math.log, ys))).slope
+        for name, ys in fits.items()
+    }
 
 
 def set_threads(settings: argparse.Namespace) -> None:

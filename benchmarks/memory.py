@@ -15,9 +15,9 @@ import weakref
 from typing import Any
 
 import torch
-from measure import arguments, finish, show
-from step import _exponent, _numbers
+from measure import arguments, exponents, finish, numbers, show
 from subjects import BASELINE, adapt, configurations, llama, model_step
+from subjects import growth as grown
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -79,7 +79,7 @@ def model(settings: Any) -> dict[str, Any]:
         dtype = getattr(torch, name)
         base = llama(dtype, settings.hidden, settings.layers, settings.intermediate, settings.vocabulary)
         base.to(settings.device)
-        for rank in _numbers(settings.ranks):
+        for rank in numbers(settings.ranks):
             rows = {}
             for case, configuration in configurations(rank).items():
                 adapted = adapt(base, configuration()).to(settings.device)
@@ -120,33 +120,21 @@ def measured(model: Any, ids: Any, device: str) -> dict[str, float]:
 
 def growth(settings: Any) -> dict[str, Any]:
     """DuDe's peak against rank, tokens, width and depth, with the exponent of a fitted power law."""
-    axes: dict[str, list[dict[str, int]]] = {
-        "rank": [{"rank": r} for r in (8, 16, 32, 64, 128)],
-        "tokens": [{"tokens": t} for t in (128, 256, 512, 1024)],
-        "width": [{"hidden": h} for h in (256, 512, 768, 1024)],
-        "depth": [{"layers": n} for n in (2, 4, 8, 12)],
-    }
+
+    def measure(base: Any, ids: Any, rank: int) -> dict[str, float]:
+        cases = configurations(rank)
+        ours, lora = (
+            measured(adapt(base, cases[name]()), ids, settings.device)["peak_mib"] for name in ("DuDe", BASELINE)
+        )
+        return {"peak_mib": ours, "lora_peak_mib": lora, "peak_ratio": ours / lora}
+
     results: dict[str, Any] = {}
-    for axis, points in axes.items():
-        rows = {}
-        for point in points:
-            setup = {"rank": 16, "tokens": 256, "hidden": 512, "layers": 4, **point}
-            base = llama(torch.float32, setup["hidden"], setup["layers"], 8 * setup["hidden"] // 3 // 64 * 64, 2048)
-            ids = torch.randint(2048, (1, setup["tokens"]), device=settings.device)
-            cases = configurations(setup["rank"])
-            both = {n: measured(adapt(base, cases[n]()).to(settings.device), ids, settings.device) for n in _PAIR}
-            row = {"peak_mib": both["DuDe"]["peak_mib"], "lora_peak_mib": both[BASELINE]["peak_mib"]}
-            rows[str(next(iter(point.values())))] = {**row, "peak_ratio": row["peak_mib"] / row["lora_peak_mib"]}
-        exponents = {
-            "DuDe": _exponent({float(n): row["peak_mib"] for n, row in rows.items()}),
-            BASELINE: _exponent({float(n): row["lora_peak_mib"] for n, row in rows.items()}),
-        }
-        show(f"growth with {axis}: peak ~ {axis}^{exponents['DuDe']:.2f}", rows, ["peak_ratio", "peak_mib"])
-        results[axis] = {"exponents": exponents, "rows": rows}
+    for axis, rows in grown(measure, torch.float32, settings.device):
+        fitted = exponents(rows, {"DuDe": "peak_mib", BASELINE: "lora_peak_mib"})
+        show(f"growth with {axis}: peak ~ {axis}^{fitted['DuDe']:.2f}", rows, ["peak_ratio", "peak_mib"])
+        results[axis] = {"exponents": fitted, "rows": rows}
     return results
 
-
-_PAIR = (BASELINE, "DuDe")
 
 if __name__ == "__main__":
     main()

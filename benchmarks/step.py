@@ -10,12 +10,12 @@ The physical limit of a case is the frozen base: `flops` counts its products (fo
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from measure import arguments, finish, interleaved, set_threads, show
+from measure import arguments, exponents, finish, interleaved, numbers, set_threads, show
 from subjects import BASELINE, OneLinear, adapt, configurations, layer_step, llama, model_step
+from subjects import growth as grown
 
 COLUMNS = ["ratio", "ratio_low", "ratio_high", "median_seconds"]
 
@@ -48,8 +48,8 @@ def model(settings: Any) -> dict[str, Any]:
     base.to(settings.device)
     parameters = sum(p.numel() for p in base.parameters())
     products = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
-    for rank in _numbers(settings.ranks):
-        for tokens in _numbers(settings.tokens):
+    for rank in numbers(settings.ranks):
+        for tokens in numbers(settings.tokens):
             length = min(512, tokens)
             ids = torch.randint(settings.vocabulary, (tokens // length, length), device=settings.device)
             steps = {}
@@ -73,9 +73,9 @@ def layer(settings: Any) -> dict[str, Any]:
     for shape in settings.shapes.split(","):
         out, in_ = (int(n) for n in shape.split("x"))
         base = OneLinear(in_, out, dtype).to(settings.device)
-        for rank in _numbers(settings.ranks):
+        for rank in numbers(settings.ranks):
             models = {n: adapt(base, c()).to(settings.device) for n, c in _kept(settings, configurations(rank)).items()}
-            for tokens in _numbers(settings.tokens):
+            for tokens in numbers(settings.tokens):
                 x, dy = (torch.randn(tokens, n, device=settings.device).to(dtype) for n in (in_, out))
                 cases = {name: layer_step(m, x, dy) for name, m in models.items()}
                 weight = base.linear.weight
@@ -90,42 +90,19 @@ def layer(settings: Any) -> dict[str, Any]:
 
 def growth(settings: Any) -> dict[str, Any]:
     """Time of DuDe's step against rank, tokens, width and depth, with the exponent of a fitted power law."""
-    dtype = getattr(torch, settings.dtype)
-    axes: dict[str, list[dict[str, int]]] = {
-        "rank": [{"rank": r} for r in (8, 16, 32, 64, 128)],
-        "tokens": [{"tokens": t} for t in (128, 256, 512, 1024)],
-        "width": [{"hidden": h} for h in (256, 512, 768, 1024)],
-        "depth": [{"layers": n} for n in (2, 4, 8, 12)],
-    }
+
+    def measure(base: Any, ids: Any, rank: int) -> dict[str, Any]:
+        cases = configurations(rank)
+        steps = {name: model_step(adapt(base, cases[name]()), ids) for name in (BASELINE, "DuDe")}
+        timed = interleaved(steps, settings.rounds, settings.device, BASELINE)
+        return {**timed["DuDe"], "lora_seconds": timed[BASELINE]["median_seconds"]}
+
     results: dict[str, Any] = {}
-    for axis, points in axes.items():
-        rows = {}
-        for point in points:
-            setup = {"rank": 16, "tokens": 256, "hidden": 512, "layers": 4, **point}
-            base = llama(dtype, setup["hidden"], setup["layers"], 8 * setup["hidden"] // 3 // 64 * 64, 2048)
-            ids = torch.randint(2048, (1, setup["tokens"]), device=settings.device)
-            kept = {n: c for n, c in configurations(setup["rank"]).items() if n in (BASELINE, "DuDe")}
-            steps = {n: model_step(adapt(base, c()).to(settings.device), ids) for n, c in kept.items()}
-            timed = interleaved(steps, settings.rounds, settings.device, BASELINE)
-            rows[str(next(iter(point.values())))] = {**timed["DuDe"], "lora_seconds": timed[BASELINE]["median_seconds"]}
-        exponents = {
-            "DuDe": _exponent({float(n): row["median_seconds"] for n, row in rows.items()}),
-            BASELINE: _exponent({float(n): row["lora_seconds"] for n, row in rows.items()}),
-        }
-        show(f"growth with {axis}: seconds ~ {axis}^{exponents['DuDe']:.2f}", rows, COLUMNS)
-        results[axis] = {"exponents": exponents, "rows": rows}
+    for axis, rows in grown(measure, getattr(torch, settings.dtype), settings.device):
+        fitted = exponents(rows, {"DuDe": "median_seconds", BASELINE: "lora_seconds"})
+        show(f"growth with {axis}: seconds ~ {axis}^{fitted['DuDe']:.2f}", rows, COLUMNS)
+        results[axis] = {"exponents": fitted, "rows": rows}
     return results
-
-
-def _exponent(points: dict[float, float]) -> float:
-    """Slope of a straight line through the logarithms."""
-    xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _kept(settings: Any, cases: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from dude_peft import DudeConfig
 
 BASELINE = "PEFT LoRA"
+GROWTH = {
+    "rank": (8, 16, 32, 64, 128),
+    "tokens": (128, 256, 512, 1024),
+    "width": (256, 512, 768, 1024),
+    "depth": (2, 4, 8, 12),
+}
 
 
 def configurations(r: int) -> dict[str, Callable[[], Any]]:
@@ -82,6 +88,27 @@ def adapt(base: nn.Module, configuration: Any) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(0.01 * parameter.std() + 1e-4 * torch.randn_like(parameter))
     return adapted
+
+
+def growth(measure: Callable[[nn.Module, Tensor, int], dict[str, Any]], dtype: torch.dtype, device: str) -> Any:
+    """Something measured on small Llamas that grow along one axis at a time.
+
+    Args:
+        measure: (base model, token ids (1, tokens), rank) -> a row.
+        dtype: of the base.
+        device: of both.
+
+    Yields:
+        (axis, {value on the axis: row}).
+    """
+    for axis, values in GROWTH.items():
+        rows = {}
+        for value in values:
+            setup = {"rank": 16, "tokens": 256, "width": 512, "depth": 4, axis: value}
+            base = llama(dtype, setup["width"], setup["depth"], 8 * setup["width"] // 3 // 64 * 64, 2048).to(device)
+            ids = torch.randint(2048, (1, setup["tokens"]), device=device)
+            rows[str(value)] = measure(base, ids, setup["rank"])
+        yield axis, rows
 
 
 def model_step(model: nn.Module, ids: Tensor, optimize: bool = True) -> Callable[[], None]:

@@ -156,11 +156,11 @@ def test_control_characters_do_not_reach_the_terminal():
     assert "\x07" not in line
 
 
-def test_ctrl_c_exits_with_130(place, tmp_path):
+def interrupted(arguments, line_start, cwd=None):
+    """Exit code and standard error of the command, stopped by Ctrl-C when a line with that start appears."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dude_peft.cli", "train", "run.yaml", "--output-dir", str(tmp_path / "out"),
-         "--set", "train.max_steps=100000"],
-        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         # A suite that was started in the background has Ctrl-C switched off, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -168,13 +168,19 @@ def test_ctrl_c_exits_with_130(place, tmp_path):
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            if line.startswith("step "):
+            if line.startswith(line_start):
                 break
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+    return process.returncode, errors
+
+
+def test_ctrl_c_exits_with_130(place, tmp_path):
+    arguments = ["train", "run.yaml", "--output-dir", tmp_path / "out", "--set", "train.max_steps=100000"]
+    code, errors = interrupted(arguments, "step ", place)
+    assert code == 130, errors
     assert errors.startswith("dude: error[interrupted]: ")
     assert not (tmp_path / "out/adapter").exists()
 

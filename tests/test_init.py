@@ -21,6 +21,7 @@ from models import logits, make
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from test_cli import assert_refused, dude
+from test_cli import interrupted as stopped_by_ctrl_c
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.durable import locked
@@ -456,25 +457,11 @@ def test_the_command_exits_with_5_on_nan(spoilt, tmp_path):
 
 
 def test_ctrl_c_exits_with_130_and_the_command_resumes(checkpoint, adapter, tmp_path):
-    command = [sys.executable, "-m", "dude_peft.cli", "init", str(checkpoint), "-o", str(tmp_path / "adapter")]
-    command += ["-r", "4", "--lora-alpha", "6", "--workers", "1"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.startswith("DuDe"):
-                break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
+    arguments = ["init", checkpoint, "-o", tmp_path / "adapter", "-r", "4", "--lora-alpha", "6", "--workers", "1"]
+    code, errors = stopped_by_ctrl_c(arguments, "DuDe")
+    assert code == 130, errors
     assert "goes on where it stopped" in errors
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert dude(*arguments).returncode == 0
     assert_same(tmp_path / "adapter", adapter)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dude_peft.core.linear import adapted_dense, adapted_linear
+from dude_peft.core.linear import FrozenProduct, adapted_linear
 from dude_peft.core.magnitude import direction_norm, gain, norm_change, row_norm, rows_product
 from dude_peft.core.reference import reference_direction, reference_gain, reference_linear, reference_weight
 
@@ -58,11 +58,10 @@ class Case:
             q = norm_change(rows_product(self.W0, self.dA), start, self.dA, self.dB, self.A0, self.B0, SCALING)
             g = gain(self.m0, self.dm, q, mode)
         x = self.x if self.mask is None else self.x * self.mask
-        if inside:
-            factors = (self.dA, self.dB, self.A0, self.B0, g)
-            return adapted_dense(self.x, self.W0, None if self.mask is None else x, *factors, self.bias, SCALING)
         base = torch.nn.functional.linear(self.x, self.W0, self.bias)
-        bias = self.bias if g is not None else None
+        if inside:
+            base = FrozenProduct(self.x, self.W0)
+        bias = self.bias if inside or g is not None else None
         return adapted_linear(base, x, self.dA, self.dB, self.A0, self.B0, g, bias, SCALING)
 
     def direction(self):

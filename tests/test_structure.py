@@ -115,6 +115,7 @@ def test_readmes_tree_is_the_tree_on_disk():
     assert not missing
     on_disk = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
     on_disk |= {str(p.relative_to(ROOT)) for folder in ("scripts", "examples") for p in (ROOT / folder).iterdir()}
+    on_disk |= {str(p.relative_to(ROOT)) for p in (ROOT / "benchmarks").glob("*.py")}
     assert not sorted(on_disk - named)
 
 

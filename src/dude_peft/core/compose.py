@@ -78,8 +78,8 @@ def compose(
     shift = None if b is None or g is None else (1 - g) * b
     y = base if overwrite else torch.empty_like(base)
     kept = None if keep is None else torch.empty_like(base, dtype=keep)
-    by_row, by_column = thresholds(base.shape[0], base.shape[1], base.device, dtype) if half else (y, y)
-    out = base.shape[1]
+    tokens, out = base.shape
+    pattern = thresholds(tokens, out, base.device, dtype) if half else None
     for rows, count in _blocks(base):
         v = scratch(count, out, wide, base, "block") if half else y[rows]
         if half or not overwrite:
@@ -91,11 +91,10 @@ def compose(
             v.mul_(g)
         if shift is not None:
             v.add_(shift)
-        if half:
-            threshold = torch.bitwise_xor(
-                by_row[rows], by_column, out=scratch(count, out, torch.int32, base, "pattern")
-            )
-            y[rows] = round_dithered_(v, threshold, dtype)
+        if pattern is not None:
+            by_row, by_column = pattern
+            threshold = scratch(count, out, torch.int32, base, "threshold")
+            y[rows] = round_dithered_(v, torch.bitwise_xor(by_row[rows], by_column, out=threshold), dtype)
     return y, kept
 
 
@@ -124,10 +123,10 @@ def spread(
         return kernels.spread(dy, gain, kept, left)
     wide = torch.promote_types(dy.dtype, torch.float32)
     g = gain.to(wide)
-    out = dy.shape[1]
+    tokens, out = dy.shape
     buffered = passing and dy.numel() <= _BUFFERED_ELEMENTS
-    dv = scratch(dy.shape[0], out, dy.dtype, dy, "dv") if buffered else torch.empty_like(dy)
-    dot = None if kept is None else torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
+    dv = scratch(tokens, out, dy.dtype, dy, "dv") if buffered else torch.empty_like(dy)
+    dot = None if kept is None else torch.zeros(out, dtype=wide, device=dy.device)
     for rows, count in _blocks(dy):
         d = dy[rows] if dy.dtype == wide else scratch(count, out, wide, dy, "block").copy_(dy[rows])
         if kept is not None and dot is not None:

@@ -3,7 +3,7 @@
     y = g * (base + s ((x A^T) dB^T + (x dA^T) B0^T)) + bias,     base = x W0^T,  A = A0 + dA
 
 `base_out` comes from the frozen layer, called once, as it is, so any layer that maps rows works: dense, quantised,
-sharded, hooked. Of a plain frozen nn.Linear the product is taken inside instead (`adapted_dense`), by the same call
+sharded, hooked. Of a plain frozen nn.Linear the product is taken inside instead (`FrozenProduct`), by the same call
 with the same bits: the change is then added where the product lies, and in the backward both parts of the input's
 gradient are one sum, which saves a pass over memory in each direction.
 
@@ -17,14 +17,14 @@ v = y / g; a gain of exactly zero never comes here (`magnitude.py`). Mostly y is
 or the attention behind the layer, and costs nothing. A copy of v is kept instead
 - of a layer with a bias, which would have to be taken out of y again, at the cost of its digits;
 - in float16, whose range y can leave downwards where v does not;
-- in float32, where the caller says that nobody else keeps y: as bfloat16, which is half the memory. Its rounding
-  (2^-9 of each term, without bias) averages out over the tokens, so only from 512 tokens on, where the gain's gradient
-  still agrees to about 1e-4 (`tests/test_linear.py`). Fewer tokens keep y and every digit.
+- in float32, where the caller says that nobody else keeps y: as bfloat16, which is half the memory. Each term of the
+  gain's gradient is rounded by up to 2^-9, and no other gradient; over 1,024 tokens of noise the sum moves by about
+  1e-3 of its size (`tests/test_linear.py` bounds it). Below 512 tokens, where the memory is small, every digit stays.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,17 @@ from dude_peft.core.compose import compose, spread
 _COMPACT_TOKENS = 512
 
 
+class FrozenProduct(NamedTuple):
+    """The frozen layer's output, not computed yet: `linear(x, weight, bias)` of a plain layer."""
+
+    x: Tensor
+    """(*, in) the layer's input, in the weight's dtype."""
+    weight: Tensor
+    """(out, in) W0; it gets no gradient."""
+
+
 def adapted_linear(
-    base_out: Tensor,
+    base: Tensor | FrozenProduct,
     x: Tensor,
     dA: Tensor,
     dB: Tensor,
@@ -50,17 +59,17 @@ def adapted_linear(
     slope: Tensor | None = None,
     output_kept: bool = True,
 ) -> Tensor:
-    """Output of the adapted layer, `y = g * (base_out - bias + s x (dB A + B0 dA)^T) + bias`.
+    """Output of the adapted layer, `y = g * (base - bias + s x (dB A + B0 dA)^T) + bias`.
 
     Args:
-        base_out: (*, out) what the frozen layer gave for its input, bias included.
+        base: (*, out) what the frozen layer gave for its input, bias included; or the product, to be taken inside.
         x: (*, in) input of the change; the layer's input, or its dropped-out copy.
         dA: (r, in) trained deviation of A.
         dB: (out, r) trained deviation of B.
         A0: (r, in) frozen start of A; None where the method has none (then dA is A itself).
         B0: (out, r) frozen start of B; None together with A0.
         gain: (out,) g in float32 or float64, differentiable; None for methods without a magnitude (g = 1).
-        bias: (out,) the bias inside base_out; needed only with a gain.
+        bias: (out,) the bias inside base; needed with a gain, and with a product that is taken inside.
         scaling: s.
         dm: (out,) trained deviation of the magnitude, where `gain` is a value computed before and no function of it
             that autograd knows; its gradient is slope * (the gain's gradient).
@@ -68,53 +77,19 @@ def adapted_linear(
         output_kept: whether the model keeps the output for its backward anyway; decides what this function keeps.
 
     Returns:
-        (*, out) in base_out's dtype. Gradients reach base_out, x, dA, dB, bias, and gain or dm;
-        a second derivative is refused.
+        (*, out) in base's dtype. Gradients reach base (or the product's x), x, dA, dB, bias, and gain or dm.
+
+    Raises:
+        RuntimeError: a second derivative is asked for (torch's once_differentiable).
 
     Source: DuDe section 3, in the deviations of DESIGN section 2.
     """
     factors = (dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
-    y: Tensor = _AdaptedLinear.apply(base_out, None, None, x, *factors)
-    return y
-
-
-def adapted_dense(
-    x: Tensor,
-    weight: Tensor,
-    x_change: Tensor | None,
-    dA: Tensor,
-    dB: Tensor,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    dm: Tensor | None = None,
-    slope: Tensor | None = None,
-    output_kept: bool = True,
-) -> Tensor:
-    """The same as `adapted_linear(linear(x, weight, bias), ...)` with the frozen product inside.
-
-    Args:
-        x: (*, in) the layer's input, in the weight's dtype.
-        weight: (out, in) W0; it gets no gradient.
-        x_change: (*, in) dropped-out copy of x that the change sees; None for x itself.
-        dA: as in `adapted_linear`, and so are all that follow; bias is wanted with and without a gain.
-        dB: see dA.
-        A0: see dA.
-        B0: see dA.
-        gain: see dA.
-        bias: (out,) or None.
-        scaling: s.
-        dm: see dA.
-        slope: see dA.
-        output_kept: see dA.
-
-    Returns:
-        (*, out).
-    """
-    factors = (dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
-    y: Tensor = _AdaptedLinear.apply(None, x, weight, x_change, *factors)
+    if isinstance(base, FrozenProduct):
+        inputs: tuple[Tensor | None, ...] = (None, base.x, base.weight, None if x is base.x else x)
+    else:
+        inputs = (base, None, None, x)
+    y: Tensor = _AdaptedLinear.apply(*inputs, *factors)
     return y
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
-from dude_peft.core.linear import adapted_dense, adapted_linear
+from dude_peft.core.linear import FrozenProduct, adapted_linear
 from dude_peft.core.magnitude import gain, gain_slope, norm_change
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
@@ -322,14 +322,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         g = self.gain(name)
         cached = g is not None and not g.requires_grad
         dm, slope = (layer.dm, self._slope[name]) if cached else (None, None)
-        factors = (layer.dA, layer.dB, layer.A0, layer.B0, g)
-        rest = (self.scaling[name], dm, slope, self._output_kept)
-        change = self.lora_dropout[name](x)
-        if base_out is None:
-            x_change = None if change is x else change
-            return adapted_dense(x, base.weight, x_change, *factors, base.bias, *rest)
-        bias = getattr(base, "bias", None) if g is not None else None
-        return adapted_linear(base_out, change, *factors, bias, *rest)
+        product = FrozenProduct(x, base.weight) if base_out is None else base_out
+        bias = getattr(base, "bias", None) if g is not None or base_out is None else None
+        factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
+        return adapted_linear(product, self.lora_dropout[name](x), *factors, self._output_kept)
 
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():
