@@ -243,8 +243,8 @@ def _check(config: DudeConfig) -> None:
         raise ConfigError(f"bias={config.bias!r}; it is 'none', 'all' or 'lora_only'")
     if not _is_number(config.svd_tol) or not 0 <= config.svd_tol < 1:
         raise ConfigError(f"svd_tol={config.svd_tol!r}; it is a number from 0 (full SVD) to below 1, usually 1e-3")
-    if not _is_int(config.svd_seed):
-        raise ConfigError(f"svd_seed={config.svd_seed!r}; it is a whole number")
+    if not _is_int(config.svd_seed) or not 0 <= config.svd_seed < 2**63:
+        raise ConfigError(f"svd_seed={config.svd_seed!r}; it is a whole number from 0 to 2**63 - 1")
     regex = isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear"
     if regex and config.layers_to_transform is not None:
         raise ConfigError(

@@ -64,14 +64,14 @@ class DudeModel(BaseTuner):
 
     def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
-        if isinstance(config.target_modules, str):
-            try:
-                re.compile(config.target_modules)
-            except re.error as error:
-                raise ConfigError(
-                    f"target_modules={config.target_modules!r} is no regular expression: {error}"
-                ) from error
-        else:
+        for key in ("target_modules", "exclude_modules"):
+            expression = getattr(config, key)
+            if isinstance(expression, str):
+                try:
+                    re.compile(expression)
+                except re.error as error:
+                    raise ConfigError(f"{key}={expression!r} is no regular expression: {error}") from error
+        if not isinstance(config.target_modules, str):
             for wanted in sorted(config.target_modules or ()):
                 if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
                     raise ConfigError(_unknown_target(wanted, model, names))
