@@ -52,15 +52,13 @@ class DudeModel(BaseTuner):
             unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
             config.target_modules = set(config.target_modules) - unfit
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
-        # Looked up once: a search per layer takes longer than all else that loading an adapter does.
-        self._places = _places(model)
         if state_dict is None:
             targets = self._check_targets(model, config)
             if config._loading is None and not low_cpu_mem_usage:
                 self._starts = compute_starts(targets, config)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        with self._places_of(model):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._starts.clear()
-        self._places.clear()
 
     def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
@@ -118,11 +116,24 @@ class DudeModel(BaseTuner):
             layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
         self._replace_module(parent, target_name, layer, target)
 
+    @contextmanager
+    def _places_of(self, model: nn.Module) -> Iterator[None]:
+        """Within: the places of all modules are looked up once; a search per layer takes longer than all else."""
+        self._places = _places(model)
+        try:
+            yield
+        finally:
+            self._places = {}
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        with self._places_of(self.model):
+            unloaded: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        return unloaded
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
         # is, in every place where the layer object stands.
-        places = self._places.pop(id(child), None) or _places(self.model).get(id(child), [])
-        for other, name in places:
+        for other, name in self._places[id(child)]:
             if other is not new_module:
                 setattr(other, name, new_module)
 
