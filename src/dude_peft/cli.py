@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from dude_peft.data.show import shown
 from dude_peft.errors import DudeError, ResourceError
+from dude_peft.show import shown
 from dude_peft.version import __version__
 
 app = typer.Typer(
@@ -116,6 +116,101 @@ def init(
         initialise(model, output, settings, dtype=dtype, seed=seed, workers=workers, overwrite=overwrite, debug=debug)
     except KeyboardInterrupt:
         raise _InterruptedError("stopped by Ctrl-C; the same command goes on where it stopped") from None
+
+
+_Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or hub id of the adapter.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A folder that is made.")]
+_Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model; default: the adapter's own.")]
+_GgufFile = Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")]
+_Dtype = Annotated[str, typer.Option(help="Of the merged weights: keep, float32, bfloat16 or float16.")]
+_Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Run prompts in a fresh process and compare with the live adapter.")
+]
+_Mismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Take a base model with other weights; the output is marked.")
+]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def export(
+    adapter: _Adapter,
+    to: Annotated[str, typer.Option("--to", help="merged, peft, lora:K, lora:auto or gguf:TYPE.")],
+    output: _Output,
+    base: _Base = None,
+    gguf_file: _GgufFile = None,
+    dtype: _Dtype = "keep",
+    verify: _Verify = True,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="Refuse an export whose mean KL, nats a token, is larger.")
+    ] = None,
+    allow_base_mismatch: _Mismatch = False,
+    debug: _Debug = False,
+) -> None:
+    """Write an adapter as another program wants it, and prove that it does what the live adapter does."""
+    from dude_peft.export.run import export as run_export
+
+    run_export(
+        adapter,
+        to,
+        output,
+        base=base,
+        gguf_file=gguf_file,
+        dtype=dtype,
+        verify=verify,
+        max_kl=max_kl,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, on one base model.")],
+    output: _Output,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Of each adapter's change, in order; default: 1.")
+    ] = None,
+    combination: Annotated[
+        str, typer.Option(help="linear, ties, dare_linear, dare_ties or magnitude_prune.")
+    ] = "linear",
+    density: Annotated[float | None, typer.Option(help="Share of entries that those but linear keep.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare_* drops.")] = 0,
+    base: _Base = None,
+    gguf_file: _GgufFile = None,
+    dtype: _Dtype = "keep",
+    verify: _Verify = True,
+    allow_base_mismatch: _Mismatch = False,
+    debug: _Debug = False,
+) -> None:
+    """Merge adapters into their base model, shard by shard, in the memory of a few blocks of one weight."""
+    from dude_peft.export.run import merge as run_merge
+
+    run_merge(
+        adapters,
+        output,
+        weights=weight,
+        combination=combination,
+        density=density,
+        seed=seed,
+        base=base,
+        gguf_file=gguf_file,
+        dtype=dtype,
+        verify=verify,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+
+
+@app.command()
+def verify(
+    adapter: _Adapter,
+    base: _Base = None,
+    gguf_file: _GgufFile = None,
+    debug: _Debug = False,
+) -> None:
+    """Check an adapter's files, tell what it is and what each program will do with it."""
+    from dude_peft.export.verify import verify as run_verify
+
+    run_verify(adapter, base=base, gguf_file=gguf_file)
 
 
 def main() -> None:

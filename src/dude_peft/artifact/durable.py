@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dude_peft.errors import BusyError
+from dude_peft.errors import BusyError, ConfigError
+from dude_peft.show import shown
 
 try:
     import fcntl
@@ -55,6 +57,58 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """Yields a folder to fill; at the end it becomes `output`, flushed to the disk, and on any error it is gone.
+
+    Whoever looks at `output` sees nothing or everything. A process that was killed leaves a hidden folder beside it,
+    which the next one that makes the same output removes.
+
+    Raises:
+        ConfigError: `output` is there already.
+        BusyError: another process is making it.
+        OSError: the disk or a permission does not allow it.
+    """
+    refuse_existing(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".dude-{output.name}"
+    staging.mkdir(mode=0o700, exist_ok=True)
+    if staging.is_symlink():
+        raise ConfigError(f"'{staging}' is a link; remove it")
+    with locked(staging):
+        _empty(staging)
+        try:
+            yield staging
+            for path in sorted(staging.rglob("*"), reverse=True):
+                sync(path)
+            sync(staging)
+            refuse_existing(output)
+            staging.chmod(0o777 & ~umask())
+            staging.rename(output)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    sync(output.parent)
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuse an output that is there: nothing is ever overwritten.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    if output.is_symlink() or output.exists():
+        raise ConfigError(f"output {shown(output, 300)} is there already; choose another folder, or remove it first")
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync(path: Path) -> None:

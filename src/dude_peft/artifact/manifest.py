@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
-from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
+from dude_peft.artifact.header import StoredTensor, chunks, read_header
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
@@ -92,23 +91,18 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / WEIGHTS_FILE
     for wanted in (path, directory / CONFIG_FILE):
         if not wanted.is_file():
-            raise ArtifactError(f"'{wanted}' is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE} in one folder")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if _KEY not in metadata:
-            raise ArtifactError(
-                f"'{path}' carries no DuDe manifest, it was not saved by dude-peft; load it with peft.PeftModel"
-            )
-        if metadata.get(_SEAL) != _text_sha256(metadata[_KEY]):
-            raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
-        manifest = _parse(metadata[_KEY], path)
-        tensors = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ArtifactError(f"'{path}' is damaged ({error}); copy it again or save it again") from error
-    _check_names(set(tensors), set(manifest.tensors), path)
-    with single_threaded_pool(len(tensors)) as pool:
-        hashes = dict(zip(tensors, pool.map(lambda tensor: sha256_of([tensor]), tensors.values()), strict=True))
+            raise ArtifactError(_missing(directory, wanted))
+    header = read_header(path)
+    if _KEY not in header.metadata:
+        raise ArtifactError(
+            f"'{path}' carries no DuDe manifest, it was not saved by dude-peft; load it with peft.PeftModel"
+        )
+    if header.metadata.get(_SEAL) != _text_sha256(header.metadata[_KEY]):
+        raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
+    manifest = _parse(header.metadata[_KEY], path)
+    _check_names(set(header.tensors), set(manifest.tensors), path)
+    with single_threaded_pool(len(header.tensors)) as pool:  # reading and hashing let other threads run
+        hashes = dict(zip(header.tensors, pool.map(_stored_sha256, header.tensors.values()), strict=True))
     for name, digest in hashes.items():
         if digest != manifest.tensors[name]:
             raise ArtifactError(
@@ -119,6 +113,23 @@ def read_manifest(directory: Path) -> Manifest:
             f"'{directory / CONFIG_FILE}' was changed after saving, or belongs to another adapter; restore it"
         )
     return manifest
+
+
+def _stored_sha256(stored: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    for view in chunks(stored):
+        digest.update(view)
+    return digest.hexdigest()
+
+
+def _missing(directory: Path, wanted: Path) -> str:
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if pickles and wanted.name == WEIGHTS_FILE:
+        return (
+            f"'{directory}' holds {pickles[0]}, a pickle, and no {WEIGHTS_FILE}; pickles are never read: load it with "
+            "the PEFT that wrote it and save it again as safetensors"
+        )
+    return f"'{wanted}' is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE} in one folder"
 
 
 def _parse(text: str, path: Path) -> Manifest:

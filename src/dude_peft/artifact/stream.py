@@ -1,14 +1,15 @@
-"""Writes an adapter file tensor by tensor: the bytes that `manifest.stamp` writes, without holding the tensors."""
+"""Writes safetensors files tensor by tensor, without holding them: the bytes that safetensors itself would write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.header import byte_count
 from dude_peft.artifact.manifest import WEIGHTS_FILE, sealed_metadata, sorted_header
 
 # safetensors puts wide dtypes first, so that every tensor lies aligned; adapters have these two.
@@ -17,15 +18,51 @@ _ORDER = {"F64": 0, "F32": 1}
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the file, not read yet."""
+    """One tensor of a file, not made or read yet."""
 
     name: str
     dtype: str
-    """F32 or F64, as safetensors names them."""
-    shape: list[int]
-    size_bytes: int
-    sha256: str
-    read: Callable[[], bytes]
+    """As safetensors names it: BF16, F32, ..."""
+    shape: tuple[int, ...]
+    content: Callable[[], Iterable[Any]]
+    """Gives its bytes, in as many buffers as it likes."""
+    sha256: str = ""
+    """Of its bytes, where it is known."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return byte_count(self.dtype, self.shape)
+
+
+def write_pieces(
+    path: Path, metadata: dict[str, str], pieces: Sequence[Piece], done: Callable[[], None] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: of the file.
+        metadata: of its header.
+        pieces: its tensors in order, made one at a time.
+        done: called behind each.
+
+    Raises:
+        OSError: the folder cannot be written; the file that was there stays.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for piece in pieces:
+        start, end = end, end + piece.size
+        header[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [start, end]}
+
+    def content() -> Iterator[Any]:
+        yield sorted_header(header)
+        for piece in pieces:
+            yield from piece.content()
+            if done is not None:
+                done()
+
+    replace_file(path, content())
 
 
 def write_adapter(
@@ -35,13 +72,13 @@ def write_adapter(
     pieces: Sequence[Piece],
     config_file: Path,
 ) -> None:
-    """Write adapter_model.safetensors, whole or not at all.
+    """Write adapter_model.safetensors as `manifest.stamp` does, whole or not at all.
 
     Args:
         directory: where it goes.
         config: fields of DudeConfig.
         base: fingerprints of the adapted base weights.
-        pieces: the tensors, in any order; read one at a time.
+        pieces: the tensors with their hashes, in any order; read one at a time.
         config_file: the adapter_config.json that will lie beside it.
 
     Raises:
@@ -49,15 +86,4 @@ def write_adapter(
     """
     pieces = sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
     hashes = {piece.name: piece.sha256 for piece in pieces}
-    header: dict[str, Any] = {"__metadata__": sealed_metadata(config, base, hashes, config_file)}
-    end = 0
-    for piece in pieces:
-        start, end = end, end + piece.size_bytes
-        header[piece.name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [start, end]}
-
-    def content() -> Iterator[bytes]:
-        yield sorted_header(header)
-        for piece in pieces:
-            yield piece.read()
-
-    replace_file(directory / WEIGHTS_FILE, content())
+    write_pieces(directory / WEIGHTS_FILE, sealed_metadata(config, base, hashes, config_file), pieces)

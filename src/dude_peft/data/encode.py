@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_peft.data.formats import Row
-from dude_peft.data.show import quoted
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.show import quoted
 
 IGNORE = -100
 """The label that the loss skips."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dude_peft.data.show import quoted
 from dude_peft.errors import DataError
+from dude_peft.show import quoted
 
 ROLES = ("system", "user", "assistant")
 FORMATS_HINT = "use prompt + completion, messages, instruction + output, or question + answer"

@@ -16,8 +16,8 @@ from typing import Any
 
 from dude_peft.data.bad_rows import BadRows
 from dude_peft.data.formats import Row, parse_row
-from dude_peft.data.show import quoted, shown
 from dude_peft.errors import DataError, DudeError, ResourceError
+from dude_peft.show import quoted, shown
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_ARRAY_BYTES = 256 * 2**20

@@ -11,9 +11,9 @@ from typing import Any
 from dude_peft.data.bad_rows import BadRows
 from dude_peft.data.formats import Message, Row, parse_row
 from dude_peft.data.jsonl import read_json, read_jsonl
-from dude_peft.data.show import quoted, shown
 from dude_peft.data.word_problems import SIZES, word_problems
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.show import quoted, shown
 
 __all__ = [
     "Message",

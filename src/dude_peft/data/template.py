@@ -18,8 +18,8 @@ The plain template, for models without a chat template (the system part only whe
 from typing import Any
 
 from dude_peft.data.formats import Message, Row
-from dude_peft.data.show import quoted, shown
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.show import quoted, shown
 
 KINDS = ("auto", "chat", "plain")
 

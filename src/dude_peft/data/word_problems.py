@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dude_peft.data.formats import Message, Row
-from dude_peft.data.show import quoted
 from dude_peft.errors import ConfigError
+from dude_peft.show import quoted
 
 SIZES = {"train": 4000, "test": 500}
 """The number of problems of each split; every seed gives other ones, none twice."""

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from dude_peft.data.show import shown
 from dude_peft.errors import ConfigError
+from dude_peft.show import shown
 
 _NAME = re.compile(r"[\w.]+")
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,10 @@ def settings_found(output: Path) -> str | None:
 def _piece(path: Path, layer: str, name: str, entry: dict[str, Any], start: int, data: bytes) -> Piece:
     first, last = (start + offset for offset in entry["data_offsets"])
 
-    def read() -> bytes:
+    def read() -> Iterator[bytes]:
         with path.open("rb") as file:
             file.seek(first)
-            return file.read(last - first)
+            yield file.read(last - first)
 
     digest = hashlib.sha256(memoryview(data)[first:last]).hexdigest()
-    return Piece(f"base_model.model.{layer}.{name}", entry["dtype"], entry["shape"], last - first, digest, read)
+    return Piece(f"base_model.model.{layer}.{name}", entry["dtype"], tuple(entry["shape"]), read, digest)

@@ -12,13 +12,12 @@ from typing import Any
 
 import peft
 import torch
-import transformers
-from torch import nn
 
-from dude_peft.data.show import shown
-from dude_peft.errors import ArtifactError, ConfigError, DudeError
-from dude_peft.init.checkpoint import Checkpoint, StoredTensor, is_plain
+from dude_peft.artifact.checkpoint import Checkpoint, is_plain
+from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.init.architecture import empty_model, find_weight, parameter_names
 from dude_peft.init.layer import LayerTask
+from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
 
 
@@ -48,11 +47,8 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         ConfigError: a model that cannot be adapted so.
         ArtifactError: a weight is missing, or its shape does not fit.
     """
-    model = _empty_model(model_name, folder, checkpoint, dtype)
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
-    prefix = model.base_model_prefix
+    model = empty_model(model_name, folder, checkpoint.dtype, dtype)
+    names_of, prefix = parameter_names(model), model.base_model_prefix
     # What get_peft_model does, which has no way of its own to leave the tensors empty.
     config.base_model_name_or_path = model_name
     adapted: Any = peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
@@ -67,7 +63,7 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
                 f"target '{module.layer_name}' is a {type(base).__name__}, whose weight is no plain matrix; leave it "
                 "out with --exclude-modules, or initialise in memory with get_peft_model"
             )
-        stored = _find(f"{module.layer_name}.weight", names_of[id(base.weight)], prefix, checkpoint)
+        stored = find_weight(f"{module.layer_name}.weight", names_of[id(base.weight)], prefix, checkpoint)
         if not is_plain(stored):
             raise ConfigError(
                 f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}: a quantised checkpoint cannot be "
@@ -91,53 +87,6 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
     return Plan(config, layers, size)
 
 
-def _empty_model(model_name: str, folder: Path, checkpoint: Checkpoint, dtype: str) -> Any:
-    try:
-        settings = transformers.AutoConfig.from_pretrained(str(folder))
-    except Exception as error:  # transformers raises what its readers raise
-        raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
-    quantised = getattr(settings, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise ConfigError(
-            f"model {shown(model_name, 300)} is quantised ({shown(method)}): initialise from the unquantised checkpoint"
-        )
-    wanted = (getattr(settings, "dtype", None) or checkpoint.dtype) if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with torch.device("meta"):
-            automatic: Any = transformers.AutoModelForCausalLM
-            model: nn.Module = automatic.from_config(settings, dtype=wanted)
-    except DudeError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"model {shown(model_name, 300)} is no causal language model that transformers knows ({_first(error)})"
-        ) from error
-    model.name_or_path = settings.name_or_path = model_name  # type: ignore[assignment]
-    return model
-
-
-def _find(key: str, names: list[str], prefix: str, checkpoint: Checkpoint) -> StoredTensor:
-    """The stored tensor of a parameter: under its own name or a tied one's, with or without the model's prefix."""
-    found: dict[str, StoredTensor] = {}
-    for name in names:
-        other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-        stored = checkpoint.tensors.get(name) or checkpoint.tensors.get(other)
-        if stored is not None:
-            found[stored.name] = stored
-    if not found:
-        raise ArtifactError(
-            f"the checkpoint has no tensor '{shown(key)}' ({len(checkpoint.tensors)} others); use one in transformers' "
-            "own layout"
-        )
-    if len(found) > 1:
-        raise ArtifactError(
-            f"the checkpoint has {' and '.join(map(shown, found))}, which are one weight in the model; leave the layer "
-            "out with --exclude-modules"
-        )
-    return next(iter(found.values()))
-
-
 def _bytes_of(module: DudeLinear, config: DudeConfig, r: int) -> int:
     out, in_ = module.out_features, module.in_features
     numbers = 2 * r * (out + in_) + r * in_ if config.spec.principal else r * (out + in_)
@@ -145,8 +94,3 @@ def _bytes_of(module: DudeLinear, config: DudeConfig, r: int) -> int:
         numbers += 3 * out
     base: Any = module.get_base_layer()
     return numbers * torch.promote_types(base.weight.dtype, torch.float32).itemsize
-
-
-def _first(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {shown(text.splitlines()[0], 200)}" if text else type(error).__name__

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.data.show import shown
 from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.version import __version__
@@ -76,8 +76,8 @@ def initialise(
     folder = _folder_of(model)
     display = Display(quiet=quiet)
     with display.waiting("reading the checkpoint"), quiet_imports():
+        from dude_peft.artifact.checkpoint import open_checkpoint
         from dude_peft.artifact.durable import locked
-        from dude_peft.init.checkpoint import open_checkpoint
         from dude_peft.init.parts import Parts
         from dude_peft.init.plan import make_plan
         from dude_peft.init.workers import usual_count
@@ -162,12 +162,8 @@ def _folder_of(model: str) -> Path:
     if folder.exists() or folder.is_absolute() or model.startswith("."):
         raise ConfigError(f"model {shown(model, 300)} is no folder; give a model's folder or a hub id OWNER/NAME")
     with quiet_imports():
-        from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client's errors have no common base
-        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__), 200)
-        raise ConfigError(f"model {shown(model, 300)} is no folder, and cannot be fetched ({reason})") from error
+        from dude_peft.init.architecture import fetch_checkpoint
+    return fetch_checkpoint(model)
 
 
 def _settings_hash(plan: Plan, identity: list[list[Any]], dtype: str, seed: int) -> str:

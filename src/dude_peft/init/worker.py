@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from dude_peft.artifact.header import StoredTensor
 from dude_peft.errors import DudeError, ResourceError
-from dude_peft.init.checkpoint import StoredTensor
 from dude_peft.init.layer import LayerTask, compute
 from dude_peft.init.parts import Parts
 from dude_peft.methods import METHODS, SplitOptions

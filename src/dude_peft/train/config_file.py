@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dude_peft.data.show import shown
 from dude_peft.errors import ConfigError
+from dude_peft.show import shown
 from dude_peft.train.config import RunConfig, Section
 
 _LARGEST_FILE_BYTES = 256 * 1024

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dude_peft.data.show import shown
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def locate(section: ModelSection) -> str:
     name = section.name_or_path
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file: GGUF files need the gguf package: pip install 'dude-peft[gguf]'")
-    if name.startswith(_PACKAGE):
-        folder: Path | None = _package_folder(name.removeprefix(_PACKAGE))
-    else:
-        folder = Path(name) if _exists(name) else None
+    folder = folder_of(name)
     if folder is None:
         if os.path.isabs(name) or name.startswith(".") or not _HUB_ID.fullmatch(name):
             raise ConfigError(
@@ -56,6 +53,17 @@ def locate(section: ModelSection) -> str:
         hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
         raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
     return str(folder.absolute())
+
+
+def folder_of(name: str) -> Path | None:
+    """The local folder that a model's name means; None for what can only be a hub id.
+
+    Raises:
+        ConfigError: a package that is not installed.
+    """
+    if name.startswith(_PACKAGE):
+        return _package_folder(name.removeprefix(_PACKAGE))
+    return Path(name) if _exists(name) else None
 
 
 def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:

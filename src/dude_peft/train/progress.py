@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from dude_peft.data.show import shown
+from dude_peft.show import shown
 from dude_peft.terminal import display
 from dude_peft.train.record import Answer, Score
 

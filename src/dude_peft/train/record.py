@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dude_peft.artifact.durable import replace_file, sync, umask
-from dude_peft.data.show import shown
 from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.show import shown
 
 ADAPTER, CONFIG, METRICS, PICTURE, REPORT = "adapter", "config.yaml", "metrics.jsonl", "loss.png", "report.json"
 

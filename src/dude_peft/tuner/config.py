@@ -193,7 +193,7 @@ class DudeConfig(PeftConfig):
         Raises:
             ArtifactError: a file is missing, damaged, edited, or not ours.
         """
-        directory = _local_directory(str(pretrained_model_name_or_path), subfolder, kwargs)
+        directory = adapter_folder(str(pretrained_model_name_or_path), subfolder, kwargs)
         manifest = read_manifest(directory)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(manifest.config) - known)
@@ -220,6 +220,31 @@ def closest(name: str, known: Any) -> str:
     return (
         f"closest: {', '.join(repr(n) for n in near)}" if near else f"known: {', '.join(sorted(map(str, known))[:12])}"
     )
+
+
+def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, Any] | None = None) -> Path:
+    """The adapter's folder; from the hub, both files are fetched first.
+
+    Args:
+        name: folder or hub id.
+        subfolder: folder inside it.
+        options: revision, token and cache_dir for the hub; others are ignored.
+
+    Raises:
+        ArtifactError: it is neither.
+    """
+    directory = Path(name) / (subfolder or "")
+    if directory.is_dir():
+        return directory
+    download = {
+        key: (options or {})[key] for key in ("revision", "token", "cache_dir") if (options or {}).get(key) is not None
+    }
+    try:
+        hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
+        return Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
+    except Exception as error:  # the hub client's errors have no common base
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"'{name}' is neither a folder nor a hub id that can be fetched ({first})") from error
 
 
 def _check(config: DudeConfig) -> None:
@@ -268,17 +293,3 @@ def _int_if_whole(value: float) -> int | float:
 
 def _sorted(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
-
-
-def _local_directory(name: str, subfolder: str | None, options: dict[str, Any]) -> Path:
-    """The adapter's folder; from the hub, both files are fetched first."""
-    directory = Path(name) / (subfolder or "")
-    if directory.is_dir():
-        return directory
-    download = {key: options[key] for key in ("revision", "token", "cache_dir") if options.get(key) is not None}
-    try:
-        hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
-        return Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
-    except Exception as error:  # the hub client's errors have no common base
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"'{name}' is neither a folder nor a hub id that can be fetched ({first})") from error

@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
@@ -147,13 +148,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             W0 = self._base_weight()
             total = W0.clone()
             for name in self._names(self.active_adapters if adapter_names is None else adapter_names):
-                layer = self.tensors(name)
-                A = layer.dA if layer.A0 is None else layer.A0 + layer.dA
-                V = W0 + self.scaling[name] * (layer.dB.to(W0) @ A.to(W0))
-                if layer.B0 is not None:
-                    V += self.scaling[name] * (layer.B0.to(W0) @ layer.dA.to(W0))
-                g = self.gain(name)
-                total += (V if g is None else g.to(W0)[:, None] * V) - W0
+                total += effective_weight(W0, self.tensors(name), self.scaling[name], self.gain(name)) - W0
             return total
 
     def gain(self, adapter_name: str) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The kernels of core/kernels.py on a GPU: bandwidth against a copy's, time against the base product and plain torch.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels-DEVICE.json
+    python benchmarks/gpu_kernels.py --json benchmarks/results/kernels-DEVICE.json
 
 What a pass has to move is known: `compose` reads base and writes y, `spread` reads dy and kept and writes dv, and
 `rows_product` reads W0. Its bandwidth is those bytes by its time; `of_copy` is that by the bandwidth of torch's own
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     settings = parser.parse_args()
     if not torch.cuda.is_available() or settings.device != "cuda":
-        print("benchmarks/kernels.py needs a GPU: torch sees none here, or --device is not cuda", file=sys.stderr)
+        print("benchmarks/gpu_kernels.py needs a GPU: torch sees none here, or --device is not cuda", file=sys.stderr)
         raise SystemExit(2)
     results = []
     for out, in_ in SHAPES:

@@ -1,0 +1,134 @@
+"""Reads a safetensors checkpoint one weight at a time, in a few MiB at a time.
+
+The files are read, not mapped: pages of a mapping count as the process's memory until they are let go, and a file that
+shrinks under a mapping kills the process. Every header is checked before any work (`header.py`), so that a damaged
+checkpoint is refused within a second.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header, without_duplicates
+from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.show import shown
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a checkpoint, none of them read."""
+
+    tensors: dict[str, StoredTensor]
+    files: list[str]
+    """Names of its files, in order."""
+    identity: list[list[Any]]
+    """Name, size, time of change and sha256 of the header of every file: a resumed run compares them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The first float dtype in it, which is what transformers loads it in where config.json is silent."""
+        return next((DTYPES[t.dtype] for t in self.tensors.values() if t.dtype in DTYPES), torch.float32)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The tensors of the checkpoint in a folder, found by its index or in its only file.
+
+    Raises:
+        ConfigError: there are no safetensors weights.
+        ArtifactError: a file is missing or damaged, or the index does not fit the files.
+    """
+    if (folder / SINGLE).is_file():
+        header = read_header(folder / SINGLE)
+        return Checkpoint(header.tensors, [SINGLE], [header.identity])
+    if not (folder / INDEX).is_file():
+        raise ConfigError(
+            f"model {shown(folder, 300)}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read, convert "
+            "others with save_pretrained"
+        )
+    places = _read_index(folder / INDEX)
+    files = sorted(set(places.values()))
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise ArtifactError(
+            f"{shown(folder / absent[0], 300)} is missing ({len(absent)} of {len(files)} shards are); download it again"
+        )
+    headers = {file: read_header(folder / file) for file in files}
+    found = {}
+    for name, file in places.items():
+        if name not in headers[file].tensors:
+            raise ArtifactError(
+                f"{shown(folder / INDEX, 300)}: tensor '{shown(name)}' is not in {shown(file)}; download both again"
+            )
+        found[name] = headers[file].tensors[name]
+    return Checkpoint(found, files, [headers[file].identity for file in files])
+
+
+def read_weight(stored: StoredTensor, dtype: torch.dtype) -> tuple[Tensor, TensorPrint]:
+    """A weight as the model has it in memory, in float32 (float64 stays), and its fingerprint.
+
+    Args:
+        stored: where it lies.
+        dtype: the model's own; values are rounded to it first, as loading does.
+
+    Returns:
+        The weight in the file's shape, and the fingerprint of its values in `dtype`.
+
+    Raises:
+        ArtifactError: the file ends early.
+    """
+    weight = torch.empty(stored.shape, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
+    flat, digest, done = weight.view(-1), xxhash.xxh3_128(), 0
+    for view in chunks(stored):
+        chunk = torch.frombuffer(view, dtype=DTYPES[stored.dtype]).to(dtype)
+        digest.update(chunk.view(torch.uint8).numpy().data)
+        flat[done : done + chunk.numel()] = chunk
+        done += chunk.numel()
+    name = str(dtype).removeprefix("torch.")
+    return weight, {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
+
+
+def holds_values(stored: StoredTensor, recorded: TensorPrint) -> bool:
+    """Whether a tensor on disk holds the recorded values, in whatever float dtype; `fingerprint.same_values` of it."""
+    dtype = getattr(torch, recorded["dtype"], None)
+    if list(stored.shape) != recorded["shape"] or not isinstance(dtype, torch.dtype) or stored.dtype not in DTYPES:
+        return False
+    digest = xxhash.xxh3_128()
+    for view in chunks(stored):
+        chunk = torch.frombuffer(view, dtype=DTYPES[stored.dtype])
+        cast = chunk.to(dtype)
+        if cast is not chunk and not torch.equal(cast.to(chunk.dtype), chunk):
+            return False
+        digest.update(cast.view(torch.uint8).numpy().data)
+    return digest.hexdigest() == recorded["xxh3_128"]
+
+
+def is_plain(stored: StoredTensor) -> bool:
+    """Whether the tensor is a float matrix that can be read."""
+    return stored.dtype in DTYPES and len(stored.shape) == 2
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        places = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise TypeError("weight_map has to map tensor names to file names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise ArtifactError(f"{shown(path, 300)} cannot be used ({shown(reason, 200)}); download it again") from error
+    for name, file in places.items():
+        # A name, never a path: an index from elsewhere must not make us read files outside its folder.
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ArtifactError(
+                f"{shown(path, 300)}: tensor '{shown(name)}' lies in '{shown(file)}', no shard's file name; "
+                "use the checkpoint's own index"
+            )
+    return places

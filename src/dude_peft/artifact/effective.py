@@ -1,0 +1,55 @@
+"""The weight that a trained layer amounts to, from its tensors and the base weight alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dude_peft.artifact.stock import LayerTensors
+from dude_peft.core.magnitude import gain, norm_change, rows_product
+
+
+def effective_weight(W0: Tensor, layer: LayerTensors, scaling: float, g: Tensor | None = None) -> Tensor:
+    """Effective weight `W' = g V`, `V = W0 + s (dB A + B0 dA)`.
+
+    Every row follows from its own row of W0 and of the layer's tensors, so some rows at a time may be given.
+
+    Args:
+        W0: (out, in) base weight in float32 or float64.
+        layer: state of the layer, its (out, ...) tensors for the same rows.
+        scaling: s.
+        g: (out,) gain, where it is known; else it is computed.
+
+    Returns:
+        (out, in) in W0's dtype, a tensor of its own.
+
+    Source: DuDe section 3, in the deviations of DESIGN section 2.
+    """
+    if g is None:
+        g = layer_gain(W0, layer, scaling)
+    A = layer.dA if layer.A0 is None else layer.A0 + layer.dA
+    V = torch.addmm(W0, layer.dB.to(W0), A.to(W0), alpha=scaling)
+    if layer.B0 is not None:
+        V.addmm_(layer.B0.to(W0), layer.dA.to(W0), alpha=scaling)
+    return V if g is None else V.mul_(g.to(W0)[:, None])
+
+
+def layer_gain(W0: Tensor, layer: LayerTensors, scaling: float) -> Tensor | None:
+    """Gain g = m / ||V|| of every row, (out,) in float32 or better; None for methods without a magnitude."""
+    if layer.m0 is None or layer.dm is None:
+        return None
+    dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
+    start = None if layer.A0 is None else rows_product(W0, layer.A0)
+    q = norm_change(rows_product(W0, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
+    return gain(layer.m0, layer.dm, q)
+
+
+def rows_of(layer: LayerTensors, rows: slice) -> LayerTensors:
+    """The same layer for some of its output rows: views, not copies."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows]
+
+    return LayerTensors(
+        dA=layer.dA, dB=layer.dB[rows], A0=layer.A0, B0=cut(layer.B0), m0=cut(layer.m0), dm=cut(layer.dm)
+    )

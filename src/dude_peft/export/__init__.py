@@ -1,0 +1,1 @@
+"""What leaves training: verified adapters, merged models, adapters and files for other programs."""

@@ -1,0 +1,101 @@
+"""A saved adapter, checked, its tensors read one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
+from dude_peft.artifact.manifest import WEIGHTS_FILE
+from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
+from dude_peft.errors import ArtifactError
+from dude_peft.show import shown
+from dude_peft.tuner import DudeConfig
+from dude_peft.tuner.config import adapter_folder
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder whose files are whole and belong together."""
+
+    folder: Path
+    config: DudeConfig
+    base: dict[str, TensorPrint]
+    """Name of every adapted layer -> fingerprint of its base weight."""
+    tensors: dict[str, StoredTensor]
+
+    def scaling(self, layer: str) -> float:
+        """S of one layer."""
+        return self.config.spec.scaling(*self.config.rank_and_alpha(layer))
+
+    def layer(self, layer: str, shape: tuple[int, int]) -> LayerTensors:
+        """State of one layer.
+
+        Args:
+            layer: its name in the base model.
+            shape: (out, in) of the base weight.
+
+        Raises:
+            ArtifactError: a tensor is missing, or does not fit.
+            NumericsError: NaN or Inf.
+        """
+        spec, (r, _) = self.config.spec, self.config.rank_and_alpha(layer)
+        names = stock_names(spec.principal, spec.magnitude)
+        absent = [name for name in names if self._key(layer, name) not in self.tensors]
+        if absent:
+            raise ArtifactError(
+                f"'{self.folder / WEIGHTS_FILE}': layer '{shown(layer)}' has no {absent[0]}; save the adapter again"
+            )
+        found = {name: read_tensor(self.tensors[self._key(layer, name)]) for name in names}
+        return from_stock(found, spec.principal, spec.magnitude, r, shape, layer)
+
+    def whole(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Tensors that were trained whole (biases, modules_to_save), by their names in the base model."""
+        spec = self.config.spec
+        names = stock_names(spec.principal, spec.magnitude)
+        own = {self._key(layer, name) for layer in self.base for name in names}
+        for key, stored in self.tensors.items():
+            if key not in own:
+                yield key.removeprefix(_PREFIX).replace(".base_layer.", "."), stored
+
+    @staticmethod
+    def _key(layer: str, name: str) -> str:
+        return f"{_PREFIX}{layer}.{name}"
+
+
+def open_adapter(path: str | Path) -> SavedAdapter:
+    """The adapter in a folder or on the hub, every byte checked against its manifest.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, edited, or not ours.
+    """
+    folder = adapter_folder(str(path))
+    config = DudeConfig.from_pretrained(str(folder))
+    assert config._loading is not None
+    return SavedAdapter(folder, config, config._loading.base, read_header(folder / WEIGHTS_FILE).tensors)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """A whole float tensor as it is stored.
+
+    Raises:
+        ArtifactError: it holds no floats, or the file ends early.
+    """
+    dtype = DTYPES.get(stored.dtype)
+    if dtype is None:
+        raise ArtifactError(
+            f"'{stored.file}': tensor '{shown(stored.name)}' has dtype {stored.dtype}, a float is wanted; save it again"
+        )
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    flat, done = tensor.view(-1).view(torch.uint8), 0
+    for view in chunks(stored):
+        flat[done : done + len(view)] = torch.frombuffer(view, dtype=torch.uint8)
+        done += len(view)
+    return tensor

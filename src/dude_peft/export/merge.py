@@ -1,0 +1,327 @@
+"""Merging: W0 + sum_i w_i (W'_i - W0), written shard by shard, with a few MiB of one weight in memory.
+
+The folder is laid out as the base checkpoint: the same files, the same tensors in them, adapted ones replaced. A weight
+that several parameters share (tied embeddings) and that only one of them changes is written once for each, and the
+configuration says that they are tied no more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dude_peft.artifact.checkpoint import INDEX, holds_values, is_plain
+from dude_peft.artifact.durable import replace_file
+from dude_peft.artifact.effective import effective_weight, rows_of
+from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
+from dude_peft.artifact.stock import LayerTensors
+from dude_peft.artifact.stream import Piece, write_pieces
+from dude_peft.core.rounding import is_half, round_dithered_, thresholds
+from dude_peft.core.threads import single_threaded_pool
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError, ResourceError
+from dude_peft.export.adapter import SavedAdapter
+from dude_peft.export.base import Base
+from dude_peft.export.combine import Combination
+from dude_peft.init.architecture import find_weight
+from dude_peft.show import shown
+from dude_peft.tuner import frozen
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BLOCK_ELEMENTS = 1 << 22  # of float32: 16 MiB
+_SPARE_BYTES = 16 << 20
+_COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter and the weight of its change."""
+
+    adapter: SavedAdapter
+    weight: float = 1.0
+
+
+@dataclass
+class Layer:
+    """One adapted layer: where its weight lies, and who changes it."""
+
+    stored: StoredTensor
+    transposed: bool
+    names: list[str]
+    changes: list[tuple[Weighted, str]] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What will be written, everything checked that can be."""
+
+    files: dict[str, list[Piece]]
+    untied: bool
+    layers: int
+    size: int
+    """Bytes."""
+
+
+def plan_merge(
+    base: Base,
+    layers: dict[str, Layer],
+    adapters: Sequence[Weighted],
+    dtype: torch.dtype | None,
+    combination: Combination,
+) -> MergePlan:
+    """What the merged checkpoint holds: every tensor of the base, changed or not.
+
+    Args:
+        base: the base model.
+        layers: from `layers_of`.
+        adapters: at least one.
+        dtype: of the merged weights; None keeps each one's own.
+        combination: how several changes become one.
+
+    Raises:
+        ArtifactError: a tensor that was trained whole does not fit the base.
+        ConfigError: such a tensor, and several adapters.
+    """
+    tensors = base.checkpoint.tensors
+    written: dict[str, tuple[str, Piece]] = {}  # key -> file, tensor
+    shared: dict[str, StoredTensor] = {}  # other names of tied weights that change
+    for name, layer in layers.items():
+        key, out_dtype = _key(base, f"{name}.weight"), dtype or DTYPES[layer.stored.dtype]
+        output = Piece(key, _NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
+        written[key] = Path(layer.stored.file).name, output
+        shared |= {_key(base, other): layer.stored for other in layer.names}
+    for name, trained, folder in _trained_whole(adapters):
+        stored, names = _parameter(base, name)
+        if stored.shape != trained.shape:
+            raise ArtifactError(
+                f"adapter {folder}: '{shown(name)}' has shape {trained.shape}, the base model's {stored.shape}: it was "
+                "trained on a model with other embeddings; resize and save that base model first"
+            )
+        key = _key(base, name)
+        written[key] = Path(stored.file).name, _copied(key, trained, dtype or DTYPES.get(stored.dtype))
+        shared |= {_key(base, other): stored for other in names}
+    untied = [key for key in shared if key not in written]
+    for key, stored in {**tensors, **{key: shared[key] for key in untied}}.items():
+        if key not in written:
+            written[key] = Path(stored.file).name, _copied(key, stored, dtype)
+    files: dict[str, list[Piece]] = {file: [] for file in base.checkpoint.files}
+    for _, (file, output) in sorted(written.items()):
+        files[file].append(output)
+    size = sum(output.size for _, output in written.values())
+    return MergePlan(files, bool(untied), len(layers), size)
+
+
+def write_merge(
+    plan: MergePlan,
+    base: Base,
+    adapters: Sequence[Weighted],
+    folder: Path,
+    dtype: torch.dtype | None,
+    done: Callable[[], None],
+) -> None:
+    """Write the merged model into an empty folder; calls `done` after every tensor.
+
+    Raises:
+        ResourceError: the disk is too small.
+        NumericsError: a merged weight overflows its dtype.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < plan.size + _SPARE_BYTES:
+        raise ResourceError(
+            f"{shown(folder.parent, 300)}: {(plan.size + _SPARE_BYTES) / 2**20:,.0f} MiB are needed and "
+            f"{free / 2**20:,.0f} are free; free some space or choose another folder"
+        )
+    for file, outputs in plan.files.items():
+        write_pieces(folder / file, {"format": "pt"}, outputs, done)
+    if len(plan.files) > 1 or next(iter(plan.files)) != "model.safetensors":
+        places = {output.name: file for file, outputs in plan.files.items() for output in outputs}
+        index = {"metadata": {"total_size": plan.size}, "weight_map": dict(sorted(places.items()))}
+        replace_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    _copy_companions(base.folder, folder, adapters)
+    _write_config(base.folder / "config.json", folder / "config.json", dtype, plan.untied)
+
+
+def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
+    """Every adapted layer by its name, its weight found in the base's checkpoint.
+
+    Raises:
+        ArtifactError: the base has no such layer, or its weight is no plain matrix.
+    """
+    modules = dict(base.model.named_modules())
+    layers: dict[str, Layer] = {}
+    for weighted in adapters:
+        adapter = weighted.adapter
+        absent = [name for name in adapter.base if name not in modules]
+        if absent:
+            raise ArtifactError(
+                f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model has not (first: "
+                f"'{shown(absent[0])}'); give the base model it was trained on with --base"
+            )
+        for name in adapter.base:
+            if name not in layers:
+                module = modules[name]
+                names = base.names[id(module.weight)]
+                stored = find_weight(f"{name}.weight", names, base.model.base_model_prefix, base.checkpoint)
+                if not is_plain(stored):
+                    raise ArtifactError(
+                        f"base tensor '{shown(stored.name)}' is {stored.dtype} of shape {stored.shape}, no plain "
+                        "matrix to merge into; give the unquantised base model"
+                    )
+                layers[name] = Layer(stored, frozen.is_transposed(module), names)
+            layers[name].changes.append((weighted, name))
+    return layers
+
+
+def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
+    """Every adapter against the weights on disk, before anything is written; the error to raise, if they differ."""
+    asked = [(layer.stored, change.adapter, name) for name, layer in layers.items() for change, _ in layer.changes]
+    with single_threaded_pool(len(asked)) as pool:
+        held = list(pool.map(lambda one: holds_values(one[0], one[1].base[one[2]]), asked))
+    wrong = [(adapter, name) for (_, adapter, name), holds in zip(asked, held, strict=True) if not holds]
+    if not wrong:
+        return None
+    adapter, name = wrong[0]
+    return ArtifactError(
+        f"adapter {shown(adapter.folder, 300)} was trained on other weights than those of "
+        f"{shown(base.source.name_or_path, 300)}: {len(wrong)} of {len(asked)} differ (first: '{shown(name)}'); "
+        "give the base model it was trained on, not one that is merged already"
+    )
+
+
+def _trained_whole(adapters: Sequence[Weighted]) -> Iterator[tuple[str, StoredTensor, str]]:
+    for weighted in adapters:
+        folder = shown(weighted.adapter.folder, 300)
+        for name, trained in weighted.adapter.whole():
+            if len(adapters) > 1 or weighted.weight != 1:
+                raise ConfigError(
+                    f"adapter {folder} has '{shown(name)}', trained whole, which has no change to weigh; merge it alone"
+                )
+            yield name, trained, folder
+
+
+def _key(base: Base, name: str) -> str:
+    """A parameter's name in the checkpoint, which may leave the model's prefix out."""
+    prefix = f"{base.model.base_model_prefix}."
+    other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+    return other if name not in base.checkpoint.tensors and other in base.checkpoint.tensors else name
+
+
+def _parameter(base: Base, name: str) -> tuple[StoredTensor, list[str]]:
+    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    if name not in parameters:
+        raise ArtifactError(f"adapter tensor '{shown(name)}' is no parameter of the base model; give the right --base")
+    names = base.names[id(parameters[name])]
+    return find_weight(name, names, base.model.base_model_prefix, base.checkpoint), names
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Content of one merged weight, in blocks of rows; the whole matrix where rows do not stand alone."""
+
+    layer: Layer
+    name: str
+    dtype: torch.dtype
+    combination: Combination
+
+    def __call__(self) -> Iterator[Any]:
+        stored, layer = self.layer.stored, self.layer
+        out, in_ = layer.shape
+        parts = [
+            (weighted.weight, weighted.adapter.layer(name, (out, in_)), weighted.adapter.scaling(name))
+            for weighted, name in layer.changes
+        ]
+        whole = layer.transposed or not self.combination.by_rows
+        count = out if whole else max(1, _BLOCK_ELEMENTS // in_)
+        start = 0
+        source = DTYPES[stored.dtype]
+        wide = torch.promote_types(source, torch.float32)
+        for view in chunks(stored, stored.size if whole else count * in_ * source.itemsize):
+            W0 = torch.frombuffer(view, dtype=source).view(-1, stored.shape[1]).to(wide)
+            W0 = W0.T.contiguous() if layer.transposed else W0
+            rows = slice(start, start + len(W0))
+            merged = _combined(W0, [(w, rows_of(state, rows), s) for w, state, s in parts], self.combination)
+            rounded = _rounded(merged, self.dtype, start, self.name)
+            stored_layout = rounded.T.contiguous() if layer.transposed else rounded
+            yield stored_layout.view(torch.uint8).numpy().data
+            start = rows.stop
+
+
+def _combined(W0: Tensor, parts: list[tuple[float, LayerTensors, float]], combination: Combination) -> Tensor:
+    if len(parts) == 1 and parts[0][0] == 1 and combination.by_rows:
+        _, layer, scaling = parts[0]
+        return effective_weight(W0, layer, scaling)
+    deltas = [effective_weight(W0, layer, scaling).sub_(W0) for _, layer, scaling in parts]
+    return W0 + combination.of(deltas, [weight for weight, _, _ in parts])
+
+
+def _rounded(merged: Tensor, dtype: torch.dtype, first_row: int, name: str) -> Tensor:
+    """In half precision with the layer's own dither: to the nearest, changes below 0.2 % of a weight would be lost."""
+    finite = torch.isfinite(merged)
+    if is_half(dtype):
+        by_row, by_column = thresholds(first_row + len(merged), merged.shape[1], merged.device, dtype)
+        narrow = merged.to(torch.float32)
+        merged = round_dithered_(narrow, torch.bitwise_xor(by_row[first_row:], by_column), dtype)
+    rounded = merged.to(dtype)
+    if not bool(finite.all()) or not bool(torch.isfinite(rounded).all()):
+        raise NumericsError(
+            f"the merged weight of '{shown(name)}' overflows {dtype}; choose --dtype bfloat16 or float32"
+        )
+    return rounded
+
+
+def _copied(key: str, stored: StoredTensor, dtype: torch.dtype | None) -> Piece:
+    source = DTYPES.get(stored.dtype)
+    if dtype is None or source is None or dtype == source:
+        return Piece(key, stored.dtype, stored.shape, lambda: chunks(stored))
+
+    def cast() -> Iterator[Any]:
+        for view in chunks(stored):
+            values = torch.frombuffer(view, dtype=source)
+            changed = values.to(dtype)
+            if not bool(torch.isfinite(changed).all()) and bool(torch.isfinite(values).all()):
+                raise NumericsError(f"'{shown(key)}' overflows {dtype}; choose --dtype bfloat16 or float32")
+            yield changed.view(torch.uint8).numpy().data
+
+    return Piece(key, _NAMES[dtype], stored.shape, cast)
+
+
+def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> None:
+    """Configuration, tokenizer, chat template and licence of the base; an adapter's own tokenizer comes first."""
+    for path in sorted(base.iterdir()):
+        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
+        wanted = path.suffix in _COPIED and path.name != "config.json" and not path.name.endswith(".index.json")
+        if path.is_file() and (wanted or licence) and not path.name.startswith("adapter_"):
+            replace_file(folder / path.name, path.read_bytes())
+    own = adapters[0].adapter.folder
+    if len(adapters) == 1 and (own / "tokenizer_config.json").is_file():
+        for name in _TOKENIZER:
+            if (own / name).is_file():
+                replace_file(folder / name, (own / name).read_bytes())
+
+
+def _write_config(source: Path, target: Path, dtype: torch.dtype | None, untied: bool) -> None:
+    config = json.loads(source.read_bytes())
+    for key in ("auto_map", "quantization_config"):
+        config.pop(key, None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if untied:
+        config["tie_word_embeddings"] = False
+    replace_file(target, (json.dumps(config, indent=2) + "\n").encode())

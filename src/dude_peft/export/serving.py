@@ -1,0 +1,45 @@
+"""Which program runs which file, and whether it computes what was trained.
+
+What each program reads today was read in its source: PEFT 0.21, vLLM 0.33, SGLang 0.5.23, llama.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dude_peft.methods import Method
+
+PROGRAMS = ("transformers + PEFT", "vLLM", "SGLang", "llama.cpp")
+# What vLLM takes as --max-lora-rank.
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One kind of file, and what each of PROGRAMS does with it."""
+
+    file: str
+    answers: tuple[str, ...]
+
+
+def serving_matrix(method: Method, ranks: set[int]) -> list[Serving]:
+    """The matrix of one adapter.
+
+    Args:
+        method: its method.
+        ranks: of its stock tensors, over all layers.
+    """
+    largest = max(ranks)
+    served = next((rank for rank in SERVED_RANKS if rank >= largest), None)
+    if method.magnitude:
+        adapter = ("exact", "refused (DoRA)", "refused (DoRA)", "refused (DoRA)")
+    elif served is None:
+        adapter = ("exact", f"refused (rank {largest})", "exact", "exact, once converted")
+    else:
+        adapter = ("exact", f"exact, --max-lora-rank {served}", "exact", "exact, once converted")
+    return [
+        Serving("the adapter, --to peft", adapter),
+        Serving("--to merged", ("exact", "exact", "exact", "after conversion")),
+        Serving("--to lora:K", ("approximate", "approximate", "approximate", "approximate, once converted")),
+        Serving("--to gguf:TYPE", ("no", "no", "no", "exact up to TYPE")),
+    ]

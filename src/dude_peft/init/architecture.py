@@ -1,0 +1,111 @@
+"""The model without its weights, and where the checkpoint keeps each of its parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from dude_peft.artifact.checkpoint import Checkpoint
+from dude_peft.artifact.header import StoredTensor
+from dude_peft.errors import ArtifactError, ConfigError, DudeError
+from dude_peft.show import shown
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+
+
+def fetch_checkpoint(model: str, revision: str | None = None) -> Path:
+    """The local copy of a hub model's configuration, tokenizer and safetensors weights.
+
+    Raises:
+        ConfigError: it cannot be fetched.
+    """
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client's errors have no common base
+        raise ConfigError(f"model {shown(model, 300)} is no folder, and cannot be fetched ({_first(error)})") from error
+
+
+def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype: str = "auto") -> Any:
+    """The causal language model of a folder's config.json, all parameters on the meta device.
+
+    Args:
+        model_name: as the user gave it; recorded as the model's name.
+        folder: with config.json.
+        stored_dtype: of the checkpoint, where config.json is silent.
+        dtype: auto (config.json's, or the checkpoint's own), float32, bfloat16, float16.
+
+    Raises:
+        ConfigError: it is quantised, or no causal language model.
+    """
+    try:
+        settings = transformers.AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # transformers raises what its readers raise
+        raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
+    quantised = getattr(settings, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ConfigError(
+            f"model {shown(model_name, 300)} is quantised ({shown(method)}): give the unquantised checkpoint"
+        )
+    wanted = (getattr(settings, "dtype", None) or stored_dtype) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with torch.device("meta"):
+            automatic: Any = transformers.AutoModelForCausalLM
+            model: nn.Module = automatic.from_config(settings, dtype=wanted)
+    except DudeError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model {shown(model_name, 300)} is no causal language model that transformers knows ({_first(error)})"
+        ) from error
+    model.name_or_path = settings.name_or_path = model_name  # type: ignore[assignment]
+    return model
+
+
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every parameter, by the parameter's id; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def find_weight(key: str, names: list[str], prefix: str, checkpoint: Checkpoint) -> StoredTensor:
+    """The stored tensor of a parameter: under its own name or a tied one's, with or without the model's prefix.
+
+    Args:
+        key: the parameter's name, for messages.
+        names: all its names.
+        prefix: the model's `base_model_prefix`.
+        checkpoint: where it is looked for.
+
+    Raises:
+        ArtifactError: it is not there, or two different tensors are.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name in names:
+        other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+        stored = checkpoint.tensors.get(name) or checkpoint.tensors.get(other)
+        if stored is not None:
+            found[stored.name] = stored
+    if not found:
+        raise ArtifactError(
+            f"the checkpoint has no tensor '{shown(key)}' ({len(checkpoint.tensors)} others); use one in transformers' "
+            "own layout"
+        )
+    if len(found) > 1:
+        raise ArtifactError(
+            f"the checkpoint has {' and '.join(map(shown, found))}, which are one weight in the model; leave the layer "
+            "out with --exclude-modules"
+        )
+    return next(iter(found.values()))
+
+
+def _first(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {shown(text.splitlines()[0], 200)}" if text else type(error).__name__
