@@ -68,6 +68,13 @@ def _bert():
     return hf.BertForMaskedLM(config)
 
 
+def _qwen3_moe():  # experts in one stacked tensor, attention in dense layers
+    config = hf.Qwen3MoeConfig(
+        **_COMMON, num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    return hf.Qwen3MoeForCausalLM(config)
+
+
 ARCHITECTURES = {
     "llama": _llama,
     "mistral-gqa": _mistral,
@@ -82,7 +89,7 @@ ARCHITECTURES = {
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """A model with random weights and biases (biases start at zero in transformers, which would hide mistakes)."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name]()
+    model = _qwen3_moe() if name == "qwen3-moe" else ARCHITECTURES[name]()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):

@@ -97,7 +97,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(
             f"'{path}' carries no DuDe manifest, it was not saved by dude-peft; load it with peft.PeftModel"
         )
-    if header.metadata.get(_SEAL) != _text_sha256(header.metadata[_KEY]):
+    sealed = {"format": "pt", _KEY: header.metadata[_KEY], _SEAL: _text_sha256(header.metadata[_KEY])}
+    if header.metadata != sealed:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
     manifest = _parse(header.metadata[_KEY], path)
     _check_names(set(header.tensors), set(manifest.tensors), path)

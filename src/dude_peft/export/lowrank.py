@@ -50,12 +50,12 @@ def check_rank(rank: int, layers: dict[str, Layer], adapter: SavedAdapter) -> No
     """
     if rank not in SERVED_RANKS:
         raise ConfigError(f"--to lora:{rank}: servers take ranks {', '.join(map(str, SERVED_RANKS))}; choose one")
-    for name, layer in layers.items():
-        if rank > min(layer.shape):
-            raise ConfigError(
-                f"--to lora:{rank}: layer '{shown(name)}' (out {layer.shape[0]}, in {layer.shape[1]}) has rank "
-                f"{min(layer.shape)} at most; choose a smaller one"
-            )
+    name, layer = min(layers.items(), key=lambda one: min(one[1].shape))
+    if rank > min(layer.shape):
+        raise ConfigError(
+            f"--to lora:{rank}: layer '{shown(name)}' (out {layer.shape[0]}, in {layer.shape[1]}) has rank "
+            f"{min(layer.shape)} at most; choose a smaller one"
+        )
     if whole := next((name for name, _ in adapter.whole()), None):
         raise ConfigError(
             f"--to lora:{rank}: '{shown(whole)}' was trained whole, which a LoRA cannot carry; use merged"

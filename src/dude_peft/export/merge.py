@@ -167,7 +167,7 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for weighted in adapters:
         adapter = weighted.adapter
-        absent = [name for name in adapter.base if name not in modules]
+        absent = [name for name in adapter.base if name not in modules or not frozen.is_supported(modules[name])]
         if absent:
             raise ArtifactError(
                 f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model has not (first: "

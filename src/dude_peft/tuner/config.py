@@ -7,12 +7,13 @@ import functools
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig
 from peft.utils import WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from pydantic import TypeAdapter
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, read_manifest, stamp
@@ -202,9 +203,23 @@ class DudeConfig(PeftConfig):
                 f"'{directory / WEIGHTS_FILE}': the manifest has settings that this version does not know "
                 f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
             )
-        config = cls(**manifest.config)
+        config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
         config._loading = manifest
         return config
+
+    @classmethod
+    def _from_manifest(cls, settings: dict[str, Any], where: Path) -> DudeConfig:
+        """A configuration from a file, in which nothing has to have the type it should have."""
+        hints = get_type_hints(cls)
+        try:
+            for name, value in settings.items():
+                TypeAdapter(hints[name]).validate_python(value, strict=name not in ("task_type", "peft_type"))
+            return cls(**settings)
+        except ValueError as error:  # pydantic's too; ConfigError, where a value cannot work
+            reason = str(error).splitlines()[0] if isinstance(error, ConfigError) else f"{name} is {value!r:.80}"
+            raise ArtifactError(
+                f"'{where}': the manifest's settings cannot be used ({reason}); copy it again"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain JSON values."""

@@ -74,7 +74,7 @@ def load_adapter(
 
 def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, allow_mismatch: bool) -> None:
     modules = dict(base.named_modules())
-    absent = [name for name in recorded if name not in modules]
+    absent = [name for name in recorded if name not in modules or not frozen.is_supported(_base_layer(modules[name]))]
     if absent:
         raise ArtifactError(
             f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} has not (first: '{absent[0]}'); "
@@ -82,7 +82,7 @@ def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, al
         )
     for name, expected in recorded.items():
         module = modules[name]
-        shape = frozen.layer_shape(module.get_base_layer() if isinstance(module, DudeLinear) else module)
+        shape = frozen.layer_shape(_base_layer(module))
         if sorted(shape) != sorted(expected["shape"]):
             raise ArtifactError(
                 f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training; "
@@ -98,6 +98,10 @@ def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, al
     if not allow_mismatch:
         raise ArtifactError(f"{message}; load the base model it was trained on, or pass allow_base_mismatch=True")
     warnings.warn(f"{message}; outputs will not be those of training", stacklevel=3)
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, DudeLinear) else module
 
 
 def _holds(module: nn.Module, expected: TensorPrint) -> bool:

@@ -45,7 +45,13 @@ class DudeModel(BaseTuner):
         """PEFT's injection, after every target has been checked, so that a refusal leaves the model as it was."""
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
-        self._prepare_adapter_config(config, self.get_model_config(model))
+        try:
+            self._prepare_adapter_config(config, self.get_model_config(model))
+        except ValueError as error:
+            raise ConfigError(
+                f"target_modules is not set, and PEFT has no choice of its own for {type(model).__name__}; "
+                "'all-linear' adapts every linear layer"
+            ) from error
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
             # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
