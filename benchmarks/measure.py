@@ -109,7 +109,7 @@ def finish(benchmark: str, settings: argparse.Namespace, results: Any, notes: li
     record = {
         "benchmark": benchmark,
         "environment": environment(settings.device),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()},
+        "settings": {key: value.name if isinstance(value, Path) else value for key, value in vars(settings).items()},
         "notes": notes or [],
         "results": results,
     }
@@ -163,6 +163,8 @@ def _wait(device: str) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
+        if 0 < abs(value) < 1e-3:
+            return f"{value:.1e}"
         return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
     return "" if value is None else str(value)
 

@@ -130,7 +130,7 @@ def test_every_method_merges_and_its_stock_adapter_is_the_live_one(method, tmp_p
     assert not any(isinstance(module, DudeLinear) for module in stock.modules())
     near(logits(stock), trained)
     names = set(safetensors.torch.load_file(tmp_path / "peft/adapter_model.safetensors"))
-    assert {name.rpartition(".lora_")[2] for name in names} <= {"A.weight", "B.weight", "magnitude_vector"}
+    assert {name.rpartition(".lora_")[2] for name in names} <= {"A.weight", "B.weight", "magnitude_vector.weight"}
 
 
 def test_files_and_tensors_are_laid_out_as_in_the_base(usual, tmp_path):

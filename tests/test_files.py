@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from models import logits, make, perturb, tokens
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.fingerprint import fingerprint, same_values
@@ -144,7 +145,7 @@ def test_the_tensors_are_stock_and_a_few_more(method, trained):
     names = {name.partition("q_proj.")[2] for name in tensors_of(trained(method)[0]) if "q_proj" in name}
     spec = METHODS[method]
     expected = {"lora_A.weight", "lora_B.weight"}
-    expected |= {"lora_magnitude_vector", "lora_m0", "lora_dm"} if spec.magnitude else set()
+    expected |= {"lora_magnitude_vector.weight", "lora_m0", "lora_dm"} if spec.magnitude else set()
     expected |= {"lora_A0"} if spec.principal else set()
     assert names == expected
 
@@ -271,7 +272,7 @@ def test_missing_extra_and_renamed_tensors_are_refused(copied):
         (lambda t: t * 2, ArtifactError, ("does not agree",)),
     ],
 )
-@pytest.mark.parametrize("suffix", ["q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"])
+@pytest.mark.parametrize("suffix", ["q_proj.lora_A.weight", "q_proj.lora_magnitude_vector.weight"])
 def test_a_forged_tensor_with_a_fitting_hash_is_refused(copied, suffix, change, error, parts):
     tensors = tensors_of(copied)
     name = next(name for name in tensors if name.endswith(suffix))
@@ -371,3 +372,41 @@ def test_loading_in_place_on_another_base_is_refused(trained):
     with pytest.raises(ArtifactError, match="other base weights"):
         model.load_adapter(str(trained()[0]), "default")
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transformers_own_loader_gets_it_right(method, trained, tmp_path):
+    """Other DoRA files lose their magnitudes there in silence; ours name them so that it finds them."""
+    folder, expected = trained(method)
+    model = make("mistral-gqa")
+    model.load_adapter(str(folder))
+    assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    make("mistral-gqa").save_pretrained(tmp_path / "base")
+    shutil.copytree(folder, tmp_path / "adapter")
+    settings = json.loads((folder / CONFIG).read_text())
+    (tmp_path / "adapter" / CONFIG).write_text(
+        json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    for automatic in (transformers.AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        found = logits(automatic.from_pretrained(tmp_path / "adapter").eval())
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_adapters_are_swapped_over_one_base(trained):
+    base = make("mistral-gqa")
+    plain = logits(base)
+    model = load_adapter(base, trained("dude")[0], adapter_name="a")
+    for name, method in (("b", "lora"), ("c", "dora")):
+        load_adapter(model, trained(method)[0], adapter_name=name)
+    for name, method in [("b", "lora"), ("a", "dude"), ("c", "dora"), ("a", "dude")]:
+        model.set_adapter(name)
+        assert torch.equal(logits(model), trained(method)[1])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.delete_adapter("a")
+    model.set_adapter("c")
+    assert torch.equal(logits(model), trained("dora")[1])
+    load_adapter(model, trained("dude")[0], adapter_name="a")
+    model.set_adapter("a")
+    assert torch.equal(logits(model), trained("dude")[1])
+    assert torch.equal(logits(model.unload()), plain)

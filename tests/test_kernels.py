@@ -284,16 +284,24 @@ def test_recomputing_under_checkpointing_gives_the_same_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("state", ["start", "trained"])
 @pytest.mark.parametrize("path", ["kernels", "torch"])
-def test_small_changes_of_the_gain_arrive(monkeypatch, path):
+def test_small_changes_of_the_gain_arrive(monkeypatch, path, state):
     use(monkeypatch, path)
     base, x = normal(512, 256, dtype=torch.bfloat16), normal(512, 4, dtype=torch.bfloat16, seed=1)
     dA, dB = torch.zeros(2, 4, device=DEVICE), torch.zeros(256, 2, device=DEVICE)
+    A0, B0 = normal(2, 4, seed=2), normal(256, 2, seed=3)
+    gain = torch.ones(256, device=DEVICE)
+    if state == "trained":  # off the grid of bfloat16 everywhere
+        dA, dB, gain = 0.1 * normal(2, 4, seed=4), 0.1 * normal(256, 2, seed=5), 1 + 0.01 * normal(256, seed=6)
+
+    def output(eps):
+        return adapted_linear(base, x, dA, dB, A0, B0, gain * (1 + eps), None, SCALING).double()
+
+    change = SCALING * (x.double() @ (A0 + dA).double().T @ dB.double().T + x.double() @ dA.double().T @ B0.double().T)
+    exact = gain.double() * (base.double() + change)
     for eps in (1e-4, 3e-4, 1e-3, 2e-3, 5e-3, 1e-2):
-        gain = torch.full((256,), 1 + eps, device=DEVICE)
-        y = adapted_linear(base, x, dA, dB, None, None, gain, None, SCALING)
-        b = base.double()
-        slope = ((y.double() - b) * b).sum() / (eps * b.square().sum())
+        slope = ((output(eps) - output(0)) * exact).sum() / (eps * exact.square().sum())
         assert 0.9 <= slope <= 1.1, eps
 
 

@@ -370,6 +370,27 @@ def test_dpo_reference_is_the_base_model_bit_by_bit(tmp_path, method):
     _assert_same(_base_tensors(trainer.model), _base_tensors(tiny_llama()))
 
 
+def test_grpo_trainer_raises_the_reward(tmp_path):
+    trl = _trl()
+    settings = _trl_settings(tmp_path, max_steps=12, learning_rate=3e-2)
+    settings.pop("max_length")
+    trainer = trl.GRPOTrainer(
+        model=tiny_llama(),
+        reward_funcs=lambda completions, **_: [float(sum(c.isalpha() for c in text)) for text in completions],
+        args=trl.GRPOConfig(**settings, num_generations=8, max_completion_length=12, beta=0.01),
+        train_dataset=datasets.Dataset.from_dict({"prompt": [f"say {n} " for n in range(8)]}),
+        processing_class=tiny_tokenizer(),
+        peft_config=_config("dude"),
+    )
+    assert trainer.ref_model is None  # the reference is the disabled adapter: no second model in memory
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 1
+    with trainer.model.disable_adapter():
+        assert torch.equal(logits(trainer.model.eval()), logits(tiny_llama()))
+    _assert_same(_base_tensors(trainer.model), _base_tensors(tiny_llama()))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_dpo_on_a_trained_adapter_takes_that_adapter_as_reference(tmp_path, method):
     # TRL copies the trained adapter into one named "ref": the reference of DPO after SFT is the SFT model.

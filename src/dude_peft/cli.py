@@ -213,6 +213,22 @@ def verify(
     run_verify(adapter, base=base, gguf_file=gguf_file)
 
 
+@app.command()
+def upload(
+    adapter: _Adapter,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made now, make it private.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--dry-run", metavar="FOLDER", help="Write what would be sent there, send nothing.")
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """Send an adapter to the hub, verified, with a model card that fills itself."""
+    from dude_peft.export.upload import upload as run_upload
+
+    run_upload(adapter, repository, private=private, folder=folder)
+
+
 def main() -> None:
     """Entry point of the console script: runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]

@@ -23,7 +23,7 @@ from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
 
-FORMAT_VERSION = 2  # 1: base weights hashed with sha256
+FORMAT_VERSION = 3  # 1: base weights hashed with sha256; 2: the magnitude under a name that transformers does not read
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _KEY, _SEAL = "dude", "dude_sha256"
 
@@ -142,7 +142,7 @@ def _parse(text: str, path: Path) -> Manifest:
                 f"'{path}' has adapter format {version}, this is dude-peft {__version__} with format {FORMAT_VERSION}; "
                 + (
                     "peft.PeftModel loads it for inference, training starts anew"
-                    if version == 1
+                    if version in (1, 2)
                     else "upgrade with: pip install -U dude-peft"
                 )
             )

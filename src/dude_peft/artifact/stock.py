@@ -3,7 +3,7 @@
 The change s (BA - B0 A0) of a trained layer is s (dB A + B0 dA), a product of rank 2r. So the trained adapter IS a
 stock adapter of rank 2r on the untouched base weight, with r and alpha doubled (the scaling stays):
 
-    lora_A.weight = [A0 + dA; dA] (2r, in)    lora_B.weight = [dB, B0] (out, 2r)    lora_magnitude_vector = m (out,)
+    lora_A.weight = [A0 + dA; dA] (2r, in)    lora_B.weight = [dB, B0] (out, 2r)    lora_magnitude_vector.weight = m
 
 Methods without a frozen start are stock adapters as they are: lora_A = A (r, in), lora_B = B (out, r).
 
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dude_peft.errors import ArtifactError, NumericsError
 
-STOCK_A, STOCK_B, STOCK_M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+# PEFT itself writes the magnitude without ".weight", and reads both; transformers' load_adapter reads this one alone.
+STOCK_A, STOCK_B, STOCK_M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"
 EXTRA_A0, EXTRA_M0, EXTRA_DM = "lora_A0", "lora_m0", "lora_dm"
 
 

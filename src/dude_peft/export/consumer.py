@@ -23,7 +23,7 @@ class _Absent:
 def main() -> None:
     """Load the export and run it."""
     sys.path[:] = [entry for entry in sys.path if not entry.rstrip("/\\").endswith("export")]  # this script's folder
-    sys.meta_path.insert(0, _Absent())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Absent())
     import safetensors.torch
     import torch
     import transformers

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -83,7 +84,7 @@ def write_lora(
     pieces: list[Piece] = []
     fits: list[LayerFit] = []
     with single_threaded_pool(len(layers), most=4) as pool:
-        made = pool.map(lambda one: _layer(adapter, *one, rank), layers.items())
+        made = pool.map(lambda one: _layer(adapter, one[0], one[1], rank), layers.items())
         for number, (name, (tensors, captured)) in enumerate(zip(layers, made, strict=True)):
             for key, tensor in tensors.items():
                 path = parts / f"{number}.{key}"
@@ -97,7 +98,7 @@ def write_lora(
     for path in parts.iterdir():
         path.unlink()
     parts.rmdir()
-    config = LoraConfig(
+    stock = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(layers),
@@ -105,7 +106,8 @@ def write_lora(
         revision=adapter.config.revision,
         task_type=adapter.config.task_type,
         inference_mode=True,
-    ).to_dict()
+    )
+    config: dict[str, Any] = stock.to_dict()  # type: ignore[no-untyped-call]
     config["target_modules"] = _short_names(layers, base.model)
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     replace_file(folder / CONFIG_FILE, (text + "\n").encode())

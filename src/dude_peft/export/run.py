@@ -345,6 +345,7 @@ class _Export:
     def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> None:
         """What was done, beside the files: people and the model card read it."""
         from dude_peft.artifact.durable import replace_file
+        from dude_peft.export.card import CARD, model_card, report_of
         from dude_peft.version import __version__
 
         content = {
@@ -359,6 +360,9 @@ class _Export:
             **made,
         }
         replace_file(folder / _RECORD, (json.dumps(content, indent=1) + "\n").encode())
+        adapter = self.weighted[0].adapter
+        card = model_card(adapter, report_of(adapter.folder.absolute()), content)
+        replace_file(folder / CARD, card.encode())
 
 
 @contextmanager

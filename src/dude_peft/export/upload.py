@@ -1,0 +1,85 @@
+"""`dude upload`: an adapter to the hub, verified, with a card that fills itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import quiet_imports
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def upload(
+    adapter: str | Path, repository: str, *, private: bool = False, folder: Path | None = None, quiet: bool = False
+) -> str:
+    """Check an adapter, write its card, and send both to the hub.
+
+    Args:
+        adapter: its folder; report.json and loss.png of the run are looked for beside it.
+        repository: OWNER/NAME.
+        private: of a repository that is made.
+        folder: write what would be sent into this new folder, and send nothing.
+        quiet: print nothing.
+
+    Returns:
+        The address, or the folder.
+
+    Raises:
+        ConfigError: no such name for a repository, or the folder is there.
+        ArtifactError: the adapter is damaged.
+        ResourceError: the hub refuses, or cannot be reached.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"repository {shown(repository)!r}: write OWNER/NAME")
+    display = Display(quiet=quiet)
+    with display.waiting("checking the adapter"), quiet_imports():
+        from dude_peft.artifact.durable import whole_folder
+        from dude_peft.export.adapter import open_adapter
+
+        opened = open_adapter(adapter)
+    if folder is not None:
+        with whole_folder(folder) as target:
+            _gather(opened.folder, target)
+        display.say(f"written: {folder}")
+        return str(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        _gather(opened.folder, Path(temporary))
+        address = _send(Path(temporary), repository, private)
+    display.say(f"uploaded: {address}")
+    return address
+
+
+def _gather(adapter: Path, target: Path) -> None:
+    """The adapter's two files, its tokenizer if it has one, the loss curve, the card."""
+    from dude_peft.export.adapter import open_adapter
+    from dude_peft.export.card import CARD, model_card, report_of
+
+    for path in sorted(adapter.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model") and path.name != CARD:
+            shutil.copyfile(path, target / path.name)
+    picture = adapter.parent / "loss.png"
+    report = report_of(adapter.absolute())
+    if report is not None and picture.is_file():
+        shutil.copyfile(picture, target / picture.name)
+    card = model_card(open_adapter(target), report, picture=(target / picture.name).is_file())
+    (target / CARD).write_text(card, encoding="utf-8")
+
+
+def _send(folder: Path, repository: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="DuDe adapter"))
+    except Exception as error:  # the hub client's errors have no common base
+        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__), 200)
+        raise ResourceError(
+            f"{shown(repository)} cannot be uploaded ({reason}); check access with: hf auth whoami"
+        ) from error

@@ -1,0 +1,151 @@
+"""Model cards fill themselves, and nothing that comes from elsewhere can mean anything in them."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from models import make
+from peft import get_peft_model
+
+from dude_peft import DudeConfig
+from dude_peft.errors import ArtifactError, ConfigError, ResourceError
+from dude_peft.export.adapter import open_adapter
+from dude_peft.export.card import escaped, model_card
+from dude_peft.export.upload import upload
+
+SCORE = {"loss": 1.5, "right": 3, "rows": 64, "interval": [0.01, 0.13], "answers": []}
+REPORT = {
+    "before": SCORE,
+    "after": {**SCORE, "loss": 0.5, "right": 40, "interval": [0.5, 0.74]},
+    "data": {"train": {"rows": 100, "sha256": "ab" * 32}, "template": "chat"},
+    "config": {"train": {"learning_rate": 1e-4, "seed": 0}, "output_dir": "runs/x"},
+}
+EXPORT = {"to": "merged", "difference": {"kl": 1e-9, "kl_base": 1e-2, "logits": 1e-6}, "base_mismatch_allowed": False}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    model = get_peft_model(make("llama"), DudeConfig(r=4, target_modules=["q_proj"], revision="abc"))
+    model.save_pretrained(folder)
+    return folder
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.attributes = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+
+def read(card):
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), Tags(MarkdownIt("commonmark", {"html": True}).enable("table").render(body)), body
+
+
+def test_a_card_tells_what_was_done(adapter):
+    front, _, body = read(model_card(open_adapter(adapter), REPORT, EXPORT, picture=True))
+    assert front == {
+        "base_model": "unknown",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dude", "lora", "dude-peft"],
+    }
+    for part in ("r = 4", "revision abc", "3 of 64", "40 of 64", "ab" * 32, "loss.png", "1.0e-09", "vLLM", "0\\.0001"):
+        assert part in body, body
+    assert "Warning" not in body
+    marked = model_card(open_adapter(adapter), None, {**EXPORT, "base_mismatch_allowed": True})
+    assert "another base model" in marked
+
+
+HOSTILE = st.sampled_from(
+    [
+        "<script>alert(1)</script>",
+        '"onerror="x',
+        "](http://x)",
+        "![x](http://x/y.png)",
+        "<http://x>",
+        "\n# Heading",
+        "\n---\nlicense: mit",
+        "| a | b |",
+        "`code`",
+        "\x1b[2J",
+        "&lt;b&gt;",
+        "http://example.com",
+        "a: b\nc: d",
+    ]
+) | st.text(max_size=40)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(base=HOSTILE, revision=HOSTILE, key=HOSTILE, value=HOSTILE, rank=HOSTILE)
+def test_nothing_from_elsewhere_means_anything(adapter, base, revision, key, value, rank):
+    opened = open_adapter(adapter)
+    plain = read(model_card(opened, {**REPORT, "config": {"k": "v"}}, {**EXPORT, "rank": 1}))
+    opened.config.base_model_name_or_path, opened.config.revision = base, revision
+    report = {**REPORT, "config": {key: value}, "data": {value: {"rows": key, "sha256": rank}}}
+    front, tags, _ = read(model_card(opened, report, {**EXPORT, "rank": rank}))
+    assert set(front) == set(plain[0])
+    assert tags.found == plain[1].found
+    assert tags.attributes == plain[1].attributes
+
+
+@given(st.text())
+def test_escaping_keeps_the_text(text):
+    rendered = MarkdownIt("commonmark").renderInline("x" + escaped(text) + "x")
+    assert "<" not in rendered.replace("&lt;", "")
+    assert "\n" not in rendered
+
+
+def test_what_is_sent_to_the_hub(adapter, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (adapter.parent / "report.json").write_text(json.dumps(REPORT))
+    (adapter.parent / "loss.png").write_bytes(b"picture")
+    (adapter / "optimizer.pt").write_bytes(b"not for the hub")
+    sent = {}
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            sent["repo"] = (name, private, exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            sent["files"] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert upload(adapter, "me/mine", private=True, quiet=True) == "https://hub/me/mine"
+    assert sent["repo"] == ("me/mine", True, True)
+    assert set(sent["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"}
+    assert b"40 of 64" in sent["files"]["README.md"]
+    upload(adapter, "me/mine", folder=tmp_path / "dry", quiet=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "dry").iterdir()} == sent["files"]
+    open_adapter(tmp_path / "dry")
+
+
+def test_uploads_that_cannot_be(adapter, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    for name in ("mine", "a/b/c", "../x", "a/b c", ""):
+        with pytest.raises(ConfigError, match="OWNER/NAME"):
+            upload(adapter, name, quiet=True)
+    with pytest.raises(ArtifactError):
+        upload(tmp_path, "a/b", quiet=True)
+
+    def refuse(*_, **__):
+        raise RuntimeError("401\nsecret details")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(ResourceError) as caught:
+        upload(adapter, "a/b", quiet=True)
+    assert "\n" not in str(caught.value)
