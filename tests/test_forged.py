@@ -25,7 +25,8 @@ from peft import get_peft_model
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.header import read_header
 from dude_peft.artifact.manifest import read_manifest
-from dude_peft.errors import ArtifactError, DudeError
+from dude_peft.errors import ArtifactError, ConfigError, DudeError
+from dude_peft.export.run import merge
 from dude_peft.export.verify import verify
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -236,6 +237,40 @@ def test_a_forged_layer_name_is_refused(name, copied):
     assert "\n" not in str(caught.value)
     with pytest.raises(DudeError):
         verify(copied, quiet=True)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a.b", "nul", "é", "x" * 65])
+def test_an_adapter_name_that_is_no_folders_name_is_refused(name, small):
+    for call in (
+        lambda: get_peft_model(base(), DudeConfig(r=1, target_modules=["linear"]), adapter_name=name),
+        lambda: load_adapter(base(), small, adapter_name=name),
+    ):
+        with pytest.raises(ConfigError, match="adapter_name"):
+            call()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=80))
+def test_any_adapter_name_is_taken_or_refused(name):
+    with contextlib.suppress(ConfigError):
+        get_peft_model(base(), DudeConfig(r=1, target_modules=["linear"]), adapter_name=name)
+        assert (name.isascii() and name.replace("-", "").replace("_", "").isalnum()) or set(name) <= {"-", "_"}
+
+
+def test_code_in_a_models_folder_is_never_run(small, tmp_path):
+    model, marker = tmp_path / "model", tmp_path / "marker"
+    make("llama").save_pretrained(model)
+    get_peft_model(make("llama"), DudeConfig(r=1, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
+    content = json.loads((model / "config.json").read_text())
+    content["auto_map"] = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}
+    (model / "config.json").write_text(json.dumps(content))
+    merge([tmp_path / "adapter"], tmp_path / "merged", base=str(model), verify=False, quiet=True)
+    content["model_type"] = "evil"
+    (model / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError):
+        merge([tmp_path / "adapter"], tmp_path / "again", base=str(model), verify=False, quiet=True)
+    assert not marker.exists()
 
 
 def test_a_refusal_is_one_line_at_the_command(copied):

@@ -19,12 +19,16 @@ from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_n
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods.start import Start, check_finite
+from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.starts import compute_starts
 
 _PEFT_PREFIX = "base_model.model."
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# No folder can have these names on Windows.
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
 class DudeModel(BaseTuner):
@@ -43,6 +47,11 @@ class DudeModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """PEFT's injection, after every target has been checked, so that a refusal leaves the model as it was."""
+        if not _NAME.fullmatch(adapter_name) or adapter_name.upper() in _DEVICES:
+            raise ConfigError(
+                f"adapter_name {shown(adapter_name)!r}: it names a folder where it is saved; use up to 64 letters, "
+                "digits, '_' and '-'"
+            )
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         try:

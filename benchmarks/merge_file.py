@@ -1,0 +1,177 @@
+"""`dude merge` of a sharded checkpoint of 3 GB: peak memory, and what is there after it was killed at random.
+
+    python benchmarks/merge_file.py --kills 50
+
+The checkpoint is a Llama with random bfloat16 weights in shards of 512 MB; the adapter is a `dora` of rank 16 on all
+its linear layers, B and magnitudes moved away from the start. The merge runs in a process of its own, whose peak
+resident memory is told. Then it is killed (SIGKILL) at times drawn evenly over its whole duration: the output has to be
+absent, or equal to that of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers
+from measure import arguments, console, finish, set_threads, show
+
+from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest, stamp
+from dude_peft.export.run import merge
+from dude_peft.init.run import initialise
+
+SHARD_BYTES = 512 << 20
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = arguments(__doc__)
+    parser.add_argument("--layers", type=int, default=27, help="27 make 3 GB")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints are made for the time")
+    settings = parser.parse_args()
+    set_threads(settings)
+    with tempfile.TemporaryDirectory(dir=settings.folder) as temporary:
+        folder = Path(temporary)
+        size = make_checkpoint(folder / "model", settings.layers)
+        make_adapter(folder / "model", folder / "adapter")
+        console.print(f"checkpoint of {size / 1e9:.2f} GB made")
+        seconds, peak = run(folder)
+        whole = digests(folder / "merged")
+        row = {"bytes": size, "seconds": seconds, "peak_mib": peak / 2**20, "limit_mib": 1e9 / 2**20}
+        show("dude merge", {"undisturbed": row}, list(row))
+        found = killed(folder, settings.kills, seconds, whole)
+        show("killed at random", {"SIGKILL": found}, list(found))
+    finish("merge a checkpoint", settings, {"merge": row, "killed": found})
+
+
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """A sharded checkpoint without ever building the model; returns its bytes."""
+    config = transformers.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=32000,
+        dtype="bfloat16",
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in transformers.LlamaForCausalLM(config).state_dict().items()}
+    config.save_pretrained(folder)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled = 0
+    generator = torch.Generator().manual_seed(0)
+    places: dict[str, int] = {}
+    total = 0
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+        if filled + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            write_shard(folder, len(shards), shards[-1])
+            shards[-1] = {}
+            shards.append({})
+            filled = 0
+        shards[-1][name], places[name] = tensor, len(shards)
+        filled, total = filled + tensor.nbytes, total + tensor.nbytes
+    write_shard(folder, len(shards), shards[-1])
+    index = {"metadata": {"total_size": total}, "weight_map": {n: shard_name(i) for n, i in places.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"model-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> None:
+    """One file."""
+    safetensors.torch.save_file(tensors, folder / shard_name(number), {"format": "pt"})
+
+
+def make_adapter(model: Path, adapter: Path) -> None:
+    """A dora adapter of rank 16 with B and the magnitudes moved."""
+    initialise(str(model), adapter, {"method": "dora", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"})
+    manifest = read_manifest(adapter)
+    tensors = safetensors.torch.load_file(adapter / WEIGHTS_FILE)
+    generator = torch.Generator().manual_seed(1)
+    for name in manifest.base:
+        key = f"base_model.model.{name}"
+        tensors[f"{key}.lora_B.weight"].normal_(std=0.01, generator=generator)
+        m0 = tensors[f"{key}.lora_m0"]
+        tensors[f"{key}.lora_dm"] = m0 * 1e-3
+        tensors[f"{key}.lora_magnitude_vector.weight"] = m0 + tensors[f"{key}.lora_dm"]
+    safetensors.torch.save_file(tensors, adapter / WEIGHTS_FILE, {"format": "pt"})
+    stamp(adapter, manifest.config, manifest.base)
+
+
+def run(folder: Path) -> tuple[float, int]:
+    """An undisturbed merge: seconds and peak resident bytes of its process, imports included."""
+    program = (
+        "import sys; from dude_peft.export.run import merge; "
+        "merge([sys.argv[1]], sys.argv[2], base=sys.argv[3], verify=False, quiet=True)"
+    )
+    start = time.perf_counter()
+    child = os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-c", program, str(folder / "adapter"), str(folder / "merged"), str(folder / "model")],
+        os.environ,
+    )
+    _, status, usage = os.wait4(child, 0)
+    assert status == 0, status
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def killed(folder: Path, count: int, seconds: float, whole: dict[str, str]) -> dict[str, float]:
+    """Forks a merge, kills it, looks; `count` times."""
+    random.seed(0)
+    absent = complete = torn = 0
+    ages = []
+    for _ in range(count):
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                merge([folder / "adapter"], folder / "merged", base=str(folder / "model"), verify=False, quiet=True)
+            finally:
+                os._exit(0)
+        age = random.uniform(0, 1.1 * seconds)
+        ages.append(age)
+        time.sleep(age)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if not (folder / "merged").exists():
+            absent += 1
+        elif digests(folder / "merged") == whole:
+            complete += 1
+        else:
+            torn += 1
+    return {"kills": count, "absent": absent, "whole": complete, "torn": torn, "median_age": statistics.median(ages)}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of every file."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+            found[path.name] = digest.hexdigest()
+    return found
+
+
+if __name__ == "__main__":
+    main()
