@@ -1,0 +1,143 @@
+"""A merged model folder as one GGUF file, made by llama.cpp's own converter and quantiser, a process each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dude_peft.artifact.durable import locked, refuse_existing, sync, umask
+from dude_peft.errors import ConfigError, DudeError, ResourceError
+from dude_peft.export.llama_tools import find_converter, find_quantiser
+from dude_peft.show import shown
+from dude_peft.tuner.config import closest
+
+_CONVERTED = ("F32", "F16", "BF16", "Q8_0")
+"""What the converter writes by itself."""
+QUANTISATIONS = (
+    *_CONVERTED, "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K",
+)  # fmt: skip
+"""llama.cpp's names, without those that mean nothing without an importance matrix, and the ternary ones."""
+
+_REASONS = {
+    "pre-tokenizer was not recognized": (
+        "llama.cpp's converter does not know this model's tokenizer; take a newer llama.cpp, "
+        "or serve the merged model folder itself"
+    ),
+    "is not supported": (
+        "llama.cpp's converter does not know this model's architecture; take a newer llama.cpp, "
+        "or serve the merged model folder itself"
+    ),
+}
+_MAGIC = b"GGUF"
+
+
+def convert(model: Path, output: Path, quantisation: str = "F16", llama_cpp: Path | None = None) -> None:
+    """Write a merged model as a GGUF file, whole or not at all.
+
+    Args:
+        model: folder of config.json, *.safetensors and the tokenizer's files.
+        output: the file, which must not exist; twice the model's size is needed beside it while it is quantised.
+        quantisation: one of `QUANTISATIONS`, in capitals or not.
+        llama_cpp: folder of llama.cpp; None for what `llama_tools` finds.
+
+    Raises:
+        ConfigError: an unknown name, a program that is missing, or a model that llama.cpp does not know.
+        ResourceError: the disk is full.
+        BusyError: another process is making the same file.
+    """
+    name = quantisation_named(quantisation)
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"{shown(model, 300)} holds no config.json; give the folder of a merged model")
+    refuse_existing(output)
+    converter = find_converter(llama_cpp)
+    quantiser = None if name in _CONVERTED else find_quantiser(llama_cpp)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(output) as folder:
+        made = folder / "converted.gguf"
+        outtype = (_stored_type(model) if quantiser else name).lower()
+        _run("converter", [*converter, str(model.absolute()), "--outfile", str(made), "--outtype", outtype], made)
+        if quantiser:
+            made, plain = folder / "quantised.gguf", made
+            _run("quantiser", [*quantiser, str(plain), str(made), name], made)
+        made.chmod(0o666 & ~umask())
+        sync(made)
+        refuse_existing(output)
+        made.rename(output)
+    sync(output.parent)
+
+
+def quantisation_named(name: str) -> str:
+    """llama.cpp's spelling of a quantisation's name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    found = name.strip().upper().replace("-", "_")
+    if found not in QUANTISATIONS:
+        raise ConfigError(f"quantisation '{shown(name)}' is unknown; {closest(found, QUANTISATIONS)}")
+    return found
+
+
+def _stored_type(model: Path) -> str:
+    """The narrowest type that keeps every weight as it is stored, for the file that is quantised afterwards."""
+    config = json.loads((model / "config.json").read_bytes())
+    return {"bfloat16": "BF16", "float16": "F16"}.get(config.get("dtype", config.get("torch_dtype")), "F32")
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, gone at the end; what a killed process left in it is removed first."""
+    folder = (output.parent / f".dude-{output.name}").absolute()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink():
+        raise ConfigError(f"'{shown(folder, 300)}' is a link; remove it")
+    with locked(folder):
+        for left in folder.iterdir():
+            left.unlink()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(what: str, command: list[str], made: Path) -> None:
+    # Nothing is fetched: all that is needed lies in the model's folder.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise ConfigError(f"llama.cpp's {what} {shown(command[0], 300)} does not start: {error.strerror}") from error
+    if done.returncode or not _is_gguf(made):
+        raise _failure(what, done)
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except FileNotFoundError:
+        return False
+
+
+def _failure(what: str, done: subprocess.CompletedProcess[str]) -> DudeError:
+    """One line out of what a program printed before it ended."""
+    said = f"{done.stdout}\n{done.stderr}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last = shown(lines[-1], 300) if lines else f"it ended with code {done.returncode} and said nothing"
+    if "No space left on device" in said:
+        return ResourceError(f"no space left on the disk for the GGUF file (llama.cpp's {what}: {last})")
+    if "ModuleNotFoundError: No module named" in last:
+        module = last.rpartition("named ")[2].strip("'")
+        return ConfigError(f"llama.cpp's {what} needs {module} where it runs: pip install {module}")
+    for sign, reason in _REASONS.items():
+        if sign in said:
+            return ConfigError(f"{reason} ({last})")
+    return ConfigError(f"llama.cpp's {what} failed: {last}")
