@@ -60,11 +60,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """Yields a folder to fill; at the end it becomes `output`, flushed to the disk, and on any error it is gone.
+def staging(output: Path) -> Iterator[Path]:
+    """Yields an empty hidden folder beside an output that is to come; whatever is left of it at the end is removed.
 
-    Whoever looks at `output` sees nothing or everything. A process that was killed leaves a hidden folder beside it,
-    which the next one that makes the same output removes.
+    A process that was killed leaves it there, and the next one that makes the same output empties it.
 
     Raises:
         ConfigError: `output` is there already.
@@ -73,23 +72,33 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """
     refuse_existing(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.parent / f".dude-{output.name}"
-    staging.mkdir(mode=0o700, exist_ok=True)
-    if staging.is_symlink():
-        raise ConfigError(f"'{staging}' is a link; remove it")
-    with locked(staging):
-        _empty(staging)
+    folder = output.parent / f".dude-{output.name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink():
+        raise ConfigError(f"{shown(folder, 300)} is a link; remove it")
+    with locked(folder):
+        refuse_existing(output)  # who waited for the folder may find it renamed
+        _empty(folder)
         try:
-            yield staging
-            for path in sorted(staging.rglob("*"), reverse=True):
-                sync(path)
-            sync(staging)
-            refuse_existing(output)
-            staging.chmod(0o777 & ~umask())
-            staging.rename(output)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """Yields a folder to fill; at the end it becomes `output`, flushed to the disk, and on any error it is gone.
+
+    Whoever looks at `output` sees nothing or everything. Raises what `staging` does.
+    """
+    with staging(output) as folder:
+        yield folder
+        for path in sorted(folder.rglob("*"), reverse=True):
+            sync(path)
+        sync(folder)
+        refuse_existing(output)
+        folder.chmod(0o777 & ~umask())
+        folder.rename(output)
     sync(output.parent)
 
 

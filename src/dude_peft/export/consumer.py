@@ -1,4 +1,4 @@
-"""The process that loads an export as its users will: stock transformers, stock PEFT, llama.cpp; never our package.
+"""The process that loads an export as its users will: stock transformers or stock PEFT without our package; llama.cpp.
 
 Run as a script, by its path, with one JSON object on standard input; writes logits `out.N` of every prompt to a
 safetensors file.
@@ -23,17 +23,18 @@ class _Absent:
 def main() -> None:
     """Load the export and run it."""
     sys.path[:] = [entry for entry in sys.path if not entry.rstrip("/\\").endswith("export")]  # this script's folder
-    sys.meta_path.insert(0, _Absent())
     import safetensors.torch
     import torch
     import transformers
 
     request = json.loads(sys.stdin.read())
+    if request["kind"] != "gguf":
+        sys.meta_path.insert(0, _Absent())
     prompts = safetensors.torch.load_file(request["ids"])
     ids = [prompts[f"ids.{i}"].tolist() for i in range(request["count"])]
     kind = request["kind"]
     if kind == "gguf":
-        tensors = _gguf(request["export"], ids)
+        outputs = _gguf(request, ids)
     else:
         if kind == "merged":
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(request["export"], dtype="auto")
@@ -44,8 +45,8 @@ def main() -> None:
             model = peft.PeftModel.from_pretrained(_base(request["base"]), request["export"])
         model.eval()
         with torch.inference_mode():
-            outputs = [model(input_ids=torch.tensor([row])).logits[0].float().contiguous() for row in ids]
-        tensors = {f"out.{i}": output for i, output in enumerate(outputs)}
+            outputs = [model(input_ids=torch.tensor([row])).logits[0].float() for row in ids]
+    tensors = {f"out.{i}": output.contiguous() for i, output in enumerate(outputs)}
     safetensors.torch.save_file(tensors, request["output"])
 
 
@@ -71,21 +72,20 @@ def _base(base: dict[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(base["where"], **options)
 
 
-def _gguf(path: str, ids: list[list[int]]) -> dict[str, Any]:
-    import contextlib
-    import os
+def _gguf(request: dict[str, Any], ids: list[list[int]]) -> list[Any]:
+    """llama.cpp's logits; where its own tokenizer reads a prompt otherwise, of what it reads."""
+    from pathlib import Path
 
-    import llama_cpp
     import torch
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        model = llama_cpp.Llama(path, n_ctx=max(map(len, ids)), logits_all=True, verbose=False)
-    outputs = {}
-    for number, row in enumerate(ids):
-        model.reset()
-        model.eval(row)
-        outputs[f"out.{number}"] = torch.from_numpy(model.scores[: len(row)]).float().clone()
-    return outputs
+    from dude_peft.export import llama_library
+
+    path = Path(request["export"])
+    if request["has_tokenizer"]:
+        own = llama_library.tokens(path, request["prompts"])
+        # A first token that begins every text is the only thing that may come before.
+        ids = [row if read[: len(row)] in (row, row[1:]) else read for row, read in zip(ids, own, strict=True)]
+    return [torch.from_numpy(found) for found in llama_library.logits(path, ids)]
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def quantise(source: Path, target: Path, name: str) -> bool:
     library = _library()
     options = library.llama_model_quantize_default_params()
     options.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{name}")
-    failed = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
+    failed: int = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
     return failed == 0
 
 

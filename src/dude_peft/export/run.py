@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -193,7 +194,7 @@ class _Export:
         self.weighted = [Weighted(adapter, w) for adapter, w in zip(opened, self.weights, strict=True)]
         source = source_of(opened[0], self.base_name, self.gguf_file)
         if target.kind == "gguf":
-            self._prepare_gguf(target)
+            target = self._checked_gguf(target)
         with _disk(output), whole_folder(output) as folder:
             scratch = folder / ".work"
             scratch.mkdir()
@@ -204,6 +205,14 @@ class _Export:
         self.display.say(f"{time.perf_counter() - started:.0f} s in all")
         self.display.say(f"written: {output}")
         return output
+
+    def _checked_gguf(self, target: Target) -> Target:
+        from dude_peft.export.to_gguf import check_gguf
+
+        name = check_gguf(target.quantisation)
+        if self.settings.verify and importlib.util.find_spec("llama_cpp") is None:
+            raise ConfigError("reading a GGUF file back needs llama-cpp-python: pip install it, or add --no-verify")
+        return Target(target.kind, quantisation=name)
 
     def _make(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
         self._check_base(base)
@@ -269,13 +278,18 @@ class _Export:
             return {**made, "rank": rank, "captured": {fit.layer: fit.captured for fit in fits}}
         raise AssertionError("unreachable")
 
-    def _prepare_gguf(self, target: Target) -> None:
-        raise ConfigError("--to gguf: not here yet")
-
     def _gguf(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
-        raise NotImplementedError
+        from dude_peft.export.to_gguf import convert
 
-    def _prove(self, kind: str, export: Path, base: Base, scratch: Path) -> dict[str, Any]:
+        merged, name = scratch / "merged", target.quantisation
+        merged.mkdir()
+        self._merge(base, merged)
+        file = folder / f"model-{name}.gguf"
+        with self.display.waiting(f"converting to {name}"):
+            convert(merged, file, name)
+        return {**self._prove("gguf", file, base, scratch, name), "quantisation": name}
+
+    def _prove(self, kind: str, export: Path, base: Base, scratch: Path, quantisation: str = "") -> dict[str, Any]:
         """Compare with the live adapter; a NumericsError above tolerance, and the export is gone."""
         if not self.settings.verify:
             self.display.warn("not verified: --no-verify")
@@ -291,7 +305,7 @@ class _Export:
         with self.display.waiting("running the export in a fresh process"):
             found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)
         self.display.say(summary(found))
-        self._judge(kind, found)
+        self._judge(kind, found, quantisation)
         return {"verified": True, "difference": record(found)}
 
     def _live(self, base: Base, scratch: Path) -> Live:
@@ -308,39 +322,28 @@ class _Export:
                 )
         return self._live_outputs
 
-    def _judge(self, kind: str, found: Difference) -> None:
-        from dude_peft.export.check import TOLERANCE
+    def _judge(self, kind: str, found: Difference, quantisation: str) -> None:
+        from dude_peft.artifact.header import DTYPES
+        from dude_peft.export.check import tolerance
 
         if not self.combination.by_rows:
             self.display.warn(
                 f"{self.combination.kind} has no live counterpart: the figures compare with the base model"
             )
             return
-        if kind == "lora":
-            limit = found.kl_base if self.settings.max_kl is None else self.settings.max_kl
-            what = (
-                "no nearer to the adapter than the base model is" if self.settings.max_kl is None else "above --max-kl"
-            )
-        else:
-            coarsest = max(TOLERANCE[dtype] for dtype in self._dtypes())
-            limit = coarsest if self.settings.max_kl is None else self.settings.max_kl
-            what = "more than rounding explains" if self.settings.max_kl is None else "above --max-kl"
+        limit, what = self.settings.max_kl, "above --max-kl"
+        if limit is None and kind == "lora":
+            limit, what = found.kl_base, "no nearer to the adapter than the base model is"
+        elif limit is None:
+            stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
+            dtypes = stored if self.dtype is None else {*stored, self.dtype}
+            limit, what = tolerance(dtypes, quantisation), "more than rounding explains"
         if found.kl > limit:
+            hint = "choose a larger rank" if kind == "lora" else "it was removed; a wider --dtype or type rounds less"
             raise NumericsError(
                 f"the export's mean KL from the live adapter is {found.kl:.1e} nats a token, {what} ({limit:.1e}); "
-                + ("choose a larger rank" if kind == "lora" else "it was removed; try --dtype float32")
+                f"{hint}"
             )
-
-    def _dtypes(self) -> set[Any]:
-        """Those in which the export and the live model compute."""
-        from dude_peft.artifact.header import DTYPES
-        from dude_peft.export.check import TOLERANCE
-
-        stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
-        found = {dtype for dtype in (*stored, self.dtype) if dtype in TOLERANCE}
-        import torch
-
-        return found or {torch.float32}
 
     def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> None:
         """What was done, beside the files: people and the model card read it."""

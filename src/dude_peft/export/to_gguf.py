@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from dude_peft.artifact.durable import locked, refuse_existing, sync, umask
+from dude_peft.artifact.durable import refuse_existing, staging, sync, umask
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.export.llama_tools import find_converter, find_quantiser
 from dude_peft.show import shown
@@ -54,11 +51,8 @@ def convert(model: Path, output: Path, quantisation: str = "F16", llama_cpp: Pat
     name = quantisation_named(quantisation)
     if not (model / "config.json").is_file():
         raise ConfigError(f"{shown(model, 300)} holds no config.json; give the folder of a merged model")
-    refuse_existing(output)
-    converter = find_converter(llama_cpp)
-    quantiser = None if name in _CONVERTED else find_quantiser(llama_cpp)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(output) as folder:
+    converter, quantiser = _programs(name, llama_cpp)
+    with staging(output) as folder:
         made = folder / "converted.gguf"
         outtype = (_stored_type(model) if quantiser else name).lower()
         _run("converter", [*converter, str(model.absolute()), "--outfile", str(made), "--outtype", outtype], made)
@@ -70,6 +64,20 @@ def convert(model: Path, output: Path, quantisation: str = "F16", llama_cpp: Pat
         refuse_existing(output)
         made.rename(output)
     sync(output.parent)
+
+
+def check_gguf(quantisation: str) -> str:
+    """Make sure, before any work, that a GGUF file of this kind can be made here.
+
+    Returns:
+        The kind in llama.cpp's spelling.
+
+    Raises:
+        ConfigError: an unknown name, or a program that is missing.
+    """
+    name = quantisation_named(quantisation)
+    _programs(name, None)
+    return name
 
 
 def quantisation_named(name: str) -> str:
@@ -84,26 +92,14 @@ def quantisation_named(name: str) -> str:
     return found
 
 
+def _programs(name: str, llama_cpp: Path | None) -> tuple[list[str], list[str] | None]:
+    return find_converter(llama_cpp), None if name in _CONVERTED else find_quantiser(llama_cpp)
+
+
 def _stored_type(model: Path) -> str:
     """The narrowest type that keeps every weight as it is stored, for the file that is quantised afterwards."""
     config = json.loads((model / "config.json").read_bytes())
     return {"bfloat16": "BF16", "float16": "F16"}.get(config.get("dtype", config.get("torch_dtype")), "F32")
-
-
-@contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, gone at the end; what a killed process left in it is removed first."""
-    folder = (output.parent / f".dude-{output.name}").absolute()
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink():
-        raise ConfigError(f"'{shown(folder, 300)}' is a link; remove it")
-    with locked(folder):
-        for left in folder.iterdir():
-            left.unlink()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(what: str, command: list[str], made: Path) -> None:
