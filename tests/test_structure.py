@@ -83,7 +83,7 @@ def test_every_module_imports_with_the_core_dependencies(path):
     if "triton" in imports_of(path):
         pytest.importorskip("triton", reason=f"{path.name} is for GPUs and needs triton, which is not installed here")
     importlib.import_module(name)
-    extras = {"datasets", "matplotlib", "gguf", "trl", "bitsandbytes", "torchao"}
+    extras = {"datasets", "matplotlib", "gguf", "trl", "bitsandbytes", "torchao", "llama_cpp"}
     assert not {n.split(".")[0] for n in imports_of(path, top_level_only=True)} & extras
 
 
