@@ -69,6 +69,13 @@ def _base(base: dict[str, Any]) -> Any:
     options["dtype"] = "auto" if base["dtype"] is None else getattr(torch, base["dtype"])
     if base["gguf_file"] is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    quantization = base["quantization"]
+    if quantization is not None:
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        stored = transformers.AutoConfig.from_pretrained(base["where"], revision=base["revision"])
+        if getattr(stored, "quantization_config", None) is None:
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization["config"])
     return transformers.AutoModelForCausalLM.from_pretrained(base["where"], **options)
 
 

@@ -1,0 +1,46 @@
+"""A quantised model as a dense one: every layer whose weight cannot be read becomes a Linear with what it applies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dude_peft.tuner import frozen
+
+
+def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Linear:
+    """A plain Linear with this (out, in) weight and the layer's own bias."""
+    out, in_ = weight.shape
+    bias = getattr(layer, "bias", None)
+    dense = nn.Linear(in_, out, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return dense.train(layer.training)
+
+
+def densify_(model: nn.Module) -> None:
+    """Replace every opaque linear layer, in place, and forget that transformers quantised the model.
+
+    The weights are those the layers apply in training, in float32, so that a merge rounds once.
+    """
+    for name, module in list(model.named_modules()):
+        if frozen.is_supported(module) and frozen.plain_weight(module) is None:
+            with torch.no_grad():
+                model.set_submodule(name, dense_layer(module, frozen.dense_weight(module)))
+    quantiser: Any = getattr(model, "hf_quantizer", None)
+    if quantiser is not None:
+        quantiser.remove_quantization_config(model)
+
+
+def apply_as_trained_(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit layers compute in evaluation as they do in training.
+
+    On CPUs with AVX512-BF16 they would pack their weights, scales rounded to bfloat16, in the first such forward.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
