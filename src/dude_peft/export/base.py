@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
     return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapter]) -> Iterator[Base]:
     """The base model as a plain checkpoint; what is not (GGUF, quantised) is written out in `scratch` for the time.
 
@@ -90,7 +91,8 @@ def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapt
         if quantization is not None:
             problem = _compare(model, adapters)
             densify_(model)
-        model.save_pretrained(folder)
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar
+            model.save_pretrained(folder)
         if source.gguf_file is None:
             for path in companions(original):
                 replace_file(folder / path.name, path.read_bytes())

@@ -44,6 +44,10 @@ def main() -> None:
 
             model = peft.PeftModel.from_pretrained(_base(request["base"]), request["export"])
         model.eval()
+        for module in model.modules():
+            # bitsandbytes rounds the scales of 4-bit weights to bfloat16 in evaluation, on CPUs that are fast at that.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         with torch.inference_mode():
             outputs = [model(input_ids=torch.tensor([row])).logits[0].float() for row in ids]
     tensors = {f"out.{i}": output.contiguous() for i, output in enumerate(outputs)}

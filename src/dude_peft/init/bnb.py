@@ -17,6 +17,8 @@ from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.tuner import frozen
 
 FORMATS = ("nf4", "int8")
+# Blocks that run over the end of a row are read back wrong by bitsandbytes 0.50's kernel for CPUs: (64, 96), say.
+_NF4_BLOCK = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,6 +68,11 @@ def quantise(W: Tensor, form: str, dtype: torch.dtype, where: str) -> QuantisedW
     functional: Any = bitsandbytes.functional
     layer: Any
     out, in_ = W.shape
+    if form == "nf4" and in_ % _NF4_BLOCK:
+        raise ConfigError(
+            f"'{where}' (out {out}, in {in_}) does not go into nf4, whose blocks are {_NF4_BLOCK} inputs wide; choose "
+            "int8, or leave the layer out with --exclude-modules"
+        )
     try:
         if form == "nf4":
             layer = nn.Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
