@@ -4,13 +4,16 @@
 
 Errors of the weights are ||what is applied - W0|| / ||W0||, KL is from the full-precision model to the start, nats a
 token, over the prompts of `export/check.py`. "m = ||W0||" is the same start with its rows rescaled to the norms of W0,
-the other choice there is. int8 also rounds the activations (LLM.int8), which no choice of weights undoes.
+the other choice there is. int8 also rounds the activations (LLM.int8), which no choice of weights undoes: kl_dense is
+from the quantised model to the dense model with the same weights, as `dude merge` writes it.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from dude_peft import load_adapter
 from dude_peft.core.magnitude import row_norm
 from dude_peft.export.check import PROMPTS
-from dude_peft.export.dense import apply_as_trained_
+from dude_peft.export.dense import apply_as_trained_, densify_
 from dude_peft.init.fold import fold
 from dude_peft.train.config import ModelSection
 from dude_peft.train.model import load_model, load_tokenizer, locate
 from dude_peft.tuner import DudeLinear
 
-COLUMNS = ["residual", "residual_worst", "plain", "plain_worst", "kl", "kl_plain", "kl_norm_of_W0"]
+COLUMNS = ["residual", "residual_worst", "plain", "plain_worst", "kl", "kl_plain", "kl_norm_of_W0", "kl_dense"]
 CONFIGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
@@ -44,9 +47,13 @@ def main() -> None:
     parser.add_argument("--formats", default="nf4,int8")
     settings = parser.parse_args()
     set_threads(settings)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="dude-quantised-") as scratch:
         results = measured(settings, Path(scratch))
-    notes = ["The weights are a 4-bit GGUF file's (Q4_1), dequantised to float32; one model, no seeds are involved."]
+    notes = [
+        f"bitsandbytes {version('bitsandbytes')}; the weights are a 4-bit GGUF file's (Q4_1), dequantised to float32; "
+        "one model, no seeds are involved."
+    ]
     show("Quantised residual against quantised weight", results, COLUMNS)
     console.print(notes[0])
     finish("quantised", settings, results, notes)
@@ -71,7 +78,9 @@ def measured(settings: Any, scratch: Path) -> dict[str, dict[str, float]]:
         quantised = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**CONFIGS[form])
         )
-        kl_plain = kl(exact, outputs(quantised, ids))
+        plain_outputs = outputs(quantised, ids)
+        densify_(quantised)
+        kl_plain, kl_dense = kl(exact, plain_outputs), kl(plain_outputs, outputs(quantised, ids))
         for r in settings.ranks:
             place = scratch / f"{form}-{r}"
             options = {"method": "dude", "r": r, "lora_alpha": r, "target_modules": "all-linear"}
@@ -85,6 +94,7 @@ def measured(settings: Any, scratch: Path) -> dict[str, dict[str, float]]:
                 "plain_worst": max(plain),
                 "kl": kl(exact, outputs(start, ids)),
                 "kl_plain": kl_plain,
+                "kl_dense": kl_dense,
             }
             for layer in start.modules():
                 if isinstance(layer, DudeLinear):
