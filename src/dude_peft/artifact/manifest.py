@@ -18,7 +18,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
-from dude_peft.artifact.header import StoredTensor, chunks, read_header
+from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
@@ -164,7 +164,7 @@ def _parse(text: str, path: Path) -> Manifest:
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
             raise TypeError("config, base and tensors have to be objects")
         if not _is_quantization(manifest.quantization):
-            raise TypeError("quantization has to have config and dtype")
+            raise TypeError("quantization has to have a config and a float dtype")
         if not all(set(entry) == set(TensorPrint.__annotations__) for entry in manifest.base.values()):
             raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -175,7 +175,8 @@ def _parse(text: str, path: Path) -> Manifest:
 def _is_quantization(found: Any) -> bool:
     if found is None:
         return True
-    return isinstance(found, dict) and isinstance(found.get("config"), dict) and isinstance(found.get("dtype"), str)
+    known = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+    return isinstance(found, dict) and isinstance(found.get("config"), dict) and found.get("dtype") in known
 
 
 def _check_names(found: set[str], recorded: set[str], path: Path) -> None:

@@ -249,7 +249,8 @@ def _quantization_of(model: nn.Module) -> dict[str, Any] | None:
     if quantised is None:
         return None
     config = quantised if isinstance(quantised, dict) else json.loads(quantised.to_json_string(use_diff=False))
-    return {"config": config, "dtype": str(settings.dtype).removeprefix("torch.")}  # type: ignore[union-attr]
+    dtype = getattr(settings, "dtype", None) or getattr(model, "dtype", torch.float32)
+    return {"config": config, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
