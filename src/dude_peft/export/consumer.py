@@ -45,9 +45,11 @@ def main() -> None:
             model = peft.PeftModel.from_pretrained(_base(request["base"]), request["export"])
         model.eval()
         for module in model.modules():
-            # bitsandbytes rounds the scales of 4-bit weights to bfloat16 in evaluation, on CPUs that are fast at that.
+            # As dense.py has it: what bitsandbytes rounds in evaluation on CPUs is not in the export.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+            if hasattr(module, "init_8bit_state"):
+                module.training = True
         with torch.inference_mode():
             outputs = [model(input_ids=torch.tensor([row])).logits[0].float() for row in ids]
     tensors = {f"out.{i}": output.contiguous() for i, output in enumerate(outputs)}
@@ -75,6 +77,7 @@ def _base(base: dict[str, Any]) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     quantization = base["quantization"]
     if quantization is not None:
+        options["device_map"] = {"": "cpu"}
         from transformers.quantizers.auto import AutoQuantizationConfig
 
         stored = transformers.AutoConfig.from_pretrained(base["where"], revision=base["revision"])

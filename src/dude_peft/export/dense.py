@@ -40,11 +40,14 @@ def densify_(model: nn.Module) -> None:
 
 
 def apply_as_trained_(model: nn.Module) -> None:
-    """Let bitsandbytes' 4-bit layers compute in evaluation as they do in training.
+    """Let bitsandbytes' layers compute with the weights that they train on; called behind `model.eval()`.
 
-    On CPUs with AVX512-BF16 they would pack their weights, scales rounded to bfloat16, in the first such forward.
+    In evaluation on CPUs, 4-bit ones round their scales to bfloat16 where AVX512-BF16 is, and 8-bit ones round their
+    input to int8: arithmetic of that place, which no file has a part in.
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "init_8bit_state"):
+            module.training = True

@@ -21,12 +21,10 @@ def main() -> None:
     """Run the prompts."""
     request = json.loads(sys.stdin.read())
     with quiet_imports():
-        from dude_peft.export.dense import apply_as_trained_
         from dude_peft.train.config import ModelSection
         from dude_peft.train.model import load_model, locate
     source = ModelSection(**request["source"])
     model: Any = load_model(source, locate(source), request["quantization"])
-    apply_as_trained_(model)
     ids = _token_ids(request["tokenizer"], request["prompts"], model.config.get_text_config())
     tensors = {f"ids.{i}": torch.tensor(row) for i, row in enumerate(ids)}
     tensors |= {f"base.{i}": _logits(model, row) for i, row in enumerate(ids)}
@@ -49,6 +47,9 @@ def _token_ids(tokenizer: str | None, prompts: list[str], config: Any) -> list[l
 
 def _logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """(tokens, vocabulary) float32."""
+    from dude_peft.export.dense import apply_as_trained_
+
+    apply_as_trained_(model.eval())
     with torch.inference_mode():
         found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0].float()
     return found.contiguous()

@@ -138,15 +138,15 @@ def _dequantised() -> dict[str, Any]:
 
 
 def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The option that quantises while loading; none where the checkpoint is quantised already."""
+    """The options that quantise while loading, on the CPU: bitsandbytes would go to a GPU by itself."""
     from transformers import AutoConfig
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     with _loading("model", section, where):
         stored = AutoConfig.from_pretrained(where, **_source_options(section, where))
         if getattr(stored, "quantization_config", None) is not None:
-            return {}
-        return {"quantization_config": AutoQuantizationConfig.from_dict(config)}
+            return {"device_map": {"": "cpu"}}
+        return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
 
 
 def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
