@@ -94,10 +94,17 @@ def init(
     seed: Annotated[int, typer.Option(help="Seed of a random start (lora, dora, rslora).")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the model in use: auto, float32, bfloat16, float16.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes, one thread each; default: cores, at most 4.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4 or int8: quantise what the factors leave of each weight, into --residual.")
+    ] = None,
+    residual: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="With --quantize: folder of the quantised model.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write the start of an adapter from a checkpoint that need not fit into memory; repeat it to resume."""
+    from dude_peft.init.fold import fold
     from dude_peft.init.options import int_if_whole, module_names, pattern
     from dude_peft.init.run import initialise
 
@@ -113,6 +120,9 @@ def init(
         "svd_seed": svd_seed,
     }
     try:
+        if quantize is not None or residual is not None:
+            fold(model, output, residual, settings, quantize, dtype=dtype, workers=workers, overwrite=overwrite)
+            return
         initialise(model, output, settings, dtype=dtype, seed=seed, workers=workers, overwrite=overwrite, debug=debug)
     except KeyboardInterrupt:
         raise _InterruptedError("stopped by Ctrl-C; the same command goes on where it stopped") from None

@@ -18,7 +18,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
-from dude_peft.artifact.header import StoredTensor, chunks, read_header
+from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
@@ -40,11 +40,18 @@ class Manifest:
     """Name of every tensor in the file -> sha256 of its values."""
     config_sha256: str
     """sha256 of adapter_config.json's content."""
+    quantization: dict[str, Any] | None = None
+    """How the base model was quantised: `config`, transformers' own settings, and `dtype` of the rest; None: not."""
     format_version: int = FORMAT_VERSION
     dude_version: str = __version__
 
 
-def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint]) -> None:
+def stamp(
+    directory: Path,
+    config: dict[str, Any],
+    base: dict[str, TensorPrint],
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """Write the manifest into an adapter directory that PEFT has just saved.
 
     Weights of the base model that PEFT put into the file beside an adapted output layer are left out: the base is
@@ -54,6 +61,7 @@ def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint])
         directory: holds adapter_model.safetensors and adapter_config.json.
         config: fields of DudeConfig.
         base: fingerprints of the adapted base weights.
+        quantization: how the base is quantised, if it is.
 
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
@@ -62,12 +70,16 @@ def stamp(directory: Path, config: dict[str, Any], base: dict[str, TensorPrint])
     tensors = safetensors.torch.load_file(path)
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".base_layer.weight")}
     hashes = {name: sha256_of([tensor]) for name, tensor in tensors.items()}
-    metadata = sealed_metadata(config, base, hashes, directory / CONFIG_FILE)
+    metadata = sealed_metadata(config, base, hashes, directory / CONFIG_FILE, quantization)
     replace_file(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
 
 
 def sealed_metadata(
-    config: dict[str, Any], base: dict[str, TensorPrint], tensors: dict[str, str], config_file: Path
+    config: dict[str, Any],
+    base: dict[str, TensorPrint],
+    tensors: dict[str, str],
+    config_file: Path,
+    quantization: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Metadata of an adapter file: the manifest and its hash.
 
@@ -76,9 +88,11 @@ def sealed_metadata(
         base: fingerprints of the adapted base weights.
         tensors: name of every tensor in the file -> sha256 of its values.
         config_file: the adapter_config.json that goes with it.
+        quantization: how the base is quantised, if it is.
     """
-    manifest = Manifest(config=config, base=base, tensors=tensors, config_sha256=_json_sha256(config_file))
-    text = json.dumps(asdict(manifest), sort_keys=True)
+    manifest = Manifest(config, base, tensors, _json_sha256(config_file), quantization)
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None}
+    text = json.dumps(fields, sort_keys=True)
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
 
 
@@ -149,11 +163,20 @@ def _parse(text: str, path: Path) -> Manifest:
         manifest = Manifest(**fields)
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
             raise TypeError("config, base and tensors have to be objects")
+        if not _is_quantization(manifest.quantization):
+            raise TypeError("quantization has to have a config and a float dtype")
         if not all(set(entry) == set(TensorPrint.__annotations__) for entry in manifest.base.values()):
             raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged ({error}); copy the file again") from error
     return manifest
+
+
+def _is_quantization(found: Any) -> bool:
+    if found is None:
+        return True
+    known = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+    return isinstance(found, dict) and isinstance(found.get("config"), dict) and found.get("dtype") in known
 
 
 def _check_names(found: set[str], recorded: set[str], path: Path) -> None:

@@ -71,6 +71,7 @@ def write_adapter(
     base: dict[str, TensorPrint],
     pieces: Sequence[Piece],
     config_file: Path,
+    quantization: dict[str, Any] | None = None,
 ) -> None:
     """Write adapter_model.safetensors as `manifest.stamp` does, whole or not at all.
 
@@ -80,10 +81,12 @@ def write_adapter(
         base: fingerprints of the adapted base weights.
         pieces: the tensors with their hashes, in any order; read one at a time.
         config_file: the adapter_config.json that will lie beside it.
+        quantization: how the base is quantised, if it is.
 
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
     """
     pieces = sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
     hashes = {piece.name: piece.sha256 for piece in pieces}
-    write_pieces(directory / WEIGHTS_FILE, sealed_metadata(config, base, hashes, config_file), pieces)
+    metadata = sealed_metadata(config, base, hashes, config_file, quantization)
+    write_pieces(directory / WEIGHTS_FILE, metadata, pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SavedAdapter:
     base: dict[str, TensorPrint]
     """Name of every adapted layer -> fingerprint of its base weight."""
     tensors: dict[str, StoredTensor]
+    quantization: dict[str, Any] | None
+    """How its base was quantised, if it was."""
 
     def scaling(self, layer: str) -> float:
         """S of one layer."""
@@ -79,7 +82,8 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     folder = adapter_folder(str(path))
     config = DudeConfig.from_pretrained(str(folder))
     assert config._loading is not None
-    return SavedAdapter(folder, config, config._loading.base, read_header(folder / WEIGHTS_FILE).tensors)
+    manifest, tensors = config._loading, read_header(folder / WEIGHTS_FILE).tensors
+    return SavedAdapter(folder, config, manifest.base, tensors, manifest.quantization)
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

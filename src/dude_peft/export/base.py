@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dude_peft.artifact.checkpoint import Checkpoint, open_checkpoint
-from dude_peft.errors import ConfigError
+from torch import nn
+
+from dude_peft.artifact.checkpoint import Checkpoint, companions, open_checkpoint
+from dude_peft.artifact.durable import replace_file
+from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.export.adapter import SavedAdapter
+from dude_peft.export.dense import densify_
 from dude_peft.init.architecture import empty_model, fetch_checkpoint, parameter_names
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
+from dude_peft.tuner.load import check_base
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,15 @@ class Base:
     """The model on the meta device."""
     names: dict[int, list[str]]
     """Names of every parameter of the model, by its id."""
+    quantization: dict[str, Any] | None = None
+    """How the model is quantised in use; the checkpoint then is its dense equal, compared before it was written."""
+    problem: ArtifactError | None = None
+    """What that comparison found."""
+
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of a quantised model beside its quantised weights; None where nothing is quantised."""
+        return None if self.quantization is None else str(self.quantization["dtype"])
 
 
 def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) -> ModelSection:
@@ -49,26 +64,54 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
     return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
 
 
-@contextmanager
-def open_base(source: ModelSection, scratch: Path) -> Iterator[Base]:
-    """The base model as a plain checkpoint; what is stored otherwise (GGUF) is written out in `scratch` for the time.
+@contextlib.contextmanager
+def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapter]) -> Iterator[Base]:
+    """The base model as a plain checkpoint; what is not (GGUF, quantised) is written out in `scratch` for the time.
+
+    Args:
+        source: where it comes from.
+        scratch: a folder that is there.
+        adapters: trained on it; what they say of its quantisation is done again.
 
     Raises:
         ConfigError: it cannot be found, or is no causal language model.
         ArtifactError: its files are damaged.
     """
     where = locate(source)
-    if source.gguf_file is None:
-        folder = Path(where) if Path(where).is_dir() else fetch_checkpoint(where, source.revision)
-        yield _opened(source, folder)
-        return
+    quantization = next((adapter.quantization for adapter in adapters if adapter.quantization is not None), None)
     folder = scratch / "base"
+    if source.gguf_file is None:
+        original = Path(where) if Path(where).is_dir() else fetch_checkpoint(where, source.revision)
+        if quantization is None:
+            yield _opened(source, original)
+            return
     try:
-        load_model(source, where).save_pretrained(folder)
-        load_tokenizer(source, where).save_pretrained(folder)
-        yield _opened(source, folder)
+        model = load_model(source, where, quantization)
+        problem = None
+        if quantization is not None:
+            problem = _compare(model, adapters)
+            densify_(model)
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar
+            model.save_pretrained(folder)
+        if source.gguf_file is None:
+            for path in companions(original):
+                replace_file(folder / path.name, path.read_bytes())
+        else:
+            load_tokenizer(source, where).save_pretrained(folder)
+        del model
+        yield replace(_opened(source, folder), quantization=quantization, problem=problem)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compare(model: nn.Module, adapters: Sequence[SavedAdapter]) -> ArtifactError | None:
+    """A quantised model with what the adapters recorded, which only it can tell; the error to raise."""
+    try:
+        for adapter in adapters:
+            check_base(model, adapter.base, str(adapter.folder))
+    except ArtifactError as error:
+        return error
+    return None
 
 
 def _opened(source: ModelSection, folder: Path) -> Base:

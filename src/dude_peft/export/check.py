@@ -74,6 +74,7 @@ def run_live(
     tokenizer: str | None,
     allow_base_mismatch: bool,
     scratch: Path,
+    quantization: dict[str, Any] | None = None,
 ) -> Live:
     """Run the prompts through the base model with the adapters, in a process of its own.
 
@@ -83,6 +84,7 @@ def run_live(
         tokenizer: folder of the base's tokenizer; None where it has none.
         allow_base_mismatch: take a base with other weights.
         scratch: folder for the outputs.
+        quantization: how the base is quantised, if it is.
     """
     file = scratch / "live.safetensors"
     request = {
@@ -90,6 +92,7 @@ def run_live(
         "adapters": list(adapters),
         "tokenizer": tokenizer,
         "allow_base_mismatch": allow_base_mismatch,
+        "quantization": quantization,
         "prompts": PROMPTS,
         "output": str(file),
     }
@@ -104,7 +107,7 @@ def run_consumer(kind: str, export: Path, live: Live, base: dict[str, Any], scra
         kind: merged (stock transformers), peft (stock PEFT), gguf (llama.cpp).
         export: the folder, or the GGUF file.
         live: outputs of the live adapter.
-        base: for peft: where, gguf_file, revision, dtype of the base model.
+        base: for peft: where, gguf_file, revision, dtype, quantization of the base model.
         scratch: folder for the outputs.
 
     Raises:

@@ -44,6 +44,12 @@ def main() -> None:
 
             model = peft.PeftModel.from_pretrained(_base(request["base"]), request["export"])
         model.eval()
+        for module in model.modules():
+            # As dense.py has it: what bitsandbytes rounds in evaluation on CPUs is not in the export.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+            if hasattr(module, "init_8bit_state"):
+                module.training = True
         with torch.inference_mode():
             outputs = [model(input_ids=torch.tensor([row])).logits[0].float() for row in ids]
     tensors = {f"out.{i}": output.contiguous() for i, output in enumerate(outputs)}
@@ -69,6 +75,14 @@ def _base(base: dict[str, Any]) -> Any:
     options["dtype"] = "auto" if base["dtype"] is None else getattr(torch, base["dtype"])
     if base["gguf_file"] is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    quantization = base["quantization"]
+    if quantization is not None:
+        options["device_map"] = {"": "cpu"}
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        stored = transformers.AutoConfig.from_pretrained(base["where"], revision=base["revision"])
+        if getattr(stored, "quantization_config", None) is None:
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization["config"])
     return transformers.AutoModelForCausalLM.from_pretrained(base["where"], **options)
 
 

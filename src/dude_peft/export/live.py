@@ -24,7 +24,7 @@ def main() -> None:
         from dude_peft.train.config import ModelSection
         from dude_peft.train.model import load_model, locate
     source = ModelSection(**request["source"])
-    model: Any = load_model(source, locate(source))
+    model: Any = load_model(source, locate(source), request["quantization"])
     ids = _token_ids(request["tokenizer"], request["prompts"], model.config.get_text_config())
     tensors = {f"ids.{i}": torch.tensor(row) for i, row in enumerate(ids)}
     tensors |= {f"base.{i}": _logits(model, row) for i, row in enumerate(ids)}
@@ -47,13 +47,18 @@ def _token_ids(tokenizer: str | None, prompts: list[str], config: Any) -> list[l
 
 def _logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """(tokens, vocabulary) float32."""
+    from dude_peft.export.dense import apply_as_trained_
+
+    apply_as_trained_(model.eval())
     with torch.inference_mode():
         found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0].float()
     return found.contiguous()
 
 
-def _under(model: nn.Module, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Module:
+def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Module:
     from dude_peft import load_adapter
+    from dude_peft.export.dense import dense_layer
+    from dude_peft.tuner import frozen
     from dude_peft.tuner.layer import DudeLinear
 
     adapted: Any = model
@@ -73,8 +78,12 @@ def _under(model: nn.Module, adapters: list[dict[str, Any]], mismatch: bool) -> 
                 for number, adapter in enumerate(adapters)
                 if f"a{number}" in module.lora_dA
             ]
-            total = sum(changes, W0).to(base.weight.dtype)
-            base.weight.data = total.T.contiguous() if type(base).__name__ == "Conv1D" else total
+            total = sum(changes, W0)
+            if frozen.plain_weight(base) is None:
+                module.base_layer = dense_layer(base, total.to(model.dtype))
+                continue
+            total = total.to(base.weight.dtype)
+            base.weight.data = total.T.contiguous() if frozen.is_transposed(base) else total
     return adapted.unload().eval()  # type: ignore[no-any-return]
 
 

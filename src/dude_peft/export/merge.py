@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.artifact.checkpoint import INDEX, holds_values, is_plain
+from dude_peft.artifact.checkpoint import INDEX, companions, holds_values, is_plain
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.effective import effective_weight, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
@@ -36,7 +36,6 @@ from dude_peft.tuner import frozen
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK_ELEMENTS = 1 << 22  # of float32: 16 MiB
 _SPARE_BYTES = 16 << 20
-_COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
@@ -190,6 +189,8 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
 
 def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
     """Every adapter against the weights on disk, before anything is written; the error to raise, if they differ."""
+    if base.quantization is not None:
+        return base.problem
     asked = [(layer.stored, change.adapter, name) for name, layer in layers.items() for change, _ in layer.changes]
     with single_threaded_pool(len(asked)) as pool:
         held = list(pool.map(lambda one: holds_values(one[0], one[1].base[one[2]]), asked))
@@ -303,11 +304,8 @@ def _copied(key: str, stored: StoredTensor, dtype: torch.dtype | None) -> Piece:
 
 def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> None:
     """Configuration, tokenizer, chat template and licence of the base; an adapter's own tokenizer comes first."""
-    for path in sorted(base.iterdir()):
-        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        wanted = path.suffix in _COPIED and path.name != "config.json" and not path.name.endswith(".index.json")
-        if path.is_file() and (wanted or licence) and not path.name.startswith("adapter_"):
-            replace_file(folder / path.name, path.read_bytes())
+    for path in companions(base):
+        replace_file(folder / path.name, path.read_bytes())
     own = adapters[0].adapter.folder
     if len(adapters) == 1 and (own / "tokenizer_config.json").is_file():
         for name in _TOKENIZER:

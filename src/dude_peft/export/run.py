@@ -198,7 +198,9 @@ class _Export:
         with _disk(output), whole_folder(output) as folder:
             scratch = folder / ".work"
             scratch.mkdir()
-            with open_base(source, scratch) as base:
+            with open_base(source, scratch, opened) as base:
+                if base.dtype is not None and self.dtype is None:
+                    self.dtype = getattr(torch, base.dtype)  # what the dense weights are rounded to, once
                 made = self._make(target, base, folder, scratch)
                 self._record(target, base, folder, made)
             shutil.rmtree(scratch)
@@ -299,9 +301,10 @@ class _Export:
 
         live = self._live(base, scratch)
         source = base.source
-        origin = {"where": locate(source), "gguf_file": source.gguf_file, "revision": source.revision, "dtype": None}
-        if source.gguf_file is not None:
-            origin["dtype"] = "float32"  # as `load_model` has it
+        origin: dict[str, Any] = {"where": locate(source), "gguf_file": source.gguf_file, "revision": source.revision}
+        # GGUF: as `load_model` has it.
+        origin["dtype"] = base.dtype if source.gguf_file is None else "float32"
+        origin["quantization"] = base.quantization
         with self.display.waiting("running the export in a fresh process"):
             found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)
         self.display.say(summary(found))
@@ -318,7 +321,12 @@ class _Export:
                 adapters = []
             with self.display.waiting("running the live adapter"):
                 self._live_outputs = run_live(
-                    base.source.model_dump(), adapters, tokenizer, self.settings.allow_base_mismatch, scratch
+                    base.source.model_dump(),
+                    adapters,
+                    tokenizer,
+                    self.settings.allow_base_mismatch,
+                    scratch,
+                    base.quantization,
                 )
         return self._live_outputs
 

@@ -73,7 +73,7 @@ def initialise(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers {workers}: one process at least")
     _check_output(output, overwrite)
-    folder = _folder_of(model)
+    folder = checkpoint_folder(model)
     display = Display(quiet=quiet)
     with display.waiting("reading the checkpoint"), quiet_imports():
         from dude_peft.artifact.checkpoint import open_checkpoint
@@ -152,8 +152,12 @@ def _claim(parts: Parts, overwrite: bool) -> None:
         shutil.rmtree(parts.folder)
 
 
-def _folder_of(model: str) -> Path:
-    """The checkpoint's folder; from the hub, its files are fetched first."""
+def checkpoint_folder(model: str) -> Path:
+    """The checkpoint's folder; from the hub, its files are fetched first.
+
+    Raises:
+        ConfigError: it is no model's folder, or cannot be fetched.
+    """
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -82,8 +82,13 @@ def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_model(section: ModelSection, where: str) -> PreTrainedModel:
+def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """The causal language model at `where`, frozen weights in the configured dtype, in evaluation mode.
+
+    Args:
+        section: what the configuration says.
+        where: from `locate`.
+        quantization: as an adapter's manifest has it: quantised so, in that dtype, unless it is stored quantised.
 
     Raises:
         ConfigError: it cannot be found, or is no causal language model.
@@ -98,6 +103,9 @@ def load_model(section: ModelSection, where: str) -> PreTrainedModel:
     if section.gguf_file is not None:
         options |= _dequantised()
         dtype = "float32" if dtype == "auto" else dtype
+    if quantization is not None:
+        dtype = quantization["dtype"]
+        options |= _quantised(section, where, quantization["config"])
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     with _loading("model", section, where):
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
@@ -127,6 +135,18 @@ def _dequantised() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The options that quantise while loading, on the CPU: bitsandbytes would go to a GPU by itself."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    with _loading("model", section, where):
+        stored = AutoConfig.from_pretrained(where, **_source_options(section, where))
+        if getattr(stored, "quantization_config", None) is not None:
+            return {"device_map": {"": "cpu"}}
+        return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
 
 
 def _source_options(section: ModelSection, where: str) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class DudeConfig(PeftConfig):
         self.target_parameters = None
         self._loading: Manifest | None = None
         self._base: dict[str, TensorPrint] | None = None
+        self._quantization: dict[str, Any] | None = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -175,7 +176,7 @@ class DudeConfig(PeftConfig):
         if self._base is None:
             return
         if (directory / WEIGHTS_FILE).is_file():
-            stamp(directory, self._manifest_fields(), self._base)
+            stamp(directory, self._manifest_fields(), self._base, self._quantization)
         elif (directory / WEIGHTS_NAME).is_file():
             raise ArtifactError(f"'{directory / WEIGHTS_NAME}' is a pickle; save with safe_serialization=True")
         self._base = None

@@ -55,7 +55,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert config._loading is not None
-    _check_base(base, config._loading.base, str(path), allow_base_mismatch)
+    check_base(base, config._loading.base, str(path), allow_base_mismatch)
     if not isinstance(model, PeftModel):
         with one_thread():  # hundreds of small copies
             return PeftModel.from_pretrained(
@@ -72,7 +72,18 @@ def load_adapter(
     return model
 
 
-def _check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, allow_mismatch: bool) -> None:
+def check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, allow_mismatch: bool = False) -> None:
+    """Compare a model in memory with the base weights that an adapter was trained on.
+
+    Args:
+        base: the base model, adapted or not.
+        recorded: fingerprints by layer, from the manifest.
+        path: of the adapter, for messages.
+        allow_mismatch: warn of other values instead of refusing them.
+
+    Raises:
+        ArtifactError: layers, shapes or values are others.
+    """
     modules = dict(base.named_modules())
     absent = [name for name in recorded if name not in modules or not frozen.is_supported(_base_layer(modules[name]))]
     if absent:

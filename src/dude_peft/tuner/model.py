@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -196,6 +197,7 @@ class DudeModel(BaseTuner):
                 tensors[f"{module_name}.{_with_adapter(name, adapter_name)}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
         config._base = base
+        config._quantization = _quantization_of(model)
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
 
@@ -238,6 +240,17 @@ class DudeModel(BaseTuner):
             raise ArtifactError(_names_message(missing, extra))
         config._loading = None
         return {**loaded, **remaining}
+
+
+def _quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """How transformers quantised the model, so that the same base can be made again; None where it did not."""
+    settings = getattr(model, "config", None)
+    quantised = getattr(settings, "quantization_config", None)
+    if quantised is None:
+        return None
+    config = quantised if isinstance(quantised, dict) else json.loads(quantised.to_json_string(use_diff=False))
+    dtype = getattr(settings, "dtype", None) or getattr(model, "dtype", torch.float32)
+    return {"config": config, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

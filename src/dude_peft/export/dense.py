@@ -1,0 +1,53 @@
+"""A quantised model as a dense one: every layer whose weight cannot be read becomes a Linear with what it applies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dude_peft.tuner import frozen
+
+
+def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Linear:
+    """A plain Linear with this (out, in) weight and the layer's own bias."""
+    out, in_ = weight.shape
+    bias = getattr(layer, "bias", None)
+    dense = nn.Linear(in_, out, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return dense.train(layer.training)
+
+
+def densify_(model: nn.Module) -> None:
+    """Replace every opaque linear layer, in place, and forget that transformers quantised the model.
+
+    The weights are those the layers apply in training, in float32, so that a merge rounds once.
+    """
+    for name, module in list(model.named_modules()):
+        if frozen.is_supported(module) and frozen.plain_weight(module) is None:
+            with torch.no_grad():
+                model.set_submodule(name, dense_layer(module, frozen.dense_weight(module)))
+    quantiser: Any = getattr(model, "hf_quantizer", None)
+    if quantiser is not None:
+        quantiser.remove_quantization_config(model)
+        # How a checkpoint's tensors became quantised layers, which saving would do backwards.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        kept = [c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))]
+        model._weight_conversions = kept  # type: ignore[assignment]
+
+
+def apply_as_trained_(model: nn.Module) -> None:
+    """Let bitsandbytes' layers compute with the weights that they train on; called behind `model.eval()`.
+
+    In evaluation on CPUs, 4-bit ones round their scales to bfloat16 where AVX512-BF16 is, and 8-bit ones round their
+    input to int8: arithmetic of that place, which no file has a part in.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "init_8bit_state"):
+            module.training = True

@@ -1,0 +1,300 @@
+"""`dude init --quantize`: the residual of every target layer quantised from full-precision weights, streamed.
+
+Two folders come out, each whole or absent: a model that stock transformers loads quantised, and the adapter that
+belongs on it (`residual.py` says what they hold). One layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.artifact.durable import refuse_existing, whole_folder
+from dude_peft.errors import ConfigError, DudeError, ResourceError
+from dude_peft.init.run import checkpoint_folder
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.version import __version__
+
+if TYPE_CHECKING:
+    from dude_peft.artifact.checkpoint import Checkpoint
+    from dude_peft.artifact.fingerprint import TensorPrint
+    from dude_peft.artifact.stream import Piece
+    from dude_peft.init.plan import Plan
+
+_FOLDED = {"dude": "dora", "pissa": "lora"}
+"""Method -> the one that trains its A and B themselves, without a frozen start."""
+_SPARE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative quantisation error of one layer, in the Frobenius norm."""
+
+    layer: str
+    residual: float
+    """Of Q(W0 - s B0 A0) + s B0 A0."""
+    plain: float
+    """Of Q(W0)."""
+
+
+def fold(
+    model: str,
+    output: str | Path,
+    residual: str | Path | None,
+    settings: dict[str, Any],
+    form: str | None,
+    *,
+    dtype: str = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[LayerError]:
+    """Write a quantised residual model and the adapter that starts on it as the full-precision model, but for rounding.
+
+    Args:
+        model: a folder with config.json and safetensors weights, or a hub id.
+        output: folder of the adapter, which is made.
+        residual: folder of the quantised model, which is made.
+        settings: fields of DudeConfig; the method is dude or pissa.
+        form: nf4 or int8, bitsandbytes'.
+        dtype: of the model beside the quantised weights: auto, float32, bfloat16 or float16.
+        workers: refused, one process does the work.
+        overwrite: refused, what is there stays.
+        quiet: print nothing.
+
+    Returns:
+        The quantisation error of every layer, and what quantising W0 itself would give.
+
+    Raises:
+        ConfigError: a setting, model or output that cannot be used, a layer that cannot be quantised, no bitsandbytes.
+        ArtifactError: a checkpoint that is damaged or incomplete.
+        NumericsError: NaN or Inf in a weight.
+        ResourceError: disk, memory or permission.
+    """
+    started = time.perf_counter()
+    if form is None or residual is None:
+        raise ConfigError("--quantize FORMAT and --residual MODEL go together: the format, and the folder of the model")
+    if workers is not None or overwrite:
+        raise ConfigError("--quantize works in one process and replaces nothing: leave out --workers and --overwrite")
+    output, residual, display = Path(output), Path(residual), Display(quiet=quiet)
+    _check_outputs(output, residual)
+    with display.waiting("reading the checkpoint"), quiet_imports():
+        from dude_peft.artifact.checkpoint import open_checkpoint
+        from dude_peft.init.bnb import check_format
+        from dude_peft.init.plan import make_plan
+        from dude_peft.tuner import DudeConfig
+
+        check_format(form)
+        folder = checkpoint_folder(model)
+        checkpoint = open_checkpoint(folder)
+        config = DudeConfig(**settings, task_type="CAUSAL_LM")
+        if config.method not in _FOLDED:
+            raise ConfigError(
+                f"--quantize takes the principal factors out of the weights, which {config.method} has not; choose "
+                f"--method dude or pissa, or train {config.method} on a base that is loaded quantised"
+            )
+        plan = make_plan(model, folder, checkpoint, config, dtype, seed=0)
+        target = _target(model, folder, checkpoint, plan, form, dtype)
+    display.say(
+        f"DuDe {__version__}: {config.method}, r = {config.r}, {len(plan.layers)} layers of {shown(model, 300)}, "
+        f"residuals to {form}"
+    )
+    with _disk(residual), whole_folder(output) as adapter_folder, whole_folder(residual) as base_folder:
+        scratch = base_folder / ".work"
+        scratch.mkdir()
+        _check_space(base_folder, checkpoint, plan)
+        errors, base = _compute(plan, form, scratch, display)
+        _write_base(base_folder, folder, checkpoint, plan, scratch, target)
+        _write_adapter(adapter_folder, residual, plan, scratch, base, target)
+        shutil.rmtree(scratch)
+    display.say(f"{time.perf_counter() - started:.0f} s in all; {summary(errors)}")
+    display.say(f"adapter: {output}")
+    display.say(f"its base, no model of its own: {residual}")
+    return errors
+
+
+def summary(errors: list[LayerError]) -> str:
+    """One line for people."""
+    worst, worst_plain = max(errors, key=lambda e: e.residual), max(errors, key=lambda e: e.plain)
+    return (
+        f"quantisation error {100 * statistics.mean(e.residual for e in errors):.2f} % of the weight on average, at "
+        f"worst {100 * worst.residual:.2f} % ({shown(worst.layer)}); without the factors taken out "
+        f"{100 * statistics.mean(e.plain for e in errors):.2f} %, at worst {100 * worst_plain.plain:.2f} %"
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the quantised model's configuration says."""
+
+    quantization: dict[str, Any]
+    dtype: str
+
+
+def _check_outputs(output: Path, residual: Path) -> None:
+    for path in (output, residual):
+        refuse_existing(path)
+    one, other = output.absolute(), residual.absolute()
+    if one == other or one in other.parents or other in one.parents:
+        raise ConfigError(
+            f"--output {shown(output, 300)} and --residual {shown(residual, 300)} have to be two folders, side by side"
+        )
+
+
+def _target(model_name: str, folder: Path, checkpoint: Checkpoint, plan: Plan, form: str, dtype: str) -> _Target:
+    """The configuration under which transformers quantises the target layers and no others.
+
+    Raises:
+        ConfigError: it would quantise other layers.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from dude_peft.init.architecture import empty_model, parameter_names
+    from dude_peft.init.bnb import settings
+
+    model = empty_model(model_name, folder, checkpoint.dtype, dtype)
+    names, modules = parameter_names(model), dict(model.named_modules())
+    linear = {name for name, module in modules.items() if type(module) is nn.Linear or isinstance(module, Conv1D)}
+    targets = {task.name for task in plan.layers}
+    skipped = sorted(linear - targets)
+    kept = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    for name in sorted(targets):
+        if len(names[id(modules[name].weight)]) > 1:
+            reason = "its weight is another layer's too"
+        elif name not in linear:
+            reason = f"transformers does not quantise a {type(modules[name]).__name__}"
+        elif not should_convert_module(name, kept):
+            reason = "transformers keeps layers of this name in full precision, or one that is left out ends like it"
+        else:
+            continue
+        raise ConfigError(f"target '{name}' cannot be quantised: {reason}; leave it out with --exclude-modules")
+    return _Target(settings(form, model.dtype, skipped), str(model.dtype).removeprefix("torch."))
+
+
+def _compute(plan: Plan, form: str, scratch: Path, display: Display) -> tuple[list[LayerError], dict[str, TensorPrint]]:
+    """Every layer, one at a time, to files of its own."""
+    import safetensors.torch
+
+    from dude_peft.core.threads import one_thread
+    from dude_peft.init.residual import compute
+
+    errors, base, config = [], {}, plan.config
+    with display.stage("layers", len(plan.layers)) as advance:
+        for number, task in enumerate(plan.layers):
+            with one_thread():  # the bits then are those of any machine with the same torch
+                layer = compute(task, config.spec, config.split_options, form)
+            safetensors.torch.save_file(layer.base, scratch / f"{number}.base")
+            safetensors.torch.save_file(layer.adapter, scratch / f"{number}.adapter")
+            errors.append(LayerError(task.name, layer.error, layer.plain_error))
+            base[task.name] = layer.print
+            advance(1, f"error {100 * layer.error:.1f} %, plain {100 * layer.plain_error:.1f} %")
+    return errors, base
+
+
+def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, scratch: Path, target: _Target) -> None:
+    """The quantised model: the checkpoint's own files, with the tensors of target layers replaced."""
+    from dude_peft.artifact.checkpoint import INDEX, companions
+    from dude_peft.artifact.durable import replace_file
+    from dude_peft.artifact.header import byte_count, chunks
+    from dude_peft.artifact.stream import Piece, write_pieces
+
+    quantised = {task.stored.name: scratch / f"{number}.base" for number, task in enumerate(plan.layers)}
+    files: dict[str, list[Piece]] = {file: [] for file in checkpoint.files}
+    for name, stored in checkpoint.tensors.items():
+        pieces = files[Path(stored.file).name]
+        if name in quantised:
+            pieces += _pieces(quantised[name], name.removesuffix("weight"))
+        else:
+            pieces.append(Piece(name, stored.dtype, stored.shape, lambda stored=stored: chunks(stored)))  # type: ignore[misc]
+    for file, pieces in files.items():
+        # Wide dtypes first, so that every tensor lies aligned.
+        pieces.sort(key=lambda piece: (-byte_count(piece.dtype, (8,)), piece.name))
+        write_pieces(output / file, {"format": "pt"}, pieces)
+    if (source / INDEX).is_file():
+        size = sum(piece.size for pieces in files.values() for piece in pieces)
+        places = {piece.name: file for file, pieces in files.items() for piece in pieces}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        replace_file(output / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    for path in companions(source):
+        replace_file(output / path.name, path.read_bytes())
+    config = json.loads((source / "config.json").read_bytes())
+    config.pop("torch_dtype", None)
+    config |= {"dtype": target.dtype, "quantization_config": target.quantization}
+    replace_file(output / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write_adapter(
+    output: Path, residual: Path, plan: Plan, scratch: Path, base: dict[str, TensorPrint], target: _Target
+) -> None:
+    """The adapter's two files, as PEFT's `save_pretrained` and our manifest would write them."""
+    from dude_peft.artifact.durable import replace_file
+    from dude_peft.artifact.manifest import CONFIG_FILE
+    from dude_peft.artifact.stream import write_adapter
+    from dude_peft.tuner import DudeConfig
+
+    config = DudeConfig(**{**plan.config._manifest_fields(), "method": _FOLDED[plan.config.method]})
+    config.base_model_name_or_path, config.inference_mode = str(residual), True
+    pieces = [
+        piece
+        for number, task in enumerate(plan.layers)
+        for piece in _pieces(scratch / f"{number}.adapter", f"base_model.model.{task.name}.")
+    ]
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+        config.save_pretrained(temporary)
+        config_file = Path(temporary) / CONFIG_FILE
+        quantization = {"config": target.quantization, "dtype": target.dtype}
+        write_adapter(output, config._manifest_fields(), base, pieces, config_file, quantization)
+        replace_file(output / CONFIG_FILE, config_file.read_bytes())
+
+
+def _pieces(part: Path, prefix: str) -> list[Piece]:
+    """The tensors of one layer's file, under their names in the whole."""
+    import hashlib
+
+    from dude_peft.artifact.header import chunks, read_header
+    from dude_peft.artifact.stream import Piece
+
+    found = []
+    for name, stored in read_header(part).tensors.items():
+        digest = hashlib.sha256()
+        for view in chunks(stored):
+            digest.update(view)
+        content = lambda stored=stored: chunks(stored)  # noqa: E731
+        found.append(Piece(prefix + name, stored.dtype, stored.shape, content, digest.hexdigest()))
+    return found
+
+
+def _check_space(folder: Path, checkpoint: Checkpoint, plan: Plan) -> None:
+    """Parts and files lie side by side at the end; a quantised weight takes half of a stored one at most."""
+    wanted = sum(stored.size for stored in checkpoint.tensors.values()) + 2 * plan.adapter_bytes + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise ResourceError(
+            f"{shown(folder.parent, 300)}: {wanted / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} are free; free "
+            "some space or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except DudeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or shown(error)
+        raise ResourceError(
+            f"output {shown(output, 300)} cannot be written ({reason}); nothing is left there"
+        ) from error
