@@ -628,6 +628,21 @@ def test_verify_tells_what_an_adapter_is(usual, capsys):
         assert part in text, text
 
 
+def test_another_tokenizer_is_told_and_the_adapters_own_is_merged(worded, tmp_path, capsys):
+    shutil.copytree(worded / "adapter", tmp_path / "adapter")
+    verify(tmp_path / "adapter", base=str(worded / "base"))
+    assert "tokenizer" not in capsys.readouterr().out
+    own = transformers.AutoTokenizer.from_pretrained(worded / "base")
+    own.chat_template = "{{ messages }}"
+    own.add_tokens(["<new>"])
+    own.save_pretrained(tmp_path / "adapter")
+    verify(tmp_path / "adapter", base=str(worded / "base"))
+    assert "not the one of the training: vocabulary, chat template" in capsys.readouterr().out
+    merge([tmp_path / "adapter"], tmp_path / "merged", verify=False)
+    assert "another tokenizer: vocabulary, chat template" in capsys.readouterr().out
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages }}"
+
+
 def test_verify_refuses_what_is_wrong(usual, tmp_path):
     make("mistral-gqa", seed=1).save_pretrained(tmp_path / "other")
     refused(lambda: verify(usual.adapter, base=str(tmp_path / "other"), quiet=True), ArtifactError, "14 of 14 differ")

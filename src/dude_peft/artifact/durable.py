@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dude_peft.errors import BusyError, ConfigError
+from dude_peft.errors import BusyError, ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 
 try:
     import fcntl
 except ImportError:  # Windows has none; nothing is locked there
     fcntl = None  # type: ignore[assignment]
+
+_SPARE_BYTES = 16 << 20
 
 
 def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -110,6 +112,39 @@ def refuse_existing(output: Path) -> None:
     """
     if output.is_symlink() or output.exists():
         raise ConfigError(f"output {shown(output, 300)} is there already; choose another folder, or remove it first")
+
+
+def check_space(folder: Path, size: int, named: Path) -> None:
+    """Refuse work whose result the disk cannot hold.
+
+    Args:
+        folder: on the disk in question.
+        size: bytes that will lie there at most.
+        named: the output as the user knows it.
+
+    Raises:
+        ResourceError: there is less free space.
+    """
+    wanted, free = size + _SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < wanted:
+        raise ResourceError(
+            f"{shown(named, 300)}: {wanted / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} are free; free some "
+            "space or choose another folder"
+        )
+
+
+@contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """Within: what the disk or a permission does not allow is a ResourceError that names the output."""
+    try:
+        yield
+    except DudeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or shown(error)
+        raise ResourceError(
+            f"output {shown(output, 300)} cannot be written ({reason}); free some space or choose another folder"
+        ) from error
 
 
 def _empty(folder: Path) -> None:

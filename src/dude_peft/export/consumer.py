@@ -7,6 +7,7 @@ safetensors file.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -22,7 +23,10 @@ class _Absent:
 
 def main() -> None:
     """Load the export and run it."""
-    sys.path[:] = [entry for entry in sys.path if not entry.rstrip("/\\").endswith("export")]  # this script's folder
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [
+        entry for entry in sys.path if os.path.abspath(entry) != here
+    ]  # our modules' names are not packages'
     import safetensors.torch
     import torch
     import transformers

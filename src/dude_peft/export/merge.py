@@ -8,7 +8,6 @@ configuration says that they are tied no more.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor
 
 from dude_peft.artifact.checkpoint import INDEX, companions, holds_values, is_plain
-from dude_peft.artifact.durable import replace_file
+from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import effective_weight, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.artifact.stream import Piece, write_pieces
 from dude_peft.core.rounding import is_half, round_dithered_, thresholds
 from dude_peft.core.threads import single_threaded_pool
-from dude_peft.errors import ArtifactError, ConfigError, NumericsError, ResourceError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.base import Base
 from dude_peft.export.combine import Combination
@@ -35,7 +34,6 @@ from dude_peft.tuner import frozen
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK_ELEMENTS = 1 << 22  # of float32: 16 MiB
-_SPARE_BYTES = 16 << 20
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
@@ -140,12 +138,7 @@ def write_merge(
         ResourceError: the disk is too small.
         NumericsError: a merged weight overflows its dtype.
     """
-    free = shutil.disk_usage(folder).free
-    if free < plan.size + _SPARE_BYTES:
-        raise ResourceError(
-            f"{shown(folder.parent, 300)}: {(plan.size + _SPARE_BYTES) / 2**20:,.0f} MiB are needed and "
-            f"{free / 2**20:,.0f} are free; free some space or choose another folder"
-        )
+    check_space(folder, plan.size, folder.parent)
     for file, outputs in plan.files.items():
         write_pieces(folder / file, {"format": "pt"}, outputs, done)
     if len(plan.files) > 1 or next(iter(plan.files)) != "model.safetensors":

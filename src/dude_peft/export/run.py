@@ -8,14 +8,13 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.artifact.durable import refuse_existing, whole_folder
-from dude_peft.errors import ConfigError, DudeError, NumericsError, ResourceError
+from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folder
+from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
@@ -177,6 +176,7 @@ class _Export:
         self.settings, self.adapters, self.weights = settings, adapters, weights
         self.base_name, self.gguf_file = base, gguf_file
         self.display = Display(quiet=settings.quiet)
+        self.live: Live | None = None
 
     def run(self, target: Target, combination: Combination | None) -> Path:
         started = time.perf_counter()
@@ -188,6 +188,7 @@ class _Export:
             from dude_peft.export.base import open_base, source_of
             from dude_peft.export.combine import Combination
             from dude_peft.export.merge import Weighted
+            from dude_peft.export.tokenizer import tokenizer_change
         self.dtype = None if self.settings.dtype == "keep" else getattr(torch, self.settings.dtype)
         self.combination = combination or Combination()
         opened = [open_adapter(path) for path in self.adapters]
@@ -195,12 +196,15 @@ class _Export:
         source = source_of(opened[0], self.base_name, self.gguf_file)
         if target.kind == "gguf":
             target = self._checked_gguf(target)
-        with _disk(output), whole_folder(output) as folder:
+        with disk_errors(output), whole_folder(output) as folder:
             scratch = folder / ".work"
             scratch.mkdir()
             with open_base(source, scratch, opened) as base:
                 if base.dtype is not None and self.dtype is None:
                     self.dtype = getattr(torch, base.dtype)  # what the dense weights are rounded to, once
+                for adapter in opened:
+                    if changed := tokenizer_change(adapter.folder, base.folder):
+                        self.display.warn(f"{shown(adapter.folder, 300)} was trained with another tokenizer: {changed}")
                 made = self._make(target, base, folder, scratch)
                 self._record(target, base, folder, made)
             shutil.rmtree(scratch)
@@ -314,13 +318,15 @@ class _Export:
     def _live(self, base: Base, scratch: Path) -> Live:
         from dude_peft.export.check import run_live
 
-        if not hasattr(self, "_live_outputs"):
-            tokenizer = str(base.folder) if (base.folder / "tokenizer_config.json").is_file() else None
+        if self.live is None:
+            own = self.weighted[0].adapter.folder if len(self.weighted) == 1 else base.folder
+            tokenizers = [folder for folder in (own, base.folder) if (folder / "tokenizer_config.json").is_file()]
+            tokenizer = str(tokenizers[0]) if tokenizers else None
             adapters = [{"path": str(w.adapter.folder.absolute()), "weight": w.weight} for w in self.weighted]
             if not self.combination.by_rows:
                 adapters = []
             with self.display.waiting("running the live adapter"):
-                self._live_outputs = run_live(
+                self.live = run_live(
                     base.source.model_dump(),
                     adapters,
                     tokenizer,
@@ -328,7 +334,7 @@ class _Export:
                     scratch,
                     base.quantization,
                 )
-        return self._live_outputs
+        return self.live
 
     def _judge(self, kind: str, found: Difference, quantisation: str) -> None:
         from dude_peft.artifact.header import DTYPES
@@ -374,16 +380,3 @@ class _Export:
         adapter = self.weighted[0].adapter
         card = model_card(adapter, report_of(adapter.folder.absolute()), content)
         replace_file(folder / CARD, card.encode())
-
-
-@contextmanager
-def _disk(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except DudeError:
-        raise
-    except OSError as error:
-        reason = error.strerror or shown(error)
-        raise ResourceError(
-            f"output {shown(output, 300)} cannot be written ({reason}); nothing is left there"
-        ) from error

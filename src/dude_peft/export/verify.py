@@ -71,6 +71,7 @@ def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | Non
 def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file: str | None) -> None:
     from dude_peft.export.base import open_base, source_of
     from dude_peft.export.merge import Weighted, check_base, layers_of
+    from dude_peft.export.tokenizer import tokenizer_change
 
     with (
         display.waiting("comparing the base weights"),
@@ -78,6 +79,9 @@ def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file
         open_base(source_of(opened, base, gguf_file), Path(scratch), [opened]) as found,
     ):
         problem = check_base(found, layers_of(found, [Weighted(opened)]))
+        changed = tokenizer_change(opened.folder, found.folder)
     if problem is not None:
         raise problem
     display.say("base weights: those the adapter was trained on")
+    if changed:
+        display.warn(f"the base model's tokenizer is not the one of the training: {changed}")

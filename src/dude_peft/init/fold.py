@@ -6,19 +6,17 @@ belongs on it (`residual.py` says what they hold). One layer is in memory at a t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.artifact.durable import refuse_existing, whole_folder
-from dude_peft.errors import ConfigError, DudeError, ResourceError
+from dude_peft.artifact.durable import check_space, disk_errors, refuse_existing, whole_folder
+from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 _FOLDED = {"dude": "dora", "pissa": "lora"}
 """Method -> the one that trains its A and B themselves, without a frozen start."""
-_SPARE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -109,10 +106,12 @@ def fold(
         f"DuDe {__version__}: {config.method}, r = {config.r}, {len(plan.layers)} layers of {shown(model, 300)}, "
         f"residuals to {form}"
     )
-    with _disk(residual), whole_folder(output) as adapter_folder, whole_folder(residual) as base_folder:
+    with disk_errors(residual), whole_folder(output) as adapter_folder, whole_folder(residual) as base_folder:
         scratch = base_folder / ".work"
         scratch.mkdir()
-        _check_space(base_folder, checkpoint, plan)
+        # Parts and files lie side by side at the end; a quantised weight takes half of a stored one at most.
+        stored = sum(tensor.size for tensor in checkpoint.tensors.values())
+        check_space(base_folder, stored + 2 * plan.adapter_bytes, residual)
         errors, base = _compute(plan, form, scratch, display)
         _write_base(base_folder, folder, checkpoint, plan, scratch, target)
         _write_adapter(adapter_folder, residual, plan, scratch, base, target)
@@ -274,27 +273,3 @@ def _pieces(part: Path, prefix: str) -> list[Piece]:
         content = lambda stored=stored: chunks(stored)  # noqa: E731
         found.append(Piece(prefix + name, stored.dtype, stored.shape, content, digest.hexdigest()))
     return found
-
-
-def _check_space(folder: Path, checkpoint: Checkpoint, plan: Plan) -> None:
-    """Parts and files lie side by side at the end; a quantised weight takes half of a stored one at most."""
-    wanted = sum(stored.size for stored in checkpoint.tensors.values()) + 2 * plan.adapter_bytes + _SPARE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise ResourceError(
-            f"{shown(folder.parent, 300)}: {wanted / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} are free; free "
-            "some space or choose another folder"
-        )
-
-
-@contextlib.contextmanager
-def _disk(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except DudeError:
-        raise
-    except OSError as error:
-        reason = error.strerror or shown(error)
-        raise ResourceError(
-            f"output {shown(output, 300)} cannot be written ({reason}); nothing is left there"
-        ) from error

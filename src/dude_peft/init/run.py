@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.artifact.durable import check_space, disk_errors
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _CONFIG, _WEIGHTS, _PARTS = "adapter_config.json", "adapter_model.safetensors", ".dude-init"
 _SECONDS_BETWEEN_LINES = 10.0
-_SPARE_BYTES = 16 << 20
 
 
 def initialise(
@@ -87,7 +86,7 @@ def initialise(
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         plan = make_plan(model, folder, checkpoint, config, dtype, seed)
     parts = Parts(output, _settings_hash(plan, checkpoint.identity, dtype, seed))
-    with _disk(output):
+    with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
             finished = _work(plan, parts, display, model, workers or usual_count(), overwrite=overwrite, debug=debug)
@@ -110,7 +109,9 @@ def _work(
         return []
     parts.begin()
     tasks = [(i, task) for i, task in enumerate(plan.layers) if parts.read(i, task.name) is None]
-    _check_space(parts.output, plan, missing=len(tasks))
+    # The parts and the file made of them lie side by side at the end.
+    size = plan.adapter_bytes * (1 + len(tasks) / len(plan.layers))
+    check_space(parts.output, int(size), parts.output)
     display.say(
         f"DuDe {__version__}: {plan.config.method}, r = {plan.config.r}, {len(plan.layers)} layers of "
         f"{shown(model, 300)}; {len(plan.layers) - len(tasks)} done before, {min(workers, len(tasks))} workers"
@@ -185,17 +186,6 @@ def _settings_hash(plan: Plan, identity: list[list[Any]], dtype: str, seed: int)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_space(output: Path, plan: Plan, missing: int) -> None:
-    """The parts and the file made of them lie side by side at the end."""
-    wanted = plan.adapter_bytes * (1 + missing / len(plan.layers)) + _SPARE_BYTES
-    free = shutil.disk_usage(output).free
-    if free < wanted:
-        raise ResourceError(
-            f"{shown(output, 300)}: {wanted / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} are free; free some "
-            "space or choose another folder"
-        )
-
-
 def _show(display: Display, done: Iterable[float | None], total: int) -> None:
     """Follow the layers: a bar at a terminal, a line every few seconds in a log."""
     if not total:
@@ -238,16 +228,3 @@ def _assemble(output: Path, plan: Plan, finished: list[Part]) -> None:
         fields = plan.config._manifest_fields()
         write_adapter(output, fields, base, [piece for part in finished for piece in part.pieces], config_file)
         replace_file(output / _CONFIG, config_file.read_bytes())
-
-
-@contextlib.contextmanager
-def _disk(output: Path) -> Any:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ResourceError):
-            raise
-        reason = error.strerror or shown(error)
-        raise ResourceError(
-            f"output {shown(output, 300)} cannot be written ({reason}); choose another folder"
-        ) from error

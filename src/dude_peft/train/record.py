@@ -133,8 +133,8 @@ class RunFolder:
             replace_file(self.path / name, raw)
         return self.path / name
 
-    def save_adapter(self, model: Any) -> Path:
-        """Saves the adapter of a PEFT model under adapter/, complete or not at all.
+    def save_adapter(self, model: Any, tokenizer: Any) -> Path:
+        """Saves the adapter of a PEFT model, and the tokenizer it was trained with, under adapter/, complete or not.
 
         Raises:
             ResourceError: the disk or a permission does not allow it.
@@ -145,6 +145,7 @@ class RunFolder:
             try:
                 # Embeddings stay the base's: who trains them names them in modules_to_save.
                 model.save_pretrained(str(temporary), save_embedding_layers=False)
+                tokenizer.save_pretrained(str(temporary))
                 for file in temporary.rglob("*"):
                     sync(file)
                 sync(temporary)

@@ -220,7 +220,7 @@ class _Run:
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         config = self.config
-        self.folder.save_adapter(self.model)
+        self.folder.save_adapter(self.model, self.tokenizer)
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(step, score.loss) for step, score in ((0, before), (fitted.steps, after)) if score]
