@@ -110,7 +110,7 @@ class Run:
         return held_out_loss(model, self.examples, pad_id=int(self.tokenizer.pad_token_id), batch_size=32)
 
     def greedy(self, model: Any) -> list[list[int]]:
-        """Likeliest continuation of every prompt, past the end of the answer if it ends earlier."""
+        """Likeliest continuation of every prompt, to the end of the answer."""
         found = []
         for prompt in self.prompts:
             with torch.inference_mode():
@@ -118,7 +118,7 @@ class Run:
                     input_ids=torch.tensor([prompt]),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                     generation_config=transformers.GenerationConfig(
-                        do_sample=False, max_new_tokens=self.settings.new, pad_token_id=0, eos_token_id=None
+                        do_sample=False, max_new_tokens=self.settings.new, pad_token_id=0
                     ),
                 )
             found.append(out[0, len(prompt) :].tolist())
@@ -152,7 +152,7 @@ class Run:
         )
         found = json.loads(done.stdout.splitlines()[-1])
         parts = [
-            next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+            next((place for place, token in enumerate(ours) if token != theirs[place]), None)
             for ours, theirs in zip(answers, found, strict=True)
         ]
         parted = sorted(place for place in parts if place is not None)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from dude_peft.artifact.checkpoint import open_checkpoint
 from dude_peft.artifact.durable import locked, whole_folder
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, NumericsError, ResourceError
 from dude_peft.export import run as runs
-from dude_peft.export.check import compare
+from dude_peft.export.check import compare, tolerance
 from dude_peft.export.run import export, merge, parse_target
 from dude_peft.export.serving import serving_matrix
 from dude_peft.export.verify import verify
@@ -576,6 +577,29 @@ def test_an_export_that_is_not_the_adapter_is_removed(worded, tmp_path, monkeypa
     monkeypatch.setattr(module, "effective_weight", lambda W0, *rest: real(W0, *rest) * 1.05)
     call = lambda: export(worded / "adapter", "merged", tmp_path / "out", quiet=True)  # noqa: E731
     refused(call, NumericsError, "mean KL", "removed", output=tmp_path / "out")
+
+
+def test_what_is_believed_to_be_rounding():
+    full, half = {torch.float32}, {torch.float32, torch.bfloat16}
+    assert tolerance(full, kl_base=1.0) == 1e-6
+    assert tolerance(half, kl_base=1.0) == 5e-3
+    assert tolerance(half, kl_base=1e-3) == pytest.approx(2e-4)  # a weak adapter: a fifth of it is not rounding
+    assert tolerance(half, kl_base=0.0) == 1e-4
+    assert tolerance(full, 1.0, "F16") == 1e-3
+    assert tolerance(full, 1.0, "Q4_K_M") == 0.5
+    assert tolerance({torch.float64}, 1.0) == 1e-6
+
+
+def test_dropped_magnitudes_are_noticed(worded, tmp_path, monkeypatch):
+    """What PEFT's own conversions do."""
+    from dude_peft.export import merge as module
+
+    real = module.effective_weight
+    monkeypatch.setattr(
+        module, "effective_weight", lambda W0, layer, scaling: real(W0, replace(layer, m0=None, dm=None), scaling)
+    )
+    call = lambda: export(worded / "adapter", "merged", tmp_path / "out", quiet=True)  # noqa: E731
+    refused(call, NumericsError, "more than rounding", output=tmp_path / "out")
 
 
 def test_a_tokenizer_that_went_wrong_is_noticed(worded, tmp_path, monkeypatch):

@@ -351,7 +351,7 @@ class _Export:
         elif limit is None:
             stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
             dtypes = stored if self.dtype is None else {*stored, self.dtype}
-            limit, what = tolerance(dtypes, quantisation), "more than rounding explains"
+            limit, what = tolerance(dtypes, found.kl_base, quantisation), "more than rounding explains"
         if found.kl > limit:
             hint = "choose a larger rank" if kind == "lora" else "it was removed; a wider --dtype or type rounds less"
             raise NumericsError(
