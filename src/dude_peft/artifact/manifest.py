@@ -25,6 +25,7 @@ from dude_peft.version import __version__
 
 FORMAT_VERSION = 3  # 1: base weights hashed with sha256; 2: the magnitude under a name that transformers does not read
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_SHARES = 16
 _KEY, _SEAL = "dude", "dude_sha256"
 
 
@@ -116,8 +117,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
     manifest = _parse(header.metadata[_KEY], path)
     _check_names(set(header.tensors), set(manifest.tensors), path)
-    with single_threaded_pool(len(header.tensors)) as pool:  # reading and hashing let other threads run
-        hashes = dict(zip(header.tensors, pool.map(_stored_sha256, header.tensors.values()), strict=True))
+    stored = list(header.tensors.values())
+    shares = [stored[first::_SHARES] for first in range(min(_SHARES, len(stored)))]  # a task a tensor costs more
+    with single_threaded_pool(len(shares)) as pool:  # reading and hashing let other threads run
+        hashes = {name: digest for found in pool.map(_stored_sha256, shares) for name, digest in found.items()}
     for name, digest in hashes.items():
         if digest != manifest.tensors[name]:
             raise ArtifactError(
@@ -130,11 +133,14 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _stored_sha256(stored: StoredTensor) -> str:
-    digest = hashlib.sha256()
-    for view in chunks(stored):
-        digest.update(view)
-    return digest.hexdigest()
+def _stored_sha256(tensors: list[StoredTensor]) -> dict[str, str]:
+    found = {}
+    for stored in tensors:
+        digest = hashlib.sha256()
+        for view in chunks(stored):
+            digest.update(view)
+        found[stored.name] = digest.hexdigest()
+    return found
 
 
 def _missing(directory: Path, wanted: Path) -> str:
