@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -291,3 +292,37 @@ def test_reading_a_configuration_imports_nothing_heavy(file):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- dude config --------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_explained():
+    from dude_peft.train.explain import explain
+
+    rows = explain()
+    assert len(rows) > 40
+    assert all(values and default and meaning for _, values, default, meaning in rows)
+    found = {key: (values, default) for key, values, default, _ in rows}
+    assert found["train.learning_rate"] == ("number above 0 or null", "null")
+    assert found["adapter.r"][1] == "16"
+    assert found["data.train"] == ("text", "required")
+    assert {row[0] for row in explain("evaluation")} == {key for key in found if key.startswith("evaluation.")}
+    for wrong, hint in (
+        ("train.learning_rat", "train.learning_rate"),
+        ("warmup", "train.warmup_steps"),
+        ("zzz", "lists"),
+    ):
+        with pytest.raises(ConfigError, match=hint):
+            explain(wrong)
+
+
+def test_the_schema_knows_what_the_reader_knows():
+    from dude_peft.train.explain import schema
+
+    found = schema()
+    text = json.dumps(found)
+    assert '"gt"' not in text
+    sections = [found, *found["$defs"].values()]
+    assert all(section["additionalProperties"] is False for section in sections)
+    assert found["$defs"]["TrainSection"]["properties"]["learning_rate"]["anyOf"][0]["exclusiveMinimum"] == 0

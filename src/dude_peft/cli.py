@@ -76,6 +76,31 @@ def train(
         raise _InterruptedError("stopped by Ctrl-C; no adapter was saved, start the run again") from None
 
 
+config_app = typer.Typer(help="What a run's configuration may say.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a run's configuration, for editors."""
+    import json
+
+    from dude_peft.train.explain import schema
+
+    typer.echo(json.dumps(schema(), indent=2))
+
+
+@config_app.command("explain")
+def config_explain(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="As train.learning_rate, or a section.")] = None,
+) -> None:
+    """Tell what a key means, what it takes and what it is if left out; without a key, of all of them."""
+    from dude_peft.train.explain import explain
+
+    for name, values, default, meaning in explain(key):
+        typer.echo(f"{name}: {meaning}\n    takes {values}; default {default}")
+
+
 @app.command()
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with safetensors weights, or a hub id.")],

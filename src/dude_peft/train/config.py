@@ -47,7 +47,7 @@ Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value ==
 class Section(BaseModel):
     """Base of every section: no unknown keys, no changes after reading, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
