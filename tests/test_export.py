@@ -25,6 +25,7 @@ from tiny import save_tiny
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.checkpoint import open_checkpoint
 from dude_peft.artifact.durable import locked, whole_folder
+from dude_peft.artifact.header import DTYPES
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, NumericsError, ResourceError
 from dude_peft.export import run as runs
 from dude_peft.export.check import compare, tolerance
@@ -145,6 +146,24 @@ def test_files_and_tensors_are_laid_out_as_in_the_base(usual, tmp_path):
         before, after = (safetensors.torch.load_file(folder / file) for folder in (usual.base, tmp_path / "merged"))
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]) == (name.removesuffix(".weight") not in usual.weights)
+
+
+def test_a_base_of_mixed_dtypes_and_odd_sizes(tmp_path):
+    """A bfloat16 tensor of odd length must not push a float32 one off its alignment."""
+    trained = Trained(tmp_path, dtype=torch.bfloat16, shards="5GB")
+    path = trained.base / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors = {name: t.float() if "norm" in name else t for name, t in tensors.items()}
+    tensors["aaa.odd"], tensors["model.bbb"] = torch.ones(3, dtype=torch.bfloat16), torch.ones(5, dtype=torch.int8)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    merge([trained.adapter], tmp_path / "merged", **QUIET)
+    merged = safetensors.torch.load_file(tmp_path / "merged/model.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in merged.items()} == {
+        name: (t.dtype, t.shape) for name, t in tensors.items()
+    }
+    assert all(torch.equal(merged[name], t) for name, t in tensors.items() if "proj" not in name)
+    for stored in open_checkpoint(tmp_path / "merged").tensors.values():
+        assert stored.offset % DTYPES.get(stored.dtype, torch.int8).itemsize == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -12,9 +12,6 @@ from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import byte_count
 from dude_peft.artifact.manifest import WEIGHTS_FILE, sealed_metadata, sorted_header
 
-# safetensors puts wide dtypes first, so that every tensor lies aligned; adapters have these two.
-_ORDER = {"F64": 0, "F32": 1}
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -38,17 +35,18 @@ class Piece:
 def write_pieces(
     path: Path, metadata: dict[str, str], pieces: Sequence[Piece], done: Callable[[], None] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all, in safetensors' own order: wide dtypes first, so all lie aligned.
 
     Args:
         path: of the file.
         metadata: of its header.
-        pieces: its tensors in order, made one at a time.
+        pieces: its tensors in any order, made one at a time.
         done: called behind each.
 
     Raises:
         OSError: the folder cannot be written; the file that was there stays.
     """
+    pieces = sorted(pieces, key=lambda piece: (-byte_count(piece.dtype, (8,)), piece.name))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for piece in pieces:
@@ -86,7 +84,6 @@ def write_adapter(
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
     """
-    pieces = sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
     hashes = {piece.name: piece.sha256 for piece in pieces}
     metadata = sealed_metadata(config, base, hashes, config_file, quantization)
     write_pieces(directory / WEIGHTS_FILE, metadata, pieces)

@@ -93,7 +93,6 @@ def write_lora(
                 pieces.append(Piece(f"base_model.model.{name}.{key}.weight", "F32", shape, _reader(path)))
             fits.append(LayerFit(name, captured))
             done()
-    pieces.sort(key=lambda piece: piece.name)
     write_pieces(folder / WEIGHTS_FILE, {"format": "pt"}, pieces)
     for path in parts.iterdir():
         path.unlink()

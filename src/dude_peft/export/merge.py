@@ -118,7 +118,7 @@ def plan_merge(
         if key not in written:
             written[key] = Path(stored.file).name, _copied(key, stored, dtype)
     files: dict[str, list[Piece]] = {file: [] for file in base.checkpoint.files}
-    for _, (file, output) in sorted(written.items()):
+    for file, output in written.values():
         files[file].append(output)
     size = sum(output.size for _, output in written.values())
     return MergePlan(files, bool(untied), len(layers), size)

@@ -206,7 +206,7 @@ def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, 
     """The quantised model: the checkpoint's own files, with the tensors of target layers replaced."""
     from dude_peft.artifact.checkpoint import INDEX, companions
     from dude_peft.artifact.durable import replace_file
-    from dude_peft.artifact.header import byte_count, chunks
+    from dude_peft.artifact.header import chunks
     from dude_peft.artifact.stream import Piece, write_pieces
 
     quantised = {task.stored.name: scratch / f"{number}.base" for number, task in enumerate(plan.layers)}
@@ -218,8 +218,6 @@ def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, 
         else:
             pieces.append(Piece(name, stored.dtype, stored.shape, lambda stored=stored: chunks(stored)))  # type: ignore[misc]
     for file, pieces in files.items():
-        # Wide dtypes first, so that every tensor lies aligned.
-        pieces.sort(key=lambda piece: (-byte_count(piece.dtype, (8,)), piece.name))
         write_pieces(output / file, {"format": "pt"}, pieces)
     if (source / INDEX).is_file():
         size = sum(piece.size for pieces in files.values() for piece in pieces)
