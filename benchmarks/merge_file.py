@@ -5,22 +5,16 @@
 The checkpoint is a Llama with random bfloat16 weights in shards of 512 MB; the adapter is a `dora` of rank 16 on all
 its linear layers, B and magnitudes moved away from the start. The merge runs in a process of its own, whose peak
 resident memory (VmHWM) is told. Then it is killed (SIGKILL) at times drawn evenly over its whole duration: the output
-has to be absent, or equal to that of a run that nobody disturbed.
+has to be absent, or equal to that of a run that nobody disturbed. With --folder on a disk in memory this takes minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
-import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import safetensors.torch
@@ -29,7 +23,6 @@ import transformers
 from measure import arguments, console, finish, set_threads, show
 
 from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest, stamp
-from dude_peft.export.run import merge
 from dude_peft.init.run import initialise
 
 SHARD_BYTES = 512 << 20
@@ -49,10 +42,9 @@ def main() -> None:
         make_adapter(folder / "model", folder / "adapter")
         console.print(f"checkpoint of {size / 1e9:.2f} GB made")
         seconds, peak = run(folder)
-        whole = digests(folder / "merged")
         row = {"bytes": size, "seconds": seconds, "peak_mib": peak / 2**20, "limit_mib": 1e9 / 2**20}
         show("dude merge", {"undisturbed": row}, list(row))
-        found = killed(folder, settings.kills, seconds, whole)
+        found = killed(folder, settings.kills, seconds)
         show("killed at random", {"SIGKILL": found}, list(found))
     finish("merge a checkpoint", settings, {"merge": row, "killed": found})
 
@@ -133,31 +125,57 @@ def run(folder: Path) -> tuple[float, int]:
     return float(seconds), int(peak)
 
 
-def killed(folder: Path, count: int, seconds: float, whole: dict[str, str]) -> dict[str, float]:
-    """Forks a merge, kills it, looks; `count` times."""
-    random.seed(0)
-    absent = complete = torn = 0
-    ages = []
-    for _ in range(count):
-        shutil.rmtree(folder / "merged", ignore_errors=True)
-        child = os.fork()
-        if child == 0:
-            try:
-                merge([folder / "adapter"], folder / "merged", base=str(folder / "model"), verify=False, quiet=True)
-            finally:
-                os._exit(0)
-        age = random.uniform(0, 1.1 * seconds)
-        ages.append(age)
-        time.sleep(age)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        if not (folder / "merged").exists():
-            absent += 1
-        elif digests(folder / "merged") == whole:
-            complete += 1
-        else:
-            torn += 1
-    return {"kills": count, "absent": absent, "whole": complete, "torn": torn, "median_age": statistics.median(ages)}
+# A process of its own: it has run nothing yet, so that what it forks has no threads of torch's missing.
+_KILLER = """
+import json, os, random, shutil, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+from merge_file import Path, digests
+from dude_peft.export import base, merge as _
+from dude_peft.export.run import merge
+import torch
+torch.set_num_threads(1)
+folder, count, seconds = Path(sys.argv[1]), int(sys.argv[3]), float(sys.argv[4])
+
+def start():
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            merge([folder / "adapter"], folder / "merged", base=str(folder / "model"), verify=False, quiet=True)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+whole = digests(folder / "merged")
+random.seed(0)
+found = {"kills": count, "absent": 0, "whole": 0, "torn": 0, "ended before": 0, "failed": 0}
+for _ in range(count):
+    shutil.rmtree(folder / "merged", ignore_errors=True)
+    child = start()
+    time.sleep(random.uniform(0, 1.1 * seconds))
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status):
+        found["failed" if os.WEXITSTATUS(status) else "ended before"] += 1
+    if not (folder / "merged").exists():
+        found["absent"] += 1
+    else:
+        found["whole" if digests(folder / "merged") == whole else "torn"] += 1
+shutil.rmtree(folder / "merged", ignore_errors=True)
+found["merged at last"] = int(os.waitpid(start(), 0)[1] == 0 and digests(folder / "merged") == whole)
+found["left beside"] = len(list(folder.glob(".dude-*")))
+print(json.dumps(found))
+"""
+
+
+def killed(folder: Path, count: int, seconds: float) -> dict[str, int]:
+    """A merge started and killed `count` times; the last one is left to end, over what the killed ones left."""
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", _KILLER, str(folder), here, str(count), str(seconds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def digests(folder: Path) -> dict[str, str]:
