@@ -108,6 +108,18 @@ def chunks(stored: StoredTensor, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[me
             yield view
 
 
+def stored_sha256(stored: StoredTensor) -> str:
+    """Hexadecimal sha256 of a tensor's bytes on disk, which is `fingerprint.sha256_of` of its values.
+
+    Raises:
+        ArtifactError: the file ends early.
+    """
+    digest = hashlib.sha256()
+    for view in chunks(stored):
+        digest.update(view)
+    return digest.hexdigest()
+
+
 def byte_count(dtype: str, shape: Iterable[int]) -> int:
     """Bytes that a tensor of this dtype and shape takes in a file."""
     return math.prod(shape) * _BITS[dtype] // 8

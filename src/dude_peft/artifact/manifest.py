@@ -18,7 +18,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
-from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
+from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
@@ -120,7 +120,7 @@ def read_manifest(directory: Path) -> Manifest:
     stored = list(header.tensors.values())
     shares = [stored[first::_SHARES] for first in range(min(_SHARES, len(stored)))]  # a task a tensor costs more
     with single_threaded_pool(len(shares)) as pool:  # reading and hashing let other threads run
-        hashes = {name: digest for found in pool.map(_stored_sha256, shares) for name, digest in found.items()}
+        hashes = {name: digest for found in pool.map(_hashes, shares) for name, digest in found.items()}
     for name, digest in hashes.items():
         if digest != manifest.tensors[name]:
             raise ArtifactError(
@@ -133,14 +133,8 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _stored_sha256(tensors: list[StoredTensor]) -> dict[str, str]:
-    found = {}
-    for stored in tensors:
-        digest = hashlib.sha256()
-        for view in chunks(stored):
-            digest.update(view)
-        found[stored.name] = digest.hexdigest()
-    return found
+def _hashes(tensors: list[StoredTensor]) -> dict[str, str]:
+    return {stored.name: stored_sha256(stored) for stored in tensors}
 
 
 def _missing(directory: Path, wanted: Path) -> str:

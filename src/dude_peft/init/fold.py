@@ -258,16 +258,11 @@ def _write_adapter(
 
 def _pieces(part: Path, prefix: str) -> list[Piece]:
     """The tensors of one layer's file, under their names in the whole."""
-    import hashlib
-
-    from dude_peft.artifact.header import chunks, read_header
+    from dude_peft.artifact.header import chunks, read_header, stored_sha256
     from dude_peft.artifact.stream import Piece
 
     found = []
     for name, stored in read_header(part).tensors.items():
-        digest = hashlib.sha256()
-        for view in chunks(stored):
-            digest.update(view)
         content = lambda stored=stored: chunks(stored)  # noqa: E731
-        found.append(Piece(prefix + name, stored.dtype, stored.shape, content, digest.hexdigest()))
+        found.append(Piece(prefix + name, stored.dtype, stored.shape, content, stored_sha256(stored)))
     return found
