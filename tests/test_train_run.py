@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_saves_no_adapter(settings, tmp_path):
     rate = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
     with pytest.raises(NumericsError, match=r"lower train\.learning_rate"):
         start(settings, train=rate)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl", "run.json", "before.json"}
     for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
 
@@ -292,6 +292,7 @@ def test_a_failing_disk_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch
         ResourceError, match=r"config\.yaml: cannot be written \(No space left on device; \d+ MiB free\)"
     ):
         folder.write("config.yaml", "new")
+    folder.release()
     assert os.listdir(tmp_path) == ["config.yaml"]
     assert (tmp_path / "config.yaml").read_text() == "old"
 
@@ -305,7 +306,7 @@ def test_a_planted_link_is_replaced_not_followed(tmp_path):
         (out / name).symlink_to(victim)
     folder = RunFolder(out, overwrite=True)
     folder.write("config.yaml", "ours")
-    with folder.metrics() as file:
+    with folder.metrics(None) as file:
         file.write("{}\n")
     assert victim.read_text() == "mine"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dude_peft.errors import DudeError, ResourceError
+from dude_peft.errors import DudeError, ResourceError, StoppedError
 from dude_peft.show import shown
 from dude_peft.version import __version__
 
@@ -25,11 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class _InterruptedError(DudeError):
-    exit_code = 130
-    label = "interrupted"
 
 
 def _version(wanted: bool) -> None:
@@ -55,10 +51,15 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Replace one key, as in train.max_steps=80; repeatable."),
     ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Replace output_dir.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Allow an output folder that is not empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in an output folder that is not empty.")
+    ] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Go on from a checkpoint's adapter alone, where the rest is lost.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Fine-tune a language model, and measure it before and after."""
+    """Fine-tune a language model, and measure it before and after; the same command again goes on."""
     from dude_peft.train.config_file import load_config
 
     changes = list(overrides or [])
@@ -70,10 +71,7 @@ def train(
 
     from dude_peft.train.run import run
 
-    try:
-        run(run_config, overwrite=overwrite)
-    except KeyboardInterrupt:  # caught here, since Typer would end the process without a word
-        raise _InterruptedError("stopped by Ctrl-C; no adapter was saved, start the run again") from None
+    run(run_config, overwrite=overwrite, weights_only=weights_only)
 
 
 config_app = typer.Typer(help="What a run's configuration may say.", no_args_is_help=True)
@@ -150,7 +148,8 @@ def init(
             return
         initialise(model, output, settings, dtype=dtype, seed=seed, workers=workers, overwrite=overwrite, debug=debug)
     except KeyboardInterrupt:
-        raise _InterruptedError("stopped by Ctrl-C; the same command goes on where it stopped") from None
+        message = "stopped by Ctrl-C; the same command goes on where it stopped"
+        raise StoppedError(signal.SIGINT, message) from None
 
 
 _Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or hub id of the adapter.")]
@@ -272,7 +271,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        _fail(_InterruptedError.label, "stopped by Ctrl-C", _InterruptedError.exit_code, debug=False)
+        _fail(StoppedError.label, "stopped by Ctrl-C", 128 + signal.SIGINT, debug=False)
     except DudeError as error:
         _fail(error.label, str(error), error.exit_code, debug=debug)
     except MemoryError:

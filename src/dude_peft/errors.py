@@ -9,6 +9,7 @@ The line is made where the fact is known: what is wrong, where (file:line, layer
       NumericsError      exit 5    NaN or Inf
       ResourceError      exit 6    disk, memory, permission
       BusyError          exit 75   another process works in the same folder
+      StoppedError       exit 130  Ctrl-C; 143 for SIGTERM
 """
 
 
@@ -59,3 +60,14 @@ class BusyError(DudeError, RuntimeError):
 
     exit_code = 75
     label = "busy"
+
+
+class StoppedError(DudeError):
+    """A signal ended the work; what it says tells how to go on."""
+
+    label = "interrupted"
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        """The exit code is 128 and the signal's number, as shells have it."""
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dude_peft.errors import BusyError, ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 
@@ -51,14 +53,21 @@ def locked(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BusyError(f"'{folder}' is being written by another process; wait for it to end") from error
+        if not take(descriptor):
+            raise BusyError(f"'{folder}' is being written by another process; wait for it to end")
         yield
     finally:
         os.close(descriptor)
+
+
+def take(descriptor: int) -> bool:
+    """Locks an open file or folder for this process alone, until it is closed; False if another process has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 @contextmanager
@@ -140,8 +149,8 @@ def disk_errors(output: Path) -> Iterator[None]:
         yield
     except DudeError:
         raise
-    except OSError as error:
-        reason = error.strerror or shown(error)
+    except (OSError, SafetensorError) as error:  # safetensors' writer has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or shown(error)
         raise ResourceError(
             f"output {shown(output, 300)} cannot be written ({reason}); free some space or choose another folder"
         ) from error

@@ -165,6 +165,38 @@ def gain(m0: Tensor, dm: Tensor, q: Tensor, norm_gradient: str = "detached") -> 
     return g.clamp(-limit, limit).to(narrow)
 
 
+def direction_change(
+    W0_dA: Tensor,
+    W0_A0: Tensor | None,
+    dA: Tensor,
+    dB: Tensor,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    scaling: float,
+    m0: Tensor,
+) -> Tensor:
+    """How far every row of the direction turned, `1 - cos(V, W0)`, from what `norm_change` takes and m0 (out,).
+
+    With p = s <D, W0> and t = ||s D||^2 it is (m0^2 t - p^2) / (n m0 (n m0 + m0^2 + p)), which does not cancel for
+    small turns as 1 minus the cosine would.
+
+    Returns:
+        (out,) float64, 0 where W0 or V has a zero row.
+
+    Source: DoRA section 3.2.
+    """
+    q = norm_change(W0_dA, W0_A0, dA, dB, A0, B0, scaling)
+    # The squared part alone: the same formula with the products with W0 left out.
+    zeros = torch.zeros_like(W0_dA)
+    t = norm_change(zeros, None if W0_A0 is None else zeros, dA, dB, A0, B0, scaling)
+    p = (q - t) / 2
+    m0 = m0.to(_wide(m0))
+    n = direction_norm(m0, q)
+    turned = (m0.square() * t - p.square()).clamp_min(0)
+    below = n * m0 * (n * m0 + m0.square() + p)
+    return torch.where(below > 0, turned / below, 0.0)
+
+
 def gain_slope(m0: Tensor, q: Tensor) -> Tensor:
     """Slope of the gain, `dg / ddm = 1 / n`, the norm a constant: (out,) float64, 0 on zero rows of W0 and V."""
     n = direction_norm(m0, q)

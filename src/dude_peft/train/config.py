@@ -181,11 +181,32 @@ class TrainSection(Section):
     )
     """Optimizer."""
 
+    loraplus_lr_ratio: Positive = 1.0
+    """Learning rate of B over that of A (LoRA+)."""
+
+    magnitude_lr_ratio: Positive = 1.0
+    """Learning rate of the magnitude over that of A."""
+
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    """`group_by_length` puts rows of like length into one step, which saves padding."""
+
     seed: Seed = 0
     """Seed of the adapter's random parts, the order of the rows and dropout."""
 
     logging_steps: Count = 5
     """Steps between two lines of metrics.jsonl."""
+
+    movement_steps: Count | None = None
+    """Steps between two lines of metrics.jsonl that tell how far magnitude and direction of each layer have moved."""
+
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
+    """Trackers that get the same numbers, as transformers' Trainer serves them."""
+
+    save_steps: Count = 50
+    """Steps between two checkpoints; one is written at the end too."""
+
+    save_total_limit: Annotated[int, Field(ge=2, le=_LARGEST_COUNT)] = 2
+    """Checkpoints kept."""
 
     bf16: bool = False
     """bfloat16 autocast."""
@@ -218,6 +239,26 @@ class EvaluationSection(Section):
     samples: CountOrZero = 3
     """Answers shown before and after, side by side."""
 
+    eval_steps: Count | None = None
+    """Steps between two measurements of the held-out loss during training; null measures before and after alone."""
+
+    early_stopping_patience: Count | None = None
+    """Training ends after this many measurements without a better held-out loss; needs eval_steps."""
+
+    early_stopping_threshold: NonNegative = 0.0
+    """By how much a better held-out loss has to be lower."""
+
+    load_best_model_at_end: bool = True
+    """With eval_steps: the adapter of the lowest held-out loss is the result, otherwise the last one."""
+
+    @model_validator(mode="after")
+    def _patience_of_something(self) -> EvaluationSection:
+        if self.early_stopping_patience is not None and (self.eval_steps is None or not self.enabled):
+            raise ValueError(
+                "key 'evaluation.early_stopping_patience' needs 'evaluation.eval_steps', and evaluation switched on"
+            )
+        return self
+
 
 class RunConfig(Section):
     """One run of `dude train`."""
@@ -228,7 +269,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
     output_dir: Source
-    """Folder of everything the run writes; it must be new or empty."""
+    """Folder of everything the run writes: new, empty, or that of the same run, which then goes on."""
 
     @model_validator(mode="after")
     def _something_to_evaluate(self) -> RunConfig:

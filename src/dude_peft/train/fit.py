@@ -1,24 +1,30 @@
-"""The optimisation: transformers' Trainer, watched for NaN and shown as one bar and one file of numbers."""
+"""The optimisation: transformers' Trainer, set up from a run's configuration and watched step by step."""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import peft  # noqa: F401  # Trainer would import it later, in the middle of the output
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.train.batches import pad_right
-from dude_peft.train.config import TrainSection
+from dude_peft.train.checkpoint import Checkpoint, Checkpoints
+from dude_peft.train.config import RunConfig, TrainSection
+from dude_peft.train.loop import Loop
+from dude_peft.train.order import EpochOrder
 from dude_peft.train.progress import Display
+from dude_peft.train.stop import Stop
+from dude_peft.train.trainer import RunTrainer
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class Fit:
     seconds: float
     curve: tuple[tuple[int, float], ...]
     """(step, mean loss since the point before)."""
+    held_out: tuple[tuple[int, float], ...]
+    """(step, held-out loss), where it was measured on the way."""
+    best_step: int | None
+    """Step of the lowest held-out loss, where it was measured on the way."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -38,8 +48,26 @@ class Fit:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-def training_arguments(section: TrainSection, scratch: str) -> TrainingArguments:
-    """Trainer's own settings for a resolved section; nothing is ever written to `scratch`.
+@dataclass(frozen=True)
+class Surroundings:
+    """What a training loop works with, beside model, rows and settings."""
+
+    display: Display
+    stop: Stop
+    metrics: Callable[[int | None], AbstractContextManager[TextIO]]
+    """Opens metrics.jsonl: anew, or cut to a number of bytes to go on."""
+    checkpoints: Checkpoints
+    resumed: Checkpoint | None
+    """Where training goes on; the model has its adapter already."""
+    save_adapter: Callable[[Any, Path], None]
+    name_of: Callable[[int], str]
+    """Index of a row -> its place in the data."""
+    held_out_loss: Callable[[], float] | None
+    pad_id: int
+
+
+def training_arguments(section: TrainSection, output_dir: str) -> TrainingArguments:
+    """Trainer's own settings for a resolved section.
 
     Raises:
         ConfigError: transformers refuses a setting here, such as an optimizer that is not installed.
@@ -47,9 +75,13 @@ def training_arguments(section: TrainSection, scratch: str) -> TrainingArguments
     checkpointing: dict[str, Any] = {}
     if section.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    trackers: Any = integration_utils
+    for tracker in section.report_to:
+        if tracker not in trackers.get_available_reporting_integrations():
+            raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
     try:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=output_dir,
             learning_rate=section.learning_rate or 0.0,
             max_steps=section.max_steps or -1,
             num_train_epochs=section.num_train_epochs or 1.0,
@@ -71,8 +103,9 @@ def training_arguments(section: TrainSection, scratch: str) -> TrainingArguments
             logging_nan_inf_filter=False,
             include_num_input_tokens_seen="non_padding",
             remove_unused_columns=False,
-            save_strategy="no",
-            report_to=[],
+            save_strategy="steps",
+            save_steps=section.save_steps,
+            report_to=list(section.report_to),
             disable_tqdm=True,
         )
     except (ValueError, ImportError, RuntimeError) as error:
@@ -84,36 +117,63 @@ def training_arguments(section: TrainSection, scratch: str) -> TrainingArguments
 
 def fit(
     model: Any,
-    examples: list[dict[str, list[int]]],
+    examples: Sequence[dict[str, list[int]]],
     arguments: TrainingArguments,
-    *,
-    pad_id: int,
-    metrics: TextIO,
-    display: Display,
+    config: RunConfig,
+    around: Surroundings,
 ) -> Fit:
-    """Trains the adapter of `model` in place.
+    """Trains the adapter of `model` in place, from its start or from a checkpoint.
 
     Raises:
-        NumericsError: the loss, a gradient or a trained weight became NaN or Inf; nothing was stepped with it.
-        ResourceError: a batch does not fit into memory.
+        NumericsError: the loss or a gradient became NaN or Inf; nothing was stepped with it.
+        ResourceError: a batch does not fit into memory, or a checkpoint onto the disk.
+        StoppedError: a signal came; a checkpoint of the last step is there.
     """
-    watch = _Watch(metrics, display)
-    trainer = _WatchedTrainer(
+    section, resumed = config.train, around.resumed
+    step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
+    order = EpochOrder(
+        [len(example["input_ids"]) for example in examples],
+        section.seed,
+        grouped=step_rows if section.train_sampling_strategy == "group_by_length" else 0,
+    )
+    loop = Loop(
+        order=order,
+        display=around.display,
+        stop=around.stop,
+        metrics=None,
+        evaluation=config.evaluation,
+        name_of=around.name_of,
+        save_adapter=around.save_adapter,
+        checkpoints=around.checkpoints if arguments.should_save else None,
+        held_out_loss=around.held_out_loss,
+        movement_steps=section.movement_steps,
+    )
+    if resumed is not None:
+        loop.load_state(resumed.state()["loop"])
+    total = trainer_steps(arguments, len(examples))
+    if resumed is not None and (loop.ended or resumed.step >= total):
+        tokens = int(resumed.trainer_state()["num_input_tokens_seen"])
+        return _result(loop, resumed.step, tokens)  # interrupted behind the last step; Trainer would take one more
+    trainer = RunTrainer(
         model=model,
         args=arguments,
-        train_dataset=examples,
-        data_collator=functools.partial(pad_right, pad_id=pad_id),
-        callbacks=[watch],
+        train_dataset=_Numbered(examples),
+        data_collator=functools.partial(_numbered_batch, pad_id=around.pad_id),
+        callbacks=[loop],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.on_loss = watch.add_loss
+    trainer.loop, trainer.section, trainer.resumed = loop, section, resumed
+    loop.restore_losses = trainer.restore_losses
     uses_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of a training forward are never read again
-    steps = trainer_steps(arguments, len(examples))
-    start = time.perf_counter()
+    kept = None if resumed is None else int(resumed.state()["loop"]["metrics_bytes"])
     try:
-        with display.stage("training", steps) as watch.advance:
-            trainer.train()
+        with (
+            around.metrics(kept) as loop.metrics,
+            around.display.stage("training", total) as loop.advance,
+            around.stop.training(),
+        ):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"training does not fit into the device's memory at step {trainer.state.global_step + 1}; lower "
@@ -121,99 +181,46 @@ def fit(
         ) from error
     finally:
         model.config.use_cache = uses_cache
+    step = int(trainer.state.global_step)
+    around.stop.after(f"behind step {step} of {total}, which is saved; the same command goes on from there")
+    if step < total:
+        around.stop.raise_if_wanted()
     _check_weights(model)
-    return Fit(
-        steps=trainer.state.global_step,
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=time.perf_counter() - start,
-        curve=tuple(watch.curve),
-    )
+    return _result(loop, step, int(trainer.state.num_input_tokens_seen))
 
 
 def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps that Trainer will take."""
     if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(rows / arguments.per_device_train_batch_size)
-    each = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
-    return math.ceil(arguments.num_train_epochs * each)
+        return int(arguments.max_steps)
+    epochs = float(arguments.num_train_epochs)
+    batches: int = math.ceil(rows / (arguments.per_device_train_batch_size * arguments.world_size))
+    updates: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    return math.ceil(epochs * updates)
 
 
-class _WatchedTrainer(Trainer):
-    """Trainer that stops at a loss that is not a number, where Trainer itself logs 0 and goes on."""
-
-    on_loss: Callable[[float], None]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        value = float(loss)
-        if not math.isfinite(value):
-            raise NumericsError(f"the training loss is {value} at step {self.state.global_step + 1}; {_REMEDY}")
-        self.on_loss(value)
-        return loss
+def _result(loop: Loop, step: int, tokens: int) -> Fit:
+    return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step)
 
 
-_REMEDY = "nothing was saved: lower train.learning_rate, or use model.dtype: float32"
+class _Numbered(torch.utils.data.Dataset[dict[str, Any]]):
+    """The rows with their numbers, so that a fault can name them."""
+
+    def __init__(self, examples: Sequence[dict[str, list[int]]]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._examples[index], "row": index}
 
 
-class _Watch(TrainerCallback):
-    """Follows the run: the bar, metrics.jsonl, and gradients that are not numbers."""
-
-    def __init__(self, metrics: TextIO, display: Display) -> None:
-        self.curve: list[tuple[int, float]] = []
-        self.advance: Callable[..., None] = lambda count, note="": None
-        self._metrics = metrics
-        self._display = display
-        self._loss = 0.0
-        self._start = self._mark = time.perf_counter()
-        self._tokens = 0
-        self._speed = 0.0
-
-    def add_loss(self, loss: float) -> None:
-        """One micro-batch's share of the step's loss."""
-        self._loss += loss
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start = self._mark = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        # Clipping has already spread one NaN or Inf over all gradients, so the norm cannot miss it.
-        if gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
-            raise NumericsError(f"a gradient is not finite at step {state.global_step + 1}; {_REMEDY}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # Trainer would drop the steps behind the last multiple of logging_steps
-        elapsed = time.perf_counter() - self._start
-        self._speed = state.num_input_tokens_seen / max(elapsed, 1e-9)
-        self.advance(1, note=f"loss {self._loss:.3f}  {self._speed:,.0f} tokens/s")
-        self._loss = 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
-        line = {
-            "step": state.global_step,
-            "loss": float(logs["loss"]),
-            "learning_rate": float(logs["learning_rate"]),
-            "grad_norm": float(logs["grad_norm"]),
-            "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
-            "seconds": round(now - self._start, 3),
-        }
-        self._mark, self._tokens = now, tokens
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self.curve.append((line["step"], line["loss"]))
-        if not self._display.live:
-            left = (now - self._start) / state.global_step * (state.max_steps - state.global_step)
-            self._display.say(
-                f"step {state.global_step}/{state.max_steps}  loss {line['loss']:.3f}  "
-                f"{line['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
-            )
+def _numbered_batch(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    return {**pad_right(rows, pad_id), "rows": torch.tensor([row["row"] for row in rows])}
 
 
 def _check_weights(model: Any) -> None:
     for name, weight in model.named_parameters():
         if weight.requires_grad and not bool(torch.isfinite(weight).all()):
-            raise NumericsError(f"{name} is not finite after training; {_REMEDY}")
+            raise NumericsError(f"{name} is not finite after training; lower train.learning_rate")

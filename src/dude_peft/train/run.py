@@ -12,46 +12,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train.config import RunConfig
 from dude_peft.train.config_file import dump_config
+from dude_peft.train.identity import Identity
 from dude_peft.train.picture import check_picture, loss_curve
-from dude_peft.train.record import ADAPTER, CONFIG, PICTURE, Answer, RunFolder, RunReport, Score
+from dude_peft.train.record import ADAPTER, CONFIG, PICTURE, Answer, RunFolder, RunReport, Score, save_adapter
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
     from dude_peft.data.encode import EncodedSet
     from dude_peft.data.rows import Row
+    from dude_peft.train.checkpoint import Checkpoint
     from dude_peft.train.fit import Fit
 
 _GGUF_NOTE = "the base weights are a GGUF file's, dequantised"
 
 
-def run(config: RunConfig, *, overwrite: bool = False, quiet: bool = False) -> RunReport:
+def run(config: RunConfig, *, overwrite: bool = False, weights_only: bool = False, quiet: bool = False) -> RunReport:
     """Fine-tunes as `config` says and fills `config.output_dir`, the adapter among it only if all went well.
+
+    A run that was interrupted goes on from its newest checkpoint, bit by bit; one that is finished is only told of.
 
     Args:
         config: the run, for example from `load_config`.
-        overwrite: allow an output folder that is not empty; foreign files in it stay.
+        overwrite: start anew in an output folder that is not empty; foreign files in it stay.
+        weights_only: start anew from the newest checkpoint's adapter, where the rest of the checkpoint is lost.
         quiet: print nothing.
 
     Raises:
-        ConfigError: a setting, model or output folder that cannot be used.
-        DataError: rows that cannot be trained on.
+        ConfigError: a setting, model or output folder that cannot be used, or the folder of another run.
+        DataError: rows that cannot be trained on, or other rows than those that the run began with.
+        ArtifactError: no checkpoint is whole, or the base model is another one.
         NumericsError: NaN or Inf, or a start that is not the base model.
         ResourceError: disk or memory.
+        BusyError: another process runs in the folder.
+        StoppedError: Ctrl-C or SIGTERM; a checkpoint is there.
     """
     check_picture()
+    resolved = config.resolved()
     folder = RunFolder(config.output_dir, overwrite=overwrite)
     try:
-        this = _Run(config.resolved(), folder, quiet=quiet)
-        with gathered_warnings(this.warn):
+        this = _Run(resolved, folder, weights_only=weights_only, quiet=quiet)
+        with gathered_warnings(this.warn), this.stop.listening():
             return this.go()
-    except BaseException:
+    finally:
         folder.release()
-        raise
 
 
 @dataclass(frozen=True)
@@ -64,17 +74,21 @@ class _HeldOut:
 
 
 class _Run:
-    def __init__(self, config: RunConfig, folder: RunFolder, *, quiet: bool) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, *, weights_only: bool, quiet: bool) -> None:
         from dude_peft.train.progress import Display
+        from dude_peft.train.stop import Stop
 
         self.config = config
         self.folder = folder
         self.display = Display(quiet=quiet)
+        self.stop = Stop(self.display.warn)
+        self.weights_only = weights_only
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.data: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.model: Any = None
+        self.resumed: Checkpoint | None = None
 
     def go(self) -> RunReport:
         start = time.perf_counter()
@@ -84,19 +98,28 @@ class _Run:
             from dude_peft.train.model import load_tokenizer, locate
 
             where = locate(config.model)
+            if self.folder.earlier is not None:
+                self.folder.earlier.check_config(config.model_dump(mode="json"))
             train, test = self._read_rows()
+            if (finished := self._finished()) is not None:
+                return finished
+            self._find_checkpoint()
         with self._phase("imports"), quiet_imports():
-            from dude_peft.train.fit import fit, training_arguments
+            from dude_peft.train.fit import training_arguments
         with self._phase("tokenizer"):
             arguments = training_arguments(config.train, str(self.folder.path))
             self.tokenizer = load_tokenizer(config.model, where)
             examples, held_out = self._encode(train, test)
         self._load(where, examples, held_out, arguments.device)
+        self._begin(arguments)
 
-        before = self._score("before", held_out)
-        pad_id = int(self.tokenizer.pad_token_id)
-        with self._phase("training"), self.folder.metrics() as metrics:
-            fitted = fit(self.model, examples, arguments, pad_id=pad_id, metrics=metrics, display=display)
+        before = None if self.resumed is None else self.folder.read_before()
+        if before is None:
+            with self.model.disable_adapter():
+                before = self._score("before", held_out)
+            if before is not None:
+                self.folder.write_before(before)
+        fitted = self._train(examples, [row.source for row in train], held_out, arguments)
         after = self._score("after", held_out)
         with self._phase("saving"):
             self._save(fitted, before, after)
@@ -115,6 +138,42 @@ class _Run:
         display.say(f"adapter: {self.folder.path / ADAPTER}")
         return report
 
+    def _finished(self) -> RunReport | None:
+        report = self.folder.finished()
+        if report is not None:
+            self.display.say(
+                f"this run has ended: {report.steps} steps, adapter {self.folder.path / ADAPTER}; nothing is left to "
+                "do (--overwrite starts anew)"
+            )
+        return report
+
+    def _find_checkpoint(self) -> None:
+        """Where training goes on, told apart before anything is loaded."""
+        if self.folder.earlier is None:
+            return
+        if self.weights_only:
+            return
+        self.resumed = self.folder.checkpoints.newest(self.warn)
+        if self.resumed is None:
+            self.display.say("this run was interrupted before its first checkpoint; it starts again")
+        else:
+            self.display.say(f"going on from the checkpoint of step {self.resumed.step}")
+
+    def _begin(self, arguments: Any) -> None:
+        """From here on the folder is this run's."""
+        self.folder.checkpoints.keep = self.config.train.save_total_limit
+        hashes: dict[str, str] = {name: self.data[name]["sha256"] for name in ("train", "test") if name in self.data}
+        environment = _environment(self.model.device, arguments.world_size)
+        earlier = self.folder.earlier
+        if self.resumed is not None and earlier is not None:
+            if changes := earlier.differences(environment):
+                self.warn(
+                    f"this is not where the run began ({', '.join(changes)}): its numbers may differ in the last bits"
+                )
+            return
+        identity = Identity(self.config.model_dump(mode="json"), hashes, environment)
+        self.folder.begin(identity, self._adapter_to_load())
+
     def _read_rows(self) -> tuple[list[Row], list[Row]]:
         from dude_peft.data.rows import data_sha256, duplicates, load_rows, overlap
 
@@ -126,6 +185,8 @@ class _Run:
         for name, rows in (("train", train), ("test", test)):
             if rows:
                 self.data[name] = {"rows": len(rows), "sha256": data_sha256(rows), "duplicates": duplicates(rows)}
+        if self.folder.earlier is not None:
+            self.folder.earlier.check_data({name: found["sha256"] for name, found in self.data.items()})
         if count := duplicates(train):
             self.warn(f"{count} of {len(train)} training rows are repetitions")
         if count := overlap(train, test):
@@ -163,6 +224,7 @@ class _Run:
         import peft
         import transformers
 
+        from dude_peft import load_adapter
         from dude_peft.train.model import load_model
         from dude_peft.train.start import check_answers_fit, check_fits, check_start, probe
 
@@ -179,13 +241,65 @@ class _Run:
             display.say(f"note: {_GGUF_NOTE}")
         with self._phase("adapter"), display.waiting("making the adapter"):
             transformers.set_seed(config.train.seed)
-            self.model = peft.get_peft_model(model, _adapter_config(config))
-            check_start(base, probe(self.model, examples, pad_id))
+            adapter = self._adapter_to_load()
+            if adapter is None:
+                self.model = peft.get_peft_model(model, _adapter_config(config))
+                check_start(base, probe(self.model, examples, pad_id))
+            else:
+                self.model = load_adapter(model, adapter, is_trainable=True)
+                transformers.set_seed(config.train.seed)
         trainable, total = self.model.get_nb_trainable_parameters()
+        start = (
+            "the start equals the base model bit by bit" if adapter is None else f"started from {shown(adapter, 300)}"
+        )
         display.say(
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(examples):,} rows "
-            f"of {self.data['train']['tokens']:,} tokens; the start equals the base model bit by bit"
+            f"of {self.data['train']['tokens']:,} tokens; {start}"
         )
+
+    def _adapter_to_load(self) -> Path | None:
+        """The adapter that training starts from; None for a fresh one."""
+        if self.resumed is not None:
+            return self.resumed.path / ADAPTER
+        if self.weights_only and self.folder.earlier is not None:
+            adapter = self.folder.checkpoints.newest_adapter()
+            self.warn(
+                f"only the adapter of {adapter.parent.name} is taken up: optimizer, schedule and order start anew"
+            )
+            return adapter
+        return None
+
+    def _train(
+        self, examples: list[dict[str, list[int]]], sources: list[str], held_out: _HeldOut | None, arguments: Any
+    ) -> Fit:
+        from dude_peft.train.fit import Surroundings, fit
+
+        settings = self.config.evaluation
+        around = Surroundings(
+            display=self.display,
+            stop=self.stop,
+            metrics=self.folder.metrics,
+            checkpoints=self.folder.checkpoints,
+            resumed=self.resumed,
+            save_adapter=save_adapter,
+            name_of=lambda row: sources[row],
+            held_out_loss=None if held_out is None else lambda: self._held_out_loss(held_out),
+            pad_id=int(self.tokenizer.pad_token_id),
+        )
+        with self._phase("training"):
+            fitted = fit(self.model, examples, arguments, self.config, around)
+        self.seconds["training"] = round(fitted.seconds, 2)
+        if fitted.best_step is not None and settings.load_best_model_at_end and fitted.best_step != fitted.steps:
+            self.display.say(f"the held-out loss was lowest at step {fitted.best_step}: that adapter is kept")
+            best = self.folder.checkpoints.best(fitted.best_step)
+            self.model.load_adapter(str(best), "default", is_trainable=True)
+        return fitted
+
+    def _held_out_loss(self, held_out: _HeldOut) -> float:
+        from dude_peft.train.score import held_out_loss
+
+        batch_size, pad_id = self.config.evaluation.batch_size, int(self.tokenizer.pad_token_id)
+        return held_out_loss(self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size)
 
     def _score(self, when: str, held_out: _HeldOut | None) -> Score | None:
         if held_out is None:
@@ -223,7 +337,8 @@ class _Run:
         self.folder.save_adapter(self.model, self.tokenizer)
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
-        held_out = [(step, score.loss) for step, score in ((0, before), (fitted.steps, after)) if score]
+        held_out = [(0, before.loss)] if before else []
+        held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
         title = f"{config.adapter.method}, r = {config.adapter.r}, on {config.model.name_or_path}"
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
 
@@ -252,6 +367,7 @@ class _Run:
             after=after,
             seconds=self.seconds,
             warnings=self.warnings,
+            best_step=fitted.best_step,
         )
 
     def warn(self, text: str) -> None:
@@ -271,6 +387,11 @@ def _adapter_config(config: RunConfig) -> Any:
     from dude_peft import DudeConfig
 
     return DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM")
+
+
+def _environment(device: Any, processes: int) -> dict[str, Any]:
+    """What the last bits of a run depend on."""
+    return {"versions": _versions(), "hardware": _hardware(device), "processes": processes}
 
 
 def _versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
-from dude_peft.core.magnitude import gain, gain_slope, norm_change
+from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.methods.start import Start
@@ -222,6 +222,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         for name, shape in zip(_CACHED, ((rank,), (), ()), strict=True):
             zeros = torch.zeros(self.out_features, *shape, dtype=dtype, device=dm.device)
             getattr(self, name)[adapter_name] = zeros
+
+    def movement(self, adapter_name: str) -> dict[str, Tensor]:
+        """How far each output row has moved, (out,): `magnitude` |m - m0| / m0, and `direction` 1 - cos(V, W0).
+
+        A method without a magnitude has the second alone; there V is the whole weight.
+        """
+        layer = self.tensors(adapter_name)
+        dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
+        start = None if layer.A0 is None else self._product(layer.A0)
+        m0 = row_norm(self._base_weight()) if layer.m0 is None else layer.m0
+        change = (self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0)
+        found = {"direction": direction_change(*change, self.scaling[adapter_name], m0)}
+        if layer.dm is not None:
+            found["magnitude"] = torch.where(m0 > 0, layer.dm.abs() / m0, 0.0)
+        return found
 
     def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
         with torch.autocast(layer.dA.device.type, enabled=False):

@@ -1,0 +1,114 @@
+"""What a run is, so that "the same command" can be told from another one: configuration, data, and where it computes.
+
+run.json is written when training begins. A later start in the same folder compares: another configuration or other data
+is refused with the difference, another machine or version is allowed with a warning: the numbers may then differ.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dude_peft.errors import ArtifactError, ConfigError, DataError
+from dude_peft.show import shown
+
+NAME = "run.json"
+FORMAT_VERSION = 1
+# What a run shows and keeps, but does not compute with.
+_FREE = {
+    "output_dir", "evaluation.samples", "train.save_steps", "train.save_total_limit", "train.report_to",
+    "train.movement_steps",
+}  # fmt: skip
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The content of run.json."""
+
+    config: dict[str, Any]
+    """The resolved configuration."""
+    data: dict[str, str]
+    """sha256 of each set of rows, in order."""
+    environment: dict[str, Any]
+    """What bit-exactness depends on: versions, device, threads, processes."""
+    format_version: int = FORMAT_VERSION
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def check_config(self, now: dict[str, Any]) -> None:
+        """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
+        before, after = _flat(self.config), _flat(now)
+        changed = [key for key in {**before, **after} if key not in _FREE and before.get(key) != after.get(key)]
+        if not changed:
+            return
+        shown_keys = [f"{key}: {_value(before.get(key))} -> {_value(after.get(key))}" for key in changed[:_MOST_SHOWN]]
+        more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
+        raise ConfigError(
+            f"output_dir holds a run with another configuration ({'; '.join(shown_keys)}{more}); set it back to go on, "
+            "choose another output_dir, or add --overwrite to start anew"
+        )
+
+    def check_data(self, now: dict[str, str]) -> None:
+        """Raises DataError where the rows are others than those of the run."""
+        for name in {**self.data, **now}:
+            if self.data.get(name) != now.get(name):
+                raise DataError(
+                    f"data.{name}: the rows are not those that this run began with (sha256 {_cut(self.data.get(name))} "
+                    f"then, {_cut(now.get(name))} now); put them back, choose another output_dir, or add --overwrite"
+                )
+
+    def differences(self, now: dict[str, Any]) -> list[str]:
+        """What of the environment is not as it was."""
+        before, after = _flat(self.environment), _flat(now)
+        return [
+            f"{key} {_value(before.get(key))} -> {_value(after.get(key))}"
+            for key in {**before, **after}
+            if before.get(key) != after.get(key)
+        ]
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """What run.json of a folder says; None where there is none.
+
+    Raises:
+        ArtifactError: it is damaged, or of another version.
+    """
+    path = folder / NAME
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            found = Identity(**content)
+            if all(isinstance(part, dict) for part in (found.config, found.data, found.environment)):
+                return found
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"{shown(path, 300)} is damaged; add --overwrite to start anew") from error
+    raise ArtifactError(
+        f"{shown(path, 300)} is of a run that this version cannot go on with; finish it with the version that began "
+        "it, or add --overwrite to start anew"
+    )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _value(value: Any) -> str:
+    return shown(json.dumps(value, ensure_ascii=False), 60)
+
+
+def _cut(digest: str | None) -> str:
+    return "none" if digest is None else digest[:12]

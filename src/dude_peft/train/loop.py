@@ -1,0 +1,212 @@
+"""What happens around the steps of a run: lines of metrics, evaluation, the best adapter, an early end."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dude_peft.errors import NumericsError
+from dude_peft.train.checkpoint import Checkpoints
+from dude_peft.train.config import EvaluationSection
+from dude_peft.train.movement import movement
+from dude_peft.train.order import EpochOrder
+from dude_peft.train.processes import from_first
+from dude_peft.train.progress import Display
+from dude_peft.train.stop import Stop
+
+
+@dataclass
+class Best:
+    """The lowest held-out loss so far."""
+
+    loss: float = math.inf
+    step: int | None = None
+    worse: int = 0
+    """Evaluations since then."""
+
+
+@dataclass
+class Loop(TrainerCallback):
+    """Follows a run and steers it; what of it the next step depends on goes into every checkpoint."""
+
+    order: EpochOrder
+    display: Display
+    stop: Stop
+    metrics: TextIO | None
+    """Open metrics.jsonl, in the first process."""
+    evaluation: EvaluationSection
+    name_of: Callable[[int], str]
+    """A row's index -> its place in the data, for messages."""
+    save_adapter: Callable[[Any, Path], None]
+    checkpoints: Checkpoints | None
+    """None in a process that writes nothing."""
+    held_out_loss: Callable[[], float] | None = None
+    movement_steps: int | None = None
+    restore_losses: Callable[[], None] = lambda: None
+    advance: Callable[..., None] = lambda count, note="": None
+    best: Best = field(default_factory=Best)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean training loss since the point before)."""
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """(step, held-out loss)."""
+    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(loss, rows) of every micro-batch of the step in work."""
+    ended: bool = False
+    """Whether training has ended early, for good."""
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+    """Spent in the loop by earlier processes of this run."""
+
+    def __post_init__(self) -> None:
+        self._start = self._mark = time.perf_counter()
+        self._tokens = self._first_tokens = 0
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest held-out loss; None where there is none yet."""
+        return self.best.step
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of earlier processes included."""
+        return self.seconds + time.perf_counter() - self._start
+
+    def seen(self, loss: Tensor, rows: Tensor) -> None:
+        """Notes one micro-batch."""
+        self.batches.append((loss, rows))
+
+    def adapter_writer(self, model: Any) -> Callable[[Path], None]:
+        """A function that fills a folder with the adapter of `model`."""
+        return lambda folder: self.save_adapter(model, folder)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep of this object, as JSON."""
+        size = 0
+        if self.metrics is not None:
+            self.metrics.flush()
+            size = self.metrics.tell()
+        best = None if self.best.step is None else [self.best.loss, self.best.step, self.best.worse]
+        return {
+            "metrics_bytes": size,
+            "best": best,
+            "ended": self.ended,
+            "curve": self.curve,
+            "held_out": self.held_out,
+            "seconds": round(self.elapsed, 3),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        if state["best"] is not None:
+            self.best = Best(*state["best"])
+        self.ended = bool(state["ended"])
+        self.curve = [(int(step), float(loss)) for step, loss in state["curve"]]
+        self.held_out = [(int(step), float(loss)) for step, loss in state["held_out"]]
+        self.seconds = float(state["seconds"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._start = self._mark = time.perf_counter()
+        self._tokens = self._first_tokens = int(state.num_input_tokens_seen)
+        self.restore_losses()
+        self.advance(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches.clear()
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        last = state.global_step >= state.max_steps
+        if last:
+            control.should_log = True  # Trainer would drop the steps behind the last multiple of logging_steps
+        self.advance(1, note=self._note(state, lr_scheduler.get_last_lr()[0]))
+        if self.movement_steps is not None and (last or state.global_step % self.movement_steps == 0):
+            self._write({"step": state.global_step, "movement": movement(model)})
+        steps = self.evaluation.eval_steps
+        if self.held_out_loss is not None and steps is not None and (last or state.global_step % steps == 0):
+            self._evaluate(state.global_step, control, model)
+        if from_first(self.stop.wanted):
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+        line: dict[str, Any] = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": float(logs["grad_norm"]),
+            "epoch": round(float(state.epoch or 0), 4),
+            "tokens": tokens,
+            "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
+            "memory_bytes": memory_bytes(),
+            "seconds": round(self.elapsed, 3),
+        }
+        self._mark, self._tokens = now, tokens
+        self._write(line)
+        self.curve.append((line["step"], line["loss"]))
+        if not self.display.live:
+            done = state.global_step
+            left = self.elapsed / done * (state.max_steps - done)
+            self.display.say(
+                f"step {done}/{state.max_steps}  loss {line['loss']:.3f}  lr {line['learning_rate']:.2e}  "
+                f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s  "
+                f"{line['memory_bytes'] / 2**30:.1f} GiB  ETA {left:.0f} s"
+            )
+
+    def _evaluate(self, step: int, control: Any, model: Any) -> None:
+        assert self.held_out_loss is not None
+        loss = self.held_out_loss()
+        model.train()
+        if not math.isfinite(loss):
+            raise NumericsError(f"the held-out loss is {loss} at step {step}; lower train.learning_rate")
+        self._write({"step": step, "eval_loss": loss})
+        self.held_out.append((step, loss))
+        if not self.display.live:
+            self.display.say(f"step {step}  held-out loss {loss:.4f}")
+        if loss < self.best.loss - self.evaluation.early_stopping_threshold:
+            self.best = Best(loss, step)
+            if self.evaluation.load_best_model_at_end and self.checkpoints is not None:
+                self.checkpoints.save_best(step, self.adapter_writer(model))
+            return
+        self.best.worse += 1
+        patience = self.evaluation.early_stopping_patience
+        if patience is not None and self.best.worse >= patience:
+            self.ended = True
+            self.display.say(f"stopping early: no better held-out loss in {patience} evaluations")
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def _note(self, state: Any, rate: float) -> str:
+        if not self.display.live:
+            return ""
+        memory = memory_bytes() / 2**30
+        loss = sum(float(loss) for loss, _ in self.batches)
+        speed = (state.num_input_tokens_seen - self._first_tokens) / max(time.perf_counter() - self._start, 1e-9)
+        return f"loss {loss:.3f}  lr {rate:.2e}  grad {self.grad_norm:.2f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
+
+
+def memory_bytes() -> int:
+    """Peak memory of the device so far; without one, of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,133 @@
+"""transformers' Trainer with our own checkpoints, data order and parameter groups, and a stop before every bad step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from dude_peft.errors import NumericsError
+from dude_peft.train.checkpoint import OPTIMIZER, RANDOM, Checkpoint
+from dude_peft.train.config import TrainSection
+from dude_peft.train.groups import parameter_groups
+from dude_peft.train.loop import Loop
+from dude_peft.train.processes import gathered
+from dude_peft.train.state import (
+    load_optimizer_state,
+    load_random_state,
+    optimizer_state,
+    random_state,
+)
+
+_REMEDY = "nothing was stepped with it: lower train.learning_rate, or use model.dtype: float32"
+_MOST_ROWS = 8
+
+
+class RunTrainer(Trainer):
+    """The Trainer of `dude train`; `loop` has to be set before `train`."""
+
+    loop: Loop
+    section: TrainSection
+    resumed: Checkpoint | None = None
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return self.loop.order
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.loop.order.begin(int(kwargs["epoch"]))
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            groups = parameter_groups(trained, self.section, set(self.get_decay_parameter_names(trained)))
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        rows = inputs.pop("rows")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.loop.seen(loss, rows)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called right before every optimizer step, which is the place to refuse it.
+
+        One look at one number: the norm and the losses reach the host together. Clipping spreads one NaN over all
+        gradients and all processes, so every process stops here.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        losses = [loss for loss, _ in self.loop.batches]
+        total = torch.stack(losses).sum() + torch.as_tensor(norm, dtype=torch.float32, device=losses[0].device)
+        if not math.isfinite(float(total)):
+            self._refuse(float(norm))
+        self.loop.grad_norm = float(norm)
+        return norm
+
+    def _refuse(self, norm: float) -> None:
+        step = self.state.global_step + 1
+        bad = [(float(loss), rows) for loss, rows in self.loop.batches if not math.isfinite(float(loss))]
+        what = f"the training loss is {bad[0][0]}" if bad else f"the gradient's norm is {norm}"
+        batches = bad or [(0.0, rows) for _, rows in self.loop.batches]
+        names = [self.loop.name_of(row) for _, rows in batches for row in rows.tolist()]
+        more = f" and {len(names) - _MOST_ROWS} more" if len(names) > _MOST_ROWS else ""
+        raise NumericsError(f"{what} at step {step}, on rows {', '.join(names[:_MOST_ROWS])}{more}; {_REMEDY}")
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Everything that the next step depends on; every process takes part, the first one writes."""
+        optimizer, rest = optimizer_state(self.optimizer)
+        parts = gathered(random_state())
+        scheduler: Any = self.lr_scheduler
+        save_adapter = self.loop.adapter_writer(self.model)
+        self.store_flos()
+        if not self.args.should_save:
+            return
+        random = {f"{index}.{name}": value for index, (found, _) in enumerate(parts) for name, value in found.items()}
+        record = asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
+        state = {
+            "optimizer": rest,
+            "scheduler": scheduler.state_dict(),
+            "random": [numbers for _, numbers in parts],
+            "loss": {"sum": float(self._tr_loss), "logged": self._globalstep_last_logged},
+            "loop": self.loop.state(),
+        }
+        assert self.loop.checkpoints is not None
+        self.loop.checkpoints.save(
+            self.state.global_step, save_adapter, optimizer, random, state, record, self.loop.best_step
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: the adapter was loaded, and checked against the base, before the Trainer was made."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.resumed is not None:
+            state = self.resumed.state()
+            scheduler: Any = self.lr_scheduler
+            load_optimizer_state(self.optimizer, self.resumed.tensors(OPTIMIZER), state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.resumed is None:
+            return
+        numbers = self.resumed.state()["random"]
+        index = self.args.process_index
+        if index >= len(numbers):
+            return  # more processes than before: the run has been told that it will not be the same
+        tensors = self.resumed.tensors(RANDOM)
+        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(index)}
+        load_random_state(own, numbers[index])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: float16 autocast is not offered."""
+
+    def restore_losses(self) -> None:
+        """The losses summed since the last line of metrics.jsonl; the Trainer has just set them to zero."""
+        if self.resumed is not None:
+            saved = self.resumed.state()["loss"]
+            self._tr_loss = torch.tensor(saved["sum"], dtype=torch.float32, device=self.args.device)
+            self._globalstep_last_logged = int(saved["logged"])

@@ -1,0 +1,540 @@
+"""Interrupted in every way, then started again: the same weights, optimizer, schedule and lines, bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny, write_rows
+
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError
+from dude_peft.train import trainer as trainer_module
+from dude_peft.train.config import RunConfig
+from dude_peft.train.lock import RunLock
+from dude_peft.train.run import run
+
+STEPS = 24
+TIMES = ("tokens_per_second", "seconds", "memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    save_tiny(folder / "model")
+    write_rows(folder / "train.jsonl", 22)  # batches of 2, three to a step: the last step of an epoch is a short one
+    write_rows(folder / "test.jsonl", 4, start=100)
+    return folder
+
+
+def settings(places: Path, out: Path, **train: object) -> dict:
+    return {
+        "model": {"name_or_path": str(places / "model")},
+        "adapter": {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]},
+        "data": {"train": str(places / "train.jsonl"), "test": str(places / "test.jsonl")},
+        "train": {
+            "learning_rate": 0.01,
+            "max_steps": STEPS,
+            "logging_steps": 5,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 3,
+            "weight_decay": 0.1,
+            "save_steps": 1,
+            **train,
+        },
+        "evaluation": {"rows": 2, "max_new_tokens": 2, "eval_steps": 7},
+        "output_dir": str(out),
+    }
+
+
+def start(wanted: dict, **options: object):
+    return run(RunConfig(**wanted), quiet=True, **options)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def result(out: Path) -> dict:
+    """Everything that has to be the same, hashed: adapter, last checkpoint, lines without times, scores."""
+    last = max((out / "checkpoints").glob("step-*"))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    state = json.loads((last / "state.json").read_text())
+    state["loop"] = {key: value for key, value in state["loop"].items() if key not in ("seconds", "metrics_bytes")}
+    report = json.loads((out / "report.json").read_text())
+    return {
+        "adapter": digest(out / "adapter/adapter_model.safetensors"),
+        "last": last.name,
+        "checkpoint": {name: digest(last / name) for name in ("optimizer.safetensors", "random.safetensors")},
+        "trained": digest(last / "adapter/adapter_model.safetensors"),
+        "state": state,
+        "trainer": json.loads((last / "trainer_state.json").read_text()),
+        "lines": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+        "scores": [report["before"], report["after"], report["best_step"]],
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(places) -> dict:
+    """The run without any interruption."""
+    out = places / "whole"
+    start(settings(places, out))
+    return result(out)
+
+
+class _CutError(Exception):
+    pass
+
+
+def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends as a kill would end it, right behind the checkpoint of `step`."""
+    original = trainer_module.RunTrainer._save_checkpoint
+
+    def save(self, *args):
+        original(self, *args)
+        if self.state.global_step == step:
+            raise _CutError
+
+    monkeypatch.setattr(trainer_module.RunTrainer, "_save_checkpoint", save)
+
+
+# --- exactness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_resuming_at_every_step_changes_no_bit(places, whole, tmp_path, monkeypatch, step):
+    wanted = settings(places, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        cut_at(step, patch)
+        with pytest.raises(_CutError):
+            start(wanted)
+    torch.manual_seed(999)  # another process begins with other random numbers
+    start(wanted)
+    assert result(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_chain_of_interruptions_changes_no_bit(places, whole, tmp_path, monkeypatch, seed):
+    wanted = settings(places, tmp_path / "out")
+    for step in sorted(random.Random(seed).sample(range(1, STEPS), 5)):
+        with monkeypatch.context() as patch:
+            cut_at(step, patch)
+            with pytest.raises(_CutError):
+                start(wanted)
+    start(wanted)
+    assert result(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"},
+        {"optim": "adafactor"},
+        {"optim": "sgd", "train_sampling_strategy": "group_by_length"},
+        {"loraplus_lr_ratio": 4.0, "magnitude_lr_ratio": 0.5, "max_steps": None, "num_train_epochs": 2.5},
+        {"bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
+    start(settings(places, tmp_path / "whole", **train))
+    wanted = settings(places, tmp_path / "out", **train)
+    with monkeypatch.context() as patch:
+        cut_at(6, patch)
+        with pytest.raises(_CutError):
+            start(wanted)
+    start(wanted)
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_a_finished_run_is_told_of_and_left_alone(places, whole, tmp_path):
+    shutil.copytree(places / "whole", tmp_path / "out")
+    wanted = settings(places, tmp_path / "out")
+    before = {path: digest(path) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    report = start(wanted)
+    assert report.steps == STEPS
+    assert report == start(settings(places, places / "whole"))
+    assert {path: digest(path) for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(places, whole):
+    names = {path.suffix for path in (places / "whole").rglob("*") if path.is_file()}
+    assert names <= {".json", ".jsonl", ".safetensors", ".yaml", ".png", ".md", ".jinja"}
+
+
+# --- what must not be resumed -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halfway(places, tmp_path, monkeypatch) -> dict:
+    """Settings of a run that was interrupted at step 9."""
+    wanted = settings(places, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        cut_at(9, patch)
+        with pytest.raises(_CutError):
+            start(wanted)
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "learning_rate", 0.02),
+        ("train", "per_device_train_batch_size", 3),
+        ("train", "seed", 1),
+        ("train", "max_steps", 30),
+        ("adapter", "r", 3),
+        ("adapter", "target_modules", ["q_proj"]),
+        ("adapter", "lora_dropout", 0.1),
+        ("data", "max_length", 100),
+        ("evaluation", "eval_steps", 8),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference(halfway, section, key, value):
+    changed = halfway | {section: halfway[section] | {key: value}}
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}: .* -> ") as caught:
+        start(changed)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_changes_no_number_may_change(halfway, whole, tmp_path):
+    start(halfway | {"train": halfway["train"] | {"save_steps": 50, "save_total_limit": 3}})
+    found = result(tmp_path / "out")
+    assert found["adapter"] == whole["adapter"]
+    assert found["lines"] == whole["lines"]
+
+
+@pytest.mark.parametrize("how", ["one letter", "another order", "one row less"])
+def test_other_data_are_refused(halfway, places, tmp_path, how):
+    lines = (places / "train.jsonl").read_text().splitlines()
+    if how == "one letter":
+        lines[3] = lines[3].replace("say 3", "say 4")
+    elif how == "another order":
+        lines[0], lines[1] = lines[1], lines[0]
+    else:
+        lines.pop()
+    original = (places / "train.jsonl").read_text()
+    try:
+        (places / "train.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(DataError, match=r"data\.train: the rows are not those"):
+            start(halfway)
+    finally:
+        (places / "train.jsonl").write_text(original)
+
+
+def test_another_base_model_is_refused(halfway, places, tmp_path):
+    from safetensors.torch import save_file
+
+    kept = (places / "model/model.safetensors").read_bytes()
+    tensors = load_file(places / "model/model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] += 1e-4
+    try:
+        save_file(tensors, places / "model/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ArtifactError, match=r"1 of 4 differ .*layers\.1\.self_attn\.q_proj"):
+            start(halfway)
+    finally:
+        (places / "model/model.safetensors").write_bytes(kept)
+
+
+def test_another_environment_is_warned_of(halfway, tmp_path):
+    path = tmp_path / "out/run.json"
+    identity = json.loads(path.read_text())
+    identity["environment"]["versions"]["torch"] = "2.0.0"
+    identity["environment"]["hardware"]["threads"] = 77
+    path.write_text(json.dumps(identity))
+    report = start(halfway)
+    told = [warning for warning in report.warnings if "not where the run began" in warning]
+    assert len(told) == 1
+    assert "versions.torch" in told[0]
+    assert "hardware.threads 77" in told[0]
+
+
+FILES = (
+    "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "random.safetensors",
+    "state.json", "trainer_state.json", "manifest.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "one bit", "cut", "link"])
+def test_a_damaged_checkpoint_is_skipped_and_named(halfway, whole, tmp_path, name, damage):
+    out = tmp_path / "out"
+    newest = max((out / "checkpoints").glob("step-*")) / name
+    data = bytearray(newest.read_bytes())
+    newest.unlink()
+    if damage == "one bit":
+        data[len(data) // 2] ^= 4
+        newest.write_bytes(data)
+    elif damage == "cut":
+        newest.write_bytes(data[:-3])
+    elif damage == "link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        newest.symlink_to(tmp_path / "elsewhere")
+        if name == "manifest.json":
+            return  # a link to the same manifest says the same
+    report = start(halfway)
+    assert any("checkpoint skipped: " in warning and newest.name in warning for warning in report.warnings)
+    found = result(out)
+    assert found == whole
+
+
+def test_without_a_whole_checkpoint_the_file_is_named_and_the_adapter_can_be_saved(halfway, tmp_path):
+    out = tmp_path / "out"
+    for path in (out / "checkpoints").glob("step-*"):
+        (path / "optimizer.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"optimizer\.safetensors is missing; add --weights-only"):
+        start(halfway)
+    trained = load_file(max((out / "checkpoints").glob("step-*")) / "adapter/adapter_model.safetensors")
+    report = start(halfway, weights_only=True)
+    assert any("only the adapter of step-00000009" in warning for warning in report.warnings)
+    assert report.steps == STEPS
+    recovered = load_file(out / "recovered/adapter_model.safetensors")
+    assert all(trained[name].equal(recovered[name]) for name in trained)
+
+
+def test_a_checkpoint_of_another_format_and_a_renamed_one_are_refused(halfway, tmp_path):
+    folder = tmp_path / "out/checkpoints"
+    for path in folder.glob("step-*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(ArtifactError, match="checkpoint format 99"):
+        start(halfway)
+    for path in folder.glob("step-*"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+    newest = max(folder.glob("step-*"))
+    newest.rename(folder / "step-00000020")  # as if it were further on
+    report = start(halfway)
+    assert any("step-00000020 holds step 9; it was renamed" in warning for warning in report.warnings)
+
+
+def test_times_of_files_do_not_count(halfway, whole, tmp_path):
+    for age, path in enumerate(sorted((tmp_path / "out/checkpoints").glob("step-*"))):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    start(halfway)
+    assert result(tmp_path / "out") == whole
+
+
+def test_foreign_files_stay_and_ours_are_swept(halfway, tmp_path):
+    folder = tmp_path / "out/checkpoints"
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".dude-notes").mkdir()
+    (folder / ".dude-step-00000010").mkdir()
+    (folder / ".dude-step-00000010/half").write_text("of a save")
+    start(halfway)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / ".dude-notes").is_dir()
+    assert not (folder / ".dude-step-00000010").exists()
+    assert len(list(folder.glob("step-*"))) == 2
+
+
+def test_overwriting_starts_anew(halfway, whole, tmp_path):
+    start(halfway, overwrite=True)
+    assert result(tmp_path / "out") == whole
+
+
+def test_a_damaged_record_of_the_run_is_refused(halfway, tmp_path):
+    for text in ("", "{}", "[]", '{"format_version": 99}', '{"format_version": 1}'):
+        (tmp_path / "out/run.json").write_text(text)
+        with pytest.raises(ArtifactError, match="--overwrite"):
+            start(halfway)
+
+
+# --- one run in a folder ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_with_the_owner(places, tmp_path):
+    (tmp_path / "out").mkdir()
+    lock = RunLock(tmp_path / "out")
+    try:
+        with pytest.raises(BusyError, match=rf"in use by process {os.getpid()} on "):
+            start(settings(places, tmp_path / "out"))
+    finally:
+        lock.release()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_planted_lock_is_not_followed(places, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "out/.dude-lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ResourceError):
+        start(settings(places, tmp_path / "out"))
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+# --- kills, signals, disks: in processes of their own --------------------------------------------------------------
+
+
+class Server:
+    """run_once.py, asked for one run at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("run_once.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdout.readline() == "ready\n"
+
+    def send(self, wanted: dict, **request: object) -> None:
+        self._process.stdin.write(json.dumps({"settings": wanted, **request}) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict:
+        return json.loads(self._process.stdout.readline())
+
+    def run(self, wanted: dict, **request: object) -> dict:
+        self.send(wanted, **request)
+        return self.answer()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server():
+    served = Server()
+    yield served
+    served.close()
+
+
+def newest_step(out: Path) -> int:
+    names = [path.name for path in (out / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp_path, server):
+    kills, runs = int(os.environ.get("DUDE_KILLS", "40")), 0
+    chance = random.Random(0)
+    killed = 0
+    began = time.perf_counter()
+    assert server.run(settings(places, tmp_path / "measure"))["code"] == 0
+    longest = time.perf_counter() - began
+    while killed < kills:
+        out = tmp_path / f"out{runs}"
+        wanted = settings(places, out)
+        runs += 1
+        acknowledged = 0
+        while True:
+            answer = server.run(wanted, kill_after=chance.uniform(0.05, longest))
+            step = newest_step(out)
+            assert step >= acknowledged
+            acknowledged = step
+            if answer["code"] == 0:
+                break
+            assert answer["code"] == -9, answer
+            killed += 1
+        assert result(out) == whole
+        assert not list(out.rglob(".dude-*"))
+        shutil.rmtree(out)
+
+
+def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
+    """Not at random: right before each fsync, rename, mkdir, unlink and truncation of a whole run."""
+    wanted = settings(places, tmp_path / "count", save_steps=12)
+    total = server.run(wanted)["calls"]
+    assert total > 40
+    chosen = range(1, total + 1) if os.environ.get("DUDE_KILLS") else range(1, total + 1, 4)
+    for number in chosen:
+        out = tmp_path / f"out{number}"
+        wanted = settings(places, out, save_steps=12)
+        assert server.run(wanted, kill_call=number)["code"] == -9
+        answer = server.run(wanted)
+        assert answer["code"] == 0, answer
+        found = result(out)
+        assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"]), number
+        assert not list(out.rglob(".dude-*")), number
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (2, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_path, server, number, code):
+    chance = random.Random(number)
+    asked = int(os.environ.get("DUDE_SIGNALS", "6"))
+    began = time.perf_counter()
+    assert server.run(settings(places, tmp_path / "measure", save_steps=50))["code"] == 0
+    longest = time.perf_counter() - began
+    stopped = 0
+    attempt = 0
+    while stopped < asked:
+        out = tmp_path / f"out{attempt}"
+        attempt += 1
+        wanted = settings(places, out, save_steps=50)  # what is saved, the signal saves
+        answer = server.run(wanted, signals=[number], signal_after=chance.uniform(0.05, longest))
+        if answer["code"] != 0:
+            assert answer["code"] == code, answer
+            stopped += 1
+            if "which is saved" in answer["message"]:
+                assert f"behind step {newest_step(out)} of {STEPS}" in answer["message"]
+            assert server.run(wanted)["code"] == 0
+        found = result(out)
+        assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"])
+        shutil.rmtree(out)
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(places, whole, tmp_path, server):
+    chance = random.Random(7)
+    for attempt in range(int(os.environ.get("DUDE_SIGNALS", "6"))):
+        out = tmp_path / f"out{attempt}"
+        wanted = settings(places, out)
+        # The second comes 0 to 50 ms behind the first.
+        answer = server.run(wanted, signals=[2, 2], signal_after=chance.uniform(0, 0.05) + 0.2 * (attempt % 5))
+        assert answer["code"] in (130, 0), answer
+        assert server.run(wanted)["code"] == 0
+        assert result(out) == whole
+
+
+def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
+    """Files may not grow beyond a limit, swept from nothing to the largest: exit 6, the last checkpoint whole."""
+    out = tmp_path / "first"
+    start(settings(places, out, save_steps=8))
+    largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    sweep = 40
+    failed = 0
+    for number in range(sweep):
+        out = tmp_path / f"out{number}"
+        wanted = settings(places, out, save_steps=8)
+        answer = server.run(wanted, limit=int(largest * 1.02 * number / (sweep - 1)))
+        if answer["code"] != 0:
+            failed += 1
+            assert answer["code"] == 6, (number, answer)
+            assert "\n" not in answer["message"]
+            assert not list(out.rglob(".dude-*")), number
+            answer = server.run(wanted)
+        assert answer["code"] == 0, (number, answer)
+        found = result(out)
+        assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"]), number
+        shutil.rmtree(out)
+    assert failed >= sweep - 4
+
+
+def test_of_two_starts_one_wins(places, tmp_path, server):
+    other = Server()
+    try:
+        for number in range(20):
+            wanted = settings(places, tmp_path / f"out{number}", max_steps=4)
+            server.send(wanted)
+            other.send(wanted)
+            answers = [server.answer(), other.answer()]
+            codes = sorted(answer["code"] for answer in answers)
+            # Where the second came when the first was done, it was told so.
+            assert codes in ([0, 75], [0, 0]), answers
+            if codes == [0, 75]:
+                loser = max(answers, key=lambda answer: answer["code"])
+                assert "in use by process" in loser["message"]
+    finally:
+        other.close()
