@@ -75,7 +75,7 @@ def test_a_bad_number_stops_before_the_step_and_names_the_rows(settings, monkeyp
     seen = loop_module.Loop.seen
 
     def watched(self, loss, rows):
-        named.append(", ".join(self.name_of(row) for row in rows.tolist()))
+        named.append(", ".join(self.name_of(row).rpartition(":")[2] for row in rows.tolist()))
         seen(self, loss, rows)
 
     stepped = []
@@ -224,6 +224,7 @@ def test_movement_is_dora_s_two_quantities(method, size):
     for layer in model.modules():
         if getattr(layer, "layer_name", None) not in found:
             continue
+        layer.requires_grad_(False)
         tensors = layer.tensors("default")
         W0 = layer.get_base_layer().weight.double()
         A0 = torch.zeros_like(tensors.dA) if tensors.A0 is None else tensors.A0

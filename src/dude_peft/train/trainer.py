@@ -24,7 +24,7 @@ from dude_peft.train.state import (
 )
 
 _REMEDY = "nothing was stepped with it: lower train.learning_rate, or use model.dtype: float32"
-_MOST_ROWS = 8
+_MOST_ROWS = 40
 
 
 class RunTrainer(Trainer):
@@ -75,8 +75,7 @@ class RunTrainer(Trainer):
         what = f"the training loss is {bad[0][0]}" if bad else f"the gradient's norm is {norm}"
         batches = bad or [(0.0, rows) for _, rows in self.loop.batches]
         names = [self.loop.name_of(row) for _, rows in batches for row in rows.tolist()]
-        more = f" and {len(names) - _MOST_ROWS} more" if len(names) > _MOST_ROWS else ""
-        raise NumericsError(f"{what} at step {step}, on rows {', '.join(names[:_MOST_ROWS])}{more}; {_REMEDY}")
+        raise NumericsError(f"{what} at step {step}, on {_together(names)}; {_REMEDY}")
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Everything that the next step depends on; every process takes part, the first one writes."""
@@ -131,3 +130,13 @@ class RunTrainer(Trainer):
             saved = self.resumed.state()["loss"]
             self._tr_loss = torch.tensor(saved["sum"], dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
+
+
+def _together(names: list[str]) -> str:
+    """Rows a.jsonl:3, 9; b.jsonl:1 for a.jsonl:3, a.jsonl:9 and b.jsonl:1."""
+    files: dict[str, list[str]] = {}
+    for name in names[:_MOST_ROWS]:
+        file, _, line = name.rpartition(":")
+        files.setdefault(file, []).append(line)
+    more = f" and {len(names) - _MOST_ROWS} more" if len(names) > _MOST_ROWS else ""
+    return "rows " + "; ".join(f"{file}:{', '.join(lines)}" for file, lines in files.items()) + more
