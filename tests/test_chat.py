@@ -145,7 +145,8 @@ def test_the_checkpoints_generation_config_has_no_say_but_for_the_ends(place, tm
     tiny_tokenizer().save_pretrained(tmp_path)
     speaker = opened(tmp_path)
     assert speaker.ends == {256, 70}
-    assert decode(speaker, [[65]], Decoding(20)) == decode(opened(place / "model"), [[65]], Decoding(20))
+    prompt = [speaker.tokenizer("A")["input_ids"]]  # answered at length, with repetitions
+    assert decode(speaker, prompt, Decoding(20)) == decode(opened(place / "model"), prompt, Decoding(20))
 
 
 def always(speaker, token: int) -> None:
@@ -237,6 +238,26 @@ def test_a_foreign_config_beside_the_adapter_does_not_matter(adapter, text):
         config.unlink()
 
 
+def test_an_adapter_of_the_hub_opens_from_the_cache_with_its_own_tokenizer(place, adapter, tmp_path, monkeypatch):
+    """Offline, as from the hub: adapter and tokenizer in the cache, the base model a folder."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--me--mine" / "refs").mkdir()
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
+    for file in Path(adapter).iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    tokenizer = json.loads((snapshot / "tokenizer_config.json").read_text())
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": 77}))
+    speaker = opened("me/mine", base=str(place / "model"))
+    assert speaker.adapted
+    assert speaker.tokenizer.model_max_length == 77
+    with pytest.raises(ConfigError, match="no such folder"):
+        opened("me/other")
+
+
 # --- conversations ------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +303,18 @@ def test_a_message_that_is_too_long_costs_nothing():
         talk.prompt(10)
     assert talk.take_back() == "x" * 64
     assert talk.turns == before
+
+
+def test_a_question_without_an_answer_is_replaced_or_answered_again():
+    talk = conversation()
+    talk.ask("one")
+    talk.answer("1")
+    talk.ask("two")
+    talk.answer("")
+    assert talk.take_back() == "two"
+    talk.ask("two")
+    talk.ask("three")
+    assert [turn.content for turn in talk.turns] == ["one", "1", "three"]
 
 
 @pytest.mark.parametrize("text", ["", " ", "a\0b", "\ud800"])

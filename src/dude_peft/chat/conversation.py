@@ -21,18 +21,23 @@ class Conversation:
     """Tokens that the model reads at most."""
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
-    """User and assistant in turn; the last one is the user's while its answer is being made."""
+    """User and assistant in turn; the last one is the user's until it has an answer."""
 
     def ask(self, text: str) -> None:
-        """Add what the user says; DataError where it is no text that a model can be asked."""
-        self.turns.extend(parse_row({"prompt": text, "completion": "."}, _SOURCE).prompt)
+        """Add what the user says, in place of a question that got no answer.
+
+        Raises:
+            DataError: it is no text that a model can be asked.
+        """
+        asked = parse_row({"prompt": text, "completion": "."}, _SOURCE).prompt
+        if self.turns and self.turns[-1].role == "user":
+            self.turns.pop()
+        self.turns.extend(asked)
 
     def answer(self, text: str) -> None:
-        """Add the model's answer; without a word in it, the question goes too."""
+        """Add the model's answer, if there is a word in it."""
         if text:
             self.turns.append(Message("assistant", text))
-        else:
-            self.take_back()
 
     def take_back(self) -> str | None:
         """Remove the last question with its answer, and return it; None where there is none."""

@@ -24,6 +24,8 @@ from dude_peft.train.record import CONFIG as RUN_CONFIG
 if TYPE_CHECKING:
     from dude_peft.terminal.display import Display
 
+_TOKENIZER_FILES = ["*token*", "vocab*", "merges*", "*.model", "chat_template*"]
+
 
 @dataclass(frozen=True)
 class Speaker:
@@ -83,10 +85,10 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         source = source_named(name, gguf_file)
     with notes.waiting("loading the model"):
         where = locate(source)
-        tokenizer = _tokenizer(source, where, saved)
+        tokenizer = _tokenizer(source, where, name, saved)
         model = _model(source, where, saved)
     if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
-        model.to(torch.accelerator.current_accelerator() or "cpu")
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     ends = _only_ends_(model, tokenizer)
     template = "auto" if saved is None else _template_of_the_run(saved.folder)
     return Speaker(name, model, tokenizer, ends, saved is not None, template)
@@ -96,36 +98,44 @@ def _is_adapter(name: str) -> bool:
     if not name.strip():
         raise ConfigError("the model's name is empty; give the folder or hub id of an adapter or a model")
     folder = folder_of(name)
-    if folder is None:
-        return _hub_has_adapter(name)
-    if (folder / ADAPTER / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if folder is not None and (folder / ADAPTER / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
             f"{shown(folder, 300)} is the folder of a run; give its adapter, {shown(folder / ADAPTER, 300)}"
         )
-    return (folder / CONFIG_FILE).is_file()
+    return _hub_has_adapter(name) if folder is None else (folder / CONFIG_FILE).is_file()
 
 
 def _hub_has_adapter(name: str) -> bool:
-    """Whether a hub id is an adapter's: the cache knows, or one request tells. Who loads it reports what fails."""
+    """Whether a hub id is an adapter's: the cache knows, or one request tells."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        known = try_to_load_from_cache(name, CONFIG_FILE)
-        if known is not None:
-            return isinstance(known, str)
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return False
-        return HfApi().file_exists(name, CONFIG_FILE)
-    except Exception:  # no hub in reach, no such repository, no valid id: each has its own class
+        cached = try_to_load_from_cache(name, CONFIG_FILE)
+        return HfApi().file_exists(name, CONFIG_FILE) if cached is None else isinstance(cached, str)
+    except Exception:  # no hub in reach, or no valid id, each with its own class: who loads it reports it
         return False
 
 
-def _tokenizer(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
+def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | None) -> Any:
     """The adapter's own, which it was trained with, or the model's."""
+    if saved is not None and folder_of(name) is None:
+        _fetch_tokenizer(name)
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
-        folder = str(saved.folder.absolute())
-        return load_tokenizer(ModelSection(name_or_path=folder), folder)
+        return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
     return load_tokenizer(source, where)
+
+
+def _fetch_tokenizer(name: str) -> None:
+    """Get an adapter's tokenizer from the hub, beside its other files; its repository may have none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
+    except Exception as error:  # the hub client's errors have no common base
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        raise ConfigError(
+            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
+        ) from error
 
 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:

@@ -103,9 +103,8 @@ class _Chat:
 
     def _greet(self) -> None:
         if self.conversation.template.kind == "plain":
-            why = "as in training" if self.speaker.trained_template == "plain" else "the tokenizer has no chat template"
-            if self.speaker.tokenizer.chat_template and self.speaker.trained_template != "plain":
-                why = "as --template says"
+            has_chat = bool(self.speaker.tokenizer.chat_template)
+            why = "as the run's configuration or --template says" if has_chat else "the tokenizer has no chat template"
             self.notes.say(f"note: the plain template is used ({why})")
         if self.typed:
             what = "an adapter on its base model" if self.speaker.adapted else "a model"
