@@ -263,6 +263,102 @@ def upload(
     run_upload(adapter, repository, private=private, folder=folder)
 
 
+_Speaker = Annotated[
+    str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder or hub id of either, or package:NAME of a model.")
+]
+_Template = Annotated[str | None, typer.Option(help="auto, chat or plain; default: as in the training run.")]
+_Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")]
+_TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")]
+_Seed = Annotated[int, typer.Option(help="Of the drawing.")]
+
+
+@app.command()
+def chat(
+    name: _Speaker,
+    base: _Base = None,
+    gguf_file: _GgufFile = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer as well.")] = False,
+    template: _Template = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+    temperature: _Temperature = 0.0,
+    top_p: _TopP = 1.0,
+    seed: _Seed = 0,
+    debug: _Debug = False,
+) -> None:
+    """Talk to an adapter or a model, at a terminal or through a pipe; /help lists the commands."""
+    from dude_peft.chat.talk import chat as run_chat
+
+    try:
+        run_chat(
+            name,
+            base=base,
+            gguf_file=gguf_file,
+            system=system,
+            compare=compare,
+            template=template,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        raise _InterruptedError("the chat was ended by Ctrl-C") from None
+
+
+@app.command()
+def generate(
+    name: _Speaker,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Or lines on standard input.")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", metavar="DATA", help="Prompts: .txt, one a line, or rows as dude train reads."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first prompts of --file only.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.jsonl", help="Default: standard output.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
+    base: _Base = None,
+    gguf_file: _GgufFile = None,
+    base_too: Annotated[bool, typer.Option("--base-too", help="Add the base model's completion.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="No template: continue the text as it is.")] = False,
+    template: _Template = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one completion at most.")] = 256,
+    temperature: _Temperature = 0.0,
+    top_p: _TopP = 1.0,
+    seed: _Seed = 0,
+    debug: _Debug = False,
+) -> None:
+    """Continue prompts in batches: a line of JSON each, {prompt, completion, finish}."""
+    from dude_peft.chat.generate import generate as run_generate
+
+    try:
+        run_generate(
+            name,
+            prompts or [],
+            file=file,
+            limit=limit,
+            output=output,
+            overwrite=overwrite,
+            base=base,
+            gguf_file=gguf_file,
+            template=template,
+            raw=raw,
+            base_too=base_too,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        raise _InterruptedError("stopped by Ctrl-C; nothing was written") from None
+
+
 def main() -> None:
     """Entry point of the console script: runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]

@@ -4,6 +4,8 @@ File names, keys and template errors come from outside; a newline or an escape s
 terminal.
 """
 
+_HARMLESS = "\n\t\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH JOINER}"
+
 
 def shown(text: object, limit: int | None = 80) -> str:
     """`text` on one line, control characters and lone surrogates escaped, cut to `limit` characters."""
@@ -15,3 +17,8 @@ def shown(text: object, limit: int | None = 80) -> str:
 def quoted(text: object, limit: int = 40) -> str:
     """`shown` in single quotes: how a key, a role or an option is named in a message."""
     return f"'{shown(text, limit)}'"
+
+
+def shown_lines(text: str) -> str:
+    """`text` with what `shown` escapes escaped, but newlines, tabs and the spaces of other scripts kept."""
+    return "".join(c if c in _HARMLESS else shown(c) for c in text)

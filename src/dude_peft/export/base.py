@@ -56,7 +56,12 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
     name = name or adapter.config.base_model_name_or_path
     if not name:
         raise ConfigError(f"adapter {shown(adapter.folder, 300)} names no base model; give it with --base")
-    section = ModelSection(name_or_path=name, gguf_file=gguf_file, revision=adapter.config.revision)
+    return source_named(name, gguf_file, adapter.config.revision)
+
+
+def source_named(name: str, gguf_file: str | None = None, revision: str | None = None) -> ModelSection:
+    """The model of a name; in a folder that holds one GGUF file and no other model, that file."""
+    section = ModelSection(name_or_path=name, gguf_file=gguf_file, revision=revision)
     folder = folder_of(name)
     if gguf_file is not None or folder is None or (folder / "config.json").is_file():
         return section

@@ -19,14 +19,14 @@ class _Console(Console):
         """`dude train ... | head` must not end a run: the rest goes nowhere."""
         self.quiet = True
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.stderr else 1)
 
 
 class Display:
-    """Writes to standard output; `Display(quiet=True)` writes nothing."""
+    """Writes to standard output, or to standard error beside results; `Display(quiet=True)` writes nothing."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.console = _Console(quiet=quiet, highlight=False, emoji=False, markup=False)
+    def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
+        self.console = _Console(quiet=quiet, stderr=stderr, highlight=False, emoji=False, markup=False)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = _LOG_WIDTH
         self.live = self.console.is_terminal and not quiet

@@ -1,0 +1,1 @@
+"""Talking to a model: `dude chat` and `dude generate`."""

@@ -1,0 +1,142 @@
+"""`dude generate`: many prompts continued in batches, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.artifact.durable import disk_errors, replace_file
+from dude_peft.chat.decoding import Decoding
+from dude_peft.chat.prompts import as_json, encode_prompts, read_prompts
+from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
+
+if TYPE_CHECKING:
+    from dude_peft.chat.decode import Completion
+    from dude_peft.data import Row
+
+# json leaves these as they are; some of them are commands to a terminal.
+_CONTROL = re.compile("[\x7f-\x9f\u2028\u2029]")
+
+
+def generate(
+    name: str,
+    prompts: Sequence[str] = (),
+    *,
+    file: str | None = None,
+    limit: int | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    base: str | None = None,
+    gguf_file: str | None = None,
+    template: str | None = None,
+    raw: bool = False,
+    base_too: bool = False,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Continue prompts, and write {prompt, completion, finish} of each as a line of JSON, in order.
+
+    Greedy completions in float32 do not depend on the batch size; sampled ones do.
+
+    Args:
+        name: folder or hub id of an adapter or a model, or `package:NAME`.
+        prompts: the prompts; without any, and without `file`, they come from standard input, one a line.
+        file: a .txt file with one prompt a line, or a data set as `load_rows` reads it.
+        limit: number of prompts of the file.
+        output: file that is written whole or not at all; None is standard output.
+        overwrite: replace an output that is there.
+        base: base model of the adapter; None takes its own.
+        gguf_file: name of the GGUF file that is the (base) model.
+        template: auto, chat or plain; None takes the training's.
+        raw: take the prompts as they are, without a template.
+        base_too: add the base model's completion: base_completion, base_finish.
+        batch_size: prompts at a time.
+        max_new_tokens: of each completion.
+        temperature: 0 takes the likeliest token.
+        top_p: share of probability that is drawn from.
+        seed: of the drawing.
+
+    Raises:
+        ConfigError: an option, model or output that cannot be used.
+        DataError: a prompt that is empty or too long.
+        ArtifactError: a damaged adapter, or another base model.
+        NumericsError: NaN or Inf.
+        ResourceError: disk, memory or permission.
+    """
+    decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: give a whole number of prompts from 1")
+    if raw and template is not None:
+        raise ConfigError("--raw and --template; give one of them")
+    _check_output(output, overwrite)
+    rows = read_prompts(prompts, file, limit)
+    with quiet_imports():
+        from dude_peft.chat.decode import decode_all
+        from dude_peft.chat.speaker import open_speaker
+
+    notes = Display(stderr=True)
+    with gathered_warnings(notes.warn):
+        speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
+        if base_too and not speaker.adapted:
+            raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter on one; leave it out")
+        ids = encode_prompts(
+            rows,
+            speaker.tokenizer,
+            None if raw else speaker.template(template),
+            vocabulary=speaker.model.get_input_embeddings().weight.shape[0],
+            positions=speaker.positions,
+            new=max_new_tokens,
+        )
+        found: list[list[Completion]] = []
+        with notes.stage("generating", len(rows) * (1 + base_too)) as advance:
+            for as_base in (False, True) if base_too else (False,):
+                decoding.start()
+                found.append(decode_all(speaker, ids, decoding, batch_size=batch_size, base=as_base, advance=advance))
+    lines = [_line(row, completions, raw) for row, completions in zip(rows, zip(*found, strict=True), strict=True)]
+    _write("".join(lines).encode("utf-8"), output)
+    cut = sum(completion.finish == "length" for completion in found[0])
+    notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
+
+
+def _line(row: Row, completions: Sequence[Completion], raw: bool) -> str:
+    record: dict[str, Any] = {"prompt": as_json(row)}
+    for prefix, completion in zip(("", "base_"), completions, strict=False):
+        record[f"{prefix}completion"] = completion.text if raw else completion.text.strip()
+        record[f"{prefix}finish"] = completion.finish
+    text = json.dumps(record, ensure_ascii=False)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
+
+
+def _check_output(output: Path | None, overwrite: bool) -> None:
+    """Before anything is loaded: that the file may be written, and is nobody's."""
+    if output is None:
+        return
+    named = shown(output, 300)
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"output {named} is a folder, or in none that is there; give the name of a file")
+    if (output.is_symlink() or output.exists()) and not overwrite:
+        raise ConfigError(f"output {named} is there already; choose another name, or give --overwrite")
+    if not os.access(output.parent, os.W_OK):
+        raise ResourceError(
+            f"output {named}: its folder cannot be written to; choose another, or change its permissions"
+        )
+
+
+def _write(lines: bytes, output: Path | None) -> None:
+    if output is None:
+        sys.stdout.buffer.write(lines)  # UTF-8 whatever the terminal's encoding is
+        sys.stdout.flush()
+        return
+    with disk_errors(output):
+        replace_file(output, lines)

@@ -1,0 +1,117 @@
+"""What `dude generate` continues: prompts from arguments, standard input or a file, each with a place to name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from dude_peft.chat.typed import is_typed, piped_lines
+from dude_peft.data import Row, Template, load_rows, parse_row, prompt_ids
+from dude_peft.errors import ConfigError, DataError
+from dude_peft.show import shown
+
+
+def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) -> list[Row]:
+    """Rows whose prompt is wanted; the answer in them is not looked at.
+
+    Args:
+        arguments: prompts themselves.
+        file: a .txt file with one prompt a line, or anything that `load_rows` reads.
+        limit: number of prompts of a file; None takes all.
+
+    Raises:
+        ConfigError: no prompts, or two sources of them.
+        DataError: an empty prompt, or a file that cannot be used.
+    """
+    if arguments and file is not None:
+        raise ConfigError("prompts as arguments and --file; give one of them")
+    if limit is not None and (file is None or limit < 1):
+        raise ConfigError(f"--limit {limit}: give a whole number of prompts from 1, of a --file")
+    if arguments:
+        return [_row(text, f"prompt {number}") for number, text in enumerate(arguments, start=1)]
+    if file is not None:
+        return _lines_of(file)[:limit] if PurePath(file).suffix.lower() == ".txt" else load_rows(file, limit=limit)
+    rows = [] if is_typed() else [_row(text, f"standard input:{number}") for number, text in piped_lines()]
+    if not rows:
+        raise ConfigError("no prompts; give them as arguments, with --file, or one a line on standard input")
+    return rows
+
+
+def as_json(row: Row) -> Any:
+    """The prompt as the output names it: its text, or its messages where there are several."""
+    if len(row.prompt) == 1:
+        return row.prompt[0].content
+    return [{"role": message.role, "content": message.content} for message in row.prompt]
+
+
+def raw_ids(row: Row, tokenizer: Any) -> list[int]:
+    """Token ids of the prompt's text as it is, without a template.
+
+    Raises:
+        DataError: the prompt is a conversation.
+    """
+    if len(row.prompt) != 1:
+        raise DataError(f"{row.source}: {len(row.prompt)} messages, and --raw takes one text; leave --raw out")
+    ids = list(tokenizer(row.prompt[0].content, verbose=False)["input_ids"])
+    # Some tokenizers close every text with the end token; a prompt goes on.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_prompts(
+    rows: Sequence[Row], tokenizer: Any, template: Template | None, *, vocabulary: int, positions: int | None, new: int
+) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Args:
+        rows: the prompts.
+        tokenizer: the model's.
+        template: None takes the text as it is.
+        vocabulary: number of rows of the model's embedding.
+        positions: tokens that the model reads at most; None for no limit.
+        new: tokens that are generated behind each.
+
+    Raises:
+        DataError: a prompt that is empty, too long, or has a token that the model does not know.
+        ConfigError: a prompt and its answer are too long together.
+    """
+    encoded = []
+    for row in rows:
+        ids = raw_ids(row, tokenizer) if template is None else prompt_ids(row, template, tokenizer)
+        if not ids:
+            raise DataError(f"{row.source}: the prompt has no tokens; write some text")
+        if max(ids) >= vocabulary:
+            raise DataError(
+                f"{row.source}: token id {max(ids)}, but the model's vocabulary has {vocabulary} entries; use the "
+                "tokenizer that belongs to the model"
+            )
+        if positions is not None and len(ids) >= positions:
+            raise DataError(
+                f"{row.source}: the prompt has {len(ids)} tokens, the model reads {positions}; shorten it or remove it"
+            )
+        if positions is not None and len(ids) + new > positions:
+            raise ConfigError(
+                f"{row.source}: the prompt has {len(ids)} tokens, and {new} new ones exceed the {positions} that the "
+                f"model reads; lower --max-new-tokens to {positions - len(ids)}"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def _row(text: str, source: str) -> Row:
+    return parse_row({"prompt": text, "completion": "."}, source)
+
+
+def _lines_of(file: str) -> list[Row]:
+    name = shown(file, 300)
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            lines = [(number, line.rstrip("\n")) for number, line in enumerate(stream, start=1)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: byte offset {error.start} is not UTF-8 (Latin-1?); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+    rows = [_row(line, f"{name}:{number}") for number, line in lines if line.strip()]
+    if not rows:
+        raise DataError(f"{name}: no prompts (the file is empty or has only blank lines); write one a line")
+    return rows

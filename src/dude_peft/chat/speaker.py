@@ -1,0 +1,176 @@
+"""The model that answers: an adapter on its base, compared with what it was trained on, or a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dude_peft.artifact.manifest import CONFIG_FILE
+from dude_peft.data.template import KINDS, Template
+from dude_peft.errors import ConfigError
+from dude_peft.export.adapter import SavedAdapter, open_adapter
+from dude_peft.export.base import source_named, source_of
+from dude_peft.show import shown
+from dude_peft.train.config import ModelSection
+from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
+from dude_peft.train.record import ADAPTER
+from dude_peft.train.record import CONFIG as RUN_CONFIG
+
+if TYPE_CHECKING:
+    from dude_peft.terminal.display import Display
+
+_TOKENIZER_FILES = ["*token*", "vocab*", "merges*", "*.model", "chat_template*"]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model, ready to generate, on the fastest device there is."""
+
+    name: str
+    """As it was asked for."""
+    model: Any
+    tokenizer: Any
+    ends: frozenset[int]
+    """Tokens that end an answer."""
+    adapted: bool
+    """Whether there is a base model under it to compare with."""
+    trained_template: str
+    """The template that its run was configured with; `auto` where nothing tells."""
+
+    def template(self, kind: str | None) -> Template:
+        """The template of this kind, or of the training: `Template` says what it raises."""
+        return Template(self.tokenizer, kind or self.trained_template)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model reads at most; None where nothing limits them."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @contextmanager
+    def as_base(self, wanted: bool = True) -> Iterator[None]:
+        """Within: the base model answers, the adapter is switched off."""
+        with self.model.disable_adapter() if wanted else nullcontext():
+            yield
+
+
+def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: Display) -> Speaker:
+    """Load an adapter with its base model, or a plain model.
+
+    Args:
+        name: folder or hub id of either, or `package:NAME` of a model.
+        base: base model of the adapter; None takes its own.
+        gguf_file: name of the GGUF file that is the (base) model.
+        notes: where progress is shown.
+
+    Raises:
+        ConfigError: it cannot be found, or --base beside a plain model.
+        ArtifactError: a damaged adapter, or another base model.
+        NumericsError: NaN or Inf in the adapter.
+        ResourceError: it does not fit into memory.
+    """
+    import torch
+
+    saved: SavedAdapter | None = None
+    if _is_adapter(name):
+        saved = open_adapter(name)
+        source = source_of(saved, base, gguf_file)
+    elif base is not None:
+        raise ConfigError(f"--base goes with an adapter; {shown(name, 300)} holds no {CONFIG_FILE}")
+    else:
+        source = source_named(name, gguf_file)
+    with notes.waiting("loading the model"):
+        where = locate(source)
+        tokenizer = _tokenizer(source, where, name, saved)
+        model = _model(source, where, saved)
+    if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    ends = _only_ends_(model, tokenizer)
+    template = "auto" if saved is None else _template_of_the_run(saved.folder)
+    return Speaker(name, model, tokenizer, ends, saved is not None, template)
+
+
+def _is_adapter(name: str) -> bool:
+    if not name.strip():
+        raise ConfigError("the model's name is empty; give the folder or hub id of an adapter or a model")
+    folder = folder_of(name)
+    if folder is not None and (folder / ADAPTER / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{shown(folder, 300)} is the folder of a run; give its adapter, {shown(folder / ADAPTER, 300)}"
+        )
+    return _hub_has_adapter(name) if folder is None else (folder / CONFIG_FILE).is_file()
+
+
+def _hub_has_adapter(name: str) -> bool:
+    """Whether a hub id is an adapter's: the cache knows, or one request tells."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, CONFIG_FILE)
+        return HfApi().file_exists(name, CONFIG_FILE) if cached is None else isinstance(cached, str)
+    except Exception:  # no hub in reach, or no valid id, each with its own class: who loads it reports it
+        return False
+
+
+def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | None) -> Any:
+    """The adapter's own, which it was trained with, or the model's."""
+    if saved is not None and folder_of(name) is None:
+        _fetch_tokenizer(name)
+    if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
+    return load_tokenizer(source, where)
+
+
+def _fetch_tokenizer(name: str) -> None:
+    """Get an adapter's tokenizer from the hub, beside its other files; its repository may have none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
+    except Exception as error:  # the hub client's errors have no common base
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        raise ConfigError(
+            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
+        ) from error
+
+
+def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
+    from dude_peft.export.dense import apply_as_trained_
+    from dude_peft.tuner.load import load_adapter
+
+    model: Any = load_model(source, where, saved.quantization if saved else None)
+    if saved is not None:
+        model = load_adapter(model, saved.folder)
+    apply_as_trained_(model.eval())
+    return model
+
+
+def _only_ends_(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Keep of the checkpoint's generation config nothing but the tokens that end an answer, and return these.
+
+    transformers fills what a call leaves open from it: penalties and sampling that nobody asked for.
+    """
+    from transformers import GenerationConfig
+
+    from dude_peft.train.score import end_of_turn_ids
+
+    ends = frozenset(end_of_turn_ids(model, tokenizer))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    only: dict[str, Any] = {"eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id}
+    inner.generation_config = GenerationConfig(**only)  # type: ignore[no-untyped-call]
+    return ends
+
+
+def _template_of_the_run(adapter: Path) -> str:
+    """What `dude train` was told of the template, from the configuration beside the adapter."""
+    if adapter.absolute().name != ADAPTER:
+        return "auto"
+    try:
+        kind = yaml.safe_load((adapter.absolute().parent / RUN_CONFIG).read_text("utf-8"))["data"]["template"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return "auto"
+    return kind if kind in KINDS else "auto"

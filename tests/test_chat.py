@@ -1,0 +1,619 @@
+"""dude chat and dude generate: the prompts of training, the same answers in any batch, and input of every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import perturb
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from test_cli import assert_refused, dude
+from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
+
+from dude_peft import DudeConfig
+from dude_peft.chat.conversation import Conversation
+from dude_peft.chat.decode import Pieces, decode, decode_all
+from dude_peft.chat.decoding import Decoding
+from dude_peft.chat.generate import generate
+from dude_peft.chat.speaker import open_speaker
+from dude_peft.chat.talk import chat
+from dude_peft.data import Message, Row, Template, prompt_ids
+from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
+from dude_peft.show import shown_lines
+from dude_peft.terminal.display import Display
+from dude_peft.train.score import complete
+
+QUIET = Display(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny model, and an adapter on it that answers otherwise."""
+    folder = tmp_path_factory.mktemp("chat")
+    save_tiny(folder / "model")
+    model = tiny_llama()
+    model.name_or_path = model.config.name_or_path = str(folder / "model")
+    adapted = get_peft_model(model, DudeConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    perturb(adapted, 0.2)
+    adapted.save_pretrained(folder / "run" / "adapter")
+    tiny_tokenizer().save_pretrained(folder / "run" / "adapter")
+    return folder
+
+
+@pytest.fixture
+def adapter(place) -> str:
+    return str(place / "run" / "adapter")
+
+
+def opened(name: str | Path, **options):
+    return open_speaker(str(name), **{"base": None, "gguf_file": None, "notes": QUIET, **options})
+
+
+def piped(monkeypatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def typed(monkeypatch, *lines: str | type[BaseException]) -> None:
+    """Lines as from a person; an exception's class is that key pressed."""
+    given = iter([*lines, EOFError])
+
+    def answer(_: str = "") -> str:
+        line = next(given)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("dude_peft.chat.talk.is_typed", lambda: True)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, bool]]:
+    """(prompt's text, whether the base model was asked) of everything that is decoded."""
+    seen = []
+
+    def record(speaker, prompts, decoding, *, base=False, **options):
+        seen.extend((speaker.tokenizer.decode(prompt), base) for prompt in prompts)
+        return decode(speaker, prompts, decoding, base=base, **options)
+
+    monkeypatch.setattr("dude_peft.chat.decode.decode", record)
+    return seen
+
+
+def records(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence_every_time(adapter):
+    speaker = opened(adapter)
+    ids = [65, 66, 67]
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(speaker.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    (found,) = decode(speaker, [[65, 66, 67]], Decoding(8))
+    assert found.text == speaker.tokenizer.decode(ids[3:], skip_special_tokens=True)
+
+
+def test_batches_do_not_matter_and_it_is_what_evaluation_generates(adapter):
+    speaker = opened(adapter)
+    prompts = [[65, 66], [67] * 9, [68], [69, 70, 71], [72] * 30]
+    alone = decode_all(speaker, prompts, Decoding(12), batch_size=1)
+    assert decode_all(speaker, prompts, Decoding(12), batch_size=4) == alone
+    assert len({completion.text for completion in alone}) > 1
+    texts = complete(speaker.model, speaker.tokenizer, prompts, max_new_tokens=12, batch_size=2)
+    assert [completion.text.strip() for completion in alone] == texts
+
+
+def test_the_base_answers_as_the_base_model_alone(place, adapter):
+    speaker, plain = opened(adapter), opened(place / "model")
+    prompts = [[65, 66], [67] * 9]
+    base = decode_all(speaker, prompts, Decoding(12), batch_size=2, base=True)
+    assert base == decode_all(plain, prompts, Decoding(12), batch_size=2)
+    assert base != decode_all(speaker, prompts, Decoding(12), batch_size=2)
+
+
+def test_sampling_is_repeated_by_its_seed(place):
+    speaker = opened(place / "model")
+
+    def drawn(seed: int, **options) -> str:
+        decoding = Decoding(20, temperature=1.5, seed=seed, **options)
+        decoding.start()
+        return decode(speaker, [[65]], decoding)[0].text
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    # The smallest nucleus is the likeliest token.
+    assert drawn(3, top_p=1e-6) == decode(speaker, [[65]], Decoding(20))[0].text
+
+
+def test_the_checkpoints_generation_config_has_no_say_but_for_the_ends(place, tmp_path):
+    model = tiny_llama()
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, top_k=3, eos_token_id=[256, 70])
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    speaker = opened(tmp_path)
+    assert speaker.ends == {256, 70}
+    prompt = [speaker.tokenizer("A")["input_ids"]]  # answered at length, with repetitions
+    assert decode(speaker, prompt, Decoding(20)) == decode(opened(place / "model"), prompt, Decoding(20))
+
+
+def always(speaker, token: int) -> None:
+    """Let every next token be this one."""
+    head = speaker.model.get_output_embeddings()
+    head.register_forward_hook(lambda *args: torch.nn.functional.one_hot(torch.tensor(token), 261) + 0.0 * args[2])
+
+
+def test_finish_tells_who_ended_it_and_the_end_token_is_not_text(place):
+    speaker = opened(place / "model")
+    always(speaker, 256)
+    said: list[str] = []
+    (found,) = decode(speaker, [[65]], Decoding(5), pieces=Pieces(speaker, said.append))
+    assert (found.text, found.finish, said) == ("", "end", [])
+    speaker = opened(place / "model")
+    always(speaker, 68)
+    (found,) = decode(speaker, [[65]], Decoding(5), pieces=Pieces(speaker, said.append))
+    assert (found.text, found.finish) == (speaker.tokenizer.decode([68] * 5), "length")
+    assert "".join(said) == found.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_it(place, value, temperature):
+    speaker = opened(place / "model")
+    with torch.no_grad():
+        speaker.model.lm_head.weight[7] = value
+    with pytest.raises(NumericsError, match="NaN or Inf"):
+        decode(speaker, [[65], [66, 67]], Decoding(3, temperature=temperature, top_p=1.0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0, "temperature": 1.0},
+        {"top_p": 0.5},
+        {"seed": -1},
+    ],
+)
+def test_options_that_cannot_work(wrong):
+    with pytest.raises(ConfigError, match="--"):
+        Decoding(**wrong)
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_opened(place, adapter, tmp_path):
+    with pytest.raises(ConfigError, match=r"folder of a run; give its adapter"):
+        opened(place / "run")
+    with pytest.raises(ConfigError, match="--base goes with an adapter"):
+        opened(place / "model", base="x")
+    with pytest.raises(ConfigError, match="name is empty"):
+        opened(" ")
+    with pytest.raises(ConfigError, match="no such folder"):
+        opened("nobody/nothing")
+    save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(ArtifactError, match="other base weights"):
+        opened(adapter, base=str(tmp_path / "other"))
+
+
+def test_a_base_with_the_same_values_elsewhere_is_taken(adapter, tmp_path):
+    save_tiny(tmp_path / "moved")
+    assert opened(adapter, base=str(tmp_path / "moved")).adapted
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat", "auto"])
+def test_the_template_of_the_run_is_taken(adapter, kind):
+    config = Path(adapter).parent / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"template": kind}}))
+    try:
+        speaker = opened(adapter)
+    finally:
+        config.unlink()
+    assert speaker.template(None).kind == ("plain" if kind == "plain" else "chat")
+    assert speaker.template("chat").kind == "chat"
+
+
+@pytest.mark.parametrize("text", ["", "data", "data: 3", "data: {template: [1]}", "a: [", "data: {template: odd}"])
+def test_a_foreign_config_beside_the_adapter_does_not_matter(adapter, text):
+    config = Path(adapter).parent / "config.yaml"
+    config.write_text(text)
+    try:
+        assert opened(adapter).trained_template == "auto"
+    finally:
+        config.unlink()
+
+
+def test_an_adapter_of_the_hub_opens_from_the_cache_with_its_own_tokenizer(place, adapter, tmp_path, monkeypatch):
+    """Offline, as from the hub: adapter and tokenizer in the cache, the base model a folder."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--me--mine" / "refs").mkdir()
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
+    for file in Path(adapter).iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    tokenizer = json.loads((snapshot / "tokenizer_config.json").read_text())
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": 77}))
+    speaker = opened("me/mine", base=str(place / "model"))
+    assert speaker.adapted
+    assert speaker.tokenizer.model_max_length == 77
+    with pytest.raises(ConfigError, match="no such folder"):
+        opened("me/other")
+
+
+# --- conversations ------------------------------------------------------------------------------------------------
+
+
+def conversation(positions: int | None = None, **options) -> Conversation:
+    tokenizer = tiny_tokenizer()
+    return Conversation(Template(tokenizer), tokenizer, positions, **options)
+
+
+def test_a_conversation_is_written_as_training_writes_it():
+    talk = conversation(system="be kind")
+    for question, answer in (("one", "1"), ("two", "2")):
+        talk.ask(question)
+        talk.answer(answer)
+    talk.ask("three")
+    turns = [("system", "be kind"), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2")]
+    row = Row(tuple(Message(*turn) for turn in [*turns, ("user", "three"), ("assistant", "x")]), "row")
+    assert talk.prompt(10) == (prompt_ids(row, talk.template, talk.tokenizer), 0)
+
+
+def test_old_turns_go_when_the_model_can_read_no_more():
+    talk = conversation(positions=64, system="s")
+    for _ in range(5):
+        talk.ask("q" * 8)
+        talk.answer("a" * 8)
+    talk.ask("last")
+    ids, dropped = talk.prompt(100)
+    assert dropped % 2 == 0
+    assert 0 < dropped < 10
+    assert len(ids) <= 64 - 16
+    text = talk.tokenizer.decode(ids)
+    assert text.startswith("<|system|>s<|end|>\n<|user|>q")  # the system message stays
+    assert text.endswith("<|user|>last<|end|>\n<|assistant|>")
+    assert talk.prompt(100) == (ids, 0)
+
+
+def test_a_message_that_is_too_long_costs_nothing():
+    talk = conversation(positions=64)
+    talk.ask("q")
+    talk.answer("a")
+    before = list(talk.turns)
+    talk.ask("x" * 64)
+    with pytest.raises(DataError, match="the model reads 64; shorten it"):
+        talk.prompt(10)
+    assert talk.take_back() == "x" * 64
+    assert talk.turns == before
+
+
+def test_a_question_without_an_answer_is_replaced_or_answered_again():
+    talk = conversation()
+    talk.ask("one")
+    talk.answer("1")
+    talk.ask("two")
+    talk.answer("")
+    assert talk.take_back() == "two"
+    talk.ask("two")
+    talk.ask("three")
+    assert [turn.content for turn in talk.turns] == ["one", "1", "three"]
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\0b", "\ud800"])
+def test_what_is_no_text_is_not_asked(text):
+    talk = conversation()
+    with pytest.raises(DataError):
+        talk.ask(text)
+    assert talk.turns == []
+
+
+# --- dude chat ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_the_answers_alone(adapter, monkeypatch, capsys, asked):
+    piped(monkeypatch, "hello", "", "again")
+    chat(adapter, max_new_tokens=6)
+    speaker = opened(adapter)
+    out = capsys.readouterr()
+    (first,) = decode(speaker, [speaker.tokenizer(asked[0][0])["input_ids"]], Decoding(6))
+    assert asked[0][0] == "<|user|>hello<|end|>\n<|assistant|>"
+    assert asked[1][0].startswith(f"<|user|>hello<|end|>\n<|assistant|>{first.text.strip()}<|end|>\n<|user|>again")
+    assert out.out.startswith(shown_lines(first.text) + "\n")
+    assert "the answer was cut at 6 tokens" in out.err
+
+
+def test_commands(adapter, monkeypatch, capsys, asked):
+    piped(
+        monkeypatch, "/system be kind", "one", "/retry", "/reset", "//two", "/system", "/compare", "three", "/exit", "4"
+    )
+    chat(adapter, max_new_tokens=4)
+    texts = [text for text, _ in asked]
+    assert texts[0] == "<|system|>be kind<|end|>\n<|user|>one<|end|>\n<|assistant|>"
+    assert texts[1] == texts[0]
+    assert texts[2] == "<|system|>be kind<|end|>\n<|user|>/two<|end|>\n<|assistant|>"
+    assert texts[3].startswith("<|user|>/two")
+    assert texts[4] == texts[3]
+    assert [base for _, base in asked] == [False, False, False, True, False]
+    out = capsys.readouterr().out
+    assert out.index("base:\n") < out.index("tuned:\n")
+    assert len(asked) == 5
+
+
+def test_a_pipe_ends_at_the_first_mistake(place, monkeypatch):
+    for line, error in (
+        ("/nope", ConfigError),
+        ("/retry", ConfigError),
+        ("a<|end|>", DataError),
+        ("x" * 600, DataError),
+    ):
+        piped(monkeypatch, line)
+        with pytest.raises(error):
+            chat(str(place / "model"), max_new_tokens=2)
+    piped(monkeypatch)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        chat(str(place / "model"), compare=True)
+
+
+def test_a_person_may_make_mistakes(place, monkeypatch, capsys, asked):
+    typed(monkeypatch, "/nope", "/retry", "/compare", "a<|end|>", "x" * 600, "hi")
+    chat(str(place / "model"), max_new_tokens=2)
+    err = capsys.readouterr().err
+    for part in ("no command '/nope'", "nothing to answer again", "nothing to compare", "end token", "the model reads"):
+        assert part in err
+    assert [text for text, _ in asked] == ["<|user|>hi<|end|>\n<|assistant|>"]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_chat(place, monkeypatch, capsys, asked):
+    typed(monkeypatch, "one", "two")
+    calls = []
+
+    def write(self, text, stream_end=False):
+        calls.append(text)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pieces, "on_finalized_text", write)
+    letter = tiny_tokenizer().decode([68])
+    model = opened(place / "model")
+    always(model, 68)
+    monkeypatch.setattr("dude_peft.chat.speaker.open_speaker", lambda *_, **__: model)
+    chat("model", max_new_tokens=12)
+    assert "note: stopped" in capsys.readouterr().err
+    assert asked[1][0].startswith(f"{asked[0][0]}{letter * 4}<|end|>\n<|user|>two")
+
+
+def test_ctrl_c_at_the_prompt_and_in_a_pipe_ends_it(place, monkeypatch):
+    typed(monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat(str(place / "model"))
+    monkeypatch.setattr("dude_peft.chat.talk.is_typed", lambda: False)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pieces, "on_finalized_text", interrupt)
+    piped(monkeypatch, "one")
+    with pytest.raises(KeyboardInterrupt):
+        chat(str(place / "model"))
+
+
+def test_the_plain_template_is_said(tmp_path, monkeypatch, capsys):
+    save_tiny(tmp_path, chat=False)
+    piped(monkeypatch, "hi")
+    chat(str(tmp_path), max_new_tokens=2)
+    assert "the plain template is used (the tokenizer has no chat template)" in capsys.readouterr().err
+
+
+def test_what_a_model_says_is_not_obeyed(place, monkeypatch, capsys):
+    assert shown_lines("a\n\tb\x1b[2J\r\x9b\u202e\u00a0c") == "a\n\tb\\x1b[2J\\r\\x9b\\u202e\u00a0c"
+    monkeypatch.setattr(Pieces, "put", lambda self, value: self._write("\x1b]0;owned\x07\n"))
+    piped(monkeypatch, "hi")
+    chat(str(place / "model"), max_new_tokens=2)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b]0;owned\\x07\n" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_at_a_terminal(adapter):
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(TERM="xterm", COLUMNS="100", OMP_NUM_THREADS="1")
+        command = [sys.executable, "-m", "dude_peft.cli", "chat", adapter, "--compare", "--max-new-tokens", "8"]
+        os.execv(sys.executable, command)
+    seen = b""
+    deadline = time.monotonic() + 120
+
+    def read(press: bytes = b"") -> bool:
+        """Whether the other side is still there; where it is silent, the key is pressed."""
+        nonlocal seen
+        assert time.monotonic() < deadline, seen.decode(errors="replace")
+        if not select.select([terminal], [], [], 2)[0]:
+            os.write(terminal, press if b"error[" not in seen else b"")
+            return True
+        part = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that it is closed
+            part = os.read(terminal, 65536)
+        seen += part
+        return bool(part)
+
+    def until_prompt() -> None:
+        start = len(seen)
+        while b"> " not in seen[start:]:
+            assert read(), seen.decode(errors="replace")
+
+    until_prompt()
+    os.write(terminal, b"hi\n")
+    until_prompt()
+    while read(press=b"\x03"):
+        pass
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    os.close(terminal)
+    text = seen.decode(errors="replace")
+    assert "Ctrl-D ends the chat" in text
+    header = next(line for line in text.splitlines() if "base" in line and "tuned" in line and "\x1b[1m" in line)
+    assert header.index("base") < header.index("tuned")  # side by side
+    assert "error[interrupted]" in text
+
+
+# --- dude generate ------------------------------------------------------------------------------------------------
+
+
+def test_a_line_a_prompt_in_order_in_any_batch(place, adapter, tmp_path, capsysbinary):
+    file = str(write_rows(tmp_path / "rows.jsonl", 5))
+    generate(adapter, file=file, output=tmp_path / "one.jsonl", batch_size=1, max_new_tokens=10, base_too=True)
+    generate(adapter, file=file, output=tmp_path / "four.jsonl", batch_size=4, max_new_tokens=10, base_too=True)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "four.jsonl").read_bytes()
+    found = records((tmp_path / "one.jsonl").read_text())
+    assert [record["prompt"] for record in found] == [f"say {number}" for number in range(5)]
+    assert set(found[0]) == {"prompt", "completion", "finish", "base_completion", "base_finish"}
+    assert all(record["completion"] != record["base_completion"] for record in found)
+    capsysbinary.readouterr()
+    generate(str(place / "model"), [record["prompt"] for record in found], max_new_tokens=10)
+    plain = records(capsysbinary.readouterr().out.decode())
+    assert [record["completion"] for record in plain] == [record["base_completion"] for record in found]
+
+
+def test_raw_takes_the_text_as_it_is(place, capsysbinary):
+    generate(str(place / "model"), ["ab"], raw=True, max_new_tokens=6)
+    (record,) = records(capsysbinary.readouterr().out.decode())
+    speaker = opened(place / "model")
+    (found,) = decode(speaker, [speaker.tokenizer("ab")["input_ids"]], Decoding(6))
+    assert record == {"prompt": "ab", "completion": found.text, "finish": found.finish}
+
+
+def test_prompts_come_from_standard_input_and_text_files(place, tmp_path, monkeypatch, capsysbinary):
+    piped(monkeypatch, "one", "", "two")
+    generate(str(place / "model"), max_new_tokens=2)
+    assert [record["prompt"] for record in records(capsysbinary.readouterr().out.decode())] == ["one", "two"]
+    (tmp_path / "prompts.txt").write_text("\ufeffone\n\nzwö\n", encoding="utf-8")
+    generate(str(place / "model"), file=str(tmp_path / "prompts.txt"), max_new_tokens=2)
+    assert [record["prompt"] for record in records(capsysbinary.readouterr().out.decode())] == ["one", "zwö"]
+
+
+def test_a_conversation_is_a_prompt_too(place, tmp_path, capsysbinary, asked):
+    turns = [("system", "s"), ("user", "u"), ("assistant", "gold")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), max_new_tokens=2)
+    assert records(capsysbinary.readouterr().out.decode())[0]["prompt"] == row["messages"][:-1]
+    assert asked[0][0] == "<|system|>s<|end|>\n<|user|>u<|end|>\n<|assistant|>"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 2 messages, and --raw"):
+        generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), raw=True)
+
+
+def test_the_output_is_one_line_of_json_whatever_is_in_it(place, monkeypatch, capsysbinary):
+    monkeypatch.setattr("dude_peft.chat.generate.encode_prompts", lambda *_, **__: [[65]])
+    generate(str(place / "model"), ["a\x1b\x9b\u2028\nö"], max_new_tokens=1)
+    out = capsysbinary.readouterr().out
+    assert out.count(b"\n") == 1
+    assert not any(mark.encode() in out for mark in ("\x1b", "\x9b", "\u2028"))
+    assert records(out.decode())[0]["prompt"] == "a\x1b\x9b\u2028\nö"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"prompts": ["a", ""]}, DataError, "prompt 2: 'prompt' is empty"),
+        ({"prompts": ["x" * 600]}, DataError, "prompt 1: the prompt has 6.. tokens, the model reads 512"),
+        ({"prompts": ["x"], "max_new_tokens": 512}, ConfigError, "lower --max-new-tokens to 507"),
+        ({"prompts": ["x"], "file": "y.txt"}, ConfigError, "give one of them"),
+        ({"prompts": ["x"], "limit": 3}, ConfigError, "of a --file"),
+        ({"prompts": ["x"], "raw": True, "template": "plain"}, ConfigError, "give one of them"),
+        ({"prompts": ["x"], "template": "odd"}, ConfigError, "use auto, chat, plain"),
+        ({"prompts": ["x"], "base_too": True}, ConfigError, "not an adapter"),
+        ({"prompts": ["x"], "batch_size": 0}, ConfigError, "--batch-size"),
+        ({"prompts": ["x<|end|>"]}, DataError, "end token"),
+        ({"file": "missing.txt"}, DataError, "missing.txt: cannot be read"),
+        ({"file": "missing.jsonl"}, DataError, "missing.jsonl: no such file"),
+        ({}, ConfigError, "no prompts"),
+    ],
+)
+def test_what_cannot_be_generated(place, tmp_path, monkeypatch, options, error, words):
+    monkeypatch.chdir(tmp_path)
+    piped(monkeypatch)
+    with pytest.raises(error, match=words) as raised:
+        generate(str(place / "model"), output=tmp_path / "out.jsonl", **options)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
+    save_tiny(tmp_path, vocab_size=90, eos_token_id=2, pad_token_id=1)
+    with pytest.raises(DataError, match="vocabulary has 90 entries"):
+        generate(str(tmp_path), ["hello"])
+
+
+def test_an_output_is_whole_or_as_it_was(place, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        generate(str(place / "model"), ["a"], output=out)
+    with pytest.raises(ConfigError, match="folder"):
+        generate(str(place / "model"), ["a"], output=tmp_path)
+    with pytest.raises(ConfigError, match="folder"):
+        generate(str(place / "model"), ["a"], output=tmp_path / "none" / "out.jsonl")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ResourceError, match="No space left"):
+            generate(str(place / "model"), ["a"], output=out, overwrite=True, max_new_tokens=1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    generate(str(place / "model"), ["a"], output=out, overwrite=True, max_new_tokens=1)
+    assert records(out.read_text())[0]["prompt"] == "a"
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes(place, adapter, tmp_path):
+    save_tiny(tmp_path / "other", seed=1)
+    assert_refused_last(dude("generate", adapter, "hi", "--base", tmp_path / "other"), 4, "artifact")
+    assert_refused(dude("chat", place / "model", "--top-p", "0.5"), 2, "config")
+    save_tiny(tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["lm_head.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    assert_refused_last(dude("generate", tmp_path / "broken", "hi", "-o", tmp_path / "out"), 5, "numerics")
+    assert not (tmp_path / "out").exists()
+
+
+def assert_refused_last(done, code: int, label: str) -> None:
+    """As `assert_refused`, with progress before it."""
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"dude: error[{label}]: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.assets
+def test_a_real_model_tells_a_story(assets, capsysbinary):
+    model = assets / "models" / "stories260k"
+    if not model.is_dir():
+        pytest.skip(f"{model} is not here")
+    generate(str(model), ["Once upon a time", "Lily and Tom"], raw=True, max_new_tokens=24, batch_size=2)
+    first, second = records(capsysbinary.readouterr().out.decode())
+    assert "there was a little" in first["completion"]
+    assert second["completion"].isascii()
