@@ -303,7 +303,7 @@ def chat(
             seed=seed,
         )
     except KeyboardInterrupt:
-        raise _InterruptedError("the chat was ended by Ctrl-C") from None
+        raise StoppedError(signal.SIGINT, "the chat was ended by Ctrl-C") from None
 
 
 @app.command()
@@ -356,7 +356,7 @@ def generate(
             seed=seed,
         )
     except KeyboardInterrupt:
-        raise _InterruptedError("stopped by Ctrl-C; nothing was written") from None
+        raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was written") from None
 
 
 def main() -> None:
