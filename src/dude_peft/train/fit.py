@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
-from dude_peft.train.batches import pad_right
 from dude_peft.train.config import TrainSection
 from dude_peft.train.progress import Display
 
