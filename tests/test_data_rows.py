@@ -17,13 +17,14 @@ from dude_peft.data import (
     Row,
     data_sha256,
     duplicates,
+    file_lines,
+    jsonl,
     load_rows,
     overlap,
     parse_row,
     read_json,
     read_jsonl,
 )
-from dude_peft.data import file_lines, jsonl
 from dude_peft.errors import ConfigError, DataError, ResourceError
 
 GOOD = b'{"prompt": "2 + 2?", "completion": "4"}'
@@ -69,12 +70,20 @@ def fault(path: Path | str, read=read_jsonl) -> str:
             [("system", ""), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")],
         ),
         (
-            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
-                               {"from": "gpt", "value": "a"}], "system": "x"},
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "system": "x",
+            },
             [("system", "s"), ("user", "q"), ("assistant", "a")],
         ),
-        ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-         [("user", "q"), ("assistant", "a")]),
+        (
+            {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            [("user", "q"), ("assistant", "a")],
+        ),
         ({"text": "all of it", "url": "u"}, [("text", "all of it")]),
         # tables often hold the whole prompt beside its parts
         ({"instruction": "q", "input": "", "output": "a", "text": "q a"}, [("user", "q"), ("assistant", "a")]),

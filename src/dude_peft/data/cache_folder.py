@@ -1,4 +1,4 @@
-"""Where caches are: in the folder that DUDE_CACHE names, else in the user's cache, else in one that ends with the process.
+"""Where caches are: the folder that DUDE_CACHE names, else the user's cache, else one that ends with the process.
 
 A cache may be deleted at any time.
 """

@@ -68,6 +68,26 @@ class Counts:
     largest_id: int = 0
     """The largest token id."""
 
+    def losses(self, max_length: int) -> list[str]:
+        """One line for each way in which rows or answers are not trained; empty where all are."""
+        lines = []
+        if self.dropped:
+            lines.append(
+                f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
+                f"({self.truncated} would lose only the end of their answer); the longest has {self.longest} tokens"
+            )
+        if self.shortened:
+            lines.append(
+                f"{self.shortened} of {self.rows} conversations are longer than max_length {max_length}: their last "
+                "turns are left out"
+            )
+        if self.last_only:
+            lines.append(
+                f"of {self.last_only} of {self.rows} conversations only the last answer is trained: the chat template "
+                "writes earlier ones differently later, or without an end"
+            )
+        return lines
+
 
 @dataclass(frozen=True)
 class EncodedSet:

@@ -13,7 +13,7 @@ guess.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dude_peft.errors import DataError
@@ -52,6 +52,8 @@ class Row:
     messages: tuple[Message, ...]
     source: str
     """Where the row came from, as an error names it: `file.jsonl:12`."""
+    shape: str = field(default="", compare=False)
+    """The keys that it was made of: `prompt + completion`."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -205,7 +207,8 @@ def parse_row(row: Mapping[str, Any], source: str) -> Row:
     if "text" in row and (not whole or all(row[key] is None for key in whole[0][0])):
         whole = [_PLAIN]
     if whole:
-        return Row(whole[0][1](row, source), source)
+        keys, read = whole[0]
+        return Row(read(row, source), source, " + ".join(keys))
     for keys, _ in _FORMATS:
         missing = [key for key in keys if key not in row]
         if len(missing) < len(keys):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from dude_peft.data.seeded import shuffled
 from dude_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def mix(sizes: Sequence[int], weights: Sequence[float | None], total: int | None
         if count and not size:
             raise DataError(f"source {number + 1} of the mixture has no rows left to give; raise max_length or drop it")
         rounds, rest = divmod(count, size) if size else (0, 0)
-        chosen.append(np.concatenate([np.tile(np.arange(size), rounds), _choice(size, rest, seed, number)]))
+        chosen.append(np.concatenate([np.tile(np.arange(size), rounds), np.sort(shuffled(size, seed, number)[:rest])]))
     return chosen
 
 
@@ -94,25 +95,3 @@ def _apportioned(shares: Sequence[float], total: int) -> list[int]:
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts
-
-
-def _choice(size: int, count: int, seed: int, number: int) -> NDArray[np.int64]:
-    """`count` of `size` indices, ascending: those with the smallest hashes."""
-    import numpy as np
-
-    hashes = _scrambled(np.arange(size, dtype=np.uint64) + _scrambled(np.array([seed * 2**16 + number], np.uint64)))
-    return np.sort(np.argsort(hashes, kind="stable")[:count])
-
-
-def _scrambled(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea, Flood 2014): a bijection of 64-bit numbers that looks random.
-
-    Plain arithmetic modulo 2^64, where a generator's stream may change with numpy's version.
-    """
-    import numpy as np
-
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
-    return mixed

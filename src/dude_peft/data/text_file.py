@@ -38,7 +38,7 @@ def text_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterato
 
 def _row(role: str, passage: tuple[int, str], name: str) -> Row:
     line, text = passage
-    return Row((Message(role, text),), f"{name}:{line}")
+    return Row((Message(role, text),), f"{name}:{line}", "plain text")
 
 
 def _passages(numbered: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:

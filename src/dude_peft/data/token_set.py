@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         source = int(np.searchsorted(self._bounds, number, side="right")) - 1
         return self._sources[source], number - int(self._bounds[source])
 
-    def _gathered(self, name: str, index: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    def _gathered(self, name: str, index: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """A column of all sources, in the order of the set."""
         parts = [
             np.diff(source.store.columns["starts"]) if name == "lengths" else source.store.columns[name]

@@ -45,7 +45,7 @@ _COLUMNS = {
     "learned": "<i4",
     "ended": "?",
 }
-_READ_BYTES = 2**24
+_READ_BYTES = 2**20
 
 
 class DamagedStoreError(Exception):
@@ -85,7 +85,7 @@ class TokenWriter:
 
     def __enter__(self) -> TokenWriter:
         """Opens the files."""
-        self._files = {name: open(self._folder / name, "wb") for name in _COLUMNS}
+        self._files = {name: (self._folder / name).open("wb") for name in _COLUMNS}
         return self
 
     def __exit__(
@@ -134,7 +134,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedStoreError: a file is missing, has another size or other bytes, or the store was made from something else.
+        DamagedStoreError: a file is missing, has another size or other bytes, or the key is another one.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
