@@ -231,6 +231,13 @@ def test_a_template_that_drops_a_part_of_the_answer_is_refused():
         encode([row("q", "<think>deep</think>a")], Template(tokenizer), tokenizer, 500)
 
 
+def test_several_templates_without_a_default_are_refused():
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(ConfigError, match="tokenizer 'chatml' has several chat templates and no default"):
+        encode([row("q", "a")], Template(tokenizer), tokenizer, 500)
+
+
 def test_unknown_train_on():
     with pytest.raises(ConfigError, match="train_on is 'answer'; use answers, last_answer, all"):
         encode([row("q", "a")], Template(tokenizer_of("plain")), tokenizer_of("plain"), 500, train_on="answer")

@@ -7,11 +7,13 @@ imports transformers' renderer without torch, so that it starts in half a second
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
 _SPARE_BYTES = 2**30
 _LONGEST_TEXT = 64 * 2**20
+_LONGEST_SECONDS = 60
 
 
 def main() -> None:
@@ -31,6 +33,8 @@ def main() -> None:
 
 
 def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]], generate: bool) -> dict[str, str]:
+    # Where the parent is gone, nobody else ends a template that hangs: the signal does, in the middle of anything.
+    _alarm(_LONGEST_SECONDS)
     try:
         texts, _ = render(
             conversations=[messages],
@@ -41,9 +45,16 @@ def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]]
         text = str(texts[0])
     except Exception as error:  # a template is a foreign program: beside jinja2's errors it raises any of Python's
         return {"fault": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
+    finally:
+        _alarm(0)
     if len(text) > _LONGEST_TEXT:
         return {"fault": f"it wrote {len(text):,} characters"}
     return {"text": text}
+
+
+def _alarm(seconds: int) -> None:
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
 
 
 def _limit_memory() -> None:

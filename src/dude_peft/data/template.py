@@ -76,8 +76,18 @@ class Template:
 
     @cached_property
     def source(self) -> str:
-        """The chat template itself, in Jinja; empty for `plain`."""
-        return str(self._tokenizer.get_chat_template()) if self.kind == "chat" else ""
+        """The chat template itself, in Jinja; empty for `plain`.
+
+        Raises ConfigError where the tokenizer has several and none is its default.
+        """
+        if self.kind == "plain":
+            return ""
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError as error:
+            raise ConfigError(
+                f"tokenizer {self._name} has several chat templates and no default; use template: plain, or keep one"
+            ) from error
 
     @cached_property
     def turn_end(self) -> str:

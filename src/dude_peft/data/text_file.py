@@ -2,7 +2,7 @@
 
 A file of any size is read in passages of at most 64 KiB, cut at a blank line if there is one in the second half, else
 at a line end. `encode` cuts passages into blocks of max_length tokens; nothing is read twice or left out. Only the
-file's last passage ends the document: no end token stands between passages.
+file's last passage ends the document: no end token stands between passages. A limit on rows counts passages.
 """
 
 import itertools
