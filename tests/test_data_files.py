@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from dude_peft.data import Message, load_rows, text_file
 from dude_peft.data.rows import stream_rows
@@ -178,3 +180,29 @@ def test_load_rows_of_a_mixture(tmp_path):
     assert len(load_rows([Part(a, "train", 2), Part(b, "train")])) == 4
     with pytest.raises(ConfigError, match="only some sources have a weight"):
         load_rows([Part(a, "train", None, 1.0), Part(b, "train")])
+
+
+# --- fuzz -------------------------------------------------------------------------------------------------------------
+
+_words = st.sampled_from(["question", "answer", "text", ",", "\t", '"', "\n", "\r\n", "q", " ", "é", "\0"])
+_table = st.lists(_words, max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    content=st.binary(max_size=200) | _table.map(lambda parts: ("question,answer\n" + "".join(parts)).encode()),
+    name=st.sampled_from(["f.csv", "f.tsv", "f.txt", "f.parquet"]),
+)
+@example(content=b"question,answer\n\r\n", name="f.csv")
+@example(content=b"PAR1PAR1PAR1", name="f.parquet")
+def test_any_bytes_give_rows_or_a_one_line_data_error(tmp_path_factory, content, name):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    rows, message = None, f"{path}: no fault"
+    try:
+        rows = load_rows(path)
+    except DataError as error:
+        message = str(error)
+    assert message.isprintable()
+    assert message.startswith(f"{path}:")
+    assert rows is None or (rows and all(row.answer.strip() for row in rows))
