@@ -119,15 +119,11 @@ def data_check(
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
     from dude_peft.train.data_check import check
 
-    check(
-        source,
-        model,
-        gguf_file=gguf_file,
-        test=test,
-        template=template,
-        max_length=max_length,
-        train_on=train_on,
-    )
+    how = {"template": template, "train_on": train_on}
+    try:
+        check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, **how)
+    except KeyboardInterrupt:
+        raise _InterruptedError("stopped by Ctrl-C; nothing was kept, start the command again") from None
 
 
 @app.command()

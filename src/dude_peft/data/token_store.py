@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -45,6 +46,8 @@ _COLUMNS = {
     "learned": "<i4",
     "ended": "?",
 }
+_LONG = struct.Struct("<q")
+_INT = struct.Struct("<i")
 _READ_BYTES = 2**20
 
 
@@ -102,26 +105,23 @@ class TokenWriter:
         for example in examples:
             ids = np.array(example.ids, "<i4").tobytes()
             self._write("ids", ids)
-            self._put("trained", example.trained)
-            self._put("starts", [self._at])
-            self._put("places", [place])
+            self._write("trained", bytes(example.trained))
+            self._write("starts", _LONG.pack(self._at))
+            self._write("places", _LONG.pack(place))
             self._write("prompts", _hash(ids if row.is_text else row_bytes(row.prompt)))
             self._write("contents", _hash(ids))
-            self._put("learned", [sum(example.trained)])
-            self._put("ended", [example.ids[-1] in ends])
+            self._write("learned", _INT.pack(sum(example.trained)))
+            self._write("ended", bytes([example.ids[-1] in ends]))
             self._at += len(example.ids)
 
     def finish(self, key: dict[str, Any], counts: Counts) -> None:
         """Writes the manifest; `key` is what the store was made from."""
-        self._put("starts", [self._at])
+        self._write("starts", _LONG.pack(self._at))
         for file in self._files.values():
             file.close()
         files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
         body = {"key": key, "files": files, "counts": asdict(counts), "sha256": self._digest.hexdigest()}
         replace_file(self._folder / MANIFEST, json.dumps({"sha256": _sha256(body), "body": body}).encode("ascii"))
-
-    def _put(self, name: str, values: list[Any]) -> None:
-        self._write(name, np.array(values, _COLUMNS[name]).tobytes())
 
     def _write(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
