@@ -64,7 +64,9 @@ def test_plain_text():
     template = Template(tiny(), "plain")
     assert template.render(row("2 + 2?", "4\n")) == ("### Question:\n2 + 2?\n\n### Answer:\n", "4\n<|im_end|>")
     prompt, completion = template.render(row("q", "a", "r", "b", system="s"))
-    assert prompt == "### System:\ns\n\n### Question:\nq\n\n### Answer:\na\n\n### Question:\nr\n\n### Answer:\n"
+    assert prompt == (
+        "### System:\ns\n\n### Question:\nq\n\n### Answer:\na<|im_end|>\n\n### Question:\nr\n\n### Answer:\n"
+    )
     assert completion == "b<|im_end|>"
 
 
@@ -147,7 +149,7 @@ def test_labels_are_the_completion_and_ids_the_text(kind):
     tokenizer = tiny(CHATML)
     template = Template(tokenizer, kind)
     rows = [row("2 + 2?", "4", "è?", "yes"), row("q", "a")]
-    encoded = encode(rows, template, tokenizer, 500)
+    encoded = encode(rows, template, tokenizer, 500, train_on="last_answer")
     assert len(encoded.examples) == 2
     for item, got in zip(rows, encoded.examples, strict=True):
         prompt, completion = template.render(item)

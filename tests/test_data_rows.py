@@ -17,13 +17,14 @@ from dude_peft.data import (
     Row,
     data_sha256,
     duplicates,
+    file_lines,
+    jsonl,
     load_rows,
     overlap,
     parse_row,
     read_json,
     read_jsonl,
 )
-from dude_peft.data import jsonl as jsonl_module
 from dude_peft.errors import ConfigError, DataError, ResourceError
 
 GOOD = b'{"prompt": "2 + 2?", "completion": "4"}'
@@ -68,6 +69,25 @@ def fault(path: Path | str, read=read_jsonl) -> str:
             },
             [("system", ""), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")],
         ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "system": "x",
+            },
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            [("user", "q"), ("assistant", "a")],
+        ),
+        ({"text": "all of it", "url": "u"}, [("text", "all of it")]),
+        # tables often hold the whole prompt beside its parts
+        ({"instruction": "q", "input": "", "output": "a", "text": "q a"}, [("user", "q"), ("assistant", "a")]),
+        ({"instruction": None, "output": None, "text": "t"}, [("text", "t")]),
         # a table joined from two files: the columns of the other shape are all null
         (
             {"prompt": None, "completion": None, "question": "q", "answer": "a"},
@@ -100,7 +120,13 @@ def test_bom_crlf_and_a_missing_last_line_end_change_nothing(tmp_path, bom, end)
 BAD_ROWS = [
     ({"prompt": "q"}, "'prompt' without 'completion'; use prompt + completion"),
     ({"answer": "a"}, "'answer' without 'question'"),
-    ({"text": "q", "label": 1}, "no known format in the keys ('text', 'label'); use prompt + completion"),
+    ({"body": "q", "label": 1}, "no known format in the keys ('body', 'label'); use prompt + completion"),
+    ({"text": " "}, "'text' is empty"),
+    ({"conversations": "hi"}, "'conversations' is str; write a list of objects with from and value"),
+    ({"conversations": [{"from": "human", "value": "q"}]}, "'conversations' has no answer"),
+    ({"conversations": [{"from": "tool", "value": "q"}]}, "conversations[0].from is 'tool'; use system, human or gpt"),
+    ({"conversations": [{"value": "q"}]}, "conversations[0].from is missing"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "'conversations[0].value' is int, not a string"),
     ({}, "no known format in the keys (none)"),
     ({"prompt": "q", "completion": None}, "'completion' is null; fill it in or remove the row"),
     ({"prompt": "q", "completion": ""}, "'completion' is empty; fill it in or remove the row"),
@@ -222,7 +248,7 @@ def test_a_file_cut_off_in_its_last_line_is_named_so(tmp_path):
         (b'\n[\n {"prompt": "q"}\n]', ":2: begins a JSON array"),
         (gzip.compress(GOOD), "gzip-compressed; decompress it first"),
         (b"PK\x03\x04....", "a zip archive; unpack it first"),
-        (b"PAR1....", "a Parquet file; export it as JSON lines"),
+        (b"PAR1....", "a Parquet file; name it .parquet"),
         (b"question,answer\n1+1,2\n", ":1: looks like CSV, not JSON lines; convert it"),
         (b'"question";"answer"\n', ":1: looks like CSV"),
         ("\ufeff{}".encode("utf-16-le"), "UTF-16 (byte offset 0); save it as UTF-8"),
@@ -247,7 +273,7 @@ def test_missing_file_names_the_closest_one(tmp_path):
 
 
 def test_unusable_paths(tmp_path):
-    assert "is a folder; name the .jsonl file in it" in fault(tmp_path)
+    assert "is a folder; name the data file in it" in fault(tmp_path)
     assert "not a usable path" in fault("a\0b.jsonl")
     assert "not a usable path" in fault("a\ud800b.jsonl", load_rows)
     with pytest.raises(ResourceError, match="cannot be read"):
@@ -280,9 +306,9 @@ def test_a_line_of_ten_gigabytes_is_refused_in_bounded_memory(tmp_path):
 
 
 def test_a_line_just_within_the_limit_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl_module, "MAX_LINE_BYTES", len(GOOD) + 1)
+    monkeypatch.setattr(file_lines, "MAX_LINE_BYTES", len(GOOD) + 1)
     assert len(read_jsonl(write(tmp_path, GOOD + b"\n" + GOOD))) == 2
-    monkeypatch.setattr(jsonl_module, "MAX_LINE_BYTES", len(GOOD))
+    monkeypatch.setattr(file_lines, "MAX_LINE_BYTES", len(GOOD))
     assert ":1: the line is longer" in fault(write(tmp_path, GOOD + b"\n" + GOOD))
 
 
@@ -323,7 +349,7 @@ def test_bad_json_arrays(tmp_path, content, message):
 
 
 def test_json_array_size_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl_module, "MAX_ARRAY_BYTES", 10)
+    monkeypatch.setattr(jsonl, "MAX_ARRAY_BYTES", 10)
     assert "write it as .jsonl" in fault(write(tmp_path, b"[" + GOOD + b"]"), read_json)
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from dude_peft.train.batches import IGNORED, pad_left, pad_right
+from dude_peft.data.batches import pad_left, pad_right
+from dude_peft.data.labels import IGNORE
 from dude_peft.train.score import complete, end_of_turn_ids, held_out_loss, wilson_interval
 
 
 def example(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
     ids = prompt + answer
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * len(prompt) + answer}
 
 
 EXAMPLES = [example([5, 6, 7], [8, 256]), example([9] * 11, [1, 2, 3, 256]), example([4], [256])]
@@ -22,7 +23,7 @@ def test_padding_is_masked_and_not_learned():
     batch = pad_right(EXAMPLES, pad_id=257)
     assert batch["input_ids"].shape == (3, 15)
     assert batch["attention_mask"].sum(1).tolist() == [5, 15, 2]
-    assert (batch["labels"] != IGNORED).sum(1).tolist() == [2, 4, 1]
+    assert (batch["labels"] != IGNORE).sum(1).tolist() == [2, 4, 1]
     left = pad_left([[1, 2], [3]], pad_id=257)
     assert left["input_ids"].tolist() == [[1, 2], [257, 3]]
     assert left["attention_mask"].tolist() == [[1, 1], [0, 1]]
@@ -33,7 +34,7 @@ def test_the_loss_weighs_every_token_the_same(batch_size):
     model = tiny_llama()
     total = tokens = 0.0
     for row in EXAMPLES:
-        learned = sum(label != IGNORED for label in row["labels"])
+        learned = sum(label != IGNORE for label in row["labels"])
         batch = {name: torch.tensor([ids]) for name, ids in row.items()}
         with torch.no_grad():
             total += float(model(**batch).loss) * learned

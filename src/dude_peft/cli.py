@@ -99,6 +99,31 @@ def config_explain(
         typer.echo(f"{name}: {meaning}\n    takes {values}; default {default}")
 
 
+data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check(
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A file, builtin:word-problems, or a hub id.")],
+    model: Annotated[str, typer.Option("--model", metavar="M", help="Whose tokenizer reads it; as in dude train.")],
+    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
+    test: Annotated[str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare.")] = None,
+    template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
+    max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 512,
+    train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
+    from dude_peft.train.data_check import check
+
+    how = {"template": template, "train_on": train_on}
+    try:
+        check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, **how)
+    except KeyboardInterrupt:
+        raise _InterruptedError("stopped by Ctrl-C; nothing was kept, start the command again") from None
+
+
 @app.command()
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with safetensors weights, or a hub id.")],

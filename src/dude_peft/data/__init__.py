@@ -1,18 +1,31 @@
 """Data: strict readers, one template for training and evaluation, token ids with the prompt masked, answers compared.
 
-rows.py           load_rows: a local file, a built-in set or a hub id becomes rows; hashes, duplicates, overlap
-formats.py        Message, Row, and the four shapes of a JSON object that become one
-jsonl.py          our own reader of local .jsonl and .json files
+rows.py           a local file, a built-in set or a hub id becomes rows; hashes, duplicates, overlap
+formats.py        Message, Row, and the shapes of a JSON object that become one
+jsonl.py table.py parquet.py text_file.py    our own readers of local files
+file_lines.py     their bytes: opened, decoded strictly, cut into lines
 bad_rows.py       all bad rows of a source in one error
-show.py           foreign text on one printable line
-template.py       a row as prompt and completion text: chat or plain
+mixture.py        several sources as one: how many rows each gives, and which
+template.py       a row as prompts and answers in text: chat or plain
+renderer.py render_child.py    chat templates run in a process with limits
 encode.py         text as ids and labels; what does not fit is counted
+labels.py         the label of what is not learned
 answers.py        the final answer of a text, and whether two are the same
 word_problems.py  arithmetic word problems made here
+
+Imported by their own names, since they need numpy or torch:
+
+prepare.py        prepare: sources in, a TokenSet out, through a cache on disk
+token_set.py      TokenSet: examples on disk as a sequence; the overlap of two
+token_store.py    one source's examples as files that are mapped into memory
+cache_folder.py   where caches are
+batches.py        examples as tensors: padded, or end to end
+packing.py        which examples share a row, and whether a model keeps them apart
 """
 
 from dude_peft.data.answers import expected_answer, final_answer, is_match
-from dude_peft.data.encode import IGNORE, EncodedSet, encode, prompt_ids
+from dude_peft.data.encode import EncodedSet, encode, prompt_ids
+from dude_peft.data.labels import IGNORE
 from dude_peft.data.rows import (
     Message,
     Row,

@@ -1,5 +1,8 @@
 """Collects the bad rows of one source, so that one run reports them all and not only the first."""
 
+from collections.abc import Callable, Iterable, Iterator
+
+from dude_peft.data.formats import Row
 from dude_peft.errors import DataError
 
 MAX_REPORTED = 20
@@ -30,3 +33,32 @@ class BadRows:
             raise self._first
         places = ", ".join(map(str, self._places)) + (", ..." if self._count > MAX_REPORTED else "")
         raise DataError(f"{self._first} ({self._count} bad {self._unit}: {places})") from self._first
+
+
+def good_rows(
+    attempts: Iterable[tuple[int, Callable[[], Row]]], *, unit: str, limit: int | None, empty: str
+) -> Iterator[Row]:
+    """The first `limit` rows that can be made, one at a time; at the end one DataError for all that could not.
+
+    Args:
+        attempts: (place, what makes the row there or raises DataError) of each.
+        unit: what a place is called.
+        limit: number of rows; nothing behind the last of them is read. None takes all.
+        empty: the error's text where there are no attempts at all.
+    """
+    bad = BadRows(unit)
+    made, tried = 0, False
+    for place, attempt in attempts:
+        tried = True
+        try:
+            row = attempt()
+        except DataError as error:
+            bad.add(place, error)
+            continue
+        yield row
+        made += 1
+        if made == limit:
+            break
+    bad.raise_if_any()
+    if not tried:
+        raise DataError(empty)

@@ -1,26 +1,92 @@
-"""From text to token ids and labels: the prompt is masked, the answer and its end are trained.
+"""From text to token ids and labels: prompts are masked, answers and their ends are trained.
 
-Prompt and completion are tokenised apart and joined, so that generation, which starts from the prompt's ids, sees
-exactly the prefix of training: tokenised together, the two could melt into one token at the seam. (A SentencePiece
-tokenizer puts its word-begin mark before the completion, in training and generation alike.)
+The pieces of a row (`template.Pieces`) are tokenised apart and joined, so that generation, which starts from the ids of
+the pieces before an answer, sees exactly the prefix of training: tokenised together, the two could melt into one token
+at the seam. (A SentencePiece tokenizer puts its word-begin mark before an answer, in training and generation alike.)
 
 A row that does not fit into max_length is left out and counted, also where a part of its answer would fit: a cut answer
-has no end, and a model trained on it learns not to stop.
+has no end, and a model trained on it learns not to stop. A conversation of which every answer is trained keeps the
+turns that fit, and is counted as well. Plain text is cut into blocks of nearly equal length, of which each begins as
+the tokenizer begins a text; nothing of it is lost.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from dude_peft.data.formats import Row
-from dude_peft.data.template import Template
+from dude_peft.data.labels import IGNORE
+from dude_peft.data.template import Pieces, Template
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted
 
-IGNORE = -100
-"""The label that the loss skips."""
+TRAIN_ON = ("answers", "last_answer", "all")
+"""What is learned of a conversation: all answers, only the last, or every token, the prompts' too."""
 
 _BATCH_ROWS = 512
+_BATCH_CHARACTERS = 4 * 2**20
+
+
+class Example(NamedTuple):
+    """One training example."""
+
+    ids: list[int]
+    trained: list[bool]
+    """Of each token: whether it has a label. Never the first one's, which nothing predicts."""
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids of the trained tokens, IGNORE elsewhere."""
+        return [token if learned else IGNORE for token, learned in zip(self.ids, self.trained, strict=True)]
+
+
+@dataclass
+class Counts:
+    """What was counted on the way from rows to examples."""
+
+    rows: int = 0
+    """Rows read."""
+    dropped: int = 0
+    """Rows left out because they are longer than max_length."""
+    truncated: int = 0
+    """Those of the dropped rows of whose answer a part, but not the end, would have fitted."""
+    shortened: int = 0
+    """Conversations of which only the first turns fit; the others are left out."""
+    last_only: int = 0
+    """Conversations whose earlier answers could not be trained, because of the chat template."""
+    tokens: int = 0
+    """All tokens of the examples."""
+    trained_tokens: int = 0
+    """Tokens with a label."""
+    ended: int = 0
+    """Examples that end with a learned end token."""
+    longest: int = 0
+    """Tokens of the longest row, dropped ones included: the max_length that would keep all. Blocks of text for text."""
+    largest_id: int = 0
+    """The largest token id."""
+
+    def losses(self, max_length: int) -> list[str]:
+        """One line for each way in which rows or answers are not trained; empty where all are."""
+        lines = []
+        if self.dropped:
+            lines.append(
+                f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
+                f"({self.truncated} would lose only the end of their answer); the longest has {self.longest} tokens"
+            )
+        if self.shortened:
+            lines.append(
+                f"{self.shortened} of {self.rows} conversations are longer than max_length {max_length}: their last "
+                "turns are left out"
+            )
+        if self.last_only:
+            lines.append(
+                f"of {self.last_only} of {self.rows} conversations only the last answer is trained: the chat template "
+                "writes earlier ones differently later, or without an end"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -42,8 +108,15 @@ class EncodedSet:
 
 
 def prompt_ids(row: Row, template: Template, tokenizer: Any) -> list[int]:
-    """The ids that generation starts from: the prefix, id for id, of the row's training example."""
-    return _tokenise_prompts([template.prompt_text(row)], template, tokenizer)[0]
+    """The ids that generation starts from: the prefix, id for id, of the row's training example.
+
+    Raises DataError for plain text, which asks nothing, and what `Template.pieces` raises.
+    """
+    if row.is_text:
+        raise DataError(f"{row.source}: plain text asks nothing that could be answered; set evaluation.enabled: false")
+    begin = _begin(tokenizer) if template.kind == "plain" else []
+    (pieces,) = _tokenised(template.prompts([row]), tokenizer)
+    return [*begin, *itertools.chain.from_iterable(pieces)]
 
 
 def encode(
@@ -52,81 +125,175 @@ def encode(
     tokenizer: Any,
     max_length: int,
     *,
+    train_on: str = "answers",
     vocab_size: int | None = None,
 ) -> EncodedSet:
-    """Token ids and labels of the rows that fit into `max_length` tokens.
+    """Token ids and labels, in memory, of the rows that fit into `max_length` tokens.
 
     `vocab_size` is the number of rows of the model's embedding: an id beyond it is refused; None checks nothing.
 
     Raises:
-        DataError: no rows, none that fits, a token the model does not have, a message that spells the end token.
-        ConfigError: a wrong max_length, or a tokenizer or chat template that cannot be trained with.
+        DataError: no rows, none that fits, a token the model does not have, a message that spells an end token.
+        ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ConfigError(f"max_length is {quoted(max_length)}; give a whole number of tokens from 2")
+    encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on)
     if not rows:
         raise DataError("no rows to encode; check the data set and its limit")
-    examples: list[dict[str, list[int]]] = []
-    truncated = trained = longest = 0
-    for begin in range(0, len(rows), _BATCH_ROWS):
-        batch = rows[begin : begin + _BATCH_ROWS]
-        for row, prompt, completion in zip(batch, *_tokenise(batch, template, tokenizer), strict=True):
-            _check_ids(row, prompt + completion, tokenizer, vocab_size)
-            needed = len(prompt) + len(completion)
-            longest = max(longest, needed)
-            if needed > max_length:
-                truncated += len(prompt) < max_length
-                continue
-            trained += len(completion)
-            # Labels come from the two lengths, never from comparing ids with the pad token: where pad is the end token
-            # (the common choice, and SmolLM2's own), that would mask the end and it would never be learned.
-            examples.append(
-                {
-                    "input_ids": prompt + completion,
-                    "attention_mask": [1] * needed,
-                    "labels": [IGNORE] * len(prompt) + completion,
-                }
+    examples = []
+    for row, made in encoder.examples(rows):
+        for example in made:
+            _check_ids(row, example.ids, tokenizer, vocab_size)
+            mask = [1] * len(example.ids)
+            examples.append({"input_ids": example.ids, "attention_mask": mask, "labels": example.labels})
+    counts = encoder.counts
+    encoder.check_any(len(examples))
+    return EncodedSet(examples, counts.dropped, counts.truncated, counts.tokens, counts.trained_tokens, counts.longest)
+
+
+@dataclass
+class Encoder:
+    """Turns rows into examples and counts.
+
+    Raises ConfigError for a wrong max_length or train_on.
+    """
+
+    template: Template
+    tokenizer: Any
+    max_length: int
+    train_on: str
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ConfigError(f"max_length is {quoted(self.max_length)}; give a whole number of tokens from 2")
+        if self.train_on not in TRAIN_ON:
+            raise ConfigError(f"train_on is {quoted(self.train_on)}; use {', '.join(TRAIN_ON)}")
+        self._begin = _begin(self.tokenizer)
+        self.ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.template.turn_end)}
+        if len(self._begin) > self.max_length - 2:
+            raise ConfigError(f"max_length is {self.max_length}; the tokenizer alone writes {len(self._begin)} tokens")
+
+    def examples(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Example]]]:
+        """Each row and its examples: one, none where it does not fit, several of plain text. Memory stays bounded.
+
+        Raises what `Template.pieces` raises; ConfigError where the tokenizer does not know an end token as one token.
+        """
+        for batch in _batches(rows):
+            pieces = self.template.pieces(batch)
+            tokenised = _tokenised([each.texts for each in pieces], self.tokenizer)
+            for row, each, ids in zip(batch, pieces, tokenised, strict=True):
+                made = list(self._blocks(ids[0])) if row.is_text else self._conversation(row, each, ids)
+                self._count(made)
+                yield row, made
+
+    def check_any(self, made: int, name: str = "") -> None:
+        """Raises DataError, beginning with `name`, where no example was made of the rows read."""
+        if not made:
+            raise DataError(
+                f"{name}none of the {self.counts.rows} rows fits into max_length {self.max_length}; the longest needs "
+                f"{self.counts.longest} tokens: raise max_length"
             )
-    if not examples:
-        raise DataError(
-            f"none of the {len(rows)} rows fits into max_length {max_length}; the longest needs {longest} tokens: "
-            "raise max_length"
-        )
-    tokens = sum(len(example["input_ids"]) for example in examples)
-    return EncodedSet(examples, len(rows) - len(examples), truncated, tokens, trained, longest)
+
+    def _conversation(self, row: Row, pieces: Pieces, ids: list[list[int]]) -> list[Example]:
+        self._check_ends(row, ids[1::2])
+        if self.template.kind == "plain":  # a chat template writes its own special tokens
+            ids = [[*self._begin, *ids[0]], *ids[1:]]
+        counts = self.counts
+        lengths = [len(part) for part in ids]
+        needed = sum(lengths)
+        counts.longest = max(counts.longest, needed)
+        counts.last_only += self.train_on == "answers" and not pieces.whole
+        if needed > self.max_length and self.train_on == "answers":
+            # An even number of pieces ends with an answer.
+            fitting = [n for n in range(2, len(ids), 2) if sum(lengths[:n]) <= self.max_length]
+            if fitting:
+                counts.shortened += 1
+                ids = ids[: fitting[-1]]
+                needed = sum(lengths[: fitting[-1]])
+        if needed > self.max_length:
+            counts.dropped += 1
+            counts.truncated += needed - lengths[-1] < self.max_length
+            return []
+        # Labels come from the pieces' lengths, never from comparing ids with the pad token: where pad is the end token
+        # (the common choice, and SmolLM2's own), that would mask the end and it would never be learned.
+        last = len(ids) - 1
+        trained: list[bool] = []
+        for place, part in enumerate(ids):
+            learned = self.train_on == "all" or (place == last if self.train_on == "last_answer" else place % 2 == 1)
+            trained += [learned] * len(part)
+        trained[0] = False
+        return [Example([*itertools.chain.from_iterable(ids)], trained)]
+
+    def _blocks(self, ids: list[int]) -> Iterator[Example]:
+        """Blocks of at most max_length tokens, with the tokenizer's beginning, none much shorter than the others."""
+        begin = self._begin
+        room = self.max_length - len(begin)
+        count = -(-len(ids) // room)
+        cuts = [len(ids) * n // count for n in range(count + 1)] if count else []
+        for start, stop in itertools.pairwise(cuts):
+            block = [*begin, *ids[start:stop]]
+            self.counts.longest = max(self.counts.longest, len(block))
+            if len(block) > 1:
+                trained = [False] * len(begin) + [True] * (stop - start)
+                trained[0] = False
+                yield Example(block, trained)
+
+    def _count(self, made: list[Example]) -> None:
+        counts = self.counts
+        counts.rows += 1
+        for example in made:
+            counts.tokens += len(example.ids)
+            counts.trained_tokens += sum(example.trained)
+            counts.ended += example.ids[-1] in self.ends
+            counts.largest_id = max(counts.largest_id, *example.ids)
+
+    def _check_ends(self, row: Row, answers: Sequence[list[int]]) -> None:
+        ends = [*[self.template.turn_end] * (len(answers) - 1), self.tokenizer.eos_token]
+        for answer, end in zip(answers, ends, strict=True):
+            token = self.tokenizer.convert_tokens_to_ids(end)
+            if not answer or answer[-1] != token:
+                raise ConfigError(
+                    f"{row.source}: the tokenizer does not read its own end token {quoted(end)} as one token "
+                    f"(id {token}); add it to the tokenizer as a special token"
+                )
 
 
-def _tokenise(rows: Sequence[Row], template: Template, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
-    texts = [template.render(row) for row in rows]
-    prompts = _tokenise_prompts([prompt for prompt, _ in texts], template, tokenizer)
-    completions = _ids([completion for _, completion in texts], tokenizer, add_special_tokens=False)
-    for row, completion in zip(rows, completions, strict=True):
-        if not completion or completion[-1] != tokenizer.eos_token_id:
-            raise ConfigError(
-                f"{row.source}: the tokenizer does not read its own end token {quoted(tokenizer.eos_token)} as one "
-                f"token (id {tokenizer.eos_token_id}); add it to the tokenizer as a special token"
-            )
-    return prompts, completions
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(message.content) for message in row.messages)
+        if len(batch) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _tokenise_prompts(texts: list[str], template: Template, tokenizer: Any) -> list[list[int]]:
-    if template.kind == "chat":  # a chat template writes its own special tokens
-        return _ids(texts, tokenizer, add_special_tokens=False)
-    prompts = _ids(texts, tokenizer, add_special_tokens=True)
-    # Some tokenizers close every text with the end token; a prompt goes on.
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
-
-
-def _ids(texts: list[str], tokenizer: Any, *, add_special_tokens: bool) -> list[list[int]]:
+def _tokenised(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[list[list[int]]]:
+    """Ids of each row's pieces, each piece tokenised apart, in one call."""
+    texts = [text for texts in rows for text in texts]
+    if not texts:
+        return [[] for _ in rows]
     encoded = tokenizer(
         texts,
-        add_special_tokens=add_special_tokens,
+        add_special_tokens=False,
         padding=False,
         truncation=False,
         return_attention_mask=False,
         verbose=False,  # no warning about its model_max_length: ours is checked
     )
-    return [list(ids) for ids in encoded["input_ids"]]
+    ids = iter(encoded["input_ids"])
+    return [[list(next(ids)) for _ in texts] for texts in rows]
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before a text, such as <s>; what it puts behind one is no part of a prompt."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
+    starts = (n for n in range(len(ids) - len(bare) + 1) if ids[n : n + len(bare)] == bare)
+    return ids[: next(starts, 0)]
 
 
 def _check_ids(row: Row, ids: list[int], tokenizer: Any, vocab_size: int | None) -> None:

@@ -7,32 +7,18 @@ reads byte lines, decodes them strictly as UTF-8 (a BOM and CRLF are fine), and 
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
-from dude_peft.data.bad_rows import BadRows
+from dude_peft.data.bad_rows import good_rows
+from dude_peft.data.file_lines import BOM, decode, lines, opened, refuse_magic
 from dude_peft.data.formats import Row, parse_row
-from dude_peft.errors import DataError, DudeError, ResourceError
-from dude_peft.show import quoted, shown
+from dude_peft.errors import DataError
+from dude_peft.show import quoted
 
-MAX_LINE_BYTES = 16 * 2**20
 MAX_ARRAY_BYTES = 256 * 2**20
-
-_BOM = b"\xef\xbb\xbf"
-_MAGIC = (
-    (b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip)"),
-    (b"PK\x03\x04", "a zip archive; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first"),
-    (b"\xfd7zXZ", "xz-compressed; decompress it first"),
-    (b"BZh", "bzip2-compressed; decompress it first"),
-    (b"PAR1", "a Parquet file; export it as JSON lines"),
-    (b"\xff\xfe", "UTF-16 (byte offset 0); save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 (byte offset 0); save it as UTF-8"),
-)
 
 
 class _JsonError(ValueError):
@@ -55,79 +41,6 @@ def _constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BufferedReader, str]]:
-    """The open file and its printable name; errors of the system, then or later, become ours."""
-    name = shown(os.fspath(path), limit=None)
-    target = Path(os.path.expanduser(path))
-    try:
-        try:
-            opened = open(target, "rb")  # noqa: SIM115 - the next line closes it
-        except ValueError as error:  # a NUL character or half a surrogate pair in the path
-            raise DataError(f"{name}: not a usable path ({shown(error)}); check its spelling") from error
-        with opened as stream:
-            yield stream, name
-    except DudeError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file{_closest(target)}") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{name}: is a folder; name the .jsonl file in it") from error
-    except OSError as error:
-        reason = shown(error.strerror or error)
-        raise ResourceError(
-            f"{name}: cannot be read ({reason}); check the path, its permissions and the disk"
-        ) from error
-
-
-def _closest(target: Path) -> str:
-    try:
-        names = [entry.name for entry in os.scandir(target.parent)]
-    except OSError:
-        return f"; its folder {quoted(target.parent, 200)} is missing too: check the path"
-    close = get_close_matches(target.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {quoted(target.parent / close[0], 200)}?" if close else "; check the path"
-
-
-def _refuse_magic(head: bytes, name: str) -> None:
-    for magic, what in _MAGIC:
-        if head.startswith(magic):
-            raise DataError(f"{name}: is {what}")
-
-
-def _decode(raw: bytes, line: int, offset: int, name: str) -> str:
-    """UTF-8 text of bytes that begin at byte `offset` of the file, on line `line`."""
-    nul = raw.find(b"\0")
-    if nul >= 0:
-        line += raw.count(b"\n", 0, nul)
-        raise DataError(
-            f"{name}:{line}: NUL byte at byte offset {offset + nul} (UTF-16, or not text?); save the file as UTF-8"
-        )
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{name}:{line}: byte 0x{raw[error.start]:02X} at byte offset {offset + error.start} is not UTF-8 "
-            "(Latin-1?); save the file as UTF-8"
-        ) from error
-
-
-def _lines(stream: BufferedReader, name: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, bytes of the line with its end); never more than one line in memory."""
-    number = offset = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_LINE_BYTES:
-            limit = MAX_LINE_BYTES // 2**20
-            raise DataError(f"{name}:{number}: the line is longer than {limit} MiB; one row belongs on one line")
-        start = offset
-        offset += len(raw)
-        if number == 1 and raw.startswith(_BOM):
-            start, raw = len(_BOM), raw[len(_BOM) :]
-        yield number, start, raw
 
 
 def _json_fault(error: ValueError | RecursionError, text: str, where: str, *, cut_off: bool) -> DataError:
@@ -169,76 +82,65 @@ def _refuse_other_formats(text: str, name: str, line: int) -> None:
 
 def _parse_line(raw: bytes, line: int, offset: int, name: str) -> Row:
     where = f"{name}:{line}"
-    text = _decode(raw, line, offset, name).rstrip("\r\n")  # else a fault at the end is on json's "line 2"
+    text = decode(raw, line, offset, name).rstrip("\r\n")  # else a fault at the end is on json's "line 2"
     try:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, text, where, cut_off=not raw.endswith(b"\n")) from error
-    return parse_row(_check_object(value, where), where)
+    return _parse_value(value, where)
 
 
-def read_jsonl(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Row]:
-    """The rows of a JSON-lines file in order, at most `limit`; blank lines are skipped.
+def jsonl_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
+    """The rows of a JSON-lines file in order, at most `limit`, one at a time; blank lines are skipped.
 
     Raises DataError naming file:line of the first bad line and the numbers of up to 20 more, or saying that the file is
     missing, empty or in another format; ResourceError where it cannot be read.
     """
-    rows: list[Row] = []
-    bad = BadRows("lines")
+    with opened(path) as (stream, name):
+        refuse_magic(stream.peek(8), name)
+        empty = f"{name}: no rows (the file is empty or has only blank lines); write one object a line"
+        yield from good_rows(_line_attempts(stream, name), unit="lines", limit=limit, empty=empty)
+
+
+def _line_attempts(stream: BufferedReader, name: str) -> Iterator[tuple[int, Callable[[], Row]]]:
     begun = False
-    with _opened(path) as (stream, name):
-        _refuse_magic(stream.peek(8), name)
-        for line, offset, raw in _lines(stream, name):
-            if not raw.strip():
-                continue
-            if not begun:
-                begun = True
-                if b"\0" not in raw:  # UTF-16 and binary files are named as such below
-                    _refuse_other_formats(raw.decode("utf-8", "replace"), name, line)
-            try:
-                rows.append(_parse_line(raw, line, offset, name))
-            except DataError as error:
-                bad.add(line, error)
-            if limit is not None and len(rows) >= limit:
-                break
-    bad.raise_if_any()
-    if not rows:
-        raise DataError(f"{name}: no rows (the file is empty or has only blank lines); write one object a line")
-    return rows
+    for line, offset, raw in lines(stream, name):
+        if not raw.strip():
+            continue
+        if not begun:
+            begun = True
+            if b"\0" not in raw:  # UTF-16 and binary files are named as such below
+                _refuse_other_formats(raw.decode("utf-8", "replace"), name, line)
+        yield line, partial(_parse_line, raw, line, offset, name)
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_json(path: str | os.PathLike[str], *, limit: int | None = None) -> list[Row]:
+def json_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
     """The rows of a .json file: one array of objects, or JSON lines under that name; a row's source is its first line.
 
-    Raises as read_jsonl; an array that cannot be parsed is reported at its first fault.
+    Raises as jsonl_rows; an array that cannot be parsed is reported at its first fault.
     """
-    with _opened(path) as (stream, name):
+    with opened(path) as (stream, name):
         head = stream.peek(8)
-        _refuse_magic(head, name)
-        if not head.removeprefix(_BOM).lstrip().startswith(b"["):
-            return read_jsonl(path, limit=limit)
-        raw = stream.read(MAX_ARRAY_BYTES + 1)
+        refuse_magic(head, name)
+        is_array = head.removeprefix(BOM).lstrip().startswith(b"[")
+        raw = stream.read(MAX_ARRAY_BYTES + 1) if is_array else b""
+    if not is_array:
+        yield from jsonl_rows(path, limit)
+        return
     if len(raw) > MAX_ARRAY_BYTES:
         raise DataError(f"{name}: an array of more than {MAX_ARRAY_BYTES // 2**20} MiB; write it as .jsonl")
-    skipped = len(_BOM) if raw.startswith(_BOM) else 0
-    text = _decode(raw[skipped:], 1, skipped, name)
-    rows: list[Row] = []
-    bad = BadRows("rows at lines")
-    for line, value in _array(text, name):
-        where = f"{name}:{line}"
-        try:
-            rows.append(parse_row(_check_object(value, where), where))
-        except DataError as error:
-            bad.add(line, error)
-        if limit is not None and len(rows) >= limit:
-            break
-    bad.raise_if_any()
-    if not rows:
-        raise DataError(f"{name}: no rows (the array is empty); write one object a row")
-    return rows
+    skipped = len(BOM) if raw.startswith(BOM) else 0
+    text = decode(raw[skipped:], 1, skipped, name)
+    attempts = ((line, partial(_parse_value, value, f"{name}:{line}")) for line, value in _array(text, name))
+    empty = f"{name}: no rows (the array is empty); write one object a row"
+    yield from good_rows(attempts, unit="rows at lines", limit=limit, empty=empty)
+
+
+def _parse_value(value: Any, where: str) -> Row:
+    return parse_row(_check_object(value, where), where)
 
 
 def _array(text: str, name: str) -> Iterator[tuple[int, Any]]:

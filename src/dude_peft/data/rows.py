@@ -4,13 +4,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
-from pathlib import PurePath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
-from dude_peft.data.bad_rows import BadRows
+from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.formats import Message, Row, parse_row
-from dude_peft.data.jsonl import read_json, read_jsonl
+from dude_peft.data.jsonl import json_rows, jsonl_rows
+from dude_peft.data.mixture import Entry, entries_of, mix
+from dude_peft.data.parquet import parquet_rows
+from dude_peft.data.table import table_rows
+from dude_peft.data.text_file import text_rows
 from dude_peft.data.word_problems import SIZES, word_problems
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted, shown
@@ -21,35 +26,60 @@ __all__ = [
     "data_sha256",
     "duplicates",
     "load_rows",
+    "local_file",
     "overlap",
     "parse_row",
     "read_json",
     "read_jsonl",
+    "row_bytes",
+    "stream_rows",
 ]
 
 _BUILTIN = "builtin:"
 _BUILTINS = ("word-problems",)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_FILE_SUFFIXES = {
-    ".jsonl",
-    ".json",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".gz",
-    ".zip",
-    ".zst",
-    ".bz2",
-    ".xz",
-    ".parquet",
+_READERS: dict[str, Callable[[str, int | None], Iterator[Row]]] = {
+    ".json": json_rows,
+    ".csv": partial(table_rows, separator=","),
+    ".tsv": partial(table_rows, separator="\t"),
+    ".txt": text_rows,
+    ".parquet": parquet_rows,
 }
+"""By the file's suffix; any other local file is read as JSON lines."""
+_FILE_SUFFIXES = {*_READERS, ".jsonl", ".ndjson", ".gz", ".zip", ".zst", ".bz2", ".xz"}
 
 
 def load_rows(
-    source: str | os.PathLike[str], *, split: str = "train", limit: int | None = None, seed: int = 0
+    source: str | os.PathLike[str] | Sequence[Entry], *, split: str = "train", limit: int | None = None, seed: int = 0
 ) -> list[Row]:
+    """The first `limit` rows of one source, or a mixture of `limit` rows of several (`mixture.mix`), in memory.
+
+    Args:
+        source: a name (`stream_rows`), or entries of a mixture.
+        split: of a hub or built-in set that names none itself.
+        limit: number of rows; None takes all.
+        seed: of a built-in set, and of what a mixture takes of each source.
+
+    Raises:
+        DataError: a bad row, an empty set, a missing file, a hub set that cannot be loaded.
+        ConfigError: a wrong limit, or a built-in set or split that does not exist.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return list(stream_rows(source, split=split, limit=limit, seed=seed))
+    _check_limit(limit)
+    entries = entries_of(source, split)
+    sets = [list(stream_rows(each.source, split=each.split, limit=each.rows, seed=seed)) for each in entries]
+    chosen = mix([len(rows) for rows in sets], [each.weight for each in entries], limit, seed)
+    return [sets[number][index] for number, indices in enumerate(chosen) for index in indices]
+
+
+def stream_rows(
+    source: str | os.PathLike[str], *, split: str = "train", limit: int | None = None, seed: int = 0
+) -> Iterator[Row]:
     """The first `limit` rows of a local file, of `builtin:word-problems`, or of a hub data set `id` or `id:config`.
+
+    Rows come one at a time, so that memory stays bounded; what is wrong with any of them is raised at the end, or where
+    `limit` ends the reading.
 
     Args:
         source: a name that exists as a file, or looks like one, is local; then `builtin:`; anything else is a hub id.
@@ -61,15 +91,37 @@ def load_rows(
         DataError: a bad row, an empty set, a missing file, a hub set that cannot be loaded.
         ConfigError: a wrong limit, or a built-in set or split that does not exist.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ConfigError(f"limit is {quoted(limit)}; give a whole number of rows from 1, or none for all")
+    _check_limit(limit)
     name = os.fspath(source)
     if name.startswith(_BUILTIN):
-        return _builtin(name, split, limit, seed)
-    if _is_local(name):
-        read = read_json if PurePath(name).suffix.lower() == ".json" else read_jsonl
-        return read(name, limit=limit)
+        return iter(_builtin(name, split, limit, seed))
+    if local_file(name) is not None:
+        return _READERS.get(PurePath(name).suffix.lower(), jsonl_rows)(name, limit)
     return _from_hub(name, split, limit)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Row]:
+    """All rows of a JSON-lines file (`jsonl.jsonl_rows`)."""
+    return list(jsonl_rows(path))
+
+
+def read_json(path: str | os.PathLike[str]) -> list[Row]:
+    """All rows of a .json file (`jsonl.json_rows`)."""
+    return list(json_rows(path))
+
+
+def local_file(name: str) -> Path | None:
+    """Where a source's file is, there or not; None for a built-in set and a hub id."""
+    path = os.path.expanduser(name)
+    if name.startswith(_BUILTIN):
+        return None
+    looks_local = PurePath(path).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(name) or os.path.isabs(path)
+    return Path(path) if looks_local or name.startswith(".") or os.path.exists(path) else None
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ConfigError(f"limit is {quoted(limit)}; give a whole number of rows from 1, or none for all")
 
 
 def _builtin(name: str, split: str, limit: int | None, seed: int) -> list[Row]:
@@ -79,14 +131,7 @@ def _builtin(name: str, split: str, limit: int | None, seed: int) -> list[Row]:
     return word_problems(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
 
 
-def _is_local(name: str) -> bool:
-    path = os.path.expanduser(name)
-    if PurePath(path).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(name) or os.path.isabs(path):
-        return True
-    return name.startswith(".") or os.path.exists(path)
-
-
-def _from_hub(name: str, split: str, limit: int | None) -> list[Row]:
+def _from_hub(name: str, split: str, limit: int | None) -> Iterator[Row]:
     shown_id = shown(name)
     try:
         import datasets
@@ -105,17 +150,10 @@ def _from_hub(name: str, split: str, limit: int | None) -> list[Row]:
             f"{shown_id}[{shown(split)}]: cannot be loaded from the hub ({reason}); check the id, the split and the "
             "network, or use a local .jsonl file or builtin:word-problems"
         ) from error
-    rows: list[Row] = []
-    bad = BadRows("rows")
-    for index, record in enumerate(table):
-        try:
-            rows.append(parse_row(record, f"{shown_id}[{shown(split)}]:{index}"))
-        except DataError as error:
-            bad.add(index, error)
-    bad.raise_if_any()
-    if not rows:
-        raise DataError(f"{shown_id}[{shown(split)}]: no rows; choose another split")
-    return rows
+    places = enumerate(table)
+    where = f"{shown_id}[{shown(split)}]"
+    attempts = ((index, partial(parse_row, record, f"{where}:{index}")) for index, record in places)
+    yield from good_rows(attempts, unit="rows", limit=limit, empty=f"{where}: no rows; choose another split")
 
 
 def duplicates(rows: Sequence[Row]) -> int:
@@ -129,10 +167,15 @@ def overlap(train: Sequence[Row], test: Sequence[Row]) -> int:
     return sum(row.prompt in seen for row in test)
 
 
-def data_sha256(rows: Sequence[Row]) -> str:
+def data_sha256(rows: Iterable[Row]) -> str:
     """The hash (hex) of all messages in order, without their sources: the record of what a run was trained on."""
     digest = hashlib.sha256()
     for row in rows:
-        turns = [[message.role, message.content] for message in row.messages]
-        digest.update(json.dumps(turns, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n")
+        digest.update(row_bytes(row.messages))
     return digest.hexdigest()
+
+
+def row_bytes(messages: Sequence[Message]) -> bytes:
+    """The messages as one line of ASCII JSON, [[role, content], ...]: what is hashed of them."""
+    turns = [[message.role, message.content] for message in messages]
+    return json.dumps(turns, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"

@@ -1,7 +1,10 @@
 """From a row to text: the one place where prompts are written, for training, evaluation and generation alike.
 
-Only the LAST answer of a conversation is trained; earlier turns, answers included, are part of the prompt. The
-completion ends with the tokenizer's end token, so that a model learns to stop.
+A conversation becomes pieces, prompt and answer in turn: [prompt, answer, what leads to the next answer, answer, ...].
+Each answer ends with the token that ends a turn, the last one also with the tokenizer's end token, so that a model
+learns to stop. What stands before an answer is exactly what generation starts from. A chat template for which that is
+not true of an earlier turn (Qwen3's drops the thoughts of all but the last answer), or which writes no end behind it,
+leaves the row with one prompt and one answer, the last.
 
 The plain template, for models without a chat template (the system part only where there is one; turns repeat):
 
@@ -15,15 +18,35 @@ The plain template, for models without a chat template (the system part only whe
     {assistant}<eos>
 """
 
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from dude_peft.data.formats import Message, Row
+from dude_peft.data.formats import PASSAGE, Message, Row
+from dude_peft.data.renderer import RenderError, render
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted, shown
 
 KINDS = ("auto", "chat", "plain")
 
 _HEADINGS = {"system": "### System:\n", "user": "### Question:\n", "assistant": "### Answer:\n"}
+
+_Wanted = tuple[Row, tuple[Message, ...], bool]
+"""The row that is concerned, messages of it, and whether the opening of an answer is added."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A row as text; joined, the pieces are all of it."""
+
+    texts: tuple[str, ...]
+    """Prompt and answer in turn, ending with an answer; one piece, all trained, of plain text."""
+    whole: bool = True
+    """False where earlier answers cannot be told apart, so that only the last one is a piece."""
 
 
 class Template:
@@ -49,51 +72,137 @@ class Template:
                 f"tokenizer {self._name} has no chat template; use template: plain, or an instruct model's"
             )
         self.kind = kind if kind != "auto" else "chat" if has_chat else "plain"
-        self._ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
+        self._specials = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
+
+    @cached_property
+    def source(self) -> str:
+        """The chat template itself, in Jinja; empty for `plain`.
+
+        Raises ConfigError where the tokenizer has several and none is its default.
+        """
+        if self.kind == "plain":
+            return ""
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError as error:
+            raise ConfigError(
+                f"tokenizer {self._name} has several chat templates and no default; use template: plain, or keep one"
+            ) from error
+
+    @cached_property
+    def turn_end(self) -> str:
+        """The token that the template writes behind an answer, as <|im_end|>; the end token where there is none."""
+        if self.kind == "plain":
+            return self._eos
+        row = Row((Message("user", "q"), Message("assistant", "a")), "probe")
+        try:
+            prompt, whole = self._rendered([(row, row.prompt, True), (row, row.messages, False)])
+        except ConfigError:
+            return self._eos  # the first real row tells what is wrong
+        rest, found = whole.removeprefix(prompt).rstrip(), self._eos
+        while (token := self._special_at_end(rest)) and rest != token:
+            rest, found = rest.removesuffix(token).rstrip(), token
+        return found
 
     def render(self, row: Row) -> tuple[str, str]:
-        """(prompt, completion) of a row: prompt + completion is the training text, and generation starts from prompt.
+        """(prompt, completion) of a row's last answer: generation starts from the prompt.
 
-        Raises ConfigError where the chat template fails or does not begin a conversation with its own prompt; DataError
-        where a message spells out the end token.
+        Raises what `pieces` does.
         """
-        prompt = self.prompt_text(row)
-        if self._eos in row.answer:
-            raise self._spelled_end(row)
+        *prompt, completion = self.pieces([row])[0].texts
+        return "".join(prompt), completion
+
+    def prompt_text(self, row: Row) -> str:
+        """The text that generation starts from: all messages but the last, and the opening of the answer."""
+        return "".join(self.prompts([row])[0])
+
+    def pieces(self, rows: Sequence[Row]) -> list[Pieces]:
+        """Each row as prompts and answers.
+
+        Raises ConfigError where the chat template fails, does not begin a conversation with its own prompt or leaves
+        the answer out; DataError where a message spells out an end token.
+        """
+        return self._pieces(rows, with_answer=True)
+
+    def prompts(self, rows: Sequence[Row]) -> list[tuple[str, ...]]:
+        """The pieces of each conversation before its last answer, which may be anything."""
+        return [pieces.texts for pieces in self._pieces(rows, with_answer=False)]
+
+    def _pieces(self, rows: Sequence[Row], *, with_answer: bool) -> list[Pieces]:
+        for row in rows:
+            self._refuse_ends(row, row.messages if with_answer else row.prompt)
         if self.kind == "plain":
-            return prompt, row.answer + self._eos
-        whole = self._chat(row, row.messages, generate=False)
-        if not whole.startswith(prompt):
+            return [self._text(row) if row.is_text else self._plain(row, with_answer) for row in rows]
+        wanted: list[_Wanted] = []
+        for row in rows:
+            for place in _answers(row):
+                wanted.append((row, row.messages[:place], True))
+                if with_answer or place < len(row.messages) - 1:
+                    wanted.append((row, row.messages[: place + 1], False))
+        texts = iter(self._rendered(wanted))
+        return [self._text(row) if row.is_text else self._chat(row, texts, with_answer) for row in rows]
+
+    def _text(self, row: Row) -> Pieces:
+        closed = row.messages[0].role == PASSAGE or row.answer.rstrip().endswith(self._eos)
+        return Pieces((row.answer if closed else row.answer + self._eos,))
+
+    def _plain(self, row: Row, with_answer: bool) -> Pieces:
+        texts: list[str] = []
+        prompt = ""
+        answers = _answers(row)
+        for place, message in enumerate(row.messages):
+            prompt += _HEADINGS[message.role]
+            if place in answers:
+                texts += [prompt, message.content + self._eos]
+                prompt = "\n\n"
+            else:
+                prompt += f"{message.content}\n\n"
+        return Pieces(tuple(texts if with_answer else texts[:-1]))
+
+    def _chat(self, row: Row, texts: Iterator[str], with_answer: bool) -> Pieces:
+        """Takes from `texts` what `_pieces` asked for: each answer's prompt, and the conversation up to that answer."""
+        pieces: list[str] = []
+        done, whole = "", True
+        for place in _answers(row):
+            prompt = next(texts)
+            whole = whole and prompt.startswith(done)
+            pieces.append(prompt[len(done) :])
+            if place < len(row.messages) - 1:
+                head, end, _ = self._completion(row, place, prompt, next(texts)).partition(self.turn_end)
+                whole = whole and bool(end)
+                pieces.append(head + end)
+                done = prompt + head + end
+            elif with_answer:
+                pieces.append(self._ended(self._completion(row, place, prompt, next(texts))))
+        return Pieces(tuple(pieces)) if whole else Pieces((prompt, *pieces[-1:][:with_answer]), whole=False)
+
+    def _completion(self, row: Row, place: int, prompt: str, text: str) -> str:
+        if not text.startswith(prompt):
             raise ConfigError(
                 f"{row.source}: the chat template of {self._name} does not begin the conversation with the prompt that "
                 "generation would start from; use template: plain"
             )
-        completion = self._ended(whole[len(prompt) :])
-        if not completion.removesuffix(self._eos).strip():
+        completion = text[len(prompt) :]
+        # White space apart: templates trim an answer, or set its thoughts on lines of their own.
+        if "".join(row.messages[place].content.split()) not in "".join(completion.split()):
             raise ConfigError(
-                f"{row.source}: the chat template of {self._name} leaves the answer out; use template: plain"
+                f"{row.source}: the chat template of {self._name} leaves the answer out, or a part of it; "
+                "use template: plain"
             )
-        return prompt, completion
+        return completion
 
-    def prompt_text(self, row: Row) -> str:
-        """The text that generation starts from: all messages but the last, and the opening of the answer."""
-        if any(self._eos in message.content for message in row.prompt):
-            raise self._spelled_end(row)
-        if self.kind == "chat":
-            return self._chat(row, row.prompt, generate=True)
-        turns = (f"{_HEADINGS[message.role]}{message.content}\n\n" for message in row.prompt)
-        return "".join(turns) + _HEADINGS["assistant"]
-
-    def _chat(self, row: Row, messages: tuple[Message, ...], *, generate: bool) -> str:
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+    def _rendered(self, wanted: Sequence[_Wanted]) -> list[str]:
+        conversations = [
+            ([{"role": message.role, "content": message.content} for message in messages], generate)
+            for _, messages, generate in wanted
+        ]
         try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate)
-        except Exception as error:  # a template is a foreign program: beside jinja2's errors it raises any of Python's
-            reason = f"{type(error).__name__}: {shown(str(error).strip(), 160)}"
+            return render(self.source, self._tokenizer.special_tokens_map, conversations) if wanted else []
+        except RenderError as error:
             raise ConfigError(
-                f"{row.source}: the chat template of {self._name} failed ({reason}); use template: plain"
+                f"{wanted[error.index][0].source}: the chat template of {self._name} failed ({shown(error, 160)}); "
+                "use template: plain"
             ) from error
-        return str(text)
 
     def _ended(self, completion: str) -> str:
         """The completion up to its end-of-turn token, closed by the end token that generation stops at.
@@ -101,13 +210,29 @@ class Template:
         What templates write after the end-of-turn token (mostly a newline) would be generated by nobody.
         """
         stripped = completion.rstrip()
-        if stripped.endswith(self._ends):
+        if stripped.endswith(self._specials):
             completion = stripped
         return completion if completion.endswith(self._eos) else completion + self._eos
 
-    def _spelled_end(self, row: Row) -> DataError:
+    def _special_at_end(self, text: str) -> str:
+        return max((token for token in self._specials if text.endswith(token)), key=len, default="")
+
+    def _refuse_ends(self, row: Row, messages: Sequence[Message]) -> None:
         # It would become the real token: an end in the middle of the text, or two at the end.
-        return DataError(
-            f"{row.source}: a message holds the tokenizer's end token {quoted(self._eos)}; remove it, "
-            "the template adds it"
-        )
+        if row.is_text:
+            return  # where an end token parts documents
+        for end in {self._eos, self.turn_end}:
+            if any(end in message.content for message in messages):
+                raise DataError(
+                    f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it, "
+                    "the template adds it"
+                )
+
+
+def _answers(row: Row) -> list[int]:
+    """Places of the answers that follow a user's message; others, such as a greeting, are context."""
+    return [
+        place
+        for place, (before, message) in enumerate(itertools.pairwise(row.messages), start=1)
+        if message.role == "assistant" and before.role == "user"
+    ]

@@ -113,13 +113,34 @@ class AdapterSection(Section):
     """Seed of the truncated SVD."""
 
 
+class SourceSection(Section):
+    """One source of a mixture."""
+
+    source: Source
+    """A local file, `builtin:word-problems`, or a data set id on the hub, as for data.train."""
+
+    split: Text | None = None
+    """Split of the source, where it has some; left out, it is data.train_split or data.test_split."""
+
+    rows: Count | None = None
+    """At most this many rows, from the first."""
+
+    weight: Positive | None = None
+    """Share of the mixture, relative to the other sources'; for all sources or for none. Without weights each source
+    gives all its rows."""
+
+
+Sources = Source | Annotated[list[SourceSection], Field(min_length=1)]
+
+
 class DataSection(Section):
     """Rows to learn from and rows to be judged on."""
 
-    train: Source
-    """A .jsonl file, `builtin:word-problems`, or a data set id on the hub."""
+    train: Sources
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), `builtin:word-problems`, a data set id on the hub (`id` or
+    `id:config`), or a list of sources that are mixed."""
 
-    test: Source | None = None
+    test: Sources | None = None
     """Held-out rows, written the same way; never trained on. Needed unless evaluation.enabled is false."""
 
     train_split: Text = "train"
@@ -129,19 +150,32 @@ class DataSection(Section):
     """Split of `test`, where the source has splits."""
 
     train_rows: Count | None = None
-    """At most this many training rows."""
+    """At most this many training rows, from the first; of a mixture exactly this many, by the weights."""
 
     test_rows: Count | None = None
-    """At most this many held-out rows."""
+    """The same for held-out rows."""
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat` is the tokenizer's own template, `plain` needs none; `auto` takes chat where there is one."""
 
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    """What is learned of a conversation: every answer, only the last one, or all tokens, the questions' too."""
+
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 512
     """Tokens a row may have."""
 
+    packing: bool = False
+    """Lay rows end to end up to max_length instead of padding them; for models that keep them apart."""
+
     seed: Seed = 0
-    """Seed of generated rows."""
+    """Seed of generated rows, and of what a mixture takes of each source."""
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> DataSection:
+        for key, value in (("train", self.train), ("test", self.test)):
+            if isinstance(value, list) and len({each.weight is None for each in value}) > 1:
+                raise ValueError(f"key 'data.{key}': only some sources have a weight; give one to all or to none")
+        return self
 
 
 class TrainSection(Section):

@@ -11,7 +11,7 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
@@ -289,19 +289,33 @@ def _real_key(tree: _Tree, loc: tuple[str | int, ...]) -> Key:
     """`loc` without the names that pydantic adds for the forms of a union ("str", "list[...]")."""
     value: Any = tree.values
     key: list[str | int] = []
-    fields: Any = RunConfig
+    section: type[Section] | None = RunConfig
     for part in loc:
-        is_field = isinstance(fields, type) and issubclass(fields, Section) and part in fields.model_fields
+        is_field = section is not None and part in section.model_fields
         inside = part in value if isinstance(value, dict) else isinstance(part, int) and isinstance(value, list)
         if not (is_field or inside):
             continue
         key.append(part)
-        fields = fields.model_fields[part].annotation if is_field else None
+        section = _inside(section, part)
         if isinstance(value, dict):
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
             value = value[part]
     return tuple(key)
+
+
+def _inside(section: type[Section] | None, part: str | int) -> type[Section] | None:
+    """The section that a key of `section` holds, itself or in a list; a list's number leaves it where it is."""
+    if isinstance(part, int) or section is None:
+        return section
+    field = section.model_fields.get(part)
+    return None if field is None else _section_in(field.annotation)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if _is_section(annotation):
+        return annotation  # type: ignore[no-any-return]
+    return next((found for form in get_args(annotation) if (found := _section_in(form))), None)
 
 
 def _is_section(annotation: Any) -> bool:
@@ -318,8 +332,10 @@ def _known_keys() -> list[str]:
 
 
 def _siblings(key: Key) -> list[str]:
-    prefix = ".".join(map(str, key[:-1]))
-    return [known.rpartition(".")[2] for known in _known_keys() if known.rpartition(".")[0] == prefix] or _known_keys()
+    section: type[Section] | None = RunConfig
+    for part in key[:-1]:
+        section = _inside(section, part)
+    return _known_keys() if section is None else list(section.model_fields)
 
 
 def _closest(key: Key) -> str | None:

@@ -34,7 +34,7 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
     rows = _rows(definitions, definitions, "")
     if key is None:
         return rows
-    found = [row for row in rows if row[0] == key or row[0].startswith(f"{key}.")]
+    found = [row for row in rows if row[0] == key or row[0].startswith((f"{key}.", f"{key}[]"))]
     if not found:
         names = [row[0] for row in rows]
         near = difflib.get_close_matches(key, [*names, *(name.rpartition(".")[2] for name in names)], n=1, cutoff=0.5)
@@ -64,6 +64,8 @@ def _rows(node: dict[str, Any], root: dict[str, Any], prefix: str) -> list[tuple
         default = "required" if name in node.get("required", ()) else _shown(entry.get("default"))
         meaning = " ".join(str(entry.get("description", "")).split())
         rows.append((f"{prefix}{name}", _values(entry), default, meaning))
+        for listed in filter(None, (_listed(form, root) for form in entry.get("anyOf", [entry]))):
+            rows += _rows(listed, root, f"{prefix}{name}[].")
     return rows
 
 
@@ -72,7 +74,14 @@ def _referred(entry: dict[str, Any], root: dict[str, Any]) -> dict[str, Any] | N
     return root["$defs"][reference.rpartition("/")[2]] if reference else None
 
 
+def _listed(entry: dict[str, Any], root: dict[str, Any]) -> dict[str, Any] | None:
+    """The section of which an entry is a list."""
+    return _referred(entry.get("items", {}), root)
+
+
 def _values(entry: dict[str, Any]) -> str:
+    if "$ref" in entry:
+        return "sections with keys"
     if "anyOf" in entry:
         return " or ".join(dict.fromkeys(_values(form) for form in entry["anyOf"]))
     if "enum" in entry:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
+from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
-from dude_peft.train.batches import pad_right
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
 from dude_peft.train.loop import Loop

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from dude_peft.train.batches import IGNORED, pad_left, pad_right
+from dude_peft.data.batches import pad_left, pad_right
+from dude_peft.data.labels import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ def held_out_loss(
         batch = {name: tensor.to(model.device) for name, tensor in pad_right(rows, pad_id).items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
-        learned = labels != IGNORED
+        learned = labels != IGNORE
         total += float(functional.cross_entropy(logits[learned].float(), labels[learned], reduction="sum"))
         tokens += int(learned.sum())
         advance(len(rows))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, DataError, NumericsError
-from dude_peft.train.batches import pad_right
 
 _ROWS, _TOKENS = 2, 64
 

@@ -1,0 +1,54 @@
+"""Examples of different lengths as tensors: padded to a rectangle, or laid end to end without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dude_peft.data.labels import IGNORE
+
+Example = Mapping[str, Sequence[int]]
+
+
+def pad_right(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Training examples -> input_ids, attention_mask and labels, each (rows, longest).
+
+    The mask comes from the lengths alone: a token of the text that happens to be the padding token is read like any.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    longest = max(lengths)
+    filler = {"input_ids": pad_id, "labels": IGNORE}
+    batch = {
+        name: torch.tensor([[*example[name], *[fill] * (longest - len(example[name]))] for example in examples])
+        for name, fill in filler.items()
+    }
+    return batch | {"attention_mask": torch.tensor([[1] * length + [0] * (longest - length) for length in lengths])}
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Prompts -> input_ids and attention_mask, each (rows, longest), ending where generation begins."""
+    longest = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[*[pad_id] * (longest - len(prompt)), *prompt] for prompt in prompts]),
+        "attention_mask": torch.tensor([[*[0] * (longest - len(prompt)), *[1] * len(prompt)] for prompt in prompts]),
+    }
+
+
+def flat(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Training examples end to end -> input_ids, position_ids and labels, each (1, tokens), without padding.
+
+    Positions begin at 0 in each example; that, and that there is no attention_mask, is how transformers (and its flash
+    attention) knows where one example ends. The first label of each is IGNORE: no example predicts the next one's
+    first token. Only for models that `packing.packs_apart` approves, and without a cache of keys (use_cache=False).
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        ids += example["input_ids"]
+        positions += range(len(example["input_ids"]))
+        labels += [IGNORE, *example["labels"][1:]]
+    rows = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {name: torch.tensor([row]) for name, row in rows.items()}

@@ -1,0 +1,174 @@
+"""From sources to training examples on disk: each source is read and tokenised once, and found again by its content.
+
+What decides the examples is the key: the bytes of the source, the tokenizer, the template, the limits, the versions. A
+run that starts with the same key maps the files of the first one; a mixture is a choice among its sources' examples, so
+that other weights or another seed tokenise nothing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from dude_peft.artifact.durable import disk_errors, whole_folder
+from dude_peft.data.cache_folder import cache_folder
+from dude_peft.data.encode import Encoder
+from dude_peft.data.formats import Row
+from dude_peft.data.mixture import Entry, Part, entries_of, mix
+from dude_peft.data.rows import data_sha256, local_file, stream_rows
+from dude_peft.data.stamp import stamp_of
+from dude_peft.data.template import Template
+from dude_peft.data.token_set import Stored, TokenSet
+from dude_peft.data.token_store import DamagedStoreError, TokenStore, TokenWriter, open_store
+from dude_peft.errors import BusyError, ConfigError, ResourceError
+from dude_peft.show import shown
+
+_FORMAT = 1
+"""Raised whenever the same rows would become other examples, or the files other files."""
+
+_BUSY_SECONDS = 0.2
+
+
+def prepare(
+    source: str | os.PathLike[str] | Sequence[Entry],
+    template: Template,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    train_on: str = "answers",
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> TokenSet:
+    """The examples of one source, or of a mixture of several, tokenised now or found in the cache.
+
+    Args:
+        source: a name (`rows.stream_rows`), or entries of a mixture (`mixture.mix`).
+        template: how rows become text.
+        tokenizer: how text becomes ids.
+        max_length: tokens that an example may have.
+        train_on: what is learned of a conversation: answers, last_answer or all.
+        split: of sources that name none themselves.
+        limit: of one source, its first rows; of a mixture, the number of its examples. None takes all.
+        seed: of a built-in set, and of what a mixture takes of each source.
+        cache: the folder of the cache; None is `cache_folder()`.
+        advance: called with the number of rows that were just tokenised.
+
+    Raises:
+        DataError: a bad row, an empty set, a file that is missing or changes, no row that fits.
+        ConfigError: a wrong option, tokenizer or chat template.
+        ResourceError: the cache cannot be written.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        parts, total = [Part(os.fspath(source), split, limit)], None
+    else:
+        parts, total = entries_of(source, split), limit
+    root = cache or cache_folder()
+    settings = {
+        "format": _FORMAT,
+        "tokenizer": _tokenizer_sha256(tokenizer),
+        "template": [template.kind, template.source],
+        "max_length": max_length,
+        "train_on": train_on,
+    }
+
+    def encoder() -> Encoder:
+        return Encoder(template, tokenizer, max_length=max_length, train_on=train_on)
+
+    encoder()  # a wrong option is told before anything is read
+    stored = [_stored(part, seed, settings, encoder, root, advance) for part in parts]
+    sizes = [len(each.store) for each in stored]
+    return TokenSet(stored, mix(sizes, [part.weight for part in parts], total, seed))
+
+
+def _stored(
+    part: Part,
+    seed: int,
+    settings: dict[str, Any],
+    encoder: Callable[[], Encoder],
+    root: Path,
+    advance: Callable[[int], None],
+) -> Stored:
+    path = local_file(part.source)
+    name = shown(part.source, None) if path is not None else f"{shown(part.source)}[{shown(part.split)}]"
+
+    def rows() -> Iterator[Row]:
+        return stream_rows(part.source, split=part.split, limit=part.rows, seed=seed)
+
+    stamp = None if path is None else stamp_of(path)
+    if stamp is not None:
+        # Suffixes tell the reader which format the bytes are.
+        content = [stamp.sha256, PurePath(part.source).suffix.lower(), part.rows]
+    else:
+        content = [data_sha256(rows())]
+    key = {**settings, "content": content}
+
+    def fill(folder: Path) -> None:
+        made, this = 0, encoder()
+        with TokenWriter(folder) as writer:
+            for row, examples in this.examples(rows()):
+                writer.add(row, examples, this.ends)
+                made += len(examples)
+                advance(1)
+            this.check_any(made, f"{name}: ")
+            if stamp is not None:
+                stamp.verify(name)
+            writer.finish(key, this.counts)
+
+    return Stored(name, _cached(root / "tokens", key, fill), stamp)
+
+
+def _cached(root: Path, key: dict[str, Any], fill: Callable[[Path], None]) -> TokenStore:
+    """The store of `key`, made by `fill` where there is none or a damaged one; one process makes it, others wait."""
+    folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode("ascii")).hexdigest()[:32]
+    damaged = False
+    while True:
+        try:
+            return open_store(folder, key)
+        except FileNotFoundError:
+            pass
+        except DamagedStoreError as error:
+            if damaged:
+                raise ResourceError(
+                    f"cache {shown(error, 300)}, although it was just written; check the disk"
+                ) from error
+            damaged = True
+            with disk_errors(folder):
+                shutil.rmtree(folder)
+        try:
+            with disk_errors(folder), whole_folder(folder) as staging:
+                fill(staging)
+        except BusyError:
+            time.sleep(_BUSY_SECONDS)
+        except ConfigError:
+            if not folder.exists():  # else another process has just made it
+                raise
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    """The hash of all that decides how text becomes ids, the libraries' versions among it."""
+    import tokenizers
+    import transformers
+
+    digest = hashlib.sha256()
+    more = [tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
+    versions = [tokenizers.__version__, transformers.__version__]
+    digest.update(json.dumps([type(tokenizer).__name__, more, versions], sort_keys=True, default=str).encode("ascii"))
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= {"truncation": None, "padding": None}  # left behind by the last call, whatever it asked for
+        digest.update(json.dumps(state, sort_keys=True).encode("ascii"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in sorted(tokenizer.save_pretrained(folder)):
+                digest.update(Path(path).read_bytes())
+    return digest.hexdigest()

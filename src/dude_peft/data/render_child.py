@@ -1,0 +1,68 @@
+"""The process in which foreign chat templates run: conversations in, texts out, as JSON lines.
+
+It holds no model and no more memory than it needs, and whoever started it ends it when a template takes too long. It
+imports transformers' renderer without torch, so that it starts in half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any
+
+_SPARE_BYTES = 2**30
+_LONGEST_TEXT = 64 * 2**20
+_LONGEST_SECONDS = 60
+
+
+def main() -> None:
+    """Answers requests from standard input until it ends.
+
+    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...]}; each conversation is
+    answered by one line, {"text"} or {"fault"}.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _limit_memory()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        for messages, generate in request["conversations"]:
+            print(json.dumps(_answer(render_jinja_template, request, messages, generate)), flush=True)
+
+
+def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]], generate: bool) -> dict[str, str]:
+    # Where the parent is gone, nobody else ends a template that hangs: the signal does, in the middle of anything.
+    _alarm(_LONGEST_SECONDS)
+    try:
+        texts, _ = render(
+            conversations=[messages],
+            chat_template=request["template"],
+            add_generation_prompt=generate,
+            **request["tokens"],
+        )
+        text = str(texts[0])
+    except Exception as error:  # a template is a foreign program: beside jinja2's errors it raises any of Python's
+        return {"fault": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
+    finally:
+        _alarm(0)
+    if len(text) > _LONGEST_TEXT:
+        return {"fault": f"it wrote {len(text):,} characters"}
+    return {"text": text}
+
+
+def _alarm(seconds: int) -> None:
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + _SPARE_BYTES,) * 2)
+    except (ImportError, OSError, ValueError):
+        pass  # no such limit on this system; the limit on time remains

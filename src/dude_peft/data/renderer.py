@@ -1,0 +1,128 @@
+"""Runs chat templates, which are foreign programs, in a process of their own with limits on time and memory.
+
+A template may loop for hours or ask for gigabytes in one expression; neither can be stopped in the same process. One
+child serves the whole process; it is started at the first chat template and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dude_peft.errors import ResourceError
+
+RENDER_SECONDS = 10.0
+"""What one conversation may take; an honest template needs less than a millisecond."""
+
+_START_SECONDS = 120.0
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from dude_peft.data.render_child import main; main()"
+
+
+Conversation = tuple[Sequence[Mapping[str, str]], bool]
+"""Messages with role and content, and whether the opening of an answer is added."""
+
+
+class RenderError(Exception):
+    """A template failed, took too long or wanted too much memory; `str()` tells which, `index` at what conversation."""
+
+    def __init__(self, reason: str, index: int) -> None:
+        super().__init__(reason)
+        self.index = index
+
+
+class _Renderer:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: Any = None
+        self._lines: queue.Queue[bytes] = queue.Queue()
+
+    def render(self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
+        """The text of each conversation in order; raises RenderError at the first that fails."""
+        request = {"template": template, "tokens": dict(tokens), "conversations": conversations}
+        answers: list[dict[str, str]] = []
+        with self._lock:
+            self._start()
+            try:
+                self._child.stdin.write(json.dumps(request).encode("ascii") + b"\n")
+                self._child.stdin.flush()
+                for _ in conversations:
+                    answers.append(json.loads(self._line(RENDER_SECONDS)))
+            except BaseException as error:
+                self.stop()  # whatever it is doing, its next answer would be to an old question
+                if isinstance(error, queue.Empty):
+                    raise RenderError(f"it took more than {RENDER_SECONDS:.0f} seconds", len(answers)) from error
+                if isinstance(error, OSError):
+                    raise RenderError("its process died; does it need much memory?", len(answers)) from error
+                raise
+        for index, answer in enumerate(answers):
+            if "fault" in answer:
+                raise RenderError(answer["fault"], index)
+        return [answer["text"] for answer in answers]
+
+    def _start(self) -> None:
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.stop()
+        # Its own session: Ctrl-C is for the parent, whose end the child sees on its standard input.
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._lines = queue.Queue()
+        threading.Thread(target=_copy, args=(self._child.stdout, self._lines), daemon=True).start()
+        try:
+            self._line(_START_SECONDS)
+        except (OSError, queue.Empty) as error:
+            self.stop()
+            raise ResourceError("the process for chat templates does not start; use template: plain") from error
+
+    def _line(self, seconds: float) -> bytes:
+        line = self._lines.get(timeout=seconds)
+        if not line:
+            raise BrokenPipeError("the process ended")
+        return line
+
+    def stop(self) -> None:
+        """Ends the child; the next `render` starts another."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            with contextlib.suppress(OSError):  # what was not sent any more
+                child.stdin.close()
+
+
+def _copy(stream: Any, lines: queue.Queue[bytes]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(b"")
+
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.stop)
+
+
+def render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
+    """The text that a chat template makes of each conversation.
+
+    Args:
+        template: the Jinja source.
+        tokens: the tokenizer's special tokens, by the names that templates know.
+        conversations: what is rendered, in one call to the child.
+
+    Raises:
+        RenderError: the template failed, took longer than RENDER_SECONDS or wanted more than 1 GiB.
+        ResourceError: no process can be started.
+    """
+    return _RENDERER.render(template, tokens, conversations)

@@ -1,0 +1,121 @@
+"""Training examples on disk as a sequence, of one source or a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dude_peft.data.encode import Counts
+from dude_peft.data.stamp import Stamp
+from dude_peft.data.token_store import TokenStore
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One source of a TokenSet."""
+
+    name: str
+    """What its rows' places follow: `file.jsonl`, `builtin:word-problems[train]`."""
+    store: TokenStore
+    stamp: Stamp | None
+    """Of a local file."""
+
+
+class TokenSet(Sequence[dict[str, list[int]]]):
+    """Examples as Trainer takes them, read from disk when asked for: {"input_ids", "labels"} of each."""
+
+    lengths: NDArray[np.int64]
+    """Tokens of each example."""
+    counts: Counts
+    """What became of the rows of all sources; tokens, trained_tokens and ended of the examples of this set."""
+    sha256: str
+    """What it was made of, in order: of one source `rows.data_sha256`, of a mixture its sources' and the choice."""
+
+    def __init__(self, sources: Sequence[Stored], chosen: Sequence[NDArray[np.int64]]) -> None:
+        """`chosen`: of each source the examples taken, in order, repeats allowed."""
+        self._sources = list(sources)
+        sizes = [len(source.store) for source in sources]
+        self._bounds = np.cumsum([0, *sizes])
+        self._index = np.concatenate([picked + first for picked, first in zip(chosen, self._bounds, strict=False)])
+        self.lengths = self._gathered("lengths")
+        self.counts = self._counted()
+        whole = len(sources) == 1 and np.array_equal(self._index, np.arange(sizes[0]))
+        self.sha256 = sources[0].store.sha256 if whole else self._mixed_sha256()
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, list[int]]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, list[int]] | list[dict[str, list[int]]]:
+        """One example as lists; labels are IGNORE where a token is not trained."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        source, place = self._place(index)
+        example = source.store.example(place)
+        return {"input_ids": example.ids, "labels": example.labels}
+
+    def source(self, index: int) -> str:
+        """Where an example comes from: `file.jsonl:12`."""
+        source, place = self._place(index)
+        return f"{source.name}:{source.store.columns['places'][place]}"
+
+    @property
+    def duplicates(self) -> int:
+        """The number of examples whose tokens are all those of another; a row that a mixture repeats counts once."""
+        used = np.unique(self._index)
+        return len(used) - len(np.unique(self._gathered("contents", used)))
+
+    def prompts(self) -> NDArray[np.uint64]:
+        """64-bit hashes of what each example asks (of plain text: of the block)."""
+        return self._gathered("prompts")
+
+    def verify_unchanged(self) -> None:
+        """Raises DataError where a file was changed since it was read."""
+        for source in self._sources:
+            if source.stamp is not None:
+                source.stamp.verify(source.name)
+
+    def _place(self, index: int) -> tuple[Stored, int]:
+        number = int(self._index[index])
+        source = int(np.searchsorted(self._bounds, number, side="right")) - 1
+        return self._sources[source], number - int(self._bounds[source])
+
+    def _gathered(self, name: str, index: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """A column of all sources, in the order of the set."""
+        parts = [
+            np.diff(source.store.columns["starts"]) if name == "lengths" else source.store.columns[name]
+            for source in self._sources
+        ]
+        return np.concatenate(parts)[self._index if index is None else index]
+
+    def _counted(self) -> Counts:
+        each = [source.store.counts for source in self._sources]
+        summed = {name: sum(getattr(counts, name) for counts in each) for name in vars(each[0])}
+        return replace(
+            Counts(**summed),
+            longest=max(counts.longest for counts in each),
+            largest_id=max(counts.largest_id for counts in each),
+            tokens=int(self.lengths.sum()),
+            trained_tokens=int(self._gathered("learned").sum()),
+            ended=int(self._gathered("ended").sum()),
+        )
+
+    def _mixed_sha256(self) -> str:
+        digest = hashlib.sha256(json.dumps([source.store.sha256 for source in self._sources]).encode("ascii"))
+        digest.update(self._index.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def overlap(train: TokenSet, test: TokenSet) -> int:
+    """The number of test examples that ask what a training example asks: leaked questions."""
+    return int(np.isin(test.prompts(), train.prompts()).sum())

@@ -1,0 +1,172 @@
+"""The examples of one source as files that are mapped into memory, never read as a whole.
+
+    ids        int32      the tokens of all examples, one behind the other
+    trained    bool       of each token, whether it has a label
+    starts     int64      where each example begins, and the end
+    places     int64      line or number of the row that each example comes from
+    prompts    uint64     hash of what is asked (of plain text: of the block)
+    contents   uint64     hash of the example's tokens
+    learned    int32      number of trained tokens
+    ended      bool       whether a learned end token closes it
+
+All little-endian. `manifest.json`, written last, has their sizes and hashes, what was counted, and its own hash: files
+that do not agree with it are never used. 64-bit hashes find repetitions; among 10^8 examples one false one is to be
+expected every few thousand sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass
+from io import BufferedWriter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from dude_peft.artifact.durable import replace_file
+from dude_peft.data.encode import Counts, Example
+from dude_peft.data.formats import Row
+from dude_peft.data.rows import row_bytes
+
+MANIFEST = "manifest.json"
+
+_COLUMNS = {
+    "ids": "<i4",
+    "trained": "?",
+    "starts": "<i8",
+    "places": "<i8",
+    "prompts": "<u8",
+    "contents": "<u8",
+    "learned": "<i4",
+    "ended": "?",
+}
+_LONG = struct.Struct("<q")
+_INT = struct.Struct("<i")
+_READ_BYTES = 2**20
+
+
+class DamagedStoreError(Exception):
+    """The files do not agree with the manifest, or it is none."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """One source's examples."""
+
+    columns: dict[str, NDArray[Any]]
+    """By the names above."""
+    counts: Counts
+    sha256: str
+    """`rows.data_sha256` of all rows read, dropped ones included."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.columns["places"])
+
+    def example(self, index: int) -> Example:
+        """One example."""
+        start, stop = (int(place) for place in self.columns["starts"][index : index + 2])
+        return Example(self.columns["ids"][start:stop].tolist(), self.columns["trained"][start:stop].tolist())
+
+
+class TokenWriter:
+    """Writes a store into an empty folder, example by example; `finish` makes it one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BufferedWriter] = {}
+        self._hashes = {name: xxhash.xxh3_128() for name in _COLUMNS}
+        self._sizes = dict.fromkeys(_COLUMNS, 0)
+        self._at = 0
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> TokenWriter:
+        """Opens the files."""
+        self._files = {name: (self._folder / name).open("wb") for name in _COLUMNS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes them."""
+        for file in self._files.values():
+            file.close()
+
+    def add(self, row: Row, examples: list[Example], ends: set[int]) -> None:
+        """The next row and what became of it; `ends` are the ids of the end tokens."""
+        self._digest.update(row_bytes(row.messages))
+        place = int(row.source.rpartition(":")[2])
+        for example in examples:
+            ids = np.array(example.ids, "<i4").tobytes()
+            self._write("ids", ids)
+            self._write("trained", bytes(example.trained))
+            self._write("starts", _LONG.pack(self._at))
+            self._write("places", _LONG.pack(place))
+            self._write("prompts", _hash(ids if row.is_text else row_bytes(row.prompt)))
+            self._write("contents", _hash(ids))
+            self._write("learned", _INT.pack(sum(example.trained)))
+            self._write("ended", bytes([example.ids[-1] in ends]))
+            self._at += len(example.ids)
+
+    def finish(self, key: dict[str, Any], counts: Counts) -> None:
+        """Writes the manifest; `key` is what the store was made from."""
+        self._write("starts", _LONG.pack(self._at))
+        for file in self._files.values():
+            file.close()
+        files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
+        body = {"key": key, "files": files, "counts": asdict(counts), "sha256": self._digest.hexdigest()}
+        replace_file(self._folder / MANIFEST, json.dumps({"sha256": _sha256(body), "body": body}).encode("ascii"))
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._hashes[name].update(data)
+        self._sizes[name] += len(data)
+
+
+def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
+    """The store in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedStoreError: a file is missing, has another size or other bytes, or the key is another one.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        body = manifest["body"]
+        if manifest["sha256"] != _sha256(body) or body["key"] != key or body["files"].keys() != _COLUMNS.keys():
+            raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
+        for name, (size, digest) in body["files"].items():
+            if (folder / name).stat().st_size != size or _file_hash(folder / name) != digest:
+                raise DamagedStoreError(f"{folder}: {name} was changed")
+        columns: dict[str, NDArray[Any]] = {
+            name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _COLUMNS.items()
+        }
+        return TokenStore(columns, Counts(**body["counts"]), body["sha256"])
+    except FileNotFoundError:
+        if folder.exists():
+            raise DamagedStoreError(f"{folder}: files are missing") from None
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedStoreError(f"{folder}: {error}") from error
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _sha256(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""`dude data check`: what a run would learn of a data set, before it costs anything; needs a tokenizer, no weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from rich.text import Text
+
+from dude_peft.data.encode import Counts
+from dude_peft.data.prepare import prepare
+from dude_peft.data.rows import stream_rows
+from dude_peft.data.template import Template
+from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.errors import ConfigError
+from dude_peft.show import quoted, shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.train.config import ModelSection
+from dude_peft.train.model import load_tokenizer, locate
+
+_SHAPE_ROWS = 1000
+_SAMPLES = 3
+_SAMPLE_TOKENS = 300
+
+
+def check(
+    source: str,
+    model: str,
+    *,
+    gguf_file: str | None = None,
+    test: str | None = None,
+    template: str = "auto",
+    max_length: int = 512,
+    train_on: str = "answers",
+) -> None:
+    """Shows what of `source` a run on `model` would train, and how much of it; the examples stay in the cache.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+        ConfigError: a wrong option, tokenizer or chat template.
+        ResourceError: the cache cannot be written.
+    """
+    if not model:
+        raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
+    display = Display()
+    section = ModelSection(name_or_path=model, gguf_file=gguf_file or None)
+    where = locate(section)
+    shapes = _shapes(source)
+    with quiet_imports():
+        tokenizer = load_tokenizer(section, where)
+    written = Template(tokenizer, template)
+    options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
+    with display.waiting("reading"):
+        made = prepare(source, written, tokenizer, **options)
+        held_out = None if test is None else prepare(test, written, tokenizer, split="test", **options)
+    display.say(f"format: {', '.join(shapes)}")
+    display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
+    for line in _numbers(made, max_length):
+        display.say(line)
+    for line in made.counts.losses(max_length):
+        display.warn(line)
+    if held_out is not None:
+        for line in held_out.counts.losses(max_length):
+            display.warn(f"held-out: {line}")
+        count = overlap(made, held_out)
+        line = f"{count} of {len(held_out)} held-out examples ask what a training example asks"
+        (display.warn if count else display.say)(line)
+    for index in sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]:
+        display.say(f"\nexample {index + 1}, {made.source(index)}; {_legend(display)}:")
+        display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
+
+
+def _shapes(source: str) -> list[str]:
+    """The shapes of the first rows, the most frequent first."""
+    rows = itertools.islice(stream_rows(source), _SHAPE_ROWS)
+    return [name for name, _ in Counter(row.shape or "built-in" for row in rows).most_common()]
+
+
+def _ends(template: Template, tokenizer: Any) -> str:
+    ends = f"the end token is {quoted(tokenizer.eos_token)}"
+    if template.turn_end != tokenizer.eos_token:
+        ends += f", an answer's own end {quoted(template.turn_end)}"
+    return ends
+
+
+def _numbers(made: TokenSet, max_length: int) -> list[str]:
+    import numpy as np
+
+    counts: Counts = made.counts
+    middle, high = (int(np.percentile(made.lengths, share, method="higher")) for share in (50, 95))
+    return [
+        f"rows: {counts.rows:,}; examples: {len(made):,}, {made.duplicates:,} of them repetitions",
+        f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them trained; an example has {made.lengths.min()} to "
+        f"{made.lengths.max()}, the median {middle}, 95 % at most {high}; max_length is {max_length}",
+        f"learned end: {counts.ended:,} of {len(made):,} examples",
+    ]
+
+
+def _coloured(display: Display) -> bool:
+    return display.console.is_terminal and display.console.color_system is not None
+
+
+def _legend(display: Display) -> str:
+    return "trained tokens are green" if _coloured(display) else "trained tokens stand between « and »"
+
+
+def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> Text:
+    """The text of an example, trained stretches marked, control characters escaped; of a long one head and tail."""
+    ids, labels = example["input_ids"], example["labels"]
+    half = _SAMPLE_TOKENS // 2
+    parts = [range(len(ids))] if len(ids) <= 2 * half else [range(half), range(len(ids) - half, len(ids))]
+    text = Text()
+    for part in parts:
+        if part.start:
+            text.append("\n…\n")
+        for trained, group in itertools.groupby(part, key=lambda place: labels[place] == ids[place]):
+            decoded = tokenizer.decode([ids[place] for place in group], clean_up_tokenization_spaces=False)
+            safe = "\n".join(shown(line, None) for line in decoded.split("\n"))
+            text.append(f"«{safe}»" if trained and not colour else safe, style="green" if trained else "dim")
+    return text

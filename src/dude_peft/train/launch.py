@@ -1,0 +1,110 @@
+"""Several processes of one run on this machine: started together, signalled together, ended together.
+
+torch's own launcher ends with its own exit code and sends a terminal's Ctrl-C twice; a run of ours promises a checkpoint
+and exit 130. So the processes are started here, with the environment that torch's launcher gives, which is also why
+`torchrun ... -m dude_peft.cli train CONFIG --launch ddp` works, on several machines too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+_PATIENCE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Runs `dude ARGUMENTS` in several processes and waits for them.
+
+    The first one shows and writes; where another one fails first, what it had to say is shown.
+
+    Args:
+        arguments: of the command, as typed.
+        processes: how many.
+
+    Returns:
+        The exit code of the run: 0, or the first failing process's.
+    """
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    rendezvous["LOCAL_WORLD_SIZE"] = str(processes)
+    rendezvous.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(_threads(processes))))
+    children: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        for rank in range(processes):
+            silent = {} if rank == 0 else {"stdout": subprocess.DEVNULL, "stderr": said[rank]}
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "dude_peft.cli", *arguments],
+                    env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
+                    preexec_fn=_die_with_parent,
+                    **silent,  # type: ignore[call-overload]
+                )
+            )
+        with _passed_on(children):
+            rank, code = _wait(children)
+        if code not in (0, None) and rank != 0:
+            said[rank].seek(0)
+            sys.stderr.write(said[rank].read().decode("utf-8", "replace"))
+        return code if code >= 0 else 128 - code
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """(number, exit code) of the first that failed, or (0, 0); none of them is left behind."""
+    failed: tuple[int, int] | None = None
+    end = float("inf")
+    while any(child.poll() is None for child in children) and time.monotonic() < end:
+        bad = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
+        if bad and failed is None:
+            failed = bad[0]
+            end = time.monotonic() + _PATIENCE_SECONDS  # the others often fail of the same, and say so better
+        time.sleep(_POLL_SECONDS)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    codes = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode > 0]
+    return (codes or ([failed] if failed else []) or [(0, 0)])[0]
+
+
+@contextlib.contextmanager
+def _passed_on(children: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """On Linux a child ends with its parent, however that ends; elsewhere a killed parent leaves children to themselves."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _threads(processes: int) -> int:
+    return max(1, (os.cpu_count() or 1) // processes)

@@ -1,0 +1,90 @@
+"""`dude data check`: what it shows of a data set, without weights and without the network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_tokenizer
+from transformers import LlamaConfig
+
+from dude_peft.errors import ConfigError, DataError
+from dude_peft.train.data_check import check
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    """A folder with a tokenizer and a configuration, and no weights."""
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    LlamaConfig(vocab_size=261).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+TURNS = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b\x1b[31m")]
+ROWS = [
+    {"prompt": "one", "completion": "yes"},
+    {"prompt": "one", "completion": "yes"},
+    {"prompt": "long", "completion": "x" * 80},
+    {"messages": [{"role": role, "content": text} for role, text in TURNS]},
+]
+
+
+def test_it_shows_what_is_trained(tmp_path, model, capsys):
+    train = write(tmp_path / "train.jsonl", ROWS)
+    test = write(
+        tmp_path / "test.jsonl", [{"prompt": "one", "completion": "no"}, {"prompt": "two", "completion": "no"}]
+    )
+    check(train, model, test=test, max_length=60)
+    out = capsys.readouterr().out
+    for line in (
+        "format: prompt + completion, messages",
+        "template: chat; the end token is '<|end|>'",
+        "rows: 4; examples: 3, 1 of them repetitions",
+        "max_length is 60",
+        "learned end: 3 of 3 examples",
+        "warning: 1 of 4 rows are longer than max_length 60 and left out (1 would lose only the end of their answer)",
+        "warning: 1 of 2 held-out examples ask what a training example asks",
+        f"example 3, {train}:4; trained tokens stand between « and »:",
+        "<|user|>q<|end|>\n<|assistant|>«a<|end|>»\n<|user|>r<|end|>\n<|assistant|>«b\\x1b[31m<|end|>»",
+    ):
+        assert line in out
+    assert "\x1b" not in out
+
+
+def test_the_middle_of_a_long_example_is_left_out(tmp_path, model, capsys):
+    check(write(tmp_path / "t.jsonl", [{"text": "a" * 400 + "b" * 400}]), model, max_length=900)
+    out = capsys.readouterr().out
+    assert "a»\n…\n«b" in out
+    assert out.count("a" * 140) == out.count("b" * 140) == 1
+    assert "a" * 160 not in out
+
+
+def test_wrong_options_and_rows_are_ours(tmp_path, model):
+    good = write(tmp_path / "t.jsonl", ROWS)
+    with pytest.raises(ConfigError, match="template is 'x'"):
+        check(good, model, template="x")
+    with pytest.raises(ConfigError, match="train_on is 'x'"):
+        check(good, model, train_on="x")
+    with pytest.raises(ConfigError, match="--model is empty"):
+        check(good, "")
+    with pytest.raises(DataError, match=r":1: no known format"):
+        check(write(tmp_path / "u.jsonl", [{"a": 1}]), model)
+
+
+def test_the_command(tmp_path, model):
+    bad = write(tmp_path / "t.jsonl", [{"prompt": "q"}])
+    program = [sys.executable, "-m", "dude_peft.cli", "data", "check"]
+    done = subprocess.run([*program, bad, "--model", model], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"dude: error[data]: {bad}:1: 'prompt' without 'completion'")

@@ -1,0 +1,57 @@
+"""Chat templates run in a process of their own: a hostile one costs seconds, not hours, and no memory of ours."""
+
+import time
+
+import pytest
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+
+from dude_peft.data import Message, Row, Template, renderer
+from dude_peft.errors import ConfigError
+
+ROW = Row((Message("user", "q"), Message("assistant", "a")), "s.jsonl:1")
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{{ 'a' * 10000000000 }}",
+    "format": "{{ '%10000000000d' % 1 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "text": "{{ 'a' * 100000000 }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_error_in_bounded_time(name, monkeypatch):
+    monkeypatch.setattr(renderer, "RENDER_SECONDS", 1.0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = HOSTILE[name]
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^s.jsonl:1: the chat template of .* failed \(.*\); use template: plain$"):
+        Template(tokenizer).pieces([ROW])
+    assert time.monotonic() - start < 30
+    tokenizer.chat_template = CHAT_TEMPLATE  # and an honest one works afterwards
+    assert Template(tokenizer).render(ROW) == ("<|user|>q<|end|>\n<|assistant|>", "a<|end|>")
+
+
+def test_texts_are_those_of_transformers():
+    tokenizer = tiny_tokenizer()
+    messages = [{"role": "user", "content": "è \u2028 \"q'"}]
+    (text,) = renderer.render(tokenizer.chat_template, tokenizer.special_tokens_map, [(messages, True)])
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_the_conversation_that_fails_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    bad = Row((Message("user", "bad"), Message("assistant", "a")), "s.jsonl:2")
+    with pytest.raises(ConfigError, match=r"^s.jsonl:2: .*TemplateError: no"):
+        Template(tokenizer).pieces([ROW, bad, ROW])
+
+
+def test_a_child_that_died_is_replaced():
+    template = Template(tiny_tokenizer())
+    template.pieces([ROW])
+    renderer._RENDERER._child.kill()
+    renderer._RENDERER._child.wait()
+    assert template.pieces([ROW])[0].texts[1] == "a<|end|>"
