@@ -66,7 +66,7 @@ def adapted(model: Any, config: RunConfig) -> Any:
     return peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
 
 
-def llama(layers: int = 5, hidden: int = 128, **changes: Any) -> Any:
+def llama(layers: int = 5, hidden: int = 128, dtype: str = "float32", **changes: Any) -> Any:
     torch.manual_seed(0)
     settings = {
         "vocab_size": 1024,
@@ -77,7 +77,8 @@ def llama(layers: int = 5, hidden: int = 128, **changes: Any) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
+    config = transformers.LlamaConfig(**{**settings, **changes}, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def real_step(model: Any, config: RunConfig, length: int, folder: Path) -> tuple[int, int]:
@@ -136,7 +137,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_the_peak_is_that_of_a_real_step(case, tmp_path):
     dtype, adapter, train = CASES[case]
     config, length = run_of(tmp_path, adapter, dtype, **train), 96
-    model = llama().to(getattr(torch, dtype))
+    model = llama(dtype=dtype)
     model.config.save_pretrained(tmp_path)
     bill = cost_of(config, length).bill
     real = adapted(model, config)
@@ -203,9 +204,17 @@ def test_a_step_that_cannot_be_traced_leaves_the_rest_of_the_bill(tmp_path, monk
     assert found.bill.weights > 0
 
 
+def test_a_quantised_model_is_refused(tmp_path):
+    settings = llama().config
+    settings.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    settings.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot count"):
+        cost_of(run_of(tmp_path), 16)
+
+
 def test_real_layers_work_after_a_dry_step(tmp_path):
     """What our layer keeps between calls must not be what a dry step made."""
-    model = llama(2, hidden=136).to(torch.bfloat16)
+    model = llama(2, hidden=136, dtype="bfloat16")
     model.config.save_pretrained(tmp_path)
     config = run_of(tmp_path, dtype="bfloat16")
     cost_of(config, 24)

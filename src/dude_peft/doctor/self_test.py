@@ -31,7 +31,7 @@ def self_test() -> None:
     adapted = inject_adapter_in_model(DudeConfig(r=4, target_modules=["0"]), base)
     got = adapted(x)
     if not torch.equal(got, wanted):
-        distance = float((got - wanted).abs().max())
+        distance = float((got.detach() - wanted).abs().max())
         raise NumericsError(f"self test: a fresh adapter moves the output by {distance:.2g}; report this")
     got.square().mean().backward()
     trained = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}

@@ -9,8 +9,9 @@ import peft
 import torch
 
 from dude_peft.artifact.checkpoint import open_checkpoint
-from dude_peft.errors import DudeError
+from dude_peft.errors import ConfigError, DudeError
 from dude_peft.init.architecture import model_of
+from dude_peft.show import shown
 from dude_peft.train.config import RunConfig
 from dude_peft.tuner import DudeConfig
 
@@ -24,8 +25,13 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
         where: from `train.model.locate`.
 
     Raises:
-        ConfigError: whatever the real run would refuse: targets, ranks, a model that is none.
+        ConfigError: whatever the real run would refuse (targets, ranks, a model that is none), or a quantised model.
     """
+    if getattr(settings, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model {shown(config.model.name_or_path, 300)} is quantised, whose memory dude plan cannot count; plan the "
+            "unquantised model, which needs more"
+        )
     model = model_of(settings, config.model.name_or_path, _dtype(config, settings, where))
     model.requires_grad_(False)
     adapter = DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM")
