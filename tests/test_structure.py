@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
 ROOMS = ["version", "errors", "show", "core", "methods", "artifact", "tuner", "data", "terminal", "init", "train"]
-ROOMS += ["export", "chat", "cli"]
+ROOMS += ["plan", "export", "chat", "doctor", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 

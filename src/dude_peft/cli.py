@@ -74,6 +74,41 @@ def train(
     run(run_config, overwrite=overwrite, weights_only=weights_only)
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run, as for dude train.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace one key, as in train.max_steps=80; repeatable."),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option("--device-memory", metavar="SIZE", help="Of the GPU that will train, as 80GiB; default: here."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
+    from dude_peft.train.config_file import load_config
+
+    run_config = load_config(config, list(overrides or []))
+
+    from dude_peft.plan.run import plan as run_plan
+
+    run_plan(run_config, device_memory=device_memory, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Tell what is installed, what this machine has, and what works here."""
+    from dude_peft.doctor.run import doctor as run_doctor
+
+    run_doctor(as_json=as_json)
+
+
 config_app = typer.Typer(help="What a run's configuration may say.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 

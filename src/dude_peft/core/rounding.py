@@ -20,6 +20,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _ROWS = 1 << 16  # the sequence of rows starts again after these
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -62,12 +63,14 @@ def round_dithered_(v: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _row_table(device: torch.device, shift: int) -> Tensor:
-    return (_reversed_bits(torch.arange(_ROWS, dtype=torch.int32, device=device)) >> shift)[:, None]
+    with unset_fake_temporarily():  # kept for all callers: it has values also where the first one has none
+        return (_reversed_bits(torch.arange(_ROWS, dtype=torch.int32, device=device)) >> shift)[:, None]
 
 
 @functools.lru_cache(maxsize=64)
 def _column_table(columns: int, device: torch.device, shift: int) -> Tensor:
-    return _scrambled(columns, device) >> shift
+    with unset_fake_temporarily():
+        return _scrambled(columns, device) >> shift
 
 
 def _reversed_bits(t: Tensor) -> Tensor:

@@ -46,17 +46,31 @@ def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype:
         settings = transformers.AutoConfig.from_pretrained(str(folder))
     except Exception as error:  # transformers raises what its readers raise
         raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
+    wanted = (getattr(settings, "dtype", None) or stored_dtype) if dtype == "auto" else getattr(torch, dtype)
+    return model_of(settings, model_name, wanted)
+
+
+def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
+    """The causal language model of a configuration that is read already, all parameters on the meta device.
+
+    Args:
+        settings: transformers' configuration of the model.
+        model_name: as the user gave it; recorded as the model's name.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError: it is quantised, or no causal language model.
+    """
     quantised = getattr(settings, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
         raise ConfigError(
             f"model {shown(model_name, 300)} is quantised ({shown(method)}): give the unquantised checkpoint"
         )
-    wanted = (getattr(settings, "dtype", None) or stored_dtype) if dtype == "auto" else getattr(torch, dtype)
     try:
         with torch.device("meta"):
             automatic: Any = transformers.AutoModelForCausalLM
-            model: nn.Module = automatic.from_config(settings, dtype=wanted)
+            model: nn.Module = automatic.from_config(settings, dtype=dtype)
     except DudeError:
         raise
     except Exception as error:

@@ -17,6 +17,7 @@ from dude_peft.artifact.checkpoint import Checkpoint, is_plain
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.architecture import empty_model, find_weight, parameter_names
 from dude_peft.init.layer import LayerTask
+from dude_peft.methods import Method
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
 
@@ -83,14 +84,15 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         dtype_name = str(base.weight.dtype).removeprefix("torch.")
         transposed = frozen.is_transposed(base)
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
-        size += _bytes_of(module, config, r)
+        size += saved_bytes(module, config.spec, r)
     return Plan(config, layers, size)
 
 
-def _bytes_of(module: DudeLinear, config: DudeConfig, r: int) -> int:
-    out, in_ = module.out_features, module.in_features
-    numbers = 2 * r * (out + in_) + r * in_ if config.spec.principal else r * (out + in_)
-    if config.spec.magnitude:
+def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:
+    """Size of the tensors that an adapter file holds of one layer."""
+    out, in_ = layer.out_features, layer.in_features
+    numbers = 2 * r * (out + in_) + r * in_ if method.principal else r * (out + in_)
+    if method.magnitude:
         numbers += 3 * out
-    base: Any = module.get_base_layer()
+    base: Any = layer.get_base_layer()
     return numbers * torch.promote_types(base.weight.dtype, torch.float32).itemsize

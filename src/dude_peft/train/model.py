@@ -18,7 +18,7 @@ from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -80,6 +80,19 @@ def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase
         # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
+    """The model's own configuration, config.json or the header of its GGUF file; no weights are fetched for it.
+
+    Raises:
+        ConfigError: there is none, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    with _loading("configuration of model", section, where):
+        settings: PretrainedConfig = AutoConfig.from_pretrained(where, **_source_options(section, where))
+    return settings
 
 
 def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -155,12 +168,12 @@ def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
         options["gguf_file"] = section.gguf_file
     if section.revision is not None:
         options["revision"] = section.revision
-    if not os.path.isabs(where) and not _hub_reachable():
+    if not os.path.isabs(where) and not hub_reachable():
         options["local_files_only"] = True
     return options
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether a connection to the hub can be opened; asked once, since each failing request is retried for a minute."""
     from huggingface_hub import constants
 
@@ -197,7 +210,7 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         if os.path.isabs(where):
             raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
-        if not _hub_reachable():
+        if not hub_reachable():
             raise ConfigError(
                 f"{what} {name}: no such folder, not in the hub's cache, and the hub cannot be reached; {_ELSEWHERE}"
             ) from error

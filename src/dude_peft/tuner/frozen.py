@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +20,8 @@ from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values
 from dude_peft.core.magnitude import rows_product
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A fake tensor has no values and stands for a plain one: `dude plan` runs a step of a model made of them.
+_PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
 # Identity rows pushed at a time through an opaque layer to read its weight.
 _PROBE_ROWS = 512
 
@@ -53,7 +56,7 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight as an (out, in) view, or None where the layer is opaque."""
     weight: Any = getattr(layer, "weight", None)
     known = type(layer).forward in (nn.Linear.forward, Conv1D.forward)
-    if not known or type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or weight.dtype not in _PLAIN_DTYPES:
+    if not known or type(weight) not in _PLAIN_TYPES or weight.ndim != 2 or weight.dtype not in _PLAIN_DTYPES:
         return None
     return weight.detach().T if is_transposed(layer) else weight.detach()
 
@@ -63,7 +66,7 @@ def is_dense(layer: nn.Module, x: Tensor) -> bool:
     if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:  # accelerate puts its own there
         return False
     weight: Any = layer.weight
-    if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad or weight.dtype != x.dtype:
+    if type(weight) not in _PLAIN_TYPES or weight.requires_grad or weight.dtype != x.dtype:
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not hooked and not torch.is_autocast_enabled(x.device.type)

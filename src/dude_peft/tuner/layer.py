@@ -10,6 +10,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.fingerprint import TensorPrint
@@ -188,7 +189,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         return list(self.lora_dm)
 
     def _refresh(self, adapter_name: str) -> None:
-        if torch.compiler.is_compiling():
+        # Neither compiled code nor fake tensors can be asked for values; both take the caches as an opaque operator's.
+        if torch.compiler.is_compiling() or isinstance(self.lora_dm[adapter_name].weight, FakeTensor):
             refresh_caches(self._number, self._slots.index(adapter_name), self._caches(adapter_name))
         else:
             self._refresh_if_stale(adapter_name)

@@ -1,0 +1,1 @@
+"""Whether this machine can do it, and what it lacks."""

@@ -1,0 +1,86 @@
+"""Counts the bytes of every storage that lives, and the products that are taken, while a piece of a step runs."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+_aten: Any = torch.ops.aten
+# Operators that torch's own table of formulas lacks, and the one that does the same work.
+_SAME_WORK = {
+    _aten.addmm_: _aten.addmm,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
+
+
+class Stretch(NamedTuple):
+    """What a part of a step does to the memory, in bytes relative to its beginning."""
+
+    net: int
+    """What it leaves behind, less what it frees; without gradients of parameters."""
+    peak: int
+    """The most that lives within it."""
+    gradients: int
+    """Bytes of parameters' gradients that it leaves."""
+    flops: int
+    """Floating-point operations of its matrix products."""
+
+
+NOTHING = Stretch(0, 0, 0, 0)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within: counts all storages made inside, real or fake, while they live.
+
+    `now` and `peak` are in bytes; what was there before is not counted. Views and in-place results cost nothing.
+    """
+
+    def __init__(self, trained: list[torch.nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.flops = 0
+        self._known: set[int] = set()
+        self._trained = trained
+        self._start = (0, 0)  # live bytes without gradients, and gradients
+
+    def stretch(self) -> Stretch:
+        """What happened since the call before, or since the beginning."""
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in self._trained if p.grad is not None)
+        before, had = self._start
+        live = self.now - gradients
+        result = Stretch(live - before, self.peak - before - had, gradients - had, self.flops)
+        self._start = (live, gradients)
+        self.peak, self.flops = self.now, 0
+        return result
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls on fake tensors
+            return func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage(), given)
+        packet = func._overloadpacket
+        formula: Any = flop_registry.get(_SAME_WORK.get(packet, packet))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in given:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

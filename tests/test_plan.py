@@ -1,0 +1,394 @@
+"""`dude plan`: its bill against real training steps, its refusals against the real run's, what it tells to change."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from models import make
+from tiny import save_tiny, write_rows
+
+from dude_peft import DudeConfig
+from dude_peft.errors import ConfigError, DataError, ResourceError
+from dude_peft.methods import METHODS
+from dude_peft.methods.learning_rate import learning_rate_warning
+from dude_peft.plan.bill import Cost, cost
+from dude_peft.plan.device import parse_size
+from dude_peft.plan.live_bytes import LiveBytes
+from dude_peft.plan.optimizers import state_bytes
+from dude_peft.plan.remedies import changed
+from dude_peft.plan.rows import optimizer_steps
+from dude_peft.plan.run import plan
+from dude_peft.train.batches import pad_right
+from dude_peft.train.config import (
+    AdapterSection,
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    RunConfig,
+    TrainSection,
+)
+from dude_peft.train.model import load_settings
+
+EVALUATION = EvaluationSection(enabled=False)
+
+
+def run_of(folder: Path, adapter: dict[str, Any] | None = None, dtype: str = "auto", **train: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelSection(name_or_path=str(folder), dtype=dtype),
+        adapter=AdapterSection(**{"r": 4, **(adapter or {})}),
+        data=DataSection(train="rows.jsonl"),
+        train=TrainSection(**{"per_device_train_batch_size": 4, **train}),
+        evaluation=EVALUATION,
+        output_dir=str(folder / "out"),
+    )
+
+
+def cost_of(config: RunConfig, length: int, whole: bool = False) -> Cost:
+    where = config.model.name_or_path
+    return cost(config, load_settings(config.model, where), where, length, gpu=False, whole=whole)
+
+
+def adapted(model: Any, config: RunConfig) -> Any:
+    model.requires_grad_(False)
+    return peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
+
+
+def llama(layers: int = 5, hidden: int = 128, dtype: str = "float32", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 1024,
+        "hidden_size": hidden,
+        "intermediate_size": 352,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    config = transformers.LlamaConfig(**{**settings, **changes}, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def real_step(model: Any, config: RunConfig, length: int, folder: Path) -> tuple[int, int]:
+    """Peak of what lives while Trainer takes two steps, and the bytes of the optimizer's states."""
+    train = config.train
+    options: dict[str, Any] = {}
+    if train.gradient_checkpointing:
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=2,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        optim=train.optim,
+        bf16=train.bf16,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+    rows = []
+    for number in range(32):
+        ids = [3 + (number + place) % 90 for place in range(length - number % 2)]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
+    collate = functools.partial(pad_right, pad_id=0)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    model.config.use_cache = False
+    gc.collect()
+    with LiveBytes([]) as live:
+        trainer.train()
+    states = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return live.peak, sum(tensor.nbytes for tensor in states)
+
+
+# --- the bill -----------------------------------------------------------------------------------------------------
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "float32": ("float32", {}, {}),
+    "bfloat16": ("bfloat16", {}, {}),
+    "autocast": ("float32", {}, {"bf16": True}),
+    "checkpointing": ("float32", {}, {"gradient_checkpointing": True}),
+    "accumulation": ("float32", {}, {"gradient_accumulation_steps": 2}),
+    "adafactor": ("float32", {}, {"optim": "adafactor"}),
+    "sgd": ("float32", {}, {"optim": "sgd"}),
+    "lora": ("float32", {"method": "lora"}, {}),
+    "exact norm": ("float32", {"norm_gradient": "exact"}, {}),
+    "head trained": ("float32", {"modules_to_save": ["lm_head"]}, {}),
+    "large rank": ("float32", {"r": 64}, {"per_device_train_batch_size": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_that_of_a_real_step(case, tmp_path):
+    dtype, adapter, train = CASES[case]
+    config, length = run_of(tmp_path, adapter, dtype, **train), 96
+    model = llama(dtype=dtype)
+    model.config.save_pretrained(tmp_path)
+    bill = cost_of(config, length).bill
+    real = adapted(model, config)
+    fixed = bill.weights + bill.adapter_frozen + bill.trained
+    assert fixed == sum(tensor.nbytes for tensor in (*real.parameters(), *real.buffers()))
+    peak, states = real_step(real, config, length, tmp_path)
+    assert bill.optimizer == states
+    # Our layer keeps buffers of a block's size for as long as the process lives: 2 MiB each, a few at most.
+    assert bill.total - bill.runtime - fixed == pytest.approx(peak, rel=0.1, abs=0)
+
+
+@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "patterns"])
+def test_layers_of_each_kind_stand_for_all(name, train, tmp_path):
+    adapter: dict[str, Any] = {}
+    if name == "gemma":  # sliding and full attention in turn
+        settings = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "head_dim": 12}
+        layers = {"num_hidden_layers": 7, "num_key_value_heads": 2, "sliding_window": 16}
+        shared = {"vocab_size": 96, "max_position_embeddings": 64, "sliding_window_pattern": 3}
+        transformers.Gemma3TextConfig(**settings, **layers, **shared).save_pretrained(tmp_path)
+    else:
+        llama(8, dtype="bfloat16").config.save_pretrained(tmp_path)
+    if name == "patterns":
+        adapter = {"rank_pattern": {"layers.3.mlp.up_proj": 32}, "layers_to_transform": [0, 2, 3, 6]}
+    config = run_of(tmp_path, adapter, **train)
+    short, whole = cost_of(config, 48), cost_of(config, 48, whole=True)
+    assert short.bill.total - short.bill.runtime == pytest.approx(whole.bill.total - whole.bill.runtime, rel=0.01)
+    assert short.flops == whole.flops
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [
+        ("llama", {}),
+        ("mistral-gqa", {"rank_pattern": {"q_proj": 12}}),
+        ("gemma3-tied", {"modules_to_save": ["embed_tokens"]}),
+        ("gpt2-conv1d", {"bias": "all"}),
+        ("opt-bias", {"bias": "lora_only", "method": "dora"}),
+        ("qwen3-moe", {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"], "method": "pissa"}),
+    ],
+)
+def test_trained_parameters_are_those_of_the_real_run(architecture, adapter, tmp_path):
+    model = make(architecture)
+    model.config.save_pretrained(tmp_path)
+    config = run_of(tmp_path, adapter)
+    static = cost_of(config, 8).static
+    real = adapted(model, config)
+    assert (static.trainable_parameters, static.total_parameters) == real.get_nb_trainable_parameters()
+    assert static.weights + static.adapter_frozen + sum(t.nbytes for t in static.trained) == pytest.approx(
+        sum(tensor.nbytes for tensor in (*real.parameters(), *real.buffers())), abs=256
+    )
+
+
+def test_a_step_that_cannot_be_traced_leaves_the_rest_of_the_bill(tmp_path, monkeypatch):
+    llama().config.save_pretrained(tmp_path)
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("dude_peft.plan.bill.dry_step", fails)
+    found = cost_of(run_of(tmp_path), 16)
+    assert "no such operator" in found.uncounted
+    assert found.bill.activations == 0
+    assert found.bill.weights > 0
+
+
+def test_a_quantised_model_is_refused(tmp_path):
+    settings = llama().config
+    settings.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    settings.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot count"):
+        cost_of(run_of(tmp_path), 16)
+
+
+def test_real_layers_work_after_a_dry_step(tmp_path):
+    """What our layer keeps between calls must not be what a dry step made."""
+    model = llama(2, hidden=136, dtype="bfloat16")
+    model.config.save_pretrained(tmp_path)
+    config = run_of(tmp_path, dtype="bfloat16")
+    cost_of(config, 24)
+    ids = torch.arange(24)[None]
+    assert torch.isfinite(adapted(model, config)(input_ids=ids, labels=ids).loss)
+
+
+def test_states_of_8_bit_optimizers_are_those_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    parameters = [torch.nn.Parameter(torch.randn(64, 100)), torch.nn.Parameter(torch.randn(30))]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"bitsandbytes takes no step on this device: {error}")
+    states = [value for state in optimizer.state.values() for name, value in state.items() if "qmap" not in name]
+    real = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    assert state_bytes("adamw_8bit", parameters) == real
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny model's configuration and tokenizer, no weights, and rows."""
+    folder = tmp_path_factory.mktemp("plan")
+    save_tiny(folder / "model")
+    (folder / "model/model.safetensors").unlink()
+    write_rows(folder / "train.jsonl", 24)
+    settings = {
+        "model": {"name_or_path": str(folder / "model"), "dtype": "float32"},
+        "adapter": {"r": 8},
+        "data": {"train": str(folder / "train.jsonl")},
+        "train": {"num_train_epochs": 3, "per_device_train_batch_size": 8},
+        "evaluation": {"enabled": False},
+        "output_dir": str(folder / "out"),
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def dude(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_the_command_prints_one_json_object(place):
+    done = dude("plan", place / "run.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    memory = told["memory"]
+    parts = ("weights", "adapter_frozen", "trained", "optimizer", "gradients", "activations", "logits_and_loss")
+    assert sum(memory[part] for part in (*parts, "working", "runtime")) == memory["total"]
+    assert memory["fits"] is True
+    assert told["steps"] == 9
+    assert told["data"]["rows"] == 24
+    assert told["disk"]["adapter"] > 0
+    assert told["least_seconds"] > 0
+
+
+def test_what_does_not_fit_is_told_after_the_bill_with_what_would(place):
+    done = dude(
+        "plan", place / "run.yaml", "--set", "train.per_device_train_batch_size=4096", "--device-memory", "1GiB"
+    )
+    assert done.returncode == 6, done.stderr
+    assert "frozen weights" in done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("dude: error[resource]: training needs ")
+    assert "1.00 GiB" in line
+    assert "--set train.per_device_train_batch_size=" in line
+
+
+def test_a_misspelt_key_costs_less_than_three_seconds(place):
+    start = time.perf_counter()
+    done = dude("plan", place / "run.yaml", "--set", "train.learning_rat=1")
+    assert time.perf_counter() - start < 3
+    assert done.returncode == 2
+    assert "learning_rate" in done.stderr
+
+
+def planned(place: Path, settings: dict[str, Any], memory: str | None = None) -> Any:
+    values = yaml.safe_load((place / "run.yaml").read_text())
+    return plan(changed(RunConfig(**values), settings), device_memory=memory, as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter.r": 1000}, "r=1000"),
+        ({"adapter.r": 40}, "k_proj"),  # grouped queries: 32 rows
+        ({"adapter.target_modules": ["q_prj"]}, "closest: 'q_proj'"),
+        ({"adapter.target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"adapter.target_modules": "(q_proj"}, "no regular expression"),
+        ({"adapter.method": "dud"}, "closest: 'dude'"),
+        ({"model.name_or_path": "/nowhere"}, "no folder"),
+        ({"model.name_or_path": "someone/nothing"}, "hub"),
+    ],
+)
+def test_what_the_run_refuses_the_plan_refuses(place, settings, words):
+    with pytest.raises(ConfigError, match=r".*") as caught:
+        planned(place, settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_are_checked_too(place, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": \n')
+    with pytest.raises(DataError):
+        planned(place, {"data.train": str(bad)})
+    with pytest.raises(DataError):
+        planned(place, {"data.train": str(tmp_path / "missing.jsonl")})
+
+
+def test_rows_longer_than_the_model_reads(tmp_path, place):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 600, "completion": "b"}) + "\n")
+    with pytest.raises(ConfigError, match="the model reads 512"):
+        planned(place, {"data.train": str(long), "data.max_length": 1024})
+
+
+def test_every_remedy_fits_when_it_is_planned(place, capsys):
+    large = {"train.per_device_train_batch_size": 2048}
+    with pytest.raises(ResourceError):
+        planned(place, large, "1000MiB")
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["remedies"]) >= 2
+    for remedy in told["remedies"]:
+        again = planned(place, {**large, **remedy["set"]}, "1000MiB")
+        assert again.cost.bill.total == pytest.approx(remedy["total"], rel=0.01)
+
+
+# --- small parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 << 30), ("24 GB", 24 * 10**9), ("1.5gib", 3 << 29), ("4096", 4096), ("1T", 10**12)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80 PiB", "0", "8 0GiB"])
+def test_what_is_no_size(text):
+    with pytest.raises(ConfigError, match="80GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "micro", "epochs"), [(24, 8, 1, 3.0), (25, 8, 2, 1.0), (3, 8, 4, 2.0), (7, 2, 1, 0.5)]
+)
+def test_steps_are_trainers(rows, batch, micro, epochs):
+    from dude_peft.train.fit import trainer_steps, training_arguments
+
+    section = TrainSection(
+        learning_rate=1e-4,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=micro,
+    )
+    assert optimizer_steps(section, rows) == trainer_steps(training_arguments(section, "nowhere"), rows)
+
+
+def test_a_learning_rate_of_another_method_is_told():
+    assert learning_rate_warning(METHODS["dude"], 5e-4) is None
+    assert learning_rate_warning(METHODS["lora"], 1e-3) is None
+    assert "principal" in (learning_rate_warning(METHODS["dude"], 2e-3) or "")
+    assert "2e-05" not in (learning_rate_warning(METHODS["lora"], 1e-2) or "")
+    assert learning_rate_warning(METHODS["lora"], 1e-2)
