@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "DUDE_CACHE" not in os.environ:  # tests shall neither fill nor find a user's own
+    os.environ["DUDE_CACHE"] = tempfile.mkdtemp(prefix="dude-cache-")
+    atexit.register(shutil.rmtree, os.environ["DUDE_CACHE"], ignore_errors=True)
 
 import torch
 from hypothesis import settings

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from dude_peft.train.batches import pad_right
 from models import make
 from tiny import save_tiny, write_rows
 
@@ -31,7 +32,6 @@ from dude_peft.plan.optimizers import state_bytes
 from dude_peft.plan.remedies import changed
 from dude_peft.plan.rows import optimizer_steps
 from dude_peft.plan.run import plan
-from dude_peft.train.batches import pad_right
 from dude_peft.train.config import (
     AdapterSection,
     DataSection,

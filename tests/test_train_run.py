@@ -21,7 +21,7 @@ from dude_peft.train import model as model_module
 from dude_peft.train.config import ModelSection, RunConfig
 from dude_peft.train.config_file import load_config
 from dude_peft.train.model import load_model, load_tokenizer, locate
-from dude_peft.train.record import RunFolder
+from dude_peft.train.folder import RunFolder
 from dude_peft.train.run import run
 from dude_peft.train.start import check_start
 
@@ -153,10 +153,11 @@ def test_leaks_and_rows_left_out_are_warned_of(settings, tmp_path):
     long = json.dumps({"prompt": "x" * 60, "completion": "yes"})
     (tmp_path / "train.jsonl").write_text("\n".join([*rows, rows[0], long]) + "\n")
     report = start(settings, data={"max_length": 40})
-    assert [warning.split()[0] for warning in report.warnings] == ["1", "3", "1"]
-    assert "repetitions" in report.warnings[0]
-    assert "held-out rows ask what a training row asks" in report.warnings[1]
-    assert "data.max_length" in report.warnings[2]
+    rate, dropped, repeated, leaked = report.warnings
+    assert rate.startswith("train.learning_rate 0.01 is 100 times")
+    assert dropped.startswith("data.train: 1 of 18 rows are longer than max_length 40")
+    assert repeated == "1 of 17 training examples are repetitions"
+    assert leaked.startswith("3 of 3 held-out examples ask what a training example asks")
     assert report.data["train"]["dropped"] == 1
 
 

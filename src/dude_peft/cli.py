@@ -57,6 +57,12 @@ def train(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Go on from a checkpoint's adapter alone, where the rest is lost.")
     ] = False,
+    strategy: Annotated[
+        str | None, typer.Option("--launch", metavar="ddp|fsdp2|zero3", help="Train in several processes.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="With --launch: how many; default: one a GPU.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after; the same command again goes on."""
@@ -69,9 +75,14 @@ def train(
         changes.append(f"output_dir='{quoted}'")
     run_config = load_config(config, changes)
 
+    if strategy is not None:
+        from dude_peft.train.launch import launch_if_first
+
+        launch_if_first(strategy, processes)
+
     from dude_peft.train.run import run
 
-    run(run_config, overwrite=overwrite, weights_only=weights_only)
+    run(run_config, overwrite=overwrite, weights_only=weights_only, strategy=strategy or "ddp")
 
 
 @app.command()
@@ -156,7 +167,7 @@ def data_check(
     try:
         check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, **how)
     except KeyboardInterrupt:
-        raise _InterruptedError("stopped by Ctrl-C; nothing was kept, start the command again") from None
+        raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was kept, start the command again") from None
 
 
 @app.command()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.data.encode import encode
+from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
-from dude_peft.train.config import DataSection, TrainSection
+from dude_peft.train.config import DataSection, Sources, TrainSection
 
 _MOST_ROWS = 4000  # tokenised in a second or two
 
@@ -49,7 +50,7 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
     sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template)
-    encoded = encode(sample, template, tokenizer, data.max_length, vocab_size=vocabulary)
+    encoded = encode(sample, template, tokenizer, data.max_length, train_on=data.train_on, vocab_size=vocabulary)
     lengths = [len(example["input_ids"]) for example in encoded.examples]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max(lengths) > positions:
@@ -58,6 +59,9 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
             f"set data.max_length: {positions}"
         )
     kept = round(len(rows) * len(lengths) / len(sample))
+    if data.packing:
+        packs = len(pack(lengths, data.max_length, data.seed))
+        return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
     longest = max(lengths) if len(sample) == len(rows) else data.max_length
     return Rows(kept, longest, sum(lengths) / len(lengths), len(sample))
 
@@ -70,6 +74,8 @@ def optimizer_steps(train: TrainSection, rows: int) -> int:
     return math.ceil((train.num_train_epochs or 1.0) * max(math.ceil(batches / train.gradient_accumulation_steps), 1))
 
 
-def is_local(source: str) -> bool:
-    """Whether the rows are there already: a built-in set, or the name of a file."""
+def is_local(source: Sources) -> bool:
+    """Whether the rows are there already: built-in sets, or names of files."""
+    if not isinstance(source, str):
+        return all(is_local(each.source) for each in source)
     return source.startswith("builtin:") or Path(source).exists() or Path(source).suffix[1:].isalpha()

@@ -7,7 +7,7 @@
         state.json              everything else: schedule, step, counters, half-summed losses
         trainer_state.json      transformers' own record of the same step
         manifest.json           size and sha256 of every file; written last
-    checkpoints/best-00000040/  the adapter with the lowest held-out loss so far
+    checkpoints/best-00000040/  adapter/ with the lowest held-out loss so far, and trained.safetensors for loading it
 
 A checkpoint is written beside, flushed, and renamed. Older ones go only when the new one is on the disk.
 """
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,7 @@ FORMAT_VERSION = 1
 ADAPTER, OPTIMIZER, RANDOM, STATE, TRAINER_STATE, MANIFEST = (
     "adapter", "optimizer.safetensors", "random.safetensors", "state.json", "trainer_state.json", "manifest.json"
 )  # fmt: skip
+TRAINED = "trained.safetensors"
 _STEP = re.compile(r"step-(\d{8})")
 _BEST = re.compile(r"best-(\d{8})")
 _DAMAGED, _HIDDEN = "damaged-", ".dude-"
@@ -113,7 +115,7 @@ class Checkpoints:
         self._rotate(best)
         return Checkpoint(path, step)
 
-    def save_best(self, step: int, save_adapter: Callable[[Path], None]) -> None:
+    def save_best(self, step: int, save_adapter: Callable[[Path], None], trained: dict[str, Tensor]) -> None:
         """Keeps the adapter of `step`; the one before it goes with the next checkpoint, which no longer needs it.
 
         Raises:
@@ -125,11 +127,24 @@ class Checkpoints:
         with disk_errors(path):
             self.folder.mkdir(exist_ok=True)
             with whole_folder(path) as folder:
-                save_adapter(folder)
+                save_adapter(folder / ADAPTER)
+                save_file(trained, folder / TRAINED)
 
     def best(self, step: int) -> Path:
-        """Folder of the best adapter that was found at `step`."""
+        """Folder of the best adapter, found at `step`."""
         return self.folder / f"best-{step:08d}"
+
+    def load_best(self, step: int) -> dict[str, Tensor]:
+        """The trained tensors of the best adapter, found at `step`.
+
+        Raises:
+            ArtifactError: they are damaged.
+        """
+        path = self.best(step) / TRAINED
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{shown(path, 300)} is damaged; add --overwrite to start anew") from error
 
     def newest(self, tell: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; None where there never was one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,18 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
-from dude_peft.data.batches import pad_right
+from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
 from dude_peft.train.loop import Loop
 from dude_peft.train.order import EpochOrder
+from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
+from dude_peft.train.sharding import shard
 from dude_peft.train.stop import Stop
 from dude_peft.train.trainer import RunTrainer
+from dude_peft.train.training_rows import Packs, Rows
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,26 @@ class Surroundings:
 
     display: Display
     stop: Stop
-    metrics: Callable[[int | None], AbstractContextManager[TextIO]]
-    """Opens metrics.jsonl: anew, or cut to a number of bytes to go on."""
+    metrics: Callable[[int | None], AbstractContextManager[TextIO | None]]
+    """Opens metrics.jsonl: anew, or cut to a number of bytes to go on; None where another process writes it."""
     checkpoints: Checkpoints
     resumed: Checkpoint | None
     """Where training goes on; the model has its adapter already."""
-    save_adapter: Callable[[Any, Path], None]
-    name_of: Callable[[int], str]
-    """Index of a row -> its place in the data."""
+    save_adapter: Callable[[Any, Path, dict[str, Tensor] | None], None]
     held_out_loss: Callable[[], float] | None
     pad_id: int
 
 
-def training_arguments(section: TrainSection, output_dir: str) -> TrainingArguments:
-    """Trainer's own settings for a resolved section.
+def training_arguments(
+    section: TrainSection, output_dir: str, strategy: str = "ddp", *, packing: bool = False
+) -> TrainingArguments:
+    """Trainer's own settings for a resolved section; with several processes, this is where they find each other.
+
+    Args:
+        section: what the configuration says.
+        output_dir: folder of the run.
+        strategy: of several processes: ddp, fsdp2 or zero3.
+        packing: whether rows are laid end to end, without padding.
 
     Raises:
         ConfigError: transformers refuses a setting here, such as an optimizer that is not installed.
@@ -101,12 +110,13 @@ def training_arguments(section: TrainSection, output_dir: str) -> TrainingArgume
             logging_steps=section.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
-            include_num_input_tokens_seen="non_padding",
+            include_num_input_tokens_seen="all" if packing else "non_padding",
             remove_unused_columns=False,
             save_strategy="steps",
             save_steps=section.save_steps,
             report_to=list(section.report_to),
             disable_tqdm=True,
+            **_several(strategy),
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"section 'train': {' '.join(str(error).split())}") from error
@@ -115,12 +125,37 @@ def training_arguments(section: TrainSection, output_dir: str) -> TrainingArgume
     return arguments
 
 
+def _several(strategy: str) -> dict[str, Any]:
+    if count() == 1:
+        return {}
+    # The frozen starts are buffers and the same everywhere: nothing to send in every forward.
+    common: dict[str, Any] = {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": False}
+    if not torch.accelerator.is_available():
+        common["ddp_backend"] = "gloo"
+    if strategy == "fsdp2":
+        # Trainer would not write checkpoints of a sharded model; they are ours anyway.
+        return common | {"save_only_model": True}
+    if strategy == "zero3":
+        return common | {"deepspeed": _ZERO3}
+    return common
+
+
+_ZERO3: dict[str, Any] = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+}
+
+
 def fit(
     model: Any,
-    examples: Sequence[dict[str, list[int]]],
+    examples: TokenSet,
     arguments: TrainingArguments,
     config: RunConfig,
     around: Surroundings,
+    strategy: str = "ddp",
 ) -> Fit:
     """Trains the adapter of `model` in place, from its start or from a checkpoint.
 
@@ -131,8 +166,11 @@ def fit(
     """
     section, resumed = config.train, around.resumed
     step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
+    if strategy == "fsdp2" and arguments.world_size > 1:
+        shard(model)
+    rows = _rows_of(examples, config)
     order = EpochOrder(
-        [len(example["input_ids"]) for example in examples],
+        rows.lengths,
         section.seed,
         grouped=step_rows if section.train_sampling_strategy == "group_by_length" else 0,
     )
@@ -142,7 +180,7 @@ def fit(
         stop=around.stop,
         metrics=None,
         evaluation=config.evaluation,
-        name_of=around.name_of,
+        name_of=examples.source,
         save_adapter=around.save_adapter,
         checkpoints=around.checkpoints if arguments.should_save else None,
         held_out_loss=around.held_out_loss,
@@ -150,15 +188,15 @@ def fit(
     )
     if resumed is not None:
         loop.load_state(resumed.state()["loop"])
-    total = trainer_steps(arguments, len(examples))
+    total = trainer_steps(arguments, len(rows))
     if resumed is not None and (loop.ended or resumed.step >= total):
         tokens = int(resumed.trainer_state()["num_input_tokens_seen"])
         return _result(loop, resumed.step, tokens)  # interrupted behind the last step; Trainer would take one more
     trainer = RunTrainer(
         model=model,
         args=arguments,
-        train_dataset=_Numbered(examples),
-        data_collator=functools.partial(_numbered_batch, pad_id=around.pad_id),
+        train_dataset=rows,
+        data_collator=functools.partial(rows.batch, pad_id=around.pad_id),
         callbacks=[loop],
     )
     trainer.remove_callback(PrinterCallback)
@@ -203,21 +241,10 @@ def _result(loop: Loop, step: int, tokens: int) -> Fit:
     return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step)
 
 
-class _Numbered(torch.utils.data.Dataset[dict[str, Any]]):
-    """The rows with their numbers, so that a fault can name them."""
-
-    def __init__(self, examples: Sequence[dict[str, list[int]]]) -> None:
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._examples[index], "row": index}
-
-
-def _numbered_batch(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    return {**pad_right(rows, pad_id), "rows": torch.tensor([row["row"] for row in rows])}
+def _rows_of(examples: TokenSet, config: RunConfig) -> Rows:
+    if config.data.packing:
+        return Packs(examples, config.data.max_length, config.train.seed)
+    return Rows(examples)
 
 
 def _check_weights(model: Any) -> None:

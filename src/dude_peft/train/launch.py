@@ -1,14 +1,15 @@
 """Several processes of one run on this machine: started together, signalled together, ended together.
 
-torch's own launcher ends with its own exit code and sends a terminal's Ctrl-C twice; a run of ours promises a checkpoint
-and exit 130. So the processes are started here, with the environment that torch's launcher gives, which is also why
-`torchrun ... -m dude_peft.cli train CONFIG --launch ddp` works, on several machines too.
+torch's own launcher ends with its own exit code and sends a terminal's Ctrl-C twice; a run of ours promises a
+checkpoint and exit 130. So the processes are started here, with the environment that torch's launcher gives, which is
+also why `torchrun ... -m dude_peft.cli train CONFIG --launch ddp` works, on several machines too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import signal
 import socket
@@ -19,9 +20,42 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from dude_peft.errors import ConfigError
+from dude_peft.show import shown
+
 _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+
+
+STRATEGIES = ("ddp", "fsdp2", "zero3")
+
+
+def launch_if_first(strategy: str, processes: int | None) -> None:
+    """Starts this command in several processes and ends with their exit code; returns where this is one of them.
+
+    Args:
+        strategy: one of STRATEGIES.
+        processes: how many; None is one a GPU.
+
+    Raises:
+        ConfigError: an unknown strategy, a missing package, a number that makes no sense.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"--launch {shown(strategy)}: there is {', '.join(STRATEGIES)}")
+    if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("--launch zero3 needs DeepSpeed: pip install deepspeed")
+    if "RANK" in os.environ:
+        return
+    if processes is None:
+        import torch
+
+        processes = torch.cuda.device_count()
+        if processes < 1:
+            raise ConfigError("--launch: there is no GPU here; give --processes N to use the CPU")
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: at least one is needed")
+    sys.exit(launch(sys.argv[1:], processes))
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -95,7 +129,7 @@ def _passed_on(children: list[subprocess.Popen[bytes]]):  # type: ignore[no-unty
 
 
 def _die_with_parent() -> None:
-    """On Linux a child ends with its parent, however that ends; elsewhere a killed parent leaves children to themselves."""
+    """On Linux a child ends with its parent, however that ends; elsewhere only a killed parent leaves children."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -22,6 +22,7 @@ from dude_peft.train.movement import movement
 from dude_peft.train.order import EpochOrder
 from dude_peft.train.processes import from_first
 from dude_peft.train.progress import Display
+from dude_peft.train.state import sharded_state, trained_state
 from dude_peft.train.stop import Stop
 
 
@@ -47,7 +48,7 @@ class Loop(TrainerCallback):
     evaluation: EvaluationSection
     name_of: Callable[[int], str]
     """A row's index -> its place in the data, for messages."""
-    save_adapter: Callable[[Any, Path], None]
+    save_adapter: Callable[[Any, Path, dict[str, Tensor] | None], None]
     checkpoints: Checkpoints | None
     """None in a process that writes nothing."""
     held_out_loss: Callable[[], float] | None = None
@@ -86,8 +87,9 @@ class Loop(TrainerCallback):
         self.batches.append((loss, rows))
 
     def adapter_writer(self, model: Any) -> Callable[[Path], None]:
-        """A function that fills a folder with the adapter of `model`."""
-        return lambda folder: self.save_adapter(model, folder)
+        """A function that fills a folder with the adapter of `model`; every process has to ask for it."""
+        gathered_state = sharded_state(model)
+        return lambda folder: self.save_adapter(model, folder, gathered_state)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of this object, as JSON."""
@@ -177,8 +179,10 @@ class Loop(TrainerCallback):
             self.display.say(f"step {step}  held-out loss {loss:.4f}")
         if loss < self.best.loss - self.evaluation.early_stopping_threshold:
             self.best = Best(loss, step)
-            if self.evaluation.load_best_model_at_end and self.checkpoints is not None:
-                self.checkpoints.save_best(step, self.adapter_writer(model))
+            if self.evaluation.load_best_model_at_end:
+                save_adapter, trained = self.adapter_writer(model), trained_state(model)
+                if self.checkpoints is not None:
+                    self.checkpoints.save_best(step, save_adapter, trained)
             return
         self.best.worse += 1
         patience = self.evaluation.early_stopping_patience

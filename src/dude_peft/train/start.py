@@ -9,27 +9,33 @@ import torch
 from torch import Tensor
 
 from dude_peft.data.batches import pad_right
+from dude_peft.data.packing import packs_apart
 from dude_peft.errors import ConfigError, DataError, NumericsError
+from dude_peft.tuner.layer import DudeLinear
 
 _ROWS, _TOKENS = 2, 64
 
 
-def check_fits(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any) -> None:
+def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
     """Compares the rows with what the model can read.
+
+    Args:
+        model: the base model.
+        largest: token id of all rows.
+        longest: tokens of the longest row.
+        tokenizer: for the message.
 
     Raises:
         DataError: a token that the model's vocabulary does not have.
         ConfigError: a row longer than the model's positions.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    largest = max(max(example["input_ids"]) for example in examples)
     if largest >= vocabulary:
         raise DataError(
             f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's vocabulary has "
             f"{vocabulary} entries; use the tokenizer that belongs to the model"
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(example["input_ids"]) for example in examples)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"data.max_length: the longest row has {longest} tokens, the model reads {positions}; "
@@ -40,12 +46,28 @@ def check_fits(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], toke
 def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raises ConfigError where a prompt and its longest answer exceed the model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     if positions is not None and longest + max_new_tokens > positions:
         raise ConfigError(
             f"evaluation.max_new_tokens: {max_new_tokens} tokens behind a prompt of {longest} exceed the {positions} "
             "that the model reads; lower it, or shorten the held-out rows"
         )
+
+
+def check_packs(model: Any) -> None:
+    """Raises ConfigError for a model that mixes rows laid end to end."""
+    if not packs_apart(model):
+        raise ConfigError(
+            f"data.packing: {type(model).__name__} does not keep packed rows apart; set data.packing: false and "
+            "train.train_sampling_strategy: group_by_length"
+        )
+
+
+def keep_fingerprints(model: Any) -> None:
+    """Has every adapted layer hash its base weight now, before the weight is cut into shards."""
+    for module in model.modules():
+        if isinstance(module, DudeLinear):
+            module.base_fingerprint()
 
 
 @torch.inference_mode()
@@ -55,7 +77,8 @@ def probe(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], pad_id: i
     Raises:
         NumericsError: they are not finite.
     """
-    cut = [{name: ids[:_TOKENS] for name, ids in example.items()} for example in examples[:_ROWS]]
+    first = [examples[row] for row in range(min(_ROWS, len(examples)))]
+    cut = [{name: ids[:_TOKENS] for name, ids in example.items()} for example in first]
     batch = {name: tensor.to(model.device) for name, tensor in pad_right(cut, pad_id).items() if name != "labels"}
     model.eval()
     logits: Tensor = model(**batch, use_cache=False).logits

@@ -89,6 +89,27 @@ def load_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
                 torch.cuda.set_rng_state(tensors[f"cuda{device}"], device)
 
 
+def trained_state(model: Any) -> dict[str, Tensor]:
+    """Every trained tensor by its name in the model, whole, on the CPU; every process has to ask for it."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained}
+
+
+@torch.no_grad()
+def load_trained_state(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `trained_state` gave."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(sharded_as(tensors[name], parameter))
+
+
+def sharded_state(model: Any) -> dict[str, Tensor] | None:
+    """`trained_state` of a sharded model, for saving its adapter; None where the model holds its tensors whole."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return trained_state(model)
+    return None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, any other one as it is."""
     gather = getattr(tensor, "full_tensor", None)

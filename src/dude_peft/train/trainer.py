@@ -15,12 +15,13 @@ from dude_peft.train.checkpoint import OPTIMIZER, RANDOM, Checkpoint
 from dude_peft.train.config import TrainSection
 from dude_peft.train.groups import parameter_groups
 from dude_peft.train.loop import Loop
-from dude_peft.train.processes import gathered
+from dude_peft.train.processes import gathered, summed
 from dude_peft.train.state import (
     load_optimizer_state,
     load_random_state,
     optimizer_state,
     random_state,
+    whole,
 )
 
 _REMEDY = "nothing was stepped with it: lower train.learning_rate, or use model.dtype: float32"
@@ -58,23 +59,25 @@ class RunTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called right before every optimizer step, which is the place to refuse it.
 
-        One look at one number: the norm and the losses reach the host together. Clipping spreads one NaN over all
-        gradients and all processes, so every process stops here.
+        One look at one number: the norm and the losses, of all processes, reach the host together, so that all stop.
         """
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        norm: Any = whole(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
         losses = [loss for loss, _ in self.loop.batches]
         total = torch.stack(losses).sum() + torch.as_tensor(norm, dtype=torch.float32, device=losses[0].device)
-        if not math.isfinite(float(total)):
+        if not math.isfinite(float(summed(total))):
             self._refuse(float(norm))
         self.loop.grad_norm = float(norm)
         return norm
 
     def _refuse(self, norm: float) -> None:
         step = self.state.global_step + 1
-        bad = [(float(loss), rows) for loss, rows in self.loop.batches if not math.isfinite(float(loss))]
+        batches = [
+            (float(loss), [self.loop.name_of(row) for row in rows.tolist()])
+            for loss, rows in (pair for part in gathered(self.loop.batches) for pair in part)
+        ]
+        bad = [(loss, names) for loss, names in batches if not math.isfinite(loss)]
         what = f"the training loss is {bad[0][0]}" if bad else f"the gradient's norm is {norm}"
-        batches = bad or [(0.0, rows) for _, rows in self.loop.batches]
-        names = [self.loop.name_of(row) for _, rows in batches for row in rows.tolist()]
+        names = [name for _, found in bad or batches for name in found]
         raise NumericsError(f"{what} at step {step}, on {_together(names)}; {_REMEDY}")
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:

@@ -1,0 +1,132 @@
+"""The rows of a run: those to learn from, those to be judged on, and what is recorded and warned of about them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dude_peft.data.encode import prompt_ids
+from dude_peft.data.formats import Row
+from dude_peft.data.prepare import prepare
+from dude_peft.data.rows import load_rows, local_file, stream_rows
+from dude_peft.data.template import Template
+from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.train.config import DataSection, RunConfig
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows, ready for scoring."""
+
+    examples: TokenSet
+    asked: list[Row]
+    """Those that are answered and marked right or wrong."""
+    prompts: list[list[int]]
+    """Token ids of their questions."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All rows of a run."""
+
+    train: TokenSet
+    held_out: HeldOut | None
+    record: dict[str, Any]
+    """What report.json says about them."""
+    warnings: list[str]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Hash of each set."""
+        return {"train": self.train.sha256, **({"test": self.held_out.examples.sha256} if self.held_out else {})}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example of all."""
+        sets = [self.train, *([self.held_out.examples] if self.held_out else [])]
+        return max(int(each.lengths.max()) for each in sets)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all."""
+        sets = [self.train, *([self.held_out.examples] if self.held_out else [])]
+        return max(each.counts.largest_id for each in sets)
+
+    def verify_unchanged(self) -> None:
+        """Raises DataError where a file was changed since it was read."""
+        self.train.verify_unchanged()
+        if self.held_out is not None:
+            self.held_out.examples.verify_unchanged()
+
+
+def glance(config: RunConfig) -> None:
+    """Reads the first row of every local source, before anything heavy is imported.
+
+    Raises:
+        DataError: a missing file, another format, a first row that is none.
+        ConfigError: a built-in set that does not exist.
+    """
+    data = config.data
+    wanted = [(data.train, data.train_split)]
+    if config.evaluation.enabled and data.test is not None:
+        wanted.append((data.test, data.test_split))
+    for sources, split in wanted:
+        entries = [(sources, split)] if isinstance(sources, str) else [(e.source, e.split or split) for e in sources]
+        for name, part in entries:
+            if name.startswith("builtin:") or local_file(name) is not None:
+                next(iter(stream_rows(name, split=part, limit=1, seed=data.seed)), None)
+
+
+def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lambda rows: None) -> RunData:
+    """All rows, tokenised now or found in the cache.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+        ConfigError: a template or tokenizer that cannot be trained with.
+        ResourceError: the cache cannot be written.
+    """
+    data, evaluation = config.data, config.evaluation
+    template = Template(tokenizer, data.template)
+    record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
+    warnings: list[str] = []
+
+    def tokens(name: str, source: Any, split: str, limit: int | None) -> TokenSet:
+        found = prepare(
+            source,
+            template,
+            tokenizer,
+            max_length=data.max_length,
+            train_on=data.train_on,
+            split=split,
+            limit=limit,
+            seed=data.seed,
+            advance=advance,
+        )
+        told = {"sha256": found.sha256, "examples": len(found), "duplicates": found.duplicates}
+        record[name] = told | asdict(found.counts)
+        warnings.extend(f"data.{name}: {line}" for line in found.counts.losses(data.max_length))
+        return found
+
+    train = tokens("train", data.train, data.train_split, data.train_rows)
+    if train.duplicates:
+        warnings.append(f"{train.duplicates} of {len(train)} training examples are repetitions")
+    if not evaluation.enabled or data.test is None:
+        return RunData(train, None, record, warnings)
+    test = tokens("test", data.test, data.test_split, data.test_rows)
+    if leaked := overlap(train, test):
+        warnings.append(
+            f"{leaked} of {len(test)} held-out examples ask what a training example asks: their score is memory"
+        )
+    asked = [row for row in _first_rows(data, evaluation.rows) if not row.is_text]
+    prompts = [prompt_ids(row, template, tokenizer) for row in asked]
+    return RunData(train, HeldOut(test, asked, prompts), record, warnings)
+
+
+def _first_rows(data: DataSection, count: int) -> list[Row]:
+    assert data.test is not None
+    limit = count if data.test_rows is None else min(count, data.test_rows)
+    if isinstance(data.test, str):
+        return list(itertools.islice(stream_rows(data.test, split=data.test_split, limit=limit, seed=data.seed), limit))
+    return load_rows(data.test, split=data.test_split, limit=data.test_rows, seed=data.seed)[:limit]
