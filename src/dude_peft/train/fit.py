@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
@@ -112,14 +113,16 @@ def training_arguments(
             logging_nan_inf_filter=False,
             include_num_input_tokens_seen="all" if packing else "non_padding",
             remove_unused_columns=False,
-            save_strategy="steps",
             save_steps=section.save_steps,
             report_to=list(section.report_to),
             disable_tqdm=True,
-            **_several(strategy),
+            **{"save_strategy": "steps", **_several(strategy)},
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"section 'train': {' '.join(str(error).split())}") from error
+    if arguments.hf_deepspeed_config is not None:
+        # Else the model would be cut while it loads, before the adapter knows its weights.
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     # One process drives one device: Trainer would wrap the model in nn.DataParallel wherever it sees several.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -136,7 +139,8 @@ def _several(strategy: str) -> dict[str, Any]:
         # Trainer would not write checkpoints of a sharded model; they are ours anyway.
         return common | {"save_only_model": True}
     if strategy == "zero3":
-        return common | {"deepspeed": _ZERO3}
+        # DeepSpeed steps inside backward and keeps the optimizer to itself: nothing to go on from bit by bit.
+        return common | {"deepspeed": _ZERO3, "save_strategy": "no"}
     return common
 
 
@@ -145,6 +149,7 @@ _ZERO3: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
+    "train_batch_size": "auto",
     "bf16": {"enabled": "auto"},
 }
 
@@ -168,6 +173,8 @@ def fit(
     step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
     if strategy == "fsdp2" and arguments.world_size > 1:
         shard(model)
+    if arguments.hf_deepspeed_config is not None:
+        set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
     rows = _rows_of(examples, config)
     order = EpochOrder(
         rows.lengths,

@@ -64,6 +64,8 @@ class Loop(TrainerCallback):
     """(loss, rows) of every micro-batch of the step in work."""
     ended: bool = False
     """Whether training has ended early, for good."""
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Those of the micro-batch in work."""
     grad_norm: float = 0.0
     seconds: float = 0.0
     """Spent in the loop by earlier processes of this run."""

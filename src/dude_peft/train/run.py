@@ -103,6 +103,7 @@ class _Run:
             if self.folder.earlier is not None:
                 self.folder.earlier.check_config(config.model_dump(mode="json"))
             self._check_rate()
+            self._check_strategy()
             glance(config)
         with self._phase("imports"), quiet_imports():
             from dude_peft.train.fit import training_arguments
@@ -240,6 +241,10 @@ class _Run:
                 processes.from_first(None)
             keep_fingerprints(self.model)
         transformers.set_seed(self.config.train.seed)
+
+    def _check_strategy(self) -> None:
+        if self.strategy == "zero3" and processes.count() > 1:
+            self.warn("zero3 writes no checkpoints, since DeepSpeed keeps its optimizer to itself; fsdp2 does")
 
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""

@@ -99,19 +99,36 @@ def trained_state(model: Any) -> dict[str, Tensor]:
 def load_trained_state(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Puts back what `trained_state` gave."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(tensors[name])
+        else:
             parameter.copy_(sharded_as(tensors[name], parameter))
 
 
 def sharded_state(model: Any) -> dict[str, Tensor] | None:
     """`trained_state` of a sharded model, for saving its adapter; None where the model holds its tensors whole."""
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         return trained_state(model)
     return None
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a share of it: FSDP2's DTensors and DeepSpeed's partitioned parameters."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, any other one as it is."""
+    """A sharded tensor gathered, any other one as it is; every process has to ask for it."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

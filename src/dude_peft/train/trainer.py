@@ -51,7 +51,7 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        rows = inputs.pop("rows")
+        self.loop.rows = rows = inputs.pop("rows")
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loop.seen(loss, rows)
         return loss
@@ -68,6 +68,14 @@ class RunTrainer(Trainer):
             self._refuse(float(norm))
         self.loop.grad_norm = float(norm)
         return norm
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed steps inside its backward pass, so there a bad loss has to be refused here."""
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.is_deepspeed_enabled and not math.isfinite(float(summed(loss.detach().clone()))):
+            self.loop.seen(loss.detach(), self.loop.rows)
+            self._refuse(0.0)
+        return loss
 
     def _refuse(self, norm: float) -> None:
         step = self.state.global_step + 1
