@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -134,6 +136,16 @@ class RunTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: float16 autocast is not offered."""
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Only the last micro-batch's gradients are sent; transformers' own version asks its loader's settings."""
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
 
     def restore_losses(self) -> None:
         """The losses summed since the last line of metrics.jsonl; the Trainer has just set them to zero."""
