@@ -22,9 +22,9 @@ from measure import arguments, finish, set_threads, show
 from subjects import llama
 
 from dude_peft import DudeConfig
+from dude_peft.data.batches import pad_right
 from dude_peft.plan.bill import Cost, cost
 from dude_peft.plan.live_bytes import LiveBytes
-from dude_peft.train.batches import pad_right
 from dude_peft.train.config import (
     AdapterSection,
     DataSection,

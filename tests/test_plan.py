@@ -17,11 +17,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from dude_peft.train.batches import pad_right
 from models import make
 from tiny import save_tiny, write_rows
 
 from dude_peft import DudeConfig
+from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.methods import METHODS
 from dude_peft.methods.learning_rate import learning_rate_warning
@@ -383,7 +383,9 @@ def test_steps_are_trainers(rows, batch, micro, epochs):
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=micro,
     )
-    assert optimizer_steps(section, rows) == trainer_steps(training_arguments(section, "nowhere"), rows)
+    data = {"train": "builtin:word-problems", "test": "builtin:word-problems"}
+    config = RunConfig(model={"name_or_path": "x"}, data=data, train=section, output_dir="nowhere")
+    assert optimizer_steps(section, rows) == trainer_steps(training_arguments(config), rows)
 
 
 def test_a_learning_rate_of_another_method_is_told():

@@ -166,6 +166,49 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_model(settings, m
         start(settings, train={"report_to": ["wandb"]})
 
 
+# --- packing, and TRL's trainer ------------------------------------------------------------------------------------
+
+
+def first_loss(settings: dict) -> float:
+    return next(line["loss"] for line in lines(settings) if line["step"] == 1)
+
+
+def test_packing_trains_on_the_same_losses(settings, tmp_path):
+    """All rows in one step, padded and laid end to end: the same loss, tokens apart from padding, and gradient."""
+    one = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 24}
+    start(settings, train=one)
+    packed = settings | {"output_dir": str(tmp_path / "packed")}
+    start(packed, train=one, data={"packing": True, "max_length": 30})
+    assert first_loss(packed) == pytest.approx(first_loss(settings), abs=1e-5)
+    padded, flat = (next(line for line in lines(s) if line["step"] == 1) for s in (settings, packed))
+    assert flat["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+    assert flat["tokens"] == padded["tokens"]
+
+
+def test_a_model_that_mixes_rows_is_not_packed(settings, tmp_path):
+    from tiny import tiny_tokenizer
+    from transformers import MambaConfig, MambaForCausalLM
+
+    folder = tmp_path / "mamba"
+    MambaForCausalLM(MambaConfig(vocab_size=261, hidden_size=32, num_hidden_layers=1, state_size=4)).save_pretrained(
+        folder
+    )
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"data\.packing: MambaForCausalLM does not keep packed rows apart"):
+        start(settings, model={"name_or_path": str(folder)}, data={"packing": True})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_s_trainer_sees_the_same_losses(settings, tmp_path, packing):
+    pytest.importorskip("trl")
+    data = {"packing": packing, "max_length": 30}
+    one = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 24}
+    start(settings, train=one, data=data)
+    other = settings | {"output_dir": str(tmp_path / "trl")}
+    start(other, train=one | {"trainer": "trl"}, data=data)
+    assert first_loss(other) == pytest.approx(first_loss(settings), abs=1e-5)
+
+
 # --- groups of rates ----------------------------------------------------------------------------------------------
 
 

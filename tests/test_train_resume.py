@@ -142,12 +142,22 @@ def test_a_chain_of_interruptions_changes_no_bit(places, whole, tmp_path, monkey
         {"optim": "sgd", "train_sampling_strategy": "group_by_length"},
         {"loraplus_lr_ratio": 4.0, "magnitude_lr_ratio": 0.5, "max_steps": None, "num_train_epochs": 2.5},
         {"bf16": True, "gradient_checkpointing": True},
+        {"trainer": "trl"},
+        {"packing": True},
+        {"packing": True, "trainer": "trl"},
     ],
     ids=str,
 )
 def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
-    start(settings(places, tmp_path / "whole", **train))
-    wanted = settings(places, tmp_path / "out", **train)
+    train = dict(train)
+    data = {"packing": True, "max_length": 40} if train.pop("packing", False) else {}
+
+    def configured(name: str) -> dict:
+        made = settings(places, tmp_path / name, **train)
+        return made | {"data": made["data"] | data}
+
+    start(configured("whole"))
+    wanted = configured("out")
     with monkeypatch.context() as patch:
         cut_at(6, patch)
         with pytest.raises(_CutError):

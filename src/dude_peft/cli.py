@@ -57,6 +57,7 @@ def train(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Go on from a checkpoint's adapter alone, where the rest is lost.")
     ] = False,
+    trainer: Annotated[str | None, typer.Option("--trainer", help="transformers or trl: train.trainer.")] = None,
     strategy: Annotated[
         str | None, typer.Option("--launch", metavar="ddp|fsdp2|zero3", help="Train in several processes.")
     ] = None,
@@ -73,6 +74,8 @@ def train(
         # Quoted as YAML text: a folder may be named 2024 or null.
         quoted = output_dir.replace("'", "''")
         changes.append(f"output_dir='{quoted}'")
+    if trainer is not None:
+        changes.append(f"train.trainer={trainer}")
     run_config = load_config(config, changes)
 
     if strategy is not None:

@@ -224,6 +224,9 @@ class TrainSection(Section):
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     """`group_by_length` puts rows of like length into one step, which saves padding."""
 
+    trainer: Literal["transformers", "trl"] = "transformers"
+    """`trl` runs TRL's SFTTrainer, with its own packing and collator, on the same token ids."""
+
     seed: Seed = 0
     """Seed of the adapter's random parts, the order of the rows and dropout."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
-from dude_peft.train.config import RunConfig, TrainSection
+from dude_peft.train.config import RunConfig
 from dude_peft.train.loop import Loop
 from dude_peft.train.order import EpochOrder
 from dude_peft.train.processes import count
@@ -65,33 +66,28 @@ class Surroundings:
     """Where training goes on; the model has its adapter already."""
     save_adapter: Callable[[Any, Path, dict[str, Tensor] | None], None]
     held_out_loss: Callable[[], float] | None
-    pad_id: int
+    tokenizer: Any
 
 
-def training_arguments(
-    section: TrainSection, output_dir: str, strategy: str = "ddp", *, packing: bool = False
-) -> TrainingArguments:
-    """Trainer's own settings for a resolved section; with several processes, this is where they find each other.
+def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArguments:
+    """Trainer's own settings for a resolved configuration; several processes find each other here.
 
     Args:
-        section: what the configuration says.
-        output_dir: folder of the run.
+        config: of the run.
         strategy: of several processes: ddp, fsdp2 or zero3.
-        packing: whether rows are laid end to end, without padding.
 
     Raises:
         ConfigError: transformers refuses a setting here, such as an optimizer that is not installed.
     """
-    checkpointing: dict[str, Any] = {}
-    if section.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    section = config.train
+    kind, own = _kind(config)
     trackers: Any = integration_utils
     for tracker in section.report_to:
         if tracker not in trackers.get_available_reporting_integrations():
             raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
     try:
-        arguments = TrainingArguments(
-            output_dir=output_dir,
+        arguments = kind(
+            output_dir=config.output_dir,
             learning_rate=section.learning_rate or 0.0,
             max_steps=section.max_steps or -1,
             num_train_epochs=section.num_train_epochs or 1.0,
@@ -105,18 +101,19 @@ def training_arguments(
             seed=section.seed,
             data_seed=section.seed,
             bf16=section.bf16,
-            **checkpointing,
+            gradient_checkpointing=section.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
             use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=section.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
-            include_num_input_tokens_seen="all" if packing else "non_padding",
+            include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
             remove_unused_columns=False,
             save_steps=section.save_steps,
             report_to=list(section.report_to),
             disable_tqdm=True,
-            **{"save_strategy": "steps", **_several(strategy)},
+            **{"save_strategy": "steps", **_several(strategy), **own},
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"section 'train': {' '.join(str(error).split())}") from error
@@ -126,6 +123,17 @@ def training_arguments(
     # One process drives one device: Trainer would wrap the model in nn.DataParallel wherever it sees several.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _kind(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
+    """The class of the settings, and what it has beyond transformers' own."""
+    if config.train.trainer == "transformers":
+        return TrainingArguments, {}
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError("train.trainer: trl is not installed: pip install 'dude-peft[trl]'")
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig, {"packing": config.data.packing, "max_length": config.data.max_length}
 
 
 def _several(strategy: str) -> dict[str, Any]:
@@ -175,14 +183,7 @@ def fit(
         shard(model)
     if getattr(arguments, "hf_deepspeed_config", None) is not None:
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
-    rows = _rows_of(examples, config)
-    order = EpochOrder(
-        rows.lengths,
-        section.seed,
-        grouped=step_rows if section.train_sampling_strategy == "group_by_length" else 0,
-    )
     loop = Loop(
-        order=order,
         display=around.display,
         stop=around.stop,
         metrics=None,
@@ -195,17 +196,14 @@ def fit(
     )
     if resumed is not None:
         loop.load_state(resumed.state()["loop"])
-    total = trainer_steps(arguments, len(rows))
+    trainer, lengths = _trainer(model, examples, arguments, config, around, loop)
+    loop.order = EpochOrder(
+        lengths, section.seed, grouped=step_rows if section.train_sampling_strategy == "group_by_length" else 0
+    )
+    total = trainer_steps(arguments, len(lengths))
     if resumed is not None and (loop.ended or resumed.step >= total):
         tokens = int(resumed.trainer_state()["num_input_tokens_seen"])
         return _result(loop, resumed.step, tokens)  # interrupted behind the last step; Trainer would take one more
-    trainer = RunTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=functools.partial(rows.batch, pad_id=around.pad_id),
-        callbacks=[loop],
-    )
     trainer.remove_callback(PrinterCallback)
     trainer.loop, trainer.section, trainer.resumed = loop, section, resumed
     loop.restore_losses = trainer.restore_losses
@@ -248,10 +246,25 @@ def _result(loop: Loop, step: int, tokens: int) -> Fit:
     return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step)
 
 
-def _rows_of(examples: TokenSet, config: RunConfig) -> Rows:
-    if config.data.packing:
-        return Packs(examples, config.data.max_length, config.train.seed)
-    return Rows(examples)
+def _trainer(
+    model: Any,
+    examples: TokenSet,
+    arguments: TrainingArguments,
+    config: RunConfig,
+    around: Surroundings,
+    loop: Loop,
+) -> tuple[RunTrainer, list[int]]:
+    """The Trainer, and the tokens of each place in its batches."""
+    if config.train.trainer == "trl":
+        from dude_peft.train.trl_trainer import lengths, trl_trainer
+
+        made: Any = trl_trainer(model, arguments, examples, around.tokenizer, [loop])  # type: ignore[arg-type]
+        return made, lengths(made.train_dataset)
+    packs = config.data.packing
+    rows = Packs(examples, config.data.max_length, config.train.seed) if packs else Rows(examples)
+    collate = functools.partial(rows.batch, pad_id=int(around.tokenizer.pad_token_id))
+    trainer = RunTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[loop])
+    return trainer, rows.lengths
 
 
 def _check_weights(model: Any) -> None:

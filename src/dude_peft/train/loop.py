@@ -40,7 +40,6 @@ class Best:
 class Loop(TrainerCallback):
     """Follows a run and steers it; what of it the next step depends on goes into every checkpoint."""
 
-    order: EpochOrder
     display: Display
     stop: Stop
     metrics: TextIO | None
@@ -51,6 +50,7 @@ class Loop(TrainerCallback):
     save_adapter: Callable[[Any, Path, dict[str, Tensor] | None], None]
     checkpoints: Checkpoints | None
     """None in a process that writes nothing."""
+    order: EpochOrder = field(default_factory=lambda: EpochOrder([], 0))
     held_out_loss: Callable[[], float] | None = None
     movement_steps: int | None = None
     restore_losses: Callable[[], None] = lambda: None
@@ -60,11 +60,11 @@ class Loop(TrainerCallback):
     """(step, mean training loss since the point before)."""
     held_out: list[tuple[int, float]] = field(default_factory=list)
     """(step, held-out loss)."""
-    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(loss, rows) of every micro-batch of the step in work."""
+    batches: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """(loss, rows) of every micro-batch of the step in work; TRL does not tell the rows."""
     ended: bool = False
     """Whether training has ended early, for good."""
-    rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    rows: Tensor | None = None
     """Those of the micro-batch in work."""
     grad_norm: float = 0.0
     seconds: float = 0.0
@@ -84,7 +84,7 @@ class Loop(TrainerCallback):
         """Seconds of training, those of earlier processes included."""
         return self.seconds + time.perf_counter() - self._start
 
-    def seen(self, loss: Tensor, rows: Tensor) -> None:
+    def seen(self, loss: Tensor, rows: Tensor | None) -> None:
         """Notes one micro-batch."""
         self.batches.append((loss, rows))
 

