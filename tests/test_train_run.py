@@ -135,6 +135,62 @@ def test_settings_that_change_the_way(settings, changes):
     assert report.after.loss < report.before.loss
 
 
+FORMATS = {
+    "rows.jsonl": '{"prompt": "say %d", "completion": "yes"}\n',
+    "messages.jsonl": '{"messages": [{"role": "user", "content": "say %d"}, '
+    '{"role": "assistant", "content": "yes"}]}\n',
+    "chat.jsonl": '{"conversations": [{"from": "human", "value": "say %d"}, {"from": "gpt", "value": "yes"}]}\n',
+    "alpaca.jsonl": '{"instruction": "say", "input": "%d", "output": "yes"}\n',
+    "gsm.jsonl": '{"question": "say %d", "answer": "yes #### 1"}\n',
+    "text.jsonl": '{"text": "say %d yes"}\n',
+    "table.csv": "say %d,yes\n",
+    "table.tsv": "say %d\tyes\n",
+    "text.txt": "say %d yes\n\n",
+}
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("name", [*FORMATS, "rows.parquet", "rows.json"])
+def test_every_format_trains(settings, tmp_path, name, template):
+    path = tmp_path / name
+    rows = [{"prompt": f"say {number}", "completion": "yes"} for number in range(16)]
+    if name.endswith(".parquet"):
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(rows))
+    else:
+        head = {".csv": "prompt,completion\n", ".tsv": "prompt\tcompletion\n"}.get(path.suffix, "")
+        path.write_text(head + "".join(FORMATS[name] % number for number in range(16)))
+    report = start(settings, data={"train": str(path), "template": template}, train={"logging_steps": 1})
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert report.data["train"]["trained_tokens"] > 0
+
+
+def test_a_mixture_trains(settings, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", 40, start=500)
+    mixed = [{"source": settings["data"]["train"], "weight": 1.0}, {"source": str(other), "weight": 3.0}]
+    report = start(settings, data={"train": mixed, "train_rows": 20})
+    assert report.data["train"]["examples"] == 20
+    assert report.after.loss < report.before.loss
+
+
+def test_a_file_that_changes_in_training_is_noticed(settings, monkeypatch):
+    from dude_peft.train import fit as fit_module
+
+    original = fit_module.fit
+
+    def fit(*args, **kwargs):
+        with open(settings["data"]["train"], "a", encoding="utf-8") as file:
+            file.write('{"prompt": "late", "completion": "no"}\n')
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fit_module, "fit", fit)
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        start(settings)
+
+
 def test_epochs_instead_of_steps(settings):
     report = start(settings, train={"max_steps": None, "num_train_epochs": 1.5})
     assert report.steps == 6  # 16 rows in batches of 4

@@ -71,3 +71,16 @@ def test_every_end_token_ends_an_answer():
 )
 def test_wilson_interval(right, rows, low, high):
     assert wilson_interval(right, rows) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_a_checkpoint_s_own_penalties_and_sampling_do_not_count():
+    from tiny import tiny_llama, tiny_tokenizer
+
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    prompts = [[1, 2, 3], [4, 5]]
+    plain = complete(model, tokenizer, prompts, max_new_tokens=12, batch_size=2)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    kept = model.generation_config
+    assert complete(model, tokenizer, prompts, max_new_tokens=12, batch_size=2) == plain
+    assert model.generation_config is kept

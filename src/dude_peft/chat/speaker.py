@@ -150,18 +150,12 @@ def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
 
 
 def _only_ends_(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Keep of the checkpoint's generation config nothing but the tokens that end an answer, and return these.
-
-    transformers fills what a call leaves open from it: penalties and sampling that nobody asked for.
-    """
-    from transformers import GenerationConfig
-
-    from dude_peft.train.score import end_of_turn_ids
+    """Keep of the checkpoint's generation config nothing but the tokens that end an answer, and return these."""
+    from dude_peft.train.score import bare_generation_config, end_of_turn_ids
 
     ends = frozenset(end_of_turn_ids(model, tokenizer))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    only: dict[str, Any] = {"eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id}
-    inner.generation_config = GenerationConfig(**only)  # type: ignore[no-untyped-call]
+    inner.generation_config = bare_generation_config(model, tokenizer)
     return ends
 
 

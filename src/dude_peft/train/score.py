@@ -71,14 +71,23 @@ def complete(
 ) -> list[str]:
     """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn."""
     ends = end_of_turn_ids(model, tokenizer)
-    # A fresh config: the checkpoint's own may sample, and greedy decoding is what can be repeated.
-    settings: Any = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, inner.generation_config = inner.generation_config, bare_generation_config(model, tokenizer)
+    try:
+        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batch_size, advance)
+    finally:
+        inner.generation_config = kept
+
+
+def _complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Advance,
+) -> list[str]:
     model.eval()
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -86,11 +95,23 @@ def complete(
         indices = order[start : start + batch_size]
         batch = pad_left([prompts[index] for index in indices], int(tokenizer.pad_token_id))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        out = model.generate(**batch, generation_config=settings)
+        out = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
         for index, row in zip(indices, out[:, batch["input_ids"].shape[1] :], strict=True):
             texts[index] = _decoded(tokenizer, row, ends)
         advance(len(indices))
     return texts
+
+
+def bare_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A generation config of nothing but the tokens that end an answer.
+
+    transformers fills what a call leaves open from the model's own: penalties and sampling that nobody asked for.
+    """
+    only: dict[str, Any] = {
+        "eos_token_id": sorted(end_of_turn_ids(model, tokenizer)) or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return GenerationConfig(**only)  # type: ignore[no-untyped-call]
 
 
 def end_of_turn_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
