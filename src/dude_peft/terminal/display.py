@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.text import Text
 
 _LOG_WIDTH = 110
@@ -41,14 +42,20 @@ class Display:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """A part of the run; yields `advance(count, note="")`. At a terminal a bar, otherwise a line at the end."""
+        """A part of the run; yields `advance(count, note="")`: a bar with the note below, or a line at its end."""
         start = time.perf_counter()
         if not self.live:
             yield lambda count, note="": None
         else:
-            with self._bar() as bar:
-                task = bar.add_task(name, total=total, note="")
-                yield lambda count, note="": bar.update(task, advance=count, note=note)
+            bar, line = self._bar(), Text(no_wrap=True, overflow="ellipsis")
+            task = bar.add_task(name, total=total)
+
+            def advance(count: int, note: str = "") -> None:
+                bar.update(task, advance=count)
+                line.plain = note
+
+            with Live(Group(bar, line), console=self.console, transient=True):
+                yield advance
         self.say(f"{name}: {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
@@ -66,10 +73,8 @@ class Display:
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[note]}"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("ETA"),
             progress.TimeRemainingColumn(),
             console=self.console,
-            transient=True,
         )
