@@ -224,3 +224,24 @@ def test_all_linear_leaves_out_what_cannot_be_adapted():
 
     model = get_peft_model(Vision(), DudeConfig(r=2, target_modules="all-linear"))
     assert [m.layer_name for m in model.modules() if isinstance(m, DudeLinear)] == ["fc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": "(([a-z0-9_]+[.]?)+)+X"}, "target_modules='(([a-z0-9_]+[.]?)+)+X' takes longer than 2 s"),
+        ({"exclude_modules": "((.*)*)*Q"}, "exclude_modules='((.*)*)*Q' takes longer than 2 s"),
+        ({"rank_pattern": {"((.*)*)*Q": 2}}, "rank_pattern='((.*)*)*Q' takes longer than 2 s"),
+        ({"alpha_pattern": {"(q_proj": 2}}, "alpha_pattern='(q_proj' is no regular expression"),
+    ],
+)
+def test_a_pattern_that_never_ends_is_refused(changes, words):
+    import time
+
+    from tiny import tiny_llama
+
+    start = time.perf_counter()
+    with pytest.raises(ConfigError) as caught:
+        get_peft_model(tiny_llama(), DudeConfig(**{"r": 2, "target_modules": "all-linear", **changes}))
+    assert words in str(caught.value)
+    assert time.perf_counter() - start < 20

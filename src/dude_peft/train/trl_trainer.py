@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
+from transformers import TrainerCallback
 
 from dude_peft.data.token_set import TokenSet
 from dude_peft.train.trainer import RunTrainer
 
-
-class TrlRunTrainer(RunTrainer, SFTTrainer):
-    """SFTTrainer with our checkpoints, order and checks."""
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """TRL's collator keeps no numbers of rows, so faults are named by their step alone."""
-        return super().training_step(model, {**inputs, "rows": None}, num_items_in_batch)
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
 
 
 def trl_trainer(
-    model: PeftModel,
-    arguments: SFTConfig,
-    examples: TokenSet,
-    tokenizer: PreTrainedTokenizerBase,
-    callbacks: list[TrainerCallback],
-) -> TrlRunTrainer:
-    """A TrlRunTrainer over the same token ids and labels as the other trainer gets.
+    model: Any, arguments: SFTConfig, examples: TokenSet, tokenizer: Any, callbacks: list[TrainerCallback]
+) -> RunTrainer:
+    """An SFTTrainer with our checkpoints, order and checks, on the token ids and labels that the other trainer gets.
 
     Args:
         model: with its adapter.
-        arguments: an SFTConfig of the run.
+        arguments: of the run.
         examples: tokenised already; TRL packs them, if it shall.
         tokenizer: for padding.
         callbacks: of the run.
     """
+    from datasets import Dataset
+
     with contextlib.redirect_stderr(io.StringIO()):  # bars
         rows = Dataset.from_generator(_rows, gen_kwargs={"examples": examples, "sha256": examples.sha256})
-        return TrlRunTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=callbacks,
+        trainer: RunTrainer = _trainer_class()(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
         )
+    return trainer
 
 
 def lengths(dataset: Any) -> list[int]:
@@ -59,6 +47,20 @@ def lengths(dataset: Any) -> list[int]:
     return [len(ids) for ids in dataset["input_ids"]]
 
 
-def _rows(examples: TokenSet, sha256: str) -> Any:
+@functools.cache
+def _trainer_class() -> Any:
+    """Made when it is asked for, since TRL is an extra."""
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    class TrlRunTrainer(RunTrainer, SFTTrainer):
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+            """TRL's collator keeps no numbers of rows, so faults are named by their step alone."""
+            return super().training_step(model, {**inputs, "rows": None}, num_items_in_batch)
+
+    return TrlRunTrainer
+
+
+def _rows(examples: TokenSet, sha256: str) -> Iterator[dict[str, list[int]]]:
+    """`sha256` names the rows for the cache of datasets, which would hash the object otherwise."""
     for index in range(len(examples)):
         yield examples[index]

@@ -24,6 +24,7 @@ from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
+from dude_peft.tuner.patterns import check_pattern
 from dude_peft.tuner.starts import compute_starts
 
 _PEFT_PREFIX = "base_model.model."
@@ -81,10 +82,10 @@ class DudeModel(BaseTuner):
         for key in ("target_modules", "exclude_modules"):
             expression = getattr(config, key)
             if isinstance(expression, str):
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise ConfigError(f"{key}={expression!r} is no regular expression: {error}") from error
+                check_pattern(key, expression, names)
+        for key in ("rank_pattern", "alpha_pattern"):
+            for expression in getattr(config, key) or ():
+                check_pattern(key, expression, names, around=r"(.*\.)?({})$")
         if not isinstance(config.target_modules, str):
             for wanted in sorted(config.target_modules or ()):
                 if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
