@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
 
 from dude_peft import DudeConfig
-from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.train import loop as loop_module
 from dude_peft.train.config import RunConfig, TrainSection
 from dude_peft.train.groups import parameter_groups
@@ -95,6 +95,24 @@ def test_a_bad_number_stops_before_the_step_and_names_the_rows(settings, monkeyp
         assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in load_file(path).values())
     for line in (out / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, monkeypatch):
+    """A real allocation that the CPU refuses, in step 4."""
+    from dude_peft.train.trainer import RunTrainer
+
+    original = RunTrainer.compute_loss
+
+    def hungry(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            torch.empty(10**15)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "compute_loss", hungry)
+    with pytest.raises(ResourceError, match="does not fit into memory at step 4; lower train.per_device"):
+        start(settings, train={"save_steps": 1})
+    monkeypatch.undo()
+    assert start(settings, train={"save_steps": 1}).steps == 8
 
 
 # --- measuring on the way -----------------------------------------------------------------------------------------

@@ -217,9 +217,11 @@ def fit(
             around.stop.training(),
         ):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         raise ResourceError(
-            f"training does not fit into the device's memory at step {trainer.state.global_step + 1}; lower "
+            f"training does not fit into memory at step {trainer.state.global_step + 1}; lower "
             "train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true"
         ) from error
     finally:
@@ -265,6 +267,11 @@ def _trainer(
     collate = functools.partial(rows.batch, pad_id=int(around.tokenizer.pad_token_id))
     trainer = RunTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[loop])
     return trainer, rows.lengths
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """A device has an error of its own for it, the CPU's allocator only words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _check_weights(model: Any) -> None:
