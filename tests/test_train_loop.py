@@ -109,7 +109,7 @@ def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, mo
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(RunTrainer, "compute_loss", hungry)
-    with pytest.raises(ResourceError, match="does not fit into memory at step 4; lower train.per_device"):
+    with pytest.raises(ResourceError, match=r"does not fit into memory at step 4; lower train\.per_device"):
         start(settings, train={"save_steps": 1})
     monkeypatch.undo()
     assert start(settings, train={"save_steps": 1}).steps == 8
