@@ -48,7 +48,7 @@ def write_config(places: Path, out: Path, *, dtype: str = "float32", **train: ob
         "train": {
             "learning_rate": 0.003,
             "max_steps": 8,
-            "logging_steps": 1,
+            "logging_steps": 3,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
             "save_steps": 3,
@@ -138,7 +138,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint_and_the_run_goes_on(place
     whole = tmp_path / "whole"
     assert dude(write_config(places, whole), "--launch", strategy, "--processes", "2").returncode == 0
     out = tmp_path / "out"
-    config = write_config(places, out, save_steps=50)
+    config = write_config(places, out, save_steps=50)  # only the signal's own checkpoint
     command = [
         sys.executable, "-m", "dude_peft.cli", "train", str(config), "--launch", strategy, "--processes", "2"
     ]  # fmt: skip

@@ -40,7 +40,8 @@ def settings(places: Path, out: Path, **train: object) -> dict:
     return {
         "model": {"name_or_path": str(places / "model")},
         "adapter": {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]},
-        "data": {"train": str(places / "train.jsonl"), "test": str(places / "test.jsonl")},
+        # The plain template needs no process that renders: these tests start hundreds of runs.
+        "data": {"train": str(places / "train.jsonl"), "test": str(places / "test.jsonl"), "template": "plain"},
         "train": {
             "learning_rate": 0.01,
             "max_steps": STEPS,
@@ -427,8 +428,9 @@ def newest_step(out: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
+@pytest.mark.timeout(3600)
 def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp_path, server):
-    kills, runs = int(os.environ.get("DUDE_KILLS", "40")), 0
+    kills, runs = int(os.environ.get("DUDE_KILLS", "30")), 0
     chance = random.Random(0)
     killed = 0
     began = time.perf_counter()
@@ -453,6 +455,7 @@ def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp
         shutil.rmtree(out)
 
 
+@pytest.mark.timeout(3600)
 def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
     """Not at random: right before each fsync, rename, mkdir, unlink and truncation of a whole run."""
     wanted = settings(places, tmp_path / "count", save_steps=12)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from dude_peft.errors import ConfigError
@@ -26,7 +26,6 @@ from dude_peft.show import shown
 _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
-
 
 STRATEGIES = ("ddp", "fsdp2", "zero3")
 
@@ -70,9 +69,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     Returns:
         The exit code of the run: 0, or the first failing process's.
     """
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
-    rendezvous["LOCAL_WORLD_SIZE"] = str(processes)
-    rendezvous.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(_threads(processes))))
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes))),
+    }
     children: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
@@ -114,7 +117,9 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _passed_on(children: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]
+def _passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Within: signals reach every child, once."""
+
     def pass_on(number: int, frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:

@@ -20,7 +20,6 @@ from dude_peft.train.checkpoint import Checkpoints
 from dude_peft.train.config import EvaluationSection
 from dude_peft.train.movement import movement
 from dude_peft.train.order import EpochOrder
-from dude_peft.train.processes import from_first
 from dude_peft.train.progress import Display
 from dude_peft.train.state import sharded_state, trained_state
 from dude_peft.train.stop import Stop
@@ -139,7 +138,7 @@ class Loop(TrainerCallback):
         steps = self.evaluation.eval_steps
         if self.held_out_loss is not None and steps is not None and (last or state.global_step % steps == 0):
             self._evaluate(state.global_step, control, model)
-        if from_first(self.stop.wanted):
+        if self.stop.wanted():
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

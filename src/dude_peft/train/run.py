@@ -115,6 +115,7 @@ class _Run:
             return finished
         self._find_checkpoint()
         self._load(where, data, arguments.device)
+        self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
 
         before = processes.from_first(None if self.resumed is None else self.folder.read_before())
@@ -123,6 +124,7 @@ class _Run:
                 before = self._score("before", data.held_out)
             if before is not None:
                 self.folder.write_before(before)
+        self.stop.raise_if_wanted()
         fitted = self._train(data, arguments)
         after = self._score("after", data.held_out)
         data.verify_unchanged()

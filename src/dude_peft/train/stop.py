@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: the first ends a run after the step in work and a checkpoint, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first ends a run after the step in work and a checkpoint, the second ends it at once.
+
+Of several processes none may leave alone, since the others would wait for it: there the first signal always waits for a
+place where all of them ask each other.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ from types import FrameType
 from typing import Any
 
 from dude_peft.errors import StoppedError
+from dude_peft.train.processes import count, gathered
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Stop:
-    """Listens for both signals; only inside `training` is there a step to finish, elsewhere the run ends at once."""
+    """Listens for both signals; only inside `training` is there a step to finish, elsewhere a process ends at once."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         """`tell` hears that the step in work is being finished."""
@@ -24,10 +29,12 @@ class Stop:
         self._training = False
         self._place = "before training began; nothing is lost"
 
-    @property
     def wanted(self) -> bool:
-        """Whether the run shall end after this step."""
-        return self._signal is not None
+        """Whether any process has been told to end; every process has to ask."""
+        heard = [number for number in gathered(self._signal) if number is not None]
+        if heard and self._signal is None:
+            self._signal = heard[0]
+        return bool(heard)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -56,15 +63,17 @@ class Stop:
         self._place = place
 
     def raise_if_wanted(self) -> None:
-        """Raises StoppedError if a signal came and the step has been finished."""
-        if self._signal is not None:
+        """Raises StoppedError, in all processes, where one of them has been told to end; every process has to ask."""
+        if self.wanted() and self._signal is not None:
             raise self._error(self._signal)
 
     def _heard(self, number: int, frame: FrameType | None) -> Any:
-        if not self._training or self._signal is not None:
+        alone = not self._training and count() == 1
+        if alone or self._signal is not None:
             raise self._error(number)
         self._signal = number
-        self._tell(f"{_NAMES[signal.Signals(number)]}: finishing the step and saving; once more ends it at once")
+        what = "finishing the step and saving" if self._training else "ending"
+        self._tell(f"{_NAMES[signal.Signals(number)]}: {what}; once more ends it at once")
 
     def _error(self, number: int) -> StoppedError:
         return StoppedError(number, f"stopped by {_NAMES[signal.Signals(number)]} {self._place}")

@@ -81,10 +81,11 @@ class RunTrainer(Trainer):
 
     def _refuse(self, norm: float) -> None:
         step = self.state.global_step + 1
-        batches = [
+        own = [
             (float(loss), [] if rows is None else [self.loop.name_of(row) for row in rows.tolist()])
-            for loss, rows in (pair for part in gathered(self.loop.batches) for pair in part)
+            for loss, rows in self.loop.batches
         ]
+        batches = [batch for part in gathered(own) for batch in part]
         bad = [(loss, names) for loss, names in batches if not math.isfinite(loss)]
         what = f"the training loss is {bad[0][0]}" if bad else f"the gradient's norm is {norm}"
         names = [name for _, found in bad or batches for name in found]
@@ -94,7 +95,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Everything that the next step depends on; every process takes part, the first one writes."""
         optimizer, rest = optimizer_state(self.optimizer)
-        parts = gathered(random_state())
+        parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
         scheduler: Any = self.lr_scheduler
         save_adapter = self.loop.adapter_writer(self.model)
         self.store_flos()
@@ -106,7 +107,7 @@ class RunTrainer(Trainer):
             "optimizer": rest,
             "scheduler": scheduler.state_dict(),
             "random": [numbers for _, numbers in parts],
-            "loss": {"sum": float(self._tr_loss), "logged": self._globalstep_last_logged},
+            "loss": {"sums": sums, "logged": self._globalstep_last_logged},
             "loop": self.loop.state(),
         }
         assert self.loop.checkpoints is not None
@@ -152,7 +153,10 @@ class RunTrainer(Trainer):
         """The losses summed since the last line of metrics.jsonl; the Trainer has just set them to zero."""
         if self.resumed is not None:
             saved = self.resumed.state()["loss"]
-            self._tr_loss = torch.tensor(saved["sum"], dtype=torch.float32, device=self.args.device)
+            sums, index = saved["sums"], self.args.process_index
+            # Another number of processes than before: the mean over them is what is logged.
+            own = sums[index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
+            self._tr_loss = torch.tensor(own, dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
 
 
