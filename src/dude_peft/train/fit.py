@@ -120,7 +120,7 @@ def training_arguments(
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"section 'train': {' '.join(str(error).split())}") from error
-    if arguments.hf_deepspeed_config is not None:
+    if getattr(arguments, "hf_deepspeed_config", None) is not None:
         # Else the model would be cut while it loads, before the adapter knows its weights.
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     # One process drives one device: Trainer would wrap the model in nn.DataParallel wherever it sees several.
@@ -173,7 +173,7 @@ def fit(
     step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
     if strategy == "fsdp2" and arguments.world_size > 1:
         shard(model)
-    if arguments.hf_deepspeed_config is not None:
+    if getattr(arguments, "hf_deepspeed_config", None) is not None:
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
     rows = _rows_of(examples, config)
     order = EpochOrder(
