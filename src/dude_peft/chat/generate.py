@@ -39,6 +39,8 @@ def generate(
     template: str | None = None,
     raw: bool = False,
     base_too: bool = False,
+    as_rows: bool = False,
+    samples: int = 1,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -61,6 +63,9 @@ def generate(
         template: auto, chat or plain; None takes the training's.
         raw: take the prompts as they are, without a template.
         base_too: add the base model's completion: base_completion, base_finish.
+        as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. An empty
+            completion gives none.
+        samples: completions of each prompt, one behind the other.
         batch_size: prompts at a time.
         max_new_tokens: of each completion.
         temperature: 0 takes the likeliest token.
@@ -77,10 +82,14 @@ def generate(
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: give a whole number of prompts from 1")
+    if samples < 1 or (samples > 1 and temperature == 0):
+        raise ConfigError(f"--samples {samples}: give a whole number from 1, and several with a --temperature above 0")
+    if as_rows and (raw or base_too):
+        raise ConfigError("--as-rows writes what dude train reads; leave --raw and --base-too out")
     if raw and template is not None:
         raise ConfigError("--raw and --template; give one of them")
     _check_output(output, overwrite)
-    rows = read_prompts(prompts, file, limit)
+    rows = [row for row in read_prompts(prompts, file, limit) for _ in range(samples)]
     with quiet_imports():
         from dude_peft.chat.decode import decode_all
         from dude_peft.chat.speaker import open_speaker
@@ -103,17 +112,34 @@ def generate(
             for as_base in (False, True) if base_too else (False,):
                 decoding.start()
                 found.append(decode_all(speaker, ids, decoding, batch_size=batch_size, base=as_base, advance=advance))
-    lines = [_line(row, completions, raw) for row, completions in zip(rows, zip(*found, strict=True), strict=True)]
-    _write("".join(lines).encode("utf-8"), output)
+    pairs = zip(rows, zip(*found, strict=True), strict=True)
+    records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
+    _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
+    if empty := records.count(None):
+        notes.warn(f"{empty} completions are empty and left out")
 
 
-def _line(row: Row, completions: Sequence[Completion], raw: bool) -> str:
+def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
+    """A training row; None where there is nothing to learn."""
+    text, prompt = completion.text.strip(), as_json(row)
+    if not text:
+        return None
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": text}
+    return {"messages": [*prompt, {"role": "assistant", "content": text}]}
+
+
+def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": as_json(row)}
     for prefix, completion in zip(("", "base_"), completions, strict=False):
         record[f"{prefix}completion"] = completion.text if raw else completion.text.strip()
         record[f"{prefix}finish"] = completion.finish
+    return record
+
+
+def _line(record: dict[str, Any]) -> str:
     text = json.dumps(record, ensure_ascii=False)
     return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
 

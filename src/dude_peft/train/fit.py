@@ -17,11 +17,13 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
+from dude_peft.train.general import GeneralMeter, general_scores
 from dude_peft.train.loop import Loop
+from dude_peft.train.mixed_order import MixedOrder
+from dude_peft.train.objective import MixtureOfLosses
 from dude_peft.train.order import EpochOrder
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
@@ -29,6 +31,7 @@ from dude_peft.train.sharding import shard
 from dude_peft.train.stop import Stop
 from dude_peft.train.trainer import RunTrainer
 from dude_peft.train.training_rows import Packs, Rows
+from dude_peft.train.training_set import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ _ZERO3: dict[str, Any] = {
 
 def fit(
     model: Any,
-    examples: TokenSet,
+    examples: TrainingSet,
     arguments: TrainingArguments,
     config: RunConfig,
     around: Surroundings,
@@ -176,11 +179,7 @@ def fit(
     if getattr(arguments, "hf_deepspeed_config", None) is not None:
         set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
     rows = _rows_of(examples, config)
-    order = EpochOrder(
-        rows.lengths,
-        section.seed,
-        grouped=step_rows if section.train_sampling_strategy == "group_by_length" else 0,
-    )
+    order = _order_of(rows, section, step_rows)
     loop = Loop(
         order=order,
         display=around.display,
@@ -193,21 +192,29 @@ def fit(
         held_out_loss=around.held_out_loss,
         movement_steps=section.movement_steps,
     )
+    meter = _meter_of(model, examples, config, around, loop)
     if resumed is not None:
         loop.load_state(resumed.state()["loop"])
+        if meter is not None:
+            meter.load_state(resumed.state()["general"])
     total = trainer_steps(arguments, len(rows))
     if resumed is not None and (loop.ended or resumed.step >= total):
         tokens = int(resumed.trainer_state()["num_input_tokens_seen"])
-        return _result(loop, resumed.step, tokens)  # interrupted behind the last step; Trainer would take one more
+        return _result(
+            loop, resumed.step, tokens, examples, config
+        )  # interrupted behind the last step; Trainer would take one more
     trainer = RunTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=functools.partial(rows.batch, pad_id=around.pad_id),
-        callbacks=[loop],
+        callbacks=[loop] if meter is None else [loop, meter],
+        compute_loss_func=MixtureOfLosses(torch.bfloat16 if section.bf16 else None)
+        if section.objective == "mol"
+        else None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.loop, trainer.section, trainer.resumed = loop, section, resumed
+    trainer.loop, trainer.section, trainer.resumed, trainer.meter = loop, section, resumed, meter
     loop.restore_losses = trainer.restore_losses
     uses_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of a training forward are never read again
@@ -231,7 +238,7 @@ def fit(
     if step < total:
         around.stop.raise_if_wanted()
     _check_weights(model)
-    return _result(loop, step, int(trainer.state.num_input_tokens_seen))
+    return _result(loop, step, int(trainer.state.num_input_tokens_seen), examples, config)
 
 
 def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
@@ -244,11 +251,37 @@ def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
     return math.ceil(epochs * updates)
 
 
-def _result(loop: Loop, step: int, tokens: int) -> Fit:
+def _result(loop: Loop, step: int, tokens: int, examples: TrainingSet, config: RunConfig) -> Fit:
+    if examples.general_test is not None:
+        test = examples.general_test
+        kept = loop.best_step if config.evaluation.load_best_model_at_end else None
+        loop.display.general(test.measured[0], test.after(kept))
     return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step)
 
 
-def _rows_of(examples: TokenSet, config: RunConfig) -> Rows:
+def _order_of(rows: Rows, section: TrainSection, step_rows: int) -> EpochOrder:
+    grouped = step_rows if section.train_sampling_strategy == "group_by_length" else 0
+    if section.objective == "mol":
+        return MixedOrder(rows.lengths, rows.domain, section.seed, grouped=grouped)
+    return EpochOrder(rows.lengths, section.seed, grouped=grouped)
+
+
+def _meter_of(
+    model: Any, examples: TrainingSet, config: RunConfig, around: Surroundings, loop: Loop
+) -> GeneralMeter | None:
+    test, settings = examples.general_test, config.evaluation
+    if test is None:
+        return None
+    return GeneralMeter(
+        test=test,
+        scores=lambda: general_scores(model, test.examples, pad_id=around.pad_id, batch_size=settings.batch_size),
+        eval_steps=settings.eval_steps,
+        metrics=lambda: loop.metrics,
+        say=lambda text: None if around.display.live else around.display.say(text),
+    )
+
+
+def _rows_of(examples: TrainingSet, config: RunConfig) -> Rows:
     if config.data.packing:
         return Packs(examples, config.data.max_length, config.train.seed)
     return Rows(examples)
