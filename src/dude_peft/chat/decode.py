@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.speaker import Speaker
+from dude_peft.data.batches import pad_left
 from dude_peft.errors import NumericsError, ResourceError
 from dude_peft.show import shown
-from dude_peft.train.batches import pad_left
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.prompts import as_json, encode_prompts, read_prompts
-from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.data import parse_row
+from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
@@ -63,8 +64,8 @@ def generate(
         template: auto, chat or plain; None takes the training's.
         raw: take the prompts as they are, without a template.
         base_too: add the base model's completion: base_completion, base_finish.
-        as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. An empty
-            completion gives none.
+        as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. A completion
+            that it would refuse, an empty one above all, gives none.
         samples: completions of each prompt, one behind the other.
         batch_size: prompts at a time.
         max_new_tokens: of each completion.
@@ -117,18 +118,21 @@ def generate(
     _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
-    if empty := records.count(None):
-        notes.warn(f"{empty} completions are empty and left out")
+    if refused := records.count(None):
+        notes.warn(f"{refused} completions are left out: empty, or no text that can be trained on")
 
 
 def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
-    """A training row; None where there is nothing to learn."""
+    """A training row; None where `data.train` would refuse it: an empty answer, a NUL character."""
     text, prompt = completion.text.strip(), as_json(row)
-    if not text:
+    record = {"prompt": prompt, "completion": text}
+    if not isinstance(prompt, str):
+        record = {"messages": [*prompt, {"role": "assistant", "content": text}]}
+    try:
+        parse_row(record, row.source)
+    except DataError:
         return None
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": text}
-    return {"messages": [*prompt, {"role": "assistant", "content": text}]}
+    return record
 
 
 def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dude_peft.train.order import EpochOrder
 
-_OTHER_STREAM = 2**32  # no seed of a run is as large
+_OTHER_STREAM = 2**31  # further than any epoch, and within the 32 bits that torch's generator looks at
 
 
 class MixedOrder(EpochOrder):
