@@ -47,10 +47,15 @@ def main() -> None:
             for objective, found in runs.items():
                 found.append(measured(settings, objective, seed, Path(scratch)))
                 console.print(f"seed {seed}, {objective}: {found[-1]}")
+            told(settings, runs)  # after every seed: six runs take an hour on two shared cores
+
+
+def told(settings: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> None:
+    """Prints the table so far, and writes the record."""
     rows = table(runs)
     notes = [
         "the weights are a 4-bit GGUF file's (Q4_1), dequantised to float32; half widths are of 95 % intervals of the "
-        f"mean over {len(settings.seeds)} seeds (Student's t); mol - sft is of the pairs of one seed."
+        f"mean over {len(runs['sft'])} seeds (Student's t); mol - sft is of the pairs of one seed."
     ]
     show("Held-out loss and KL, nats a token", rows, COLUMNS)
     console.print(notes[0])
