@@ -161,6 +161,7 @@ def data_check(
     template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
     max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 512,
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
+    upft: Annotated[int | None, typer.Option(help="Tokens of each answer that are trained, as data.upft.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
@@ -168,7 +169,7 @@ def data_check(
 
     how = {"template": template, "train_on": train_on}
     try:
-        check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, **how)
+        check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, upft=upft, **how)
     except KeyboardInterrupt:
         raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was kept, start the command again") from None
 
@@ -399,6 +400,10 @@ def generate(
     gguf_file: _GgufFile = None,
     base_too: Annotated[bool, typer.Option("--base-too", help="Add the base model's completion.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No template: continue the text as it is.")] = False,
+    as_rows: Annotated[
+        bool, typer.Option("--as-rows", help="Write rows that dude train reads: prompt and completion alone.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Completions of each prompt, one line each; needs --temperature.")] = 1,
     template: _Template = None,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one completion at most.")] = 256,
@@ -423,6 +428,8 @@ def generate(
             template=template,
             raw=raw,
             base_too=base_too,
+            as_rows=as_rows,
+            samples=samples,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.prompts import as_json, encode_prompts, read_prompts
-from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.data import parse_row
+from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
@@ -39,6 +40,8 @@ def generate(
     template: str | None = None,
     raw: bool = False,
     base_too: bool = False,
+    as_rows: bool = False,
+    samples: int = 1,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -61,6 +64,9 @@ def generate(
         template: auto, chat or plain; None takes the training's.
         raw: take the prompts as they are, without a template.
         base_too: add the base model's completion: base_completion, base_finish.
+        as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. A completion
+            that it would refuse, an empty one above all, gives none.
+        samples: completions of each prompt, one behind the other.
         batch_size: prompts at a time.
         max_new_tokens: of each completion.
         temperature: 0 takes the likeliest token.
@@ -77,10 +83,14 @@ def generate(
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: give a whole number of prompts from 1")
+    if samples < 1 or (samples > 1 and temperature == 0):
+        raise ConfigError(f"--samples {samples}: give a whole number from 1, and several with a --temperature above 0")
+    if as_rows and (raw or base_too):
+        raise ConfigError("--as-rows writes what dude train reads; leave --raw and --base-too out")
     if raw and template is not None:
         raise ConfigError("--raw and --template; give one of them")
     _check_output(output, overwrite)
-    rows = read_prompts(prompts, file, limit)
+    rows = [row for row in read_prompts(prompts, file, limit) for _ in range(samples)]
     with quiet_imports():
         from dude_peft.chat.decode import decode_all
         from dude_peft.chat.speaker import open_speaker
@@ -103,17 +113,37 @@ def generate(
             for as_base in (False, True) if base_too else (False,):
                 decoding.start()
                 found.append(decode_all(speaker, ids, decoding, batch_size=batch_size, base=as_base, advance=advance))
-    lines = [_line(row, completions, raw) for row, completions in zip(rows, zip(*found, strict=True), strict=True)]
-    _write("".join(lines).encode("utf-8"), output)
+    pairs = zip(rows, zip(*found, strict=True), strict=True)
+    records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
+    _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
+    if refused := records.count(None):
+        notes.warn(f"{refused} completions are left out: empty, or no text that can be trained on")
 
 
-def _line(row: Row, completions: Sequence[Completion], raw: bool) -> str:
+def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
+    """A training row; None where `data.train` would refuse it: an empty answer, a NUL character."""
+    text, prompt = completion.text.strip(), as_json(row)
+    record = {"prompt": prompt, "completion": text}
+    if not isinstance(prompt, str):
+        record = {"messages": [*prompt, {"role": "assistant", "content": text}]}
+    try:
+        parse_row(record, row.source)
+    except DataError:
+        return None
+    return record
+
+
+def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": as_json(row)}
     for prefix, completion in zip(("", "base_"), completions, strict=False):
         record[f"{prefix}completion"] = completion.text if raw else completion.text.strip()
         record[f"{prefix}finish"] = completion.finish
+    return record
+
+
+def _line(record: dict[str, Any]) -> str:
     text = json.dumps(record, ensure_ascii=False)
     return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
 

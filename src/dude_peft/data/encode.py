@@ -6,8 +6,10 @@ at the seam. (A SentencePiece tokenizer puts its word-begin mark before an answe
 
 A row that does not fit into max_length is left out and counted, also where a part of its answer would fit: a cut answer
 has no end, and a model trained on it learns not to stop. A conversation of which every answer is trained keeps the
-turns that fit, and is counted as well. Plain text is cut into blocks of nearly equal length, of which each begins as
-the tokenizer begins a text; nothing of it is lost.
+turns that fit, and is counted as well. Of answers of which only the beginning is trained (`upft`, arXiv 2503.02875: the
+first N tokens, or all that an answer has before its end) the rest is no part of the example, but where later turns need
+it. Plain text is cut into blocks of nearly equal length, of which each begins as the tokenizer begins a text; nothing
+of it is lost.
 """
 
 from __future__ import annotations
@@ -126,6 +128,7 @@ def encode(
     max_length: int,
     *,
     train_on: str = "answers",
+    upft: int | None = None,
     vocab_size: int | None = None,
 ) -> EncodedSet:
     """Token ids and labels, in memory, of the rows that fit into `max_length` tokens.
@@ -136,7 +139,7 @@ def encode(
         DataError: no rows, none that fits, a token the model does not have, a message that spells an end token.
         ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
-    encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on)
+    encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
     if not rows:
         raise DataError("no rows to encode; check the data set and its limit")
     examples = []
@@ -161,6 +164,7 @@ class Encoder:
     tokenizer: Any
     max_length: int
     train_on: str
+    upft: int | None = None
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -168,6 +172,8 @@ class Encoder:
             raise ConfigError(f"max_length is {quoted(self.max_length)}; give a whole number of tokens from 2")
         if self.train_on not in TRAIN_ON:
             raise ConfigError(f"train_on is {quoted(self.train_on)}; use {', '.join(TRAIN_ON)}")
+        if self.upft is not None and (self.upft < 1 or self.train_on == "all"):
+            raise ConfigError(f"upft is {self.upft}; give a whole number of tokens from 1, beside train_on: answers")
         self._begin = _begin(self.tokenizer)
         self.ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.template.turn_end)}
         if len(self._begin) > self.max_length - 2:
@@ -182,7 +188,7 @@ class Encoder:
             pieces = self.template.pieces(batch)
             tokenised = _tokenised([each.texts for each in pieces], self.tokenizer)
             for row, each, ids in zip(batch, pieces, tokenised, strict=True):
-                made = list(self._blocks(ids[0])) if row.is_text else self._conversation(row, each, ids)
+                made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids)
                 self._count(made)
                 yield row, made
 
@@ -200,29 +206,46 @@ class Encoder:
             ids = [[*self._begin, *ids[0]], *ids[1:]]
         counts = self.counts
         lengths = [len(part) for part in ids]
-        needed = sum(lengths)
-        counts.longest = max(counts.longest, needed)
+        kept = [self._beginning(part) for part in ids]
+
+        def needed(pieces: int) -> int:
+            return sum(lengths[: pieces - 1]) + kept[pieces - 1]
+
+        used = len(ids)
+        counts.longest = max(counts.longest, needed(used))
         counts.last_only += self.train_on == "answers" and not pieces.whole
-        if needed > self.max_length and self.train_on == "answers":
+        if needed(used) > self.max_length and self.train_on == "answers":
             # An even number of pieces ends with an answer.
-            fitting = [n for n in range(2, len(ids), 2) if sum(lengths[:n]) <= self.max_length]
+            fitting = [n for n in range(2, used, 2) if needed(n) <= self.max_length]
             if fitting:
                 counts.shortened += 1
-                ids = ids[: fitting[-1]]
-                needed = sum(lengths[: fitting[-1]])
-        if needed > self.max_length:
+                used = fitting[-1]
+        if needed(used) > self.max_length:
             counts.dropped += 1
-            counts.truncated += needed - lengths[-1] < self.max_length
+            counts.truncated += sum(lengths[: used - 1]) < self.max_length
             return []
         # Labels come from the pieces' lengths, never from comparing ids with the pad token: where pad is the end token
         # (the common choice, and SmolLM2's own), that would mask the end and it would never be learned.
-        last = len(ids) - 1
+        last = used - 1
         trained: list[bool] = []
-        for place, part in enumerate(ids):
+        for place, part in enumerate(ids[:used]):
             learned = self.train_on == "all" or (place == last if self.train_on == "last_answer" else place % 2 == 1)
-            trained += [learned] * len(part)
+            trained += [learned] * kept[place] + [False] * (len(part) - kept[place])
         trained[0] = False
-        return [Example([*itertools.chain.from_iterable(ids)], trained)]
+        if not any(trained):
+            raise DataError(f"{row.source}: the answer has no token before its end for upft to train; remove the row")
+        return [Example([*itertools.chain.from_iterable(ids[:used])][: needed(used)], trained[: needed(used)])]
+
+    def _beginning(self, part: list[int]) -> int:
+        """How many tokens of an answer are learned: all, or `upft`, but none of its end."""
+        if self.upft is None:
+            return len(part)
+        return next((n for n, token in enumerate(part[: self.upft]) if token in self.ends), min(self.upft, len(part)))
+
+    def _text(self, row: Row, ids: list[int]) -> list[Example]:
+        if self.upft is not None:
+            raise DataError(f"{row.source}: plain text has no answer whose beginning upft trains; remove the row")
+        return list(self._blocks(ids))
 
     def _blocks(self, ids: list[int]) -> Iterator[Example]:
         """Blocks of at most max_length tokens, with the tokenizer's beginning, none much shorter than the others."""

@@ -43,6 +43,7 @@ def prepare(
     *,
     max_length: int,
     train_on: str = "answers",
+    upft: int | None = None,
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
@@ -57,6 +58,7 @@ def prepare(
         tokenizer: how text becomes ids.
         max_length: tokens that an example may have.
         train_on: what is learned of a conversation: answers, last_answer or all.
+        upft: only this many first tokens of each answer are learned; None takes all, and the end.
         split: of sources that name none themselves.
         limit: of one source, its first rows; of a mixture, the number of its examples. None takes all.
         seed: of a built-in set, and of what a mixture takes of each source.
@@ -79,10 +81,11 @@ def prepare(
         "template": [template.kind, template.source],
         "max_length": max_length,
         "train_on": train_on,
+        "upft": upft,
     }
 
     def encoder() -> Encoder:
-        return Encoder(template, tokenizer, max_length=max_length, train_on=train_on)
+        return Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
 
     encoder()  # a wrong option is told before anything is read
     stored = [_stored(part, seed, settings, encoder, root, advance) for part in parts]

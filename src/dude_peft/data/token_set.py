@@ -64,6 +64,12 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         example = source.store.example(place)
         return {"input_ids": example.ids, "labels": example.labels}
 
+    def parts(self, places: NDArray[np.int64] | None = None) -> list[tuple[Stored, NDArray[np.int64]]]:
+        """Of each source the examples that stand at `places` of this set, or all of them: what makes a set again."""
+        index = self._index if places is None else self._index[places]
+        bounds = zip(self._sources, self._bounds[:-1], self._bounds[1:], strict=True)
+        return [(source, index[(index >= low) & (index < high)] - low) for source, low, high in bounds]
+
     def source(self, index: int) -> str:
         """Where an example comes from: `file.jsonl:12`."""
         source, place = self._place(index)

@@ -50,7 +50,15 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
     sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template)
-    encoded = encode(sample, template, tokenizer, data.max_length, train_on=data.train_on, vocab_size=vocabulary)
+    encoded = encode(
+        sample,
+        template,
+        tokenizer,
+        data.max_length,
+        train_on=data.train_on,
+        upft=None if held_out else data.upft,
+        vocab_size=vocabulary,
+    )
     lengths = [len(example["input_ids"]) for example in encoded.examples]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max(lengths) > positions:

@@ -65,6 +65,8 @@ def _made(config: RunConfig, where: str, device: Device, warnings: list[str], di
     method, train = METHODS[config.adapter.method], config.train
     if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
         warnings.append(text)
+    if train.objective == "mol":
+        warnings.append("train.objective: mol: general rows, and the base model's pass over them, are not counted")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
         # Adapting writes into the configuration.

@@ -161,6 +161,21 @@ class DataSection(Section):
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     """What is learned of a conversation: every answer, only the last one, or all tokens, the questions' too."""
 
+    upft: Count | None = None
+    """Train on this many first tokens of each answer, without its end, and leave the rest out (UPFT, arXiv 2503.02875):
+    for answers that the model sampled itself, as `dude generate --as-rows` writes them. Held-out rows stay whole."""
+
+    general: Sources | None = None
+    """General rows on which the model shall stay what it is, written as train; needed by train.objective: mol. All of
+    their tokens are judged. Split: train, where a source has splits and names none."""
+
+    general_share: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """Share of the general rows among the training rows, in every step alike: a seeded choice of them, or repeats."""
+
+    general_test: Sources | None = None
+    """Held-out general rows, with any objective: their loss, and their KL to the base model, is measured before, every
+    evaluation.eval_steps and after. Split: test, where a source has splits and names none."""
+
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 512
     """Tokens a row may have."""
 
@@ -172,14 +187,25 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> DataSection:
-        for key, value in (("train", self.train), ("test", self.test)):
+        for key in ("train", "test", "general", "general_test"):
+            value = getattr(self, key)
             if isinstance(value, list) and len({each.weight is None for each in value}) > 1:
                 raise ValueError(f"key 'data.{key}': only some sources have a weight; give one to all or to none")
+        return self
+
+    @model_validator(mode="after")
+    def _beginnings_of_answers(self) -> DataSection:
+        if self.upft is not None and self.train_on == "all":
+            raise ValueError("key 'data.upft' trains beginnings of answers; set data.train_on: answers")
         return self
 
 
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
+
+    objective: Literal["sft", "mol"] = "sft"
+    """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
+    general ability (mixture of losses, arXiv 2505.12043)."""
 
     learning_rate: Positive | None = None
     """Peak learning rate. Left out, it is the method's own (`Method.learning_rate`): principal methods peak lower."""
@@ -312,6 +338,19 @@ class RunConfig(Section):
     def _something_to_evaluate(self) -> RunConfig:
         if self.evaluation.enabled and self.data.test is None:
             raise ValueError("key 'data.test' is missing; add it, or set evaluation.enabled: false")
+        return self
+
+    @model_validator(mode="after")
+    def _general_rows_for_mol_alone(self) -> RunConfig:
+        mol = self.train.objective == "mol"
+        if mol and self.data.general is None:
+            raise ValueError("key 'data.general' is missing; train.objective: mol compares with the base model on it")
+        if not mol and self.data.general is not None:
+            raise ValueError("key 'data.general' is not used by train.objective: sft; remove it, or set mol")
+        if mol and self.train.trainer == "trl":
+            raise ValueError("key 'train.trainer': trl has no mixture of losses; use transformers, or objective: sft")
+        if self.adapter.bias != "none" and (mol or self.data.general_test is not None):
+            raise ValueError("key 'adapter.bias': trained biases leave no base model to compare with; set it to none")
         return self
 
     def resolved(self) -> RunConfig:

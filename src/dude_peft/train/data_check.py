@@ -34,6 +34,7 @@ def check(
     template: str = "auto",
     max_length: int = 512,
     train_on: str = "answers",
+    upft: int | None = None,
 ) -> None:
     """Shows what of `source` a run on `model` would train, and how much of it; the examples stay in the cache.
 
@@ -53,7 +54,7 @@ def check(
     written = Template(tokenizer, template)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
     with display.waiting("reading"):
-        made = prepare(source, written, tokenizer, **options)
+        made = prepare(source, written, tokenizer, upft=upft, **options)
         held_out = None if test is None else prepare(test, written, tokenizer, split="test", **options)
     display.say(f"format: {', '.join(shapes)}")
     display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")

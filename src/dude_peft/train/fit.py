@@ -14,15 +14,17 @@ from typing import Any, TextIO
 import peft  # noqa: F401  # Trainer would import it later, in the middle of the output
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
-from dude_peft.train.config import RunConfig
+from dude_peft.train.config import RunConfig, TrainSection
+from dude_peft.train.general import GeneralMeter, general_scores
 from dude_peft.train.loop import Loop
+from dude_peft.train.mixed_order import MixedOrder
+from dude_peft.train.objective import MixtureOfLosses
 from dude_peft.train.order import EpochOrder
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
@@ -30,6 +32,7 @@ from dude_peft.train.sharding import shard
 from dude_peft.train.stop import Stop
 from dude_peft.train.trainer import RunTrainer
 from dude_peft.train.training_rows import Packs, Rows
+from dude_peft.train.training_set import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ _ZERO3: dict[str, Any] = {
 
 def fit(
     model: Any,
-    examples: TokenSet,
+    examples: TrainingSet,
     arguments: TrainingArguments,
     config: RunConfig,
     around: Surroundings,
@@ -194,18 +197,21 @@ def fit(
         held_out_loss=around.held_out_loss,
         movement_steps=section.movement_steps,
     )
+    meter = _meter_of(model, examples, config, around, loop)
     if resumed is not None:
         loop.load_state(resumed.state()["loop"])
-    trainer, lengths = _trainer(model, examples, arguments, config, around, loop)
-    loop.order = EpochOrder(
-        lengths, section.seed, grouped=step_rows if section.train_sampling_strategy == "group_by_length" else 0
-    )
+        if meter is not None:
+            meter.load_state(resumed.state()["general"])
+    callbacks = [loop] if meter is None else [loop, meter]
+    trainer, lengths, domain = _trainer(model, examples, arguments, config, around, callbacks)
+    loop.order = _order_of(lengths, domain, section, step_rows)
     total = trainer_steps(arguments, len(lengths))
     if resumed is not None and (loop.ended or resumed.step >= total):
+        # Interrupted behind the last step; Trainer would take one more.
         tokens = int(resumed.trainer_state()["num_input_tokens_seen"])
-        return _result(loop, resumed.step, tokens)  # interrupted behind the last step; Trainer would take one more
+        return _result(loop, resumed.step, tokens, examples, config)
     trainer.remove_callback(PrinterCallback)
-    trainer.loop, trainer.section, trainer.resumed = loop, section, resumed
+    trainer.loop, trainer.section, trainer.resumed, trainer.meter = loop, section, resumed, meter
     loop.restore_losses = trainer.restore_losses
     uses_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of a training forward are never read again
@@ -231,7 +237,7 @@ def fit(
     if step < total:
         around.stop.raise_if_wanted()
     _check_weights(model)
-    return _result(loop, step, int(trainer.state.num_input_tokens_seen))
+    return _result(loop, step, int(trainer.state.num_input_tokens_seen), examples, config)
 
 
 def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
@@ -244,29 +250,64 @@ def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
     return math.ceil(epochs * updates)
 
 
-def _result(loop: Loop, step: int, tokens: int) -> Fit:
+def _result(loop: Loop, step: int, tokens: int, examples: TrainingSet, config: RunConfig) -> Fit:
+    if examples.general_test is not None:
+        test = examples.general_test
+        kept = loop.best_step if config.evaluation.load_best_model_at_end else None
+        loop.display.general(test.measured[0], test.after(kept))
     return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step)
 
 
 def _trainer(
     model: Any,
-    examples: TokenSet,
+    examples: TrainingSet,
     arguments: TrainingArguments,
     config: RunConfig,
     around: Surroundings,
-    loop: Loop,
-) -> tuple[RunTrainer, list[int]]:
-    """The Trainer, and the tokens of each place in its batches."""
+    callbacks: list[TrainerCallback],
+) -> tuple[RunTrainer, list[int], int]:
+    """The Trainer, the tokens of each place in its batches, and how many of these are the domain's."""
     if config.train.trainer == "trl":
         from dude_peft.train.trl_trainer import lengths, trl_trainer
 
-        made: Any = trl_trainer(model, arguments, examples, around.tokenizer, [loop])  # type: ignore[arg-type]
-        return made, lengths(made.train_dataset)
-    packs = config.data.packing
-    rows = Packs(examples, config.data.max_length, config.train.seed) if packs else Rows(examples)
-    collate = functools.partial(rows.batch, pad_id=int(around.tokenizer.pad_token_id))
-    trainer = RunTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[loop])
-    return trainer, rows.lengths
+        made: Any = trl_trainer(model, arguments, examples, around.tokenizer, callbacks)  # type: ignore[arg-type]
+        tokens = lengths(made.train_dataset)
+        return made, tokens, len(tokens)
+    packs, seed = config.data.packing, config.train.seed
+    rows = Packs(examples, config.data.max_length, seed) if packs else Rows(examples)
+    loss = MixtureOfLosses(torch.bfloat16 if config.train.bf16 else None) if config.train.objective == "mol" else None
+    trainer = RunTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=functools.partial(rows.batch, pad_id=int(around.tokenizer.pad_token_id)),
+        callbacks=callbacks,
+        compute_loss_func=loss,
+    )
+    return trainer, rows.lengths, rows.domain
+
+
+def _order_of(lengths: list[int], domain: int, section: TrainSection, step_rows: int) -> EpochOrder:
+    grouped = step_rows if section.train_sampling_strategy == "group_by_length" else 0
+    if section.objective == "mol":
+        return MixedOrder(lengths, domain, section.seed, grouped=grouped)
+    return EpochOrder(lengths, section.seed, grouped=grouped)
+
+
+def _meter_of(
+    model: Any, examples: TrainingSet, config: RunConfig, around: Surroundings, loop: Loop
+) -> GeneralMeter | None:
+    test, settings = examples.general_test, config.evaluation
+    if test is None:
+        return None
+    pad_id = int(around.tokenizer.pad_token_id)
+    return GeneralMeter(
+        test=test,
+        scores=lambda: general_scores(model, test.examples, pad_id=pad_id, batch_size=settings.batch_size),
+        eval_steps=settings.eval_steps,
+        metrics=lambda: loop.metrics,
+        say=lambda text: None if around.display.live else around.display.say(text),
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -29,6 +29,17 @@ class Display(display.Display):
             table.add_row("  95 % interval", _interval(before), _interval(after), "")
         self.console.print(table)
 
+    def general(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """What training did to general rows, as `GeneralTest.measured` has it."""
+        table = Table(title="Held-out general rows", title_justify="left")
+        table.add_column("")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        change = f"{after['loss'] - before['loss']:+.3f}"
+        table.add_row("loss (nats a token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}", change)
+        table.add_row("KL to the base model", f"{before['kl']:.4f}", f"{after['kl']:.4f}", "")
+        self.console.print(table)
+
     def samples(self, before: tuple[Answer, ...], after: tuple[Answer, ...]) -> None:
         """Answers of the model before and after, side by side."""
         for number, (old, new) in enumerate(zip(before, after, strict=True), start=1):

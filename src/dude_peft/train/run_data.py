@@ -14,6 +14,10 @@ from dude_peft.data.rows import load_rows, local_file, stream_rows
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.train.config import DataSection, RunConfig
+from dude_peft.train.training_set import GeneralTest, TrainingSet
+
+_GENERAL_SPLIT, _GENERAL_TEST_SPLIT = "train", "test"
+_ALL = "all"  # general rows are judged token by token, whatever is trained of the domain's
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class HeldOut:
 class RunData:
     """All rows of a run."""
 
-    train: TokenSet
+    train: TrainingSet
     held_out: HeldOut | None
     record: dict[str, Any]
     """What report.json says about them."""
@@ -40,25 +44,27 @@ class RunData:
     @property
     def sha256(self) -> dict[str, str]:
         """Hash of each set."""
-        return {"train": self.train.sha256, **({"test": self.held_out.examples.sha256} if self.held_out else {})}
+        return {name: part["sha256"] for name, part in self.record.items() if isinstance(part, dict)}
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example of all."""
-        sets = [self.train, *([self.held_out.examples] if self.held_out else [])]
-        return max(int(each.lengths.max()) for each in sets)
+        return max(int(each.lengths.max()) for each in self._sets)
 
     @property
     def largest_id(self) -> int:
         """The largest token id of all."""
-        sets = [self.train, *([self.held_out.examples] if self.held_out else [])]
-        return max(each.counts.largest_id for each in sets)
+        return max(each.counts.largest_id for each in self._sets)
 
     def verify_unchanged(self) -> None:
         """Raises DataError where a file was changed since it was read."""
-        self.train.verify_unchanged()
-        if self.held_out is not None:
-            self.held_out.examples.verify_unchanged()
+        for each in self._sets:
+            each.verify_unchanged()
+
+    @property
+    def _sets(self) -> list[TokenSet]:
+        test, general = self.held_out, self.train.general_test
+        return [self.train, *([test.examples] if test else []), *([general.examples] if general else [])]
 
 
 def glance(config: RunConfig) -> None:
@@ -69,10 +75,12 @@ def glance(config: RunConfig) -> None:
         ConfigError: a built-in set that does not exist.
     """
     data = config.data
-    wanted = [(data.train, data.train_split)]
-    if config.evaluation.enabled and data.test is not None:
-        wanted.append((data.test, data.test_split))
+    wanted = [(data.train, data.train_split), (data.general, _GENERAL_SPLIT)]
+    if config.evaluation.enabled:
+        wanted += [(data.test, data.test_split), (data.general_test, _GENERAL_TEST_SPLIT)]
     for sources, split in wanted:
+        if sources is None:
+            continue
         entries = [(sources, split)] if isinstance(sources, str) else [(e.source, e.split or split) for e in sources]
         for name, part in entries:
             if name.startswith("builtin:") or local_file(name) is not None:
@@ -92,13 +100,16 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
     warnings: list[str] = []
 
-    def tokens(name: str, source: Any, split: str, limit: int | None) -> TokenSet:
+    def tokens(
+        name: str, source: Any, split: str, limit: int | None, *, train_on: str = data.train_on, upft: int | None = None
+    ) -> TokenSet:
         found = prepare(
             source,
             template,
             tokenizer,
             max_length=data.max_length,
-            train_on=data.train_on,
+            train_on=train_on,
+            upft=upft,
             split=split,
             limit=limit,
             seed=data.seed,
@@ -109,13 +120,23 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         warnings.extend(f"data.{name}: {line}" for line in found.counts.losses(data.max_length))
         return found
 
-    train = tokens("train", data.train, data.train_split, data.train_rows)
-    if train.duplicates:
-        warnings.append(f"{train.duplicates} of {len(train)} training examples are repetitions")
+    domain = tokens("train", data.train, data.train_split, data.train_rows, upft=data.upft)
+    if domain.duplicates:
+        warnings.append(f"{domain.duplicates} of {len(domain)} training examples are repetitions")
+    general = general_test = None
+    if data.general is not None:
+        general = tokens("general", data.general, _GENERAL_SPLIT, None, train_on=_ALL)
+    if evaluation.enabled and data.general_test is not None:
+        examples = tokens("general_test", data.general_test, _GENERAL_TEST_SPLIT, None, train_on=_ALL)
+        general_test = GeneralTest(examples)
+        record["general_test"]["measured"] = general_test.measured
+        if general is not None and (leaked := overlap(general, examples)):
+            warnings.append(f"{leaked} of {len(examples)} held-out general examples are general training examples too")
+    train = TrainingSet(domain, general, share=data.general_share, seed=data.seed, general_test=general_test)
     if not evaluation.enabled or data.test is None:
         return RunData(train, None, record, warnings)
     test = tokens("test", data.test, data.test_split, data.test_rows)
-    if leaked := overlap(train, test):
+    if leaked := overlap(domain, test):
         warnings.append(
             f"{leaked} of {len(test)} held-out examples ask what a training example asks: their score is memory"
         )

@@ -15,8 +15,10 @@ from transformers import Trainer
 from dude_peft.errors import NumericsError
 from dude_peft.train.checkpoint import OPTIMIZER, RANDOM, Checkpoint
 from dude_peft.train.config import TrainSection
+from dude_peft.train.general import GeneralMeter
 from dude_peft.train.groups import parameter_groups
 from dude_peft.train.loop import Loop
+from dude_peft.train.objective import MixtureOfLosses
 from dude_peft.train.processes import gathered, summed
 from dude_peft.train.state import (
     load_optimizer_state,
@@ -36,6 +38,7 @@ class RunTrainer(Trainer):
     loop: Loop
     section: TrainSection
     resumed: Checkpoint | None = None
+    meter: GeneralMeter | None = None
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return self.loop.order
@@ -73,6 +76,8 @@ class RunTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed steps inside its backward pass, so there a bad loss has to be refused here."""
+        if isinstance(self.compute_loss_func, MixtureOfLosses):
+            self.compute_loss_func.look(model, inputs, inputs.pop("general", None))
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         if self.is_deepspeed_enabled and not math.isfinite(float(summed(loss.detach().clone()))):
             self.loop.seen(loss.detach(), self.loop.rows)
@@ -109,6 +114,7 @@ class RunTrainer(Trainer):
             "random": [numbers for _, numbers in parts],
             "loss": {"sums": sums, "logged": self._globalstep_last_logged},
             "loop": self.loop.state(),
+            "general": self.meter and self.meter.state(),
         }
         assert self.loop.checkpoints is not None
         self.loop.checkpoints.save(

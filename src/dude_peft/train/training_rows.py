@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dude_peft.data.batches import flat, pad_right
 from dude_peft.data.packing import pack
-from dude_peft.data.token_set import TokenSet
+from dude_peft.train.training_set import TrainingSet
 
 
 class Rows(Dataset[list[dict[str, Any]]]):
@@ -19,11 +19,14 @@ class Rows(Dataset[list[dict[str, Any]]]):
 
     lengths: list[int]
     """Tokens of each place."""
+    domain: int
+    """Places of the domain's examples; those of general ones follow."""
 
-    def __init__(self, examples: TokenSet) -> None:
+    def __init__(self, examples: TrainingSet) -> None:
         """Takes the examples as they are."""
         self._examples = examples
         self.lengths = examples.lengths.tolist()
+        self.domain = examples.domain
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -31,10 +34,18 @@ class Rows(Dataset[list[dict[str, Any]]]):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         return [self._numbered(index)]
 
-    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Tensor]:
-        """Places -> the model's arguments, and `rows`, the numbers of their examples."""
-        examples = [example for place in places for example in place]
-        return {**self._tensors(examples, pad_id), "rows": torch.tensor([example["row"] for example in examples])}
+    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
+        """Places -> the model's arguments; `rows`, the numbers of their examples; `general`, the general ones alone.
+
+        General examples stand behind the domain's. Where there are none, there is no `general`.
+        """
+        examples = sorted((example for place in places for example in place), key=self._is_general)
+        general = [example for example in examples if self._is_general(example)]
+        batch = {**self._tensors(examples, pad_id), "rows": torch.tensor([example["row"] for example in examples])}
+        return {**batch, "general": self._tensors(general, pad_id)} if general else batch
+
+    def _is_general(self, example: dict[str, Any]) -> bool:
+        return bool(example["row"] >= self._examples.domain)
 
     def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
         return pad_right(examples, pad_id)
@@ -44,14 +55,17 @@ class Rows(Dataset[list[dict[str, Any]]]):
 
 
 class Packs(Rows):
-    """As many examples a place as fit; batches are one row without padding."""
+    """As many examples of one kind a place as fit; batches are one row without padding."""
 
-    def __init__(self, examples: TokenSet, capacity: int, seed: int) -> None:
+    def __init__(self, examples: TrainingSet, capacity: int, seed: int) -> None:
         """Packs the examples, at most `capacity` tokens each."""
         super().__init__(examples)
-        self._packs = pack(examples.lengths, capacity, seed)
-        tokens = self.lengths
-        self.lengths = [sum(tokens[example] for example in examples) for examples in self._packs]
+        tokens, domain = self.lengths, examples.domain
+        self._packs = pack(examples.lengths[:domain], capacity, seed)
+        self.domain = len(self._packs)
+        general = pack(examples.lengths[domain:], capacity, seed)
+        self._packs += [[domain + example for example in together] for together in general]
+        self.lengths = [sum(tokens[example] for example in together) for together in self._packs]
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         return [self._numbered(example) for example in self._packs[index]]

@@ -1,0 +1,93 @@
+"""What a run does to general ability: the loss on held-out general rows, and how far they have moved from the base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dude_peft.core.divergence import divergence
+from dude_peft.data.batches import pad_right
+from dude_peft.errors import NumericsError
+from dude_peft.train.objective import judged
+from dude_peft.train.training_set import GeneralTest
+from dude_peft.tuner.untouched import as_base
+
+_CHUNK = 2**24
+"""Wide numbers held at a time."""
+
+
+@torch.inference_mode()
+def general_scores(
+    model: Any, examples: Sequence[Mapping[str, Sequence[int]]], *, pad_id: int, batch_size: int
+) -> tuple[float, float]:
+    """Mean cross-entropy, and mean KL(base || tuned), in nats over all judged tokens; every token counts the same."""
+    model.eval()
+    loss, distance, tokens = 0.0, 0.0, 0
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    for start in range(0, len(ordered), batch_size):
+        batch = pad_right(ordered[start : start + batch_size], pad_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        places, labels = judged(batch.pop("labels"))
+        tuned = model(**batch, use_cache=False).logits.flatten(0, 1)[places]
+        with as_base(model):
+            base = model(**batch, use_cache=False).logits.flatten(0, 1)[places]
+        size = max(1, _CHUNK // tuned.shape[1])
+        for mine, its, wanted in _chunks(size, tuned, base, labels):
+            loss += float(torch.nn.functional.cross_entropy(mine.float(), wanted, reduction="sum"))
+            distance += float(divergence(its, mine).sum())
+        tokens += len(places)
+    return loss / max(tokens, 1), distance / max(tokens, 1)
+
+
+def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
+
+
+@dataclass
+class GeneralMeter(TrainerCallback):
+    """Measures general rows before training, every eval_steps, and behind the last step; writes lines of metrics."""
+
+    test: GeneralTest
+    scores: Callable[[], tuple[float, float]]
+    """`general_scores` of the model in training."""
+    eval_steps: int | None
+    metrics: Callable[[], TextIO | None]
+    """The open metrics.jsonl, in the process that writes it."""
+    say: Callable[[str], None]
+
+    def state(self) -> list[dict[str, float]]:
+        """What a checkpoint keeps, as JSON."""
+        return list(self.test.measured)
+
+    def load_state(self, state: list[dict[str, float]]) -> None:
+        """Takes up what `state` gave."""
+        self.test.measured[:] = [dict(line) for line in state]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.test.measured:
+            self._measure(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        step, every = int(state.global_step), self.eval_steps
+        if step >= state.max_steps or (every is not None and step % every == 0):
+            self._measure(step)
+            model.train()
+
+    def _measure(self, step: int) -> None:
+        loss, distance = self.scores()
+        if not (math.isfinite(loss) and math.isfinite(distance)):
+            raise NumericsError(
+                f"on data.general_test, loss {loss} and KL {distance} at step {step}; lower train.learning_rate"
+            )
+        self.test.measured.append({"step": step, "loss": loss, "kl": distance})
+        file = self.metrics()
+        if file is not None:
+            file.write(json.dumps({"step": step, "general_loss": loss, "general_kl": distance}) + "\n")
+        self.say(f"step {step}  general loss {loss:.4f}  KL to the base {distance:.2e}")
