@@ -202,7 +202,7 @@ def fit(
         loop.load_state(resumed.state()["loop"])
         if meter is not None:
             meter.load_state(resumed.state()["general"])
-    callbacks = [loop] if meter is None else [loop, meter]
+    callbacks: list[TrainerCallback] = [loop] if meter is None else [loop, meter]
     trainer, lengths, domain = _trainer(model, examples, arguments, config, around, callbacks)
     loop.order = _order_of(lengths, domain, section, step_rows)
     total = trainer_steps(arguments, len(lengths))
