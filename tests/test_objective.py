@@ -12,6 +12,7 @@ import torch
 from models import perturb
 from peft import get_peft_model
 from safetensors.torch import load_file
+from test_cli import dude
 from tiny import save_tiny, tiny_llama, write_rows
 
 from dude_peft import DudeConfig
@@ -352,6 +353,21 @@ def test_an_interrupted_run_goes_on_bit_by_bit(settings, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert metrics(tmp_path / "out") == metrics(tmp_path / "cut")
     assert again.data["general_test"]["measured"] == whole.data["general_test"]["measured"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_take_the_steps_of_one(settings, tmp_path, strategy):
+    """With one row each, one of them sees the domain alone and the other general rows alone."""
+    train = {"per_device_train_batch_size": 2}
+    start(settings, train=train)
+    halves = settings | {"train": settings["train"] | {"per_device_train_batch_size": 1}}
+    (tmp_path / "run.yaml").write_text(json.dumps(halves))
+    options = ["--launch", strategy, "--processes", "2", "--output-dir", tmp_path / "two"]
+    done = dude("train", tmp_path / "run.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "out"), weights(tmp_path / "two")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_a_bad_number_of_the_base_stops_before_the_step_and_names_the_rows(settings, monkeypatch):
