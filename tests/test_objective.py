@@ -14,12 +14,14 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from test_cli import dude
 from tiny import save_tiny, tiny_llama, write_rows
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dude_peft import DudeConfig
 from dude_peft.core import divergence as divergence_module
 from dude_peft.core.divergence import target_loss
 from dude_peft.data.batches import flat, pad_right
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.plan.live_bytes import LiveBytes
 from dude_peft.train.config import RunConfig
 from dude_peft.train.config_file import load_config
 from dude_peft.train.general import general_scores
@@ -71,6 +73,20 @@ def test_loss_and_gradient_are_the_textbooks_in_any_chunks(monkeypatch, dtype, k
         assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=precise)
         assert torch.allclose(gradient.double(), slope.double(), atol=tolerance)
         assert not gradient[[1, 4]].any()  # never judged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_the_gradient_and_a_few_chunks(dtype):
+    """4,096 tokens of a vocabulary of 128,256, half of them general: no second copy of the logits, wide or not."""
+    with FakeTensorMode():
+        logits = torch.empty(4096, 128256, dtype=dtype, requires_grad=True)
+        base, labels = torch.empty(2048, 128256, dtype=dtype), torch.zeros(4096, dtype=torch.int64)
+        few = 8 * 4 * divergence_module._CHUNK
+        with LiveBytes([]) as live:
+            loss = target_loss(logits, torch.arange(4096), labels, base)
+            assert live.stretch().peak < few
+            loss.backward()
+            assert live.stretch().peak < logits.nbytes + few
 
 
 @pytest.mark.parametrize("where", ["domain", "general", "base"])
