@@ -12,13 +12,16 @@ import torch
 from models import perturb
 from peft import get_peft_model
 from safetensors.torch import load_file
+from test_cli import dude
 from tiny import save_tiny, tiny_llama, write_rows
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dude_peft import DudeConfig
 from dude_peft.core import divergence as divergence_module
 from dude_peft.core.divergence import target_loss
 from dude_peft.data.batches import flat, pad_right
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.plan.live_bytes import LiveBytes
 from dude_peft.train.config import RunConfig
 from dude_peft.train.config_file import load_config
 from dude_peft.train.general import general_scores
@@ -70,6 +73,20 @@ def test_loss_and_gradient_are_the_textbooks_in_any_chunks(monkeypatch, dtype, k
         assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=precise)
         assert torch.allclose(gradient.double(), slope.double(), atol=tolerance)
         assert not gradient[[1, 4]].any()  # never judged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_the_gradient_and_a_few_chunks(dtype):
+    """4,096 tokens of a vocabulary of 128,256, half of them general: no second copy of the logits, wide or not."""
+    with FakeTensorMode():
+        logits = torch.empty(4096, 128256, dtype=dtype, requires_grad=True)
+        base, labels = torch.empty(2048, 128256, dtype=dtype), torch.zeros(4096, dtype=torch.int64)
+        few = 8 * 4 * divergence_module._CHUNK
+        with LiveBytes([]) as live:
+            loss = target_loss(logits, torch.arange(4096), labels, base)
+            assert live.stretch().peak < few
+            loss.backward()
+            assert live.stretch().peak < logits.nbytes + few
 
 
 @pytest.mark.parametrize("where", ["domain", "general", "base"])
@@ -352,6 +369,21 @@ def test_an_interrupted_run_goes_on_bit_by_bit(settings, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert metrics(tmp_path / "out") == metrics(tmp_path / "cut")
     assert again.data["general_test"]["measured"] == whole.data["general_test"]["measured"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_take_the_steps_of_one(settings, tmp_path, strategy):
+    """With one row each, one of them sees the domain alone and the other general rows alone."""
+    train = {"per_device_train_batch_size": 2}
+    start(settings, train=train)
+    halves = settings | {"train": settings["train"] | {"per_device_train_batch_size": 1}}
+    (tmp_path / "run.yaml").write_text(json.dumps(halves))
+    options = ["--launch", strategy, "--processes", "2", "--output-dir", tmp_path / "two"]
+    done = dude("train", tmp_path / "run.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "out"), weights(tmp_path / "two")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_a_bad_number_of_the_base_stops_before_the_step_and_names_the_rows(settings, monkeypatch):

@@ -23,7 +23,7 @@ _CHUNK = 2**24
 """Wide numbers held at a time."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the first forward of a sharded model makes the buffers that training writes
 def general_scores(
     model: Any, examples: Sequence[Mapping[str, Sequence[int]]], *, pad_id: int, batch_size: int
 ) -> tuple[float, float]:
