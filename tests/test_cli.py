@@ -16,7 +16,7 @@ from tiny import save_tiny, write_rows
 
 from dude_peft.version import __version__
 
-PRODUCTS = {"adapter", "config.yaml", "metrics.jsonl", "loss.png", "report.json"}
+PRODUCTS = {"adapter", "checkpoints", "run.json", "config.yaml", "metrics.jsonl", "loss.png", "report.json"}
 
 
 def dude(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,17 @@ def test_a_run_leaves_all_its_files(place, finished):
 def test_metrics_have_one_object_a_line_and_the_last_step(place, finished):
     lines = [json.loads(line) for line in (place / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3, 6, 7]
-    keys = {"step", "loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "memory_bytes", "seconds"}
+    keys = {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "epoch",
+        "tokens",
+        "tokens_per_second",
+        "memory_bytes",
+        "seconds",
+    }
     assert all(set(line) == keys for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
 
