@@ -20,8 +20,8 @@ from dude_peft.terminal.quiet import gathered_warnings
 from dude_peft.train import model as model_module
 from dude_peft.train.config import ModelSection, RunConfig
 from dude_peft.train.config_file import load_config
-from dude_peft.train.model import load_model, load_tokenizer, locate
 from dude_peft.train.folder import RunFolder
+from dude_peft.train.model import load_model, load_tokenizer, locate
 from dude_peft.train.run import run
 from dude_peft.train.start import check_start
 
