@@ -70,8 +70,8 @@ def mmlu_category(task: str) -> str | None:
 
 
 def _gsm8k(name: str, data: Path, folder: Path) -> str:
-    # Few-shot questions are the train split's in `gsm8k` alone; the others bring their own.
-    needed = ("train", "test") if name == "gsm8k" else ("test",)
+    # The train split has the examples; gsm8k_cot brings its own.
+    needed = ("test",) if name == "gsm8k_cot" else ("train", "test")
     splits = {split: local_files.gsm8k(data / "gsm8k" / f"{split}.jsonl") for split in needed}
     file = {"gsm8k": "gsm8k", "gsm8k_cot": "gsm8k-cot", "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot"}[name]
     return _write(name, folder, splits, include=f"gsm8k/{file}.yaml", dataset_name=None)
