@@ -335,6 +335,7 @@ def _provenance(
     hashes = [f"{task} {s['doc_id']} {s['doc_hash']}" for task, all_ in model["samples"].items() for s in all_]
     return {
         "base_model": None if adapter is None else adapter.base_model_name_or_path,
+        "adapter_sha256": _adapter_sha256(speaker),
         "tasks": {
             task: {
                 "version": loaded.VERSION,
@@ -351,6 +352,20 @@ def _provenance(
         "versions": _libraries(),
         "hardware": hardware(speaker.model.device),
     }
+
+
+def _adapter_sha256(speaker: Speaker) -> str | None:
+    """Of the file; None for a plain model, or an adapter that is in no folder."""
+    from dude_peft.artifact.manifest import WEIGHTS_FILE
+
+    path = Path(speaker.name) / WEIGHTS_FILE
+    if not speaker.adapted or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _path(path: Path | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dude_peft.evaluate.forgetting import TextScore
 from dude_peft.evaluate.intervals import Comparison
+from dude_peft.evaluate.local_tasks import GSM8K
 from dude_peft.evaluate.record import Evaluation, Measure, Value
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
@@ -26,6 +27,8 @@ def show(display: Display, evaluation: Evaluation) -> None:
         ):
             for task, count in by_task.items():
                 display.warn(f"{task}, {whose}: {count} {what}")
+    if evaluation.second_opinion is None and any(measure.task in GSM8K for measure in evaluation.measures):
+        display.say("no second opinion on GSM8K's answers: pip install 'dude-peft[math]'")
     for task, found in (evaluation.second_opinion or {}).items():
         display.say(
             f"{task}: math-verify judges {len({one.doc_id for one in found})} answers otherwise; see results.json"
