@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from dude_peft.chat.decode import Finite
@@ -25,6 +25,33 @@ Items = set[tuple[str, int]]
 """(task, number of the document) of each."""
 _Request = Any
 """lm_eval.api.instance.Instance"""
+
+
+class _Ready(nn.Module):
+    """A model that is loaded: HFLM ties weights once more, which fails where a tied output layer is adapted."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, **kwargs: Any) -> Tensor:
+        tokens: Tensor = self.model.generate(**kwargs)
+        return tokens
+
+    def tie_weights(self) -> None:
+        """They are."""
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]
@@ -53,7 +80,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             advance: called with the number of requests that were answered.
         """
         self._fits = batch_size
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        super().__init__(pretrained=_Ready(model), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
         self._stopped: list[bool] = []
         self.computed = 0
