@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dude_peft.evaluate.intervals import bootstrap_mean, compare, mcnemar_exact
+from dude_peft.evaluate.intervals import bootstrap_mean, bootstrap_share, compare, mcnemar_exact
 from dude_peft.train.score import wilson_interval
 
 DRAWS = 2000
@@ -27,9 +27,8 @@ def test_a_paired_difference_is_covered(items, wins, losses):
     generator = np.random.default_rng(1)
     covered = 0
     for _ in range(DRAWS):
-        draw = generator.random(items)
-        differences = (draw < wins).astype(float) - (draw > 1 - losses)
-        low, high = bootstrap_mean(differences)
+        up, down, _ = generator.multinomial(items, [wins, losses, 1 - wins - losses])
+        low, high = bootstrap_share(int(up), int(down), items)
         covered += low <= wins - losses <= high
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
@@ -61,6 +60,11 @@ def test_counts_and_words():
     assert compare(tuned, tuned).verdict == "no significant difference"
     assert compare(tuned, base, higher_is_better=False).wins == 5
     assert compare([2.0, 2.5, 2.2], [1.0, 1.2, 1.1], higher_is_better=False).verdict == "worse"
+
+
+def test_three_ties_are_no_certainty():
+    low, high = compare([0.0] * 3, [0.0] * 3).interval
+    assert low < -0.3 < 0.3 < high
 
 
 def test_mcnemar_is_the_binomial_test():

@@ -21,7 +21,7 @@ class Comparison:
     difference: float
     """Mean of tuned - base."""
     interval: tuple[float, float]
-    """95 %, percentile bootstrap over items."""
+    """95 %, bootstrap over items."""
     wins: int
     """Items where tuned is better."""
     losses: int
@@ -52,10 +52,14 @@ def compare(
     if len(tuned) != len(base) or not len(tuned):
         raise ValueError(f"paired values wanted, not {len(tuned)} and {len(base)}")
     differences = np.asarray(tuned, dtype=float) - np.asarray(base, dtype=float)
-    interval = bootstrap_mean(differences, seed=seed)
     good = differences if higher_is_better else -differences
     wins, losses = int((good > 0).sum()), int((good < 0).sum())
-    p_value = mcnemar_exact(wins, losses) if _is_binary(tuned) and _is_binary(base) else None
+    binary = _is_binary(tuned) and _is_binary(base)
+    up, down = int((differences > 0).sum()), int((differences < 0).sum())
+    interval = (
+        bootstrap_share(up, down, len(differences), seed=seed) if binary else bootstrap_mean(differences, seed=seed)
+    )
+    p_value = mcnemar_exact(wins, losses) if binary else None
     significant = not interval[0] <= 0 <= interval[1] and (p_value is None or p_value < 1 - LEVEL)
     verdict = ("better" if good.mean() > 0 else "worse") if significant else "no significant difference"
     ties = len(differences) - wins - losses
@@ -68,9 +72,28 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tu
     Items of equal value are drawn together, as one multinomial count: the same distribution, in little memory.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
-    total = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=_DRAWS)
-    low, high = np.quantile(draws @ distinct / total, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _percentiles(distinct, counts, int(counts.sum()), seed)
+
+
+def bootstrap_share(up: int, down: int, items: int, *, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the difference of two shares of right answers to the same items.
+
+    Resampled from counts with half an item more up and down and one more tied (Agresti and Min 2005): where
+    no item is discordant the plain bootstrap would be certain of no difference.
+
+    Args:
+        up: items that went from wrong to right.
+        down: items that went from right to wrong.
+        items: all of them.
+        seed: of the draws.
+    """
+    counts = np.array([up + 0.5, down + 0.5, items - up - down + 1])
+    return _percentiles(np.array([1.0, -1.0, 0.0]), counts, items, seed)
+
+
+def _percentiles(values: np.ndarray, counts: np.ndarray, items: int, seed: int) -> tuple[float, float]:
+    draws = np.random.default_rng(seed).multinomial(items, counts / counts.sum(), size=_DRAWS)
+    low, high = np.quantile(draws @ values / items, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
