@@ -56,11 +56,11 @@ def save_model(folder: Path) -> Path:
     return save_tiny(folder, max_position_embeddings=2048)
 
 
-def save_adapter(model_folder: Path, folder: Path) -> Path:
+def save_adapter(model_folder: Path, folder: Path, target_modules: str | list[str] = "all-linear") -> Path:
     """An adapter that changes what the model answers."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     torch.manual_seed(0)
-    model = get_peft_model(model, DudeConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(model, DudeConfig(r=4, target_modules=target_modules))
     perturb(model, scale=0.3)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

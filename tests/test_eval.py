@@ -470,3 +470,15 @@ def test_the_subjects_of_the_tests_are_the_harness_own():
 
     assert all(is_local(f"mmlu_{subject}") for subject in SUBJECTS)
     assert not is_local("mmlu_alchemy")
+
+
+def test_a_tied_output_layer_that_is_adapted(place, tmp_path):
+    model = save_tiny(tmp_path / "tied", max_position_embeddings=2048, tie_word_embeddings=True)
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    evaluate(str(adapter), EvalOptions(("mmlu_anatomy",), place / "data"), tmp_path / "o")
+    (line, *_) = samples(tmp_path / "o", "mmlu_anatomy")
+    theirs = harness(tmp_path / "o" / "tasks", model, ["mmlu_anatomy"])["mmlu_anatomy", "none", line["doc_id"]]
+    found = torch.tensor([pair[0] for pair in line["base"]["filtered"]])
+    expected = torch.tensor([pair[0] for pair in theirs["filtered_resps"]])
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert line["model"]["filtered"] != line["base"]["filtered"]
