@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
 ROOMS = ["version", "errors", "show", "core", "methods", "artifact", "tuner", "data", "terminal", "init", "train"]
-ROOMS += ["plan", "export", "chat", "doctor", "cli"]
+ROOMS += ["plan", "export", "chat", "evaluate", "doctor", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 
@@ -82,8 +82,10 @@ def test_every_module_imports_with_the_core_dependencies(path):
         return
     if "triton" in imports_of(path):
         pytest.importorskip("triton", reason=f"{path.name} is for GPUs and needs triton, which is not installed here")
+    if "lm_eval.models.huggingface" in imports_of(path):
+        pytest.importorskip("lm_eval", reason=f"{path.name} needs lm_eval, which is not installed here")
     importlib.import_module(name)
-    extras = {"datasets", "matplotlib", "gguf", "trl", "bitsandbytes", "torchao", "llama_cpp"}
+    extras = {"datasets", "matplotlib", "gguf", "trl", "bitsandbytes", "torchao", "llama_cpp", "scipy", "math_verify"}
     assert not {n.split(".")[0] for n in imports_of(path, top_level_only=True)} & extras
 
 

@@ -440,6 +440,46 @@ def generate(
         raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was written") from None
 
 
+@app.command("eval")
+def evaluate(
+    name: _Speaker,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Of the results; resumes there.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="NAME,...", help="gsm8k, mmlu, ..., any task of lm-eval, or its YAML.")
+    ] = "",
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", metavar="DIR", help="Local benchmark files; default: the hub.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="General text: perplexity, and what was forgotten.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each task: a seeded sample, stratified by subject.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and the intervals.")] = 0,
+    chat_template: Annotated[bool, typer.Option("--chat", help="Prompts through the chat template.")] = False,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in each prompt; default: each task's own.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time; default: found by itself.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace finished results; their answers are used again.")
+    ] = False,
+    base: _Base = None,
+    gguf_file: _GgufFile = None,
+    debug: _Debug = False,
+) -> None:
+    """Score an adapter beside its base, or a model, by lm-evaluation-harness; repeat it to resume."""
+    from dude_peft.evaluate.run import EvalOptions
+    from dude_peft.evaluate.run import evaluate as run_evaluate
+
+    names = tuple(part.strip() for part in tasks.split(",") if part.strip())
+    options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text)
+    try:
+        run_evaluate(name, options, output, base=base, gguf_file=gguf_file, overwrite=overwrite)
+    except KeyboardInterrupt:
+        message = "stopped by Ctrl-C; the same command goes on where it stopped"
+        raise StoppedError(signal.SIGINT, message) from None
+
+
 def main() -> None:
     """Entry point of the console script: runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]

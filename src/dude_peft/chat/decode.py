@@ -54,7 +54,7 @@ class Pieces(TextStreamer):
             self._write(text)
 
 
-class _Finite(LogitsProcessor):
+class Finite(LogitsProcessor):
     """Stops at logits from which nothing can be chosen; -inf alone is how some models rule out tokens."""
 
     def __init__(self, name: str) -> None:
@@ -101,7 +101,7 @@ def decode(
             out = speaker.model.generate(
                 **batch,
                 generation_config=decoding.settings(max_new_tokens or decoding.max_new_tokens),
-                logits_processor=LogitsProcessorList([_Finite(speaker.name)]),
+                logits_processor=LogitsProcessorList([Finite(speaker.name)]),
                 streamer=pieces,
             )
     except torch.OutOfMemoryError as error:

@@ -41,6 +41,8 @@ class Speaker:
     """Whether there is a base model under it to compare with."""
     trained_template: str
     """The template that its run was configured with; `auto` where nothing tells."""
+    checkpoint_generation: Any = None
+    """The checkpoint's own generation config, which answers here do not follow; the field's harness does."""
 
     def template(self, kind: str | None) -> Template:
         """The template of this kind, or of the training: `Template` says what it raises."""
@@ -89,9 +91,10 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         model = _model(source, where, saved)
     if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    checkpoint_generation = _plain(model).generation_config
     ends = _only_ends_(model, tokenizer)
     template = "auto" if saved is None else _template_of_the_run(saved.folder)
-    return Speaker(name, model, tokenizer, ends, saved is not None, template)
+    return Speaker(name, model, tokenizer, ends, saved is not None, template, checkpoint_generation)
 
 
 def _is_adapter(name: str) -> bool:
@@ -154,9 +157,12 @@ def _only_ends_(model: Any, tokenizer: Any) -> frozenset[int]:
     from dude_peft.train.score import bare_generation_config, end_of_turn_ids
 
     ends = frozenset(end_of_turn_ids(model, tokenizer))
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.generation_config = bare_generation_config(model, tokenizer)
+    _plain(model).generation_config = bare_generation_config(model, tokenizer)
     return ends
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _template_of_the_run(adapter: Path) -> str:

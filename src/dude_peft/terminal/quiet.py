@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_TALKATIVE = ("transformers", "accelerate", "peft", "torchao", "datasets")
+_TALKATIVE = ("transformers", "accelerate", "peft", "torchao", "datasets", "lm_eval", "math_verify")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,92 @@
+"""Answers of one model, kept as they come, so that an interrupted evaluation goes on where it stopped.
+
+A JSON-lines file. Its first line says of what: the model's fingerprint and all else that answers depend on. Each other
+line is one batch, {request's hash: answer}, written at once: after a kill a batch is there whole or not at all, and the
+resumed run computes the same batches with the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dude_peft.artifact.durable import disk_errors
+from dude_peft.errors import ArtifactError
+from dude_peft.show import shown
+
+
+class AnswerCache:
+    """Answers by their requests' hashes; `settings` is what its first line says."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Open, or begin.
+
+        Args:
+            path: the file; a torn last line, left by a kill, is cut off.
+            settings: what the answers depend on; those of the file that are kept from an earlier run win.
+
+        Raises:
+            ArtifactError: the file is damaged elsewhere than in its last line.
+            ResourceError: it cannot be written.
+        """
+        self._path = path
+        self._answers: dict[str, Any] = {}
+        self.settings = settings
+        with disk_errors(path):
+            content = path.read_bytes() if path.is_file() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            try:
+                lines = [json.loads(line) for line in whole.splitlines()]
+                if lines:
+                    self.settings = {**settings, **lines[0]}
+                for batch in lines[1:]:
+                    self._answers |= batch
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ArtifactError(
+                    f"{shown(path, 300)} is damaged; remove it, and its answers are computed again"
+                ) from error
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a planted link is never written through
+            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b")
+            self._file.truncate(len(whole))
+            self._file.seek(len(whole))
+            if not lines:
+                self._write(settings)
+        self.found = len(self._answers)
+        """Answers that an earlier run had computed."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Keep a batch of answers, on the disk before this returns.
+
+        Raises ResourceError where the disk does not allow it.
+        """
+        with disk_errors(self._path):
+            self._write(dict(batch))
+        self._answers |= batch
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def key_of(*parts: Any) -> str:
+    """Hash of a request: its task and version, its kind, and its text and settings."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]

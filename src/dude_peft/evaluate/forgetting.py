@@ -1,0 +1,139 @@
+"""What fine-tuning cost elsewhere: loss on general text, and how far the predictions moved from the base model's.
+
+loss  = mean over tokens of -log p(token | before), in nats; perplexity = exp(loss)
+KL    = mean over positions of KL(tuned || base) = sum_v p_tuned(v) (log p_tuned(v) - log p_base(v)), in nats
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dude_peft.data.file_lines import opened
+from dude_peft.errors import DataError, NumericsError
+from dude_peft.evaluate.intervals import Comparison, bootstrap_mean, compare
+from dude_peft.show import shown
+
+if TYPE_CHECKING:
+    from dude_peft.chat.speaker import Speaker
+
+_BLOCKS, _LENGTH = 16, 512
+_CHARACTERS_A_TOKEN = 12  # more than any language needs, so that a stretch of text fills its block
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A model, and its base where there is one, on a text."""
+
+    file: str
+    sha256: str
+    blocks: int
+    """Evenly spread over the file."""
+    tokens: int
+    loss: float
+    """Nats a token."""
+    interval: tuple[float, float]
+    """95 %, bootstrap over blocks."""
+    perplexity: float
+    base_loss: float | None = None
+    base_perplexity: float | None = None
+    comparison: Comparison | None = None
+    """Of the blocks' losses; lower is better."""
+    kl: float | None = None
+    """KL(tuned || base), nats a token."""
+    kl_interval: tuple[float, float] | None = None
+
+
+def score_text(speaker: Speaker, path: Path, *, advance: Callable[[int], None] = lambda blocks: None) -> TextScore:
+    """Loss and perplexity on up to 16 blocks of 512 tokens, and under an adapter the base's and the KL between them.
+
+    Raises:
+        DataError: the file is missing, empty, too short or not UTF-8.
+        NumericsError: NaN or Inf.
+    """
+    content = _read(path)
+    length = min(_LENGTH, speaker.positions or _LENGTH)
+    blocks = _blocks(content.decode("utf-8"), speaker.tokenizer, length)
+    if not blocks:
+        raise DataError(f"{shown(path, 300)}: too short, not one block of {length} tokens; give more text")
+    losses, base_losses, kls = [], [], []
+    for ids in blocks:
+        row = torch.tensor([ids], device=speaker.model.device)
+        tuned = _log_probabilities(speaker, row)
+        losses.append(_loss(tuned, row))
+        if speaker.adapted:
+            with speaker.as_base():
+                base = _log_probabilities(speaker, row)
+            base_losses.append(_loss(base, row))
+            kls.append(float((tuned.exp() * (tuned - base)).sum(-1).mean()))
+        advance(1)
+    loss = sum(losses) / len(losses)
+    score: dict[str, Any] = {}
+    if speaker.adapted:
+        base_loss = sum(base_losses) / len(base_losses)
+        score = {
+            "base_loss": base_loss,
+            "base_perplexity": math.exp(base_loss),
+            "comparison": compare(losses, base_losses, higher_is_better=False),
+            "kl": sum(kls) / len(kls),
+            "kl_interval": bootstrap_mean(kls),
+        }
+    return TextScore(
+        file=str(path),
+        sha256=hashlib.sha256(content).hexdigest(),
+        blocks=len(blocks),
+        tokens=len(blocks) * (length - 1),
+        loss=loss,
+        interval=bootstrap_mean(losses),
+        perplexity=math.exp(loss),
+        **score,
+    )
+
+
+def _read(path: Path) -> bytes:
+    with opened(path) as (stream, name):
+        content = stream.read()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    return content
+
+
+def _blocks(text: str, tokenizer: Any, length: int) -> list[list[int]]:
+    """Up to 16 blocks of equal length, their starts evenly spread, none of them overlapping."""
+    step = max(len(text) // _BLOCKS, 1)
+    found = []
+    for start in range(0, len(text), step):
+        stretch = text[start : start + min(step, _CHARACTERS_A_TOKEN * length)]
+        ids: list[int] = tokenizer(stretch, add_special_tokens=False)["input_ids"][:length]
+        if len(ids) == length:
+            found.append(ids)
+    if found:
+        return found[:_BLOCKS]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # a short text: blocks one after the other
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:_BLOCKS]
+
+
+@torch.inference_mode()
+def _log_probabilities(speaker: Speaker, ids: Tensor) -> Tensor:
+    """(tokens - 1, vocabulary), float32, of each token after the first."""
+    logits = speaker.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    found = functional.log_softmax(logits, dim=-1)
+    if not bool(torch.isfinite(found.amax(dim=-1)).all()):
+        raise NumericsError(
+            f"{shown(speaker.name, 300)}: the logits are NaN or Inf; check the model's files, and its dtype"
+        )
+    return found
+
+
+def _loss(log_probabilities: Tensor, ids: Tensor) -> float:
+    return float(functional.nll_loss(log_probabilities, ids[0, 1:]))

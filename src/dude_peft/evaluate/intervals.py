@@ -1,0 +1,108 @@
+"""Whether two models differ on the same items: paired bootstrap, McNemar's exact test, and the outcome in words.
+
+One accuracy alone has the Wilson interval of `train/score.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tuned minus base on the same items."""
+
+    difference: float
+    """Mean of tuned - base."""
+    interval: tuple[float, float]
+    """95 %, bootstrap over items."""
+    wins: int
+    """Items where tuned is better."""
+    losses: int
+    ties: int
+    p_value: float | None
+    """McNemar's exact test; None where values are not right or wrong."""
+    verdict: str
+    """`better`, `worse` or `no significant difference`."""
+
+
+def compare(
+    tuned: Sequence[float], base: Sequence[float], *, higher_is_better: bool = True, seed: int = 0
+) -> Comparison:
+    """Compare two models item by item.
+
+    A difference is called significant if zero lies outside the interval and, where every value is 0 or 1, McNemar's
+    p < 0.05 as well: with few discordant items the bootstrap alone is too sure.
+
+    Args:
+        tuned: value of each item.
+        base: of the same items, in the same order.
+        higher_is_better: False for losses.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: other lengths, or no items.
+    """
+    if len(tuned) != len(base) or not len(tuned):
+        raise ValueError(f"paired values wanted, not {len(tuned)} and {len(base)}")
+    differences = np.asarray(tuned, dtype=float) - np.asarray(base, dtype=float)
+    good = differences if higher_is_better else -differences
+    wins, losses = int((good > 0).sum()), int((good < 0).sum())
+    binary = _is_binary(tuned) and _is_binary(base)
+    up, down = int((differences > 0).sum()), int((differences < 0).sum())
+    interval = (
+        bootstrap_share(up, down, len(differences), seed=seed) if binary else bootstrap_mean(differences, seed=seed)
+    )
+    p_value = mcnemar_exact(wins, losses) if binary else None
+    significant = not interval[0] <= 0 <= interval[1] and (p_value is None or p_value < 1 - LEVEL)
+    verdict = ("better" if good.mean() > 0 else "worse") if significant else "no significant difference"
+    ties = len(differences) - wins - losses
+    return Comparison(float(differences.mean()), interval, wins, losses, ties, p_value, verdict)
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean over resampled items (Efron 1979).
+
+    Items of equal value are drawn together, as one multinomial count: the same distribution, in little memory.
+    """
+    distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    return _percentiles(distinct, counts, int(counts.sum()), seed)
+
+
+def bootstrap_share(up: int, down: int, items: int, *, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the difference of two shares of right answers to the same items.
+
+    Resampled from counts with half an item more up and down and one more tied (Agresti and Min 2005): where
+    no item is discordant the plain bootstrap would be certain of no difference.
+
+    Args:
+        up: items that went from wrong to right.
+        down: items that went from right to wrong.
+        items: all of them.
+        seed: of the draws.
+    """
+    counts = np.array([up + 0.5, down + 0.5, items - up - down + 1])
+    return _percentiles(np.array([1.0, -1.0, 0.0]), counts, items, seed)
+
+
+def _percentiles(values: np.ndarray, counts: np.ndarray, items: int, seed: int) -> tuple[float, float]:
+    draws = np.random.default_rng(seed).multinomial(items, counts / counts.sum(), size=_DRAWS)
+    low, high = np.quantile(draws @ values / items, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mcnemar_exact(wins: int, losses: int) -> float:
+    """Two-sided p of McNemar's exact test (1947): are wins and losses as likely as heads and tails?"""
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def _is_binary(values: Sequence[float]) -> bool:
+    return all(value in (0, 1) for value in values)

@@ -1,0 +1,484 @@
+"""`dude eval` on tiny models: the harness's own numbers, the base beside, resuming, the subset, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
+
+from eval_data import SUBJECTS, save_adapter, save_model, write_data
+from lm_eval.models.huggingface import HFLM
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError
+from dude_peft.evaluate.harness_model import HarnessModel
+from dude_peft.evaluate.local_tasks import write_tasks
+from dude_peft.evaluate.run import EvalOptions, evaluate
+from dude_peft.evaluate.subset import stratified
+
+TASKS = ("gsm8k", "mmlu_anatomy")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Data, a model and an adapter on it; nothing writes there."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_data(folder / "data")
+    save_adapter(save_model(folder / "model"), folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(place):
+    """The adapter's evaluation, and its folder."""
+    output = place / "out"
+    found = evaluate(str(place / "adapter"), EvalOptions(TASKS, place / "data"), output)
+    return found, output
+
+
+def samples(output, name):
+    lines = (output / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def harness(folder, model, tasks):
+    """Samples of the harness's own model class on a checkpoint, by task, filter and document."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        tasks=list(tasks),
+        task_manager=manager,
+        batch_size=8,
+        device="cpu",
+        fewshot_as_multiturn=False,
+        bootstrap_iters=0,
+    )
+    return {(task, s["filter"], s["doc_id"]): s for task, all_ in found["samples"].items() for s in all_}
+
+
+def merged(place):
+    from dude_peft import load_adapter
+
+    folder = place / "merged"
+    if not folder.is_dir():
+        model = load_adapter(AutoModelForCausalLM.from_pretrained(place / "model"), place / "adapter")
+        model.merge_and_unload().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(place / "adapter").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("which", ["model", "base"])
+def test_every_sample_is_the_harness_own(place, scored, which):
+    _, output = scored
+    theirs = harness(output / "tasks", merged(place) if which == "model" else place / "model", TASKS)
+    ours = [line for name in TASKS for line in samples(output, name)]
+    assert len(ours) == len(theirs) == 2 * 6 + 9  # GSM8K through two filters
+    for line in ours:
+        other = theirs[line["task"], line["filter"], line["doc_id"]]
+        assert all(line[key] == other[key] for key in ("doc_hash", "prompt_hash", "target_hash"))
+        if line["task"] == "gsm8k":
+            assert line[which]["responses"] == other["resps"]
+            assert line[which]["filtered"] == other["filtered_resps"]
+            assert line[which]["exact_match"] == other["exact_match"]
+        else:
+            found = torch.tensor([pair[0] for pair in line[which]["filtered"]])
+            expected = torch.tensor([pair[0] for pair in other["filtered_resps"]])
+            assert torch.allclose(found, expected, atol=1e-4)
+            assert int(found.argmax()) == int(expected.argmax())
+            assert line[which]["acc"] == other["acc"]
+
+
+def test_the_base_is_another_model(scored):
+    _, output = scored
+    lines = samples(output, "gsm8k")
+    assert any(line["model"]["responses"] != line["base"]["responses"] for line in lines)
+
+
+def test_results_say_what_they_are_of(place, scored):
+    found, output = scored
+    record = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert found.adapted
+    assert found.merged
+    assert {(m["task"], m["filter"]) for m in record["measures"]} == {
+        ("gsm8k", "strict-match"), ("gsm8k", "flexible-extract"), ("mmlu_anatomy", "none"),
+    }  # fmt: skip
+    for measure in record["measures"]:
+        right = sum(
+            line["model"][measure["metric"]]
+            for line in samples(output, measure["task"])
+            if line["filter"] == measure["filter"]
+        )
+        assert measure["model"]["value"] == right / measure["items"]
+        compared = measure["comparison"]
+        assert compared["wins"] + compared["losses"] + compared["ties"] == measure["items"]
+    provenance = record["provenance"]
+    assert provenance["tasks"]["gsm8k"] == {"version": 3.0, "num_fewshot": 5, "items": 6, "of": 6}
+    assert provenance["tasks"]["mmlu_anatomy"]["num_fewshot"] == 5
+    assert provenance["versions"]["lm_eval"]
+    for key in ("model_fingerprint", "tokenizer_fingerprint", "data_sha256", "seeds", "hardware", "started", "seconds"):
+        assert provenance[key]
+
+
+def test_merged_and_live_agree(place, scored, tmp_path):
+    from dude_peft.chat.speaker import open_speaker
+    from dude_peft.evaluate.run import measure
+    from dude_peft.terminal.display import Display
+
+    quiet = Display(quiet=True)
+    speaker = open_speaker(str(place / "adapter"), base=None, gguf_file=None, notes=quiet)
+    before = {name: tensor.clone() for name, tensor in speaker.model.state_dict().items()}
+    (tmp_path / "answers").mkdir()
+    live = measure(speaker, EvalOptions(TASKS, place / "data"), tmp_path, display=quiet, merge=False)
+    assert not live.merged
+    assert [m.model for m in live.measures] == [m.model for m in scored[0].measures]
+    measure(speaker, EvalOptions(("mmlu_anatomy",), place / "data"), tmp_path, display=quiet)
+    after = speaker.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_plain_model_has_no_base_and_a_text_its_perplexity(place, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All the world's a stage, and all the men and women merely players.\n" * 400, encoding="utf-8")
+    plain = evaluate(str(place / "model"), EvalOptions(text=text), tmp_path / "plain")
+    tuned = evaluate(str(place / "adapter"), EvalOptions(text=text), tmp_path / "tuned")
+    assert plain.text is not None
+    assert tuned.text is not None
+    assert plain.text.base_loss is None
+    assert tuned.text.base_loss == pytest.approx(plain.text.loss, abs=1e-6)
+    assert tuned.text.kl is not None
+    assert tuned.text.kl > 0
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    ids = AutoTokenizer.from_pretrained(place / "model")(text.read_text())["input_ids"]
+    step = len(ids) // 16
+    blocks = torch.tensor([ids[n * step : n * step + 512] for n in range(16)])
+    with torch.no_grad():
+        assert float(model(input_ids=blocks, labels=blocks).loss) == pytest.approx(plain.text.loss, abs=1e-4)
+
+
+def test_the_chat_template_is_used(place, tmp_path):
+    evaluate(
+        str(place / "model"), EvalOptions(("gsm8k_cot_zeroshot",), place / "data", limit=1, chat=True), tmp_path / "o"
+    )
+    from lm_eval.utils import hash_string
+
+    (line, _) = samples(tmp_path / "o", "gsm8k_cot_zeroshot")
+    question = line["doc"]["question"]
+    prompt = f"<|user|>Q: {question}\nA: Let's think step by step.<|end|>\n<|assistant|>"
+    assert line["prompt_hash"] == hash_string(prompt)
+
+
+def test_llm_adapters_sets_and_our_own(place, tmp_path):
+    options = EvalOptions(("commonsense", "math", "wordmath"), place / "data", limit=3)
+    found = evaluate(str(place / "model"), options, tmp_path / "o")
+    assert [(m.task, m.metric, m.items, m.of) for m in found.measures] == [
+        ("commonsense", "acc", 3, 4), ("math", "exact_match", 3, 4), ("wordmath", "exact_match", 3, 500),
+    ]  # fmt: skip
+
+
+def test_a_task_of_the_users_own(place, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "1"}\n{"q": "two", "a": "2"}\n', encoding="utf-8")
+    task = tmp_path / "mine.yaml"
+    task.write_text(
+        "task: mine\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['1', '2']\n"
+        "doc_to_target: '{{a}}'\n",
+        encoding="utf-8",
+    )
+    found = evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
+    assert {m.metric for m in found.measures} >= {"acc"}
+    assert len(samples(tmp_path / "o", "mine")) == 2
+
+
+# ---- the subset
+
+
+def test_a_subset_is_seeded_and_proportional():
+    sizes = {"a": 100, "b": 50, "c": 1}
+    taken = stratified(sizes, 15, seed=0)
+    assert sum(map(len, taken.values())) == 15
+    assert len(taken["a"]) == 10
+    assert len(taken["b"]) == 5
+    assert taken == stratified(sizes, 15, seed=0) != stratified(sizes, 15, seed=1)
+    assert all(rows == sorted(set(rows)) and max(rows) < sizes[name] for name, rows in taken.items())
+    assert (
+        stratified(sizes, None, seed=0)
+        == stratified(sizes, 1000, seed=0)
+        == {n: list(range(s)) for n, s in sizes.items()}
+    )
+
+
+def test_a_limit_is_said_and_the_same_documents_are_taken(place, tmp_path):
+    options = EvalOptions(("mmlu_virology",), place / "data", limit=4)
+    found = evaluate(str(place / "model"), options, tmp_path / "a")
+    (measure,) = found.measures
+    assert (measure.items, measure.of) == (4, 11)
+    taken = stratified({"mmlu_virology": 11}, 4, 0)["mmlu_virology"]
+    lines = samples(tmp_path / "a", "mmlu_virology")
+    assert [line["doc_id"] for line in lines] == taken
+    assert [line["doc"]["question"] for line in lines] == [f'Which is {n}, the "right" one?' for n in taken]
+
+
+# ---- resuming
+
+
+def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
+    options = EvalOptions(TASKS, place / "data", batch_size=2)
+    whole = evaluate(str(place / "adapter"), options, tmp_path / "whole")
+    computed = []
+    original = HarnessModel._computed
+
+    def stopping(self, batch, compute):
+        if len(computed) == 4:
+            raise KeyboardInterrupt
+        computed.append([key for row in batch for key in row])
+        return original(self, batch, compute)
+
+    monkeypatch.setattr(HarnessModel, "_computed", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(place / "adapter"), options, tmp_path / "parts")
+    torn = next((tmp_path / "parts" / "answers").glob("*.jsonl"))
+    with torn.open("ab") as file:  # a kill in the middle of a write
+        file.write(b'{"half')
+    first = list(computed)
+    computed[:] = [None] * 5
+
+    def counting(self, batch, compute):
+        computed.append([key for row in batch for key in row])
+        return original(self, batch, compute)
+
+    monkeypatch.setattr(HarnessModel, "_computed", counting)
+    resumed = evaluate(str(place / "adapter"), options, tmp_path / "parts")
+    later = computed[5:]
+    keys = [key for batch in first + later for key in batch]
+    # The base's answers and the merged model's have the same requests, each computed once.
+    assert max(keys.count(key) for key in set(keys)) == 2
+    assert len(keys) == 2 * len(set(keys))
+    assert resumed.measures == whole.measures
+    for name in TASKS:
+        assert samples(tmp_path / "parts", name) == samples(tmp_path / "whole", name)
+
+
+def test_a_finished_evaluation_is_refused_and_computed_from_its_answers(place, tmp_path):
+    options = EvalOptions(("mmlu_anatomy",), place / "data")
+    first = evaluate(str(place / "model"), options, tmp_path / "o")
+    with pytest.raises(ConfigError, match="finished"):
+        evaluate(str(place / "model"), options, tmp_path / "o")
+    again = evaluate(str(place / "model"), options, tmp_path / "o", overwrite=True)
+    assert again.measures == first.measures
+    assert first.provenance["answers"]["model"] == {"computed": 36, "found": 0}
+    assert again.provenance["answers"]["model"] == {"computed": 0, "found": 36}
+
+
+def test_another_model_finds_no_answers(place, tmp_path):
+    options = EvalOptions(("mmlu_anatomy",), place / "data")
+    evaluate(str(place / "model"), options, tmp_path / "o")
+    save_tiny(tmp_path / "other", seed=1, max_position_embeddings=2048)
+    found = evaluate(str(tmp_path / "other"), options, tmp_path / "o", overwrite=True)
+    assert found.provenance["answers"]["model"]["found"] == 0
+
+
+def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch):
+    original = HarnessModel._model_call
+
+    def small(self, inps, *args, **kwargs):
+        if inps.shape[0] > 3:
+            raise torch.OutOfMemoryError
+        return original(self, inps, *args, **kwargs)
+
+    monkeypatch.setattr(HarnessModel, "_model_call", small)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    options = EvalOptions(("mmlu_anatomy",), place / "data", batch_size=8)
+    found = evaluate(str(place / "model"), options, tmp_path / "o")
+    monkeypatch.undo()
+    assert found.measures == evaluate(str(place / "model"), options, tmp_path / "p").measures
+
+
+# ---- bad input: what, where, what to do, and the exit code
+
+
+def test_an_unknown_task_names_the_closest(place, tmp_path):
+    with pytest.raises(ConfigError, match="'gsm8q'; did you mean 'gsm8k'"):
+        evaluate(str(place / "model"), EvalOptions(("gsm8q",), place / "data"), tmp_path / "o")
+
+
+def test_a_missing_file_says_what_it_has_to_hold(place, tmp_path):
+    with pytest.raises(DataError, match=r"test\.jsonl: no such file; it has to hold JSON lines, {\"question\""):
+        evaluate(str(place / "model"), EvalOptions(("gsm8k_cot",), tmp_path), tmp_path / "o")
+    with pytest.raises(DataError, match=r"abstract_algebra_dev\.csv: no such file; .* question,choice0,.*,answer"):
+        evaluate(str(place / "model"), EvalOptions(("mmlu",), place / "data"), tmp_path / "o2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("mmlu/test/anatomy_test.csv", "question,a,b,c,d,answer\nq,1,2,3,4,0\n", r"_test\.csv:1: the first line is"),
+        ("mmlu/test/anatomy_test.csv", "question,choice0,choice1,choice2,choice3,answer\nq,1,2,3\n", r"csv:2: 4 cells"),
+        (
+            "mmlu/test/anatomy_test.csv",
+            'question,choice0,choice1,choice2,choice3,answer\n"q\n\nr",1,2,3,4,5\n',
+            r"csv:4: the answer is '5'",
+        ),
+        ("gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question": "q"}', r"l:2: 'answer' is missing"),
+        ("gsm8k/test.jsonl", '{"question": "q", "answer": "1"}\n', r"jsonl:1: the answer has no '#### N'"),
+        ("gsm8k/test.jsonl", '{"question": \n', r"jsonl:1: malformed JSON"),
+        ("gsm8k/test.jsonl", "\n", r"holds no questions"),
+        ("math/SVAMP/test.json", '[{"instruction": "q"}]', r"test\.json, row 1: 'answer' is missing"),
+    ],
+)  # fmt: skip
+def test_malformed_data_has_its_place(place, tmp_path, name, content, error):
+    shutil.copytree(place / "data", tmp_path / "data")
+    (tmp_path / "data" / name).write_text(content, encoding="utf-8")
+    task = {"mmlu": "mmlu_anatomy", "gsm8k": "gsm8k", "math": "math"}[name.split("/")[0]]
+    with pytest.raises(DataError, match=error):
+        write_tasks(task, tmp_path / "data", tmp_path / "tasks")
+
+
+def test_no_chat_template(place, tmp_path):
+    save_tiny(tmp_path / "plain", chat=False)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        evaluate(str(tmp_path / "plain"), EvalOptions(("gsm8k",), place / "data", chat=True), tmp_path / "o")
+
+
+def test_a_model_that_reads_less_than_the_answer(place, tmp_path):
+    save_tiny(tmp_path / "short", max_position_embeddings=128)
+    with pytest.raises(ConfigError, match=r"generates up to 256 tokens, but .* reads 128"):
+        evaluate(str(tmp_path / "short"), EvalOptions(("gsm8k",), place / "data"), tmp_path / "o")
+
+
+def test_cut_prompts_and_empty_generations_are_counted(place, tmp_path, monkeypatch):
+    def ends_at_once(self, context, max_length, stop, **settings):
+        return torch.nn.functional.pad(context, (0, 1), value=self.eot_token_id)
+
+    monkeypatch.setattr(HFLM, "_model_generate", ends_at_once)
+    save_tiny(tmp_path / "short", max_position_embeddings=600)
+    options = EvalOptions(("gsm8k_cot",), place / "data", limit=2)
+    counts = evaluate(str(tmp_path / "short"), options, tmp_path / "o").counts["model"]
+    assert counts.cut_prompts == counts.empty == {"gsm8k_cot": 2}
+    assert counts.unstopped == {}
+
+
+def test_generations_that_never_stop_are_counted(place, tmp_path, monkeypatch):
+    def goes_on(self, context, max_length, stop, **settings):
+        return torch.nn.functional.pad(context, (0, max_length - context.shape[1]), value=65)
+
+    monkeypatch.setattr(HFLM, "_model_generate", goes_on)
+    options = EvalOptions(("wordmath",), limit=3)
+    counts = evaluate(str(place / "model"), options, tmp_path / "o").counts["model"]
+    assert counts.unstopped == {"wordmath": 3}
+    assert counts.empty == counts.cut_prompts == {}
+
+
+def test_nan_logits_end_it(place, tmp_path):
+    model = save_model(tmp_path / "nan")
+    weights = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        weights.lm_head.weight[5, 5] = torch.nan
+    weights.save_pretrained(model)
+    for task in TASKS:
+        with pytest.raises(NumericsError, match="NaN or Inf"):
+            evaluate(str(model), EvalOptions((task,), place / "data", limit=2), tmp_path / task)
+
+
+def test_an_adapter_for_another_base(place, tmp_path):
+    save_tiny(tmp_path / "other", seed=1, max_position_embeddings=2048)
+    with pytest.raises(ArtifactError, match="other base weights"):
+        evaluate(
+            str(place / "adapter"), EvalOptions(TASKS, place / "data"), tmp_path / "o", base=str(tmp_path / "other")
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (["--tasks", "gsm8k,gsm8k"], 2, "asked for twice"),
+        ([], 2, "nothing to evaluate"),
+        (["--tasks", "gsm8k", "--limit", "0"], 2, "--limit 0"),
+        (["--tasks", "gsm8k", "--data-dir", "nowhere"], 3, "no such folder"),
+    ],
+)
+def test_the_command_ends_with_the_right_code(place, tmp_path, arguments, code, error):
+    command = [
+        sys.executable,
+        "-m",
+        "dude_peft.cli",
+        "eval",
+        str(place / "model"),
+        "-o",
+        str(tmp_path / "o"),
+        *arguments,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == code
+    assert error in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_ctrl_c_says_how_to_go_on(place, tmp_path):
+    command = [sys.executable, "-m", "dude_peft.cli", "eval", str(place / "model"), "-o", str(tmp_path / "o")]
+    command += ["--tasks", "wordmath", "--batch-size", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    answers = tmp_path / "o" / "answers"
+    while not (answers.is_dir() and any(path.stat().st_size > 2000 for path in answers.iterdir())):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in stderr
+    assert not Path(tmp_path / "o" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_the_harness_command_gives_the_same(place, scored, tmp_path):
+    """The command itself, with the folder of tasks that we write."""
+    _, output = scored
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"]
+    command += [f"pretrained={merged(place)},dtype=float32", "--tasks", *TASKS, "--include_path", str(output / "tasks")]
+    command += ["--device", "cpu", "--batch_size", "8", "--log_samples", "--output_path", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    for name in TASKS:
+        (file,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
+        theirs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        ours = {(line["filter"], line["doc_id"]): line for line in samples(output, name)}
+        assert len(theirs) == len(ours)
+        for other in theirs:
+            line = ours[other["filter"], other["doc_id"]]
+            assert line["doc_hash"] == other["doc_hash"]
+            assert line["prompt_hash"] == other["prompt_hash"]
+            metric = "exact_match" if name == "gsm8k" else "acc"
+            assert line["model"][metric] == other[metric]
+            if name == "gsm8k":
+                assert line["model"]["filtered"] == other["filtered_resps"]
+
+
+def test_the_subjects_of_the_tests_are_the_harness_own():
+    from dude_peft.evaluate.local_tasks import is_local
+
+    assert all(is_local(f"mmlu_{subject}") for subject in SUBJECTS)
+    assert not is_local("mmlu_alchemy")
+
+
+def test_a_tied_output_layer_that_is_adapted(place, tmp_path):
+    model = save_tiny(tmp_path / "tied", max_position_embeddings=2048, tie_word_embeddings=True)
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    evaluate(str(adapter), EvalOptions(("mmlu_anatomy",), place / "data"), tmp_path / "o")
+    (line, *_) = samples(tmp_path / "o", "mmlu_anatomy")
+    theirs = harness(tmp_path / "o" / "tasks", model, ["mmlu_anatomy"])["mmlu_anatomy", "none", line["doc_id"]]
+    found = torch.tensor([pair[0] for pair in line["base"]["filtered"]])
+    expected = torch.tensor([pair[0] for pair in theirs["filtered_resps"]])
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert line["model"]["filtered"] != line["base"]["filtered"]

@@ -1,0 +1,85 @@
+"""Intervals and tests of `dude eval`: do they cover what they say, and do the words follow the numbers?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dude_peft.evaluate.intervals import bootstrap_mean, bootstrap_share, compare, mcnemar_exact
+from dude_peft.train.score import wilson_interval
+
+DRAWS = 2000
+
+
+@pytest.mark.parametrize("items", [50, 300, 1319])
+def test_one_accuracy_is_covered(items):
+    # Any accuracy: at a single one the coverage of a count jumps by a percent or two (Brown, Cai, DasGupta 2001).
+    generator = np.random.default_rng(0)
+    covered = 0
+    for accuracy in generator.uniform(0.05, 0.95, size=DRAWS):
+        low, high = wilson_interval(int(generator.binomial(items, accuracy)), items)
+        covered += low <= accuracy <= high
+    assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
+
+
+@pytest.mark.parametrize(("items", "wins", "losses"), [(200, 0.20, 0.10), (400, 0.08, 0.08), (1000, 0.05, 0.03)])
+def test_a_paired_difference_is_covered(items, wins, losses):
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(DRAWS):
+        up, down, _ = generator.multinomial(items, [wins, losses, 1 - wins - losses])
+        low, high = bootstrap_share(int(up), int(down), items)
+        covered += low <= wins - losses <= high
+    assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
+
+
+def test_real_values_are_covered():
+    generator = np.random.default_rng(2)
+    intervals = [bootstrap_mean(generator.normal(0.5, 2.0, size=80)) for _ in range(100)]
+    assert 88 <= sum(low <= 0.5 <= high for low, high in intervals) <= 99
+
+
+def test_the_same_model_is_called_significant_in_one_of_twenty_at_most():
+    generator = np.random.default_rng(3)
+    called = 0
+    for _ in range(1000):
+        tuned, base = generator.random((2, 120)) < 0.4
+        called += compare(tuned.astype(float), base.astype(float)).verdict != "no significant difference"
+    assert called <= 0.06 * 1000
+
+
+def test_counts_and_words():
+    base = [1.0] * 40 + [0.0] * 60
+    tuned = [1.0] * 35 + [0.0] * 5 + [1.0] * 25 + [0.0] * 35
+    found = compare(tuned, base)
+    assert (found.wins, found.losses, found.ties) == (25, 5, 70)
+    assert found.difference == pytest.approx(0.20)
+    assert found.p_value == pytest.approx(0.00032, abs=1e-5)  # 2 P(Binomial(30, 1/2) <= 5)
+    assert found.verdict == "better"
+    assert compare(base, tuned).verdict == "worse"
+    assert compare(tuned, tuned).verdict == "no significant difference"
+    assert compare(tuned, base, higher_is_better=False).wins == 5
+    assert compare([2.0, 2.5, 2.2], [1.0, 1.2, 1.1], higher_is_better=False).verdict == "worse"
+
+
+def test_three_ties_are_no_certainty():
+    low, high = compare([0.0] * 3, [0.0] * 3).interval
+    assert low < -0.3 < 0.3 < high
+
+
+def test_mcnemar_is_the_binomial_test():
+    assert mcnemar_exact(0, 0) == 1.0
+    assert mcnemar_exact(5, 0) == pytest.approx(2 / 2**5)
+    assert mcnemar_exact(7, 7) == pytest.approx(1.0)
+
+
+def test_five_wins_alone_are_no_proof():
+    found = compare([1.0] * 5 + [0.0] * 95, [0.0] * 100)
+    assert found.interval[0] > 0  # the bootstrap would be sure
+    assert found.verdict == "no significant difference"
+
+
+@pytest.mark.parametrize(("tuned", "base"), [([], []), ([1.0], [1.0, 0.0])])
+def test_unpaired_values_are_refused(tuned, base):
+    with pytest.raises(ValueError, match="paired values"):
+        compare(tuned, base)
