@@ -461,7 +461,7 @@ def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
     wanted = settings(places, tmp_path / "count", save_steps=12)
     total = server.run(wanted)["calls"]
     assert total > 40
-    chosen = range(1, total + 1) if os.environ.get("DUDE_KILLS") else range(1, total + 1, 4)
+    chosen = range(1, total + 1) if os.environ.get("DUDE_KILLS") else range(1, total + 1, 6)
     for number in chosen:
         out = tmp_path / f"out{number}"
         wanted = settings(places, out, save_steps=12)

@@ -9,7 +9,8 @@
         manifest.json           size and sha256 of every file; written last
     checkpoints/best-00000040/  adapter/ with the lowest held-out loss so far, and trained.safetensors for loading it
 
-A checkpoint is written beside, flushed, and renamed. Older ones go only when the new one is on the disk.
+A checkpoint is written beside, flushed, and renamed. Older ones go only when the new one is on the disk. torch is
+imported when tensors are read or written, since the folder of a run is looked at before.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dude_peft.artifact.durable import check_space, disk_errors, sync, whole_folder
 from dude_peft.errors import ArtifactError, DudeError
 from dude_peft.show import shown
 from dude_peft.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 ADAPTER, OPTIMIZER, RANDOM, STATE, TRAINER_STATE, MANIFEST = (
@@ -62,6 +64,8 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Content of OPTIMIZER or RANDOM."""
+        from safetensors.torch import load_file
+
         return load_file(self.path / name)
 
 
@@ -99,6 +103,8 @@ class Checkpoints:
         Raises:
             ResourceError: the disk or a permission does not allow it; the older ones stay, nothing is left beside them.
         """
+        from safetensors.torch import save_file
+
         path = self.folder / f"step-{step:08d}"
         if path.exists():
             self._set_aside(path)
@@ -121,6 +127,8 @@ class Checkpoints:
         Raises:
             ResourceError: the disk or a permission does not allow it.
         """
+        from safetensors.torch import save_file
+
         path = self.best(step)
         if path.exists():
             return  # a resumed run comes here again, with the same weights
@@ -140,6 +148,8 @@ class Checkpoints:
         Raises:
             ArtifactError: they are damaged.
         """
+        from safetensors.torch import load_file
+
         path = self.best(step) / TRAINED
         try:
             return load_file(path)
