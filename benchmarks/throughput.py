@@ -33,6 +33,7 @@ from dude_peft.train.folder import save_adapter
 from dude_peft.train.model import load_model, load_tokenizer, locate
 from dude_peft.train.progress import Display
 from dude_peft.train.stop import Stop
+from dude_peft.train.training_set import TrainingSet
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE = 16, 16, 1e-4
@@ -145,7 +146,8 @@ def main() -> None:
         where = locate(config.model)
         tokenizer = load_tokenizer(config.model, where)
         template = Template(tokenizer, "auto")
-        examples = prepare(config.data.train, template, tokenizer, max_length=config.data.max_length, limit=400)
+        tokens = prepare(config.data.train, template, tokenizer, max_length=config.data.max_length, limit=400)
+        examples = TrainingSet(tokens)
         rows = [examples[index] for index in range(len(examples))]
 
         def ours(method: str) -> RunConfig:
