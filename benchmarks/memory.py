@@ -11,45 +11,14 @@ gradients of the adapter are.
 from __future__ import annotations
 
 import gc
-import weakref
 from typing import Any
 
 import torch
 from measure import arguments, exponents, finish, numbers, show
 from subjects import BASELINE, adapt, configurations, llama, model_step
 from subjects import growth as grown
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made inside it, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage(), given)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+from dude_peft.plan.live_bytes import LiveBytes
 
 
 def main() -> None:
@@ -109,7 +78,7 @@ def measured(model: Any, ids: Any, device: str) -> dict[str, float]:
         loss.backward()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with LiveBytes() as live:
+        with LiveBytes([]) as live:
             loss = model(input_ids=ids, labels=ids).loss
             saved = live.now
             loss.backward()

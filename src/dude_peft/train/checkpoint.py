@@ -15,6 +15,7 @@ imported when tensors are read or written, since the folder of a run is looked a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -52,6 +53,7 @@ class Checkpoint:
     path: Path
     step: int
 
+    @functools.cached_property
     def state(self) -> dict[str, Any]:
         """Content of state.json."""
         found: dict[str, Any] = _read_json(self.path / STATE)

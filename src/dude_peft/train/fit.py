@@ -199,9 +199,9 @@ def fit(
     )
     meter = _meter_of(model, examples, config, around, loop)
     if resumed is not None:
-        loop.load_state(resumed.state()["loop"])
+        loop.load_state(resumed.state["loop"])
         if meter is not None:
-            meter.load_state(resumed.state()["general"])
+            meter.load_state(resumed.state["general"])
     callbacks: list[TrainerCallback] = [loop] if meter is None else [loop, meter]
     trainer, lengths, domain = _trainer(model, examples, arguments, config, around, callbacks)
     loop.order = _order_of(lengths, domain, section, step_rows)
@@ -215,7 +215,7 @@ def fit(
     loop.restore_losses = trainer.restore_losses
     uses_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of a training forward are never read again
-    kept = None if resumed is None else int(resumed.state()["loop"]["metrics_bytes"])
+    kept = None if resumed is None else int(resumed.state["loop"]["metrics_bytes"])
     try:
         with (
             around.metrics(kept) as loop.metrics,

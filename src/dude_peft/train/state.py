@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.errors import ArtifactError
+from dude_peft.tuner import frozen
 
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -112,14 +113,9 @@ def load_trained_state(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 def sharded_state(model: Any) -> dict[str, Tensor] | None:
     """`trained_state` of a sharded model, for saving its adapter; None where the model holds its tensors whole."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if any(frozen.is_sharded(parameter) for parameter in model.parameters()):
         return trained_state(model)
     return None
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a share of it: FSDP2's DTensors and DeepSpeed's partitioned parameters."""
-    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
 
 
 def whole(tensor: Tensor) -> Tensor:

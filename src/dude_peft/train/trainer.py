@@ -126,7 +126,7 @@ class RunTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.resumed is not None:
-            state = self.resumed.state()
+            state = self.resumed.state
             scheduler: Any = self.lr_scheduler
             load_optimizer_state(self.optimizer, self.resumed.tensors(OPTIMIZER), state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
@@ -134,7 +134,7 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.resumed is None:
             return
-        numbers = self.resumed.state()["random"]
+        numbers = self.resumed.state["random"]
         index = self.args.process_index
         if index >= len(numbers):
             return  # more processes than before: the run has been told that it will not be the same
@@ -158,7 +158,7 @@ class RunTrainer(Trainer):
     def restore_losses(self) -> None:
         """The losses summed since the last line of metrics.jsonl; the Trainer has just set them to zero."""
         if self.resumed is not None:
-            saved = self.resumed.state()["loss"]
+            saved = self.resumed.state["loss"]
             sums, index = saved["sums"], self.args.process_index
             # Another number of processes than before: the mean over them is what is logged.
             own = sums[index] if len(sums) == self.args.world_size else sum(sums) / len(sums)

@@ -160,3 +160,8 @@ def _plain_parts(tensor: Tensor) -> list[Tensor]:
     if flatten is None:
         return [tensor]
     return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a share of it: FSDP2's DTensors and DeepSpeed's partitioned parameters."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")

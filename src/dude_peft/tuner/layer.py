@@ -317,7 +317,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return self._opaque_print
         base: Any = self.get_base_layer()
         weight = base.weight if self._unmerged_weight is None else self._unmerged_weight
-        if self._fingerprint is not None and (hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")):
+        if self._fingerprint is not None and frozen.is_sharded(weight):
             return self._fingerprint[1]  # of the whole weight, taken before it was sharded
         key = (weight.data_ptr(), weight._version, f"{weight.dtype}{weight.device}")
         if self._fingerprint is None or self._fingerprint[0] != key:
