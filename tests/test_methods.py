@@ -9,9 +9,11 @@ import pytest
 import torch
 from models import ARCHITECTURES, logits, make, perturb, tokens
 from peft import PeftModel, get_peft_model
+from tiny import tiny_llama
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.core.reference import reference_direction, reference_linear
+from dude_peft.errors import ConfigError
 from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
 
@@ -420,3 +422,29 @@ def test_initialisation_is_deterministic(method):
     torch.manual_seed(7)
     two = adapted(method, moved=False).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- names that name nothing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_layers_to_transform_takes_those_layers_alone(targets):
+    """PEFT leaves "all-linear" as whole names on a small model, and does not compare those with the layers."""
+    config = DudeConfig(r=4, target_modules=targets, layers_to_transform=[1])
+    model = get_peft_model(tiny_llama(), config)
+    assert {name.split(".")[2] for name in model.targeted_module_names} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layers_to_transform": 99}, "no layer 99; it has 0 to 1"),
+        ({"layers_to_transform": [0, 99]}, "no layer 99"),
+        ({"rank_pattern": {"nosuch": 4}}, "rank_pattern: 'nosuch' matches no adapted layer"),
+        ({"alpha_pattern": {"nosuch": 4}}, "alpha_pattern: 'nosuch' matches no adapted layer"),
+        ({"modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat' is no module of the model; .*lm_head"),
+    ],
+)
+def test_what_names_nothing_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        get_peft_model(tiny_llama(), DudeConfig(r=4, target_modules="all-linear", **settings))

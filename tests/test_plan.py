@@ -394,3 +394,37 @@ def test_a_learning_rate_of_another_method_is_told():
     assert "principal" in (learning_rate_warning(METHODS["dude"], 2e-3) or "")
     assert "2e-05" not in (learning_rate_warning(METHODS["lora"], 1e-2) or "")
     assert learning_rate_warning(METHODS["lora"], 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"output_dir": "FILE"}, "is a file"),
+        ({"output_dir": "FULL"}, "is not empty"),
+        ({"data": {"general_test": "/nowhere.jsonl"}}, "nowhere"),
+        ({"train": {"report_to": ["wandb"]}}, "pip install wandb"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(tmp_path, monkeypatch, changes, words):
+    from tiny import save_tiny, write_rows
+    from transformers.integrations import integration_utils
+
+    from dude_peft.errors import DudeError
+    from dude_peft.plan.run import plan
+    from dude_peft.train.config import RunConfig
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [])
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "mine").write_text("x")
+    rows = str(write_rows(tmp_path / "rows.jsonl", 8))
+    settings = {
+        "model": {"name_or_path": str(save_tiny(tmp_path / "model"))},
+        "data": {"train": rows, "test": rows},
+        "output_dir": "out",
+    }
+    merged = {k: v | changes.get(k, {}) if isinstance(v, dict) else changes.get(k, v) for k, v in settings.items()}
+    merged |= {key: value for key, value in changes.items() if key not in merged}
+    merged["output_dir"] = str(tmp_path / merged["output_dir"])
+    with pytest.raises(DudeError, match=words):
+        plan(RunConfig(**merged))

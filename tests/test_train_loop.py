@@ -120,13 +120,13 @@ def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, mo
 
 def test_the_best_adapter_is_the_result(settings, monkeypatch):
     losses = iter([0.9, 0.5, 0.7, 0.8])
-    original = loop_module.Loop._evaluate
+    original = loop_module.Loop._measure_loss
 
-    def scripted(self, step, control, model):
+    def scripted(self, step, model):
         self.held_out_loss = lambda: next(losses)
-        original(self, step, control, model)
+        return original(self, step, model)
 
-    monkeypatch.setattr(loop_module.Loop, "_evaluate", scripted)
+    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
     report = start(settings, evaluation={"eval_steps": 2}, train={"save_steps": 1, "save_total_limit": 8})
     assert report.best_step == 4
     out = Path(settings["output_dir"])
@@ -143,13 +143,13 @@ def test_the_best_adapter_is_the_result(settings, monkeypatch):
 
 def test_training_ends_early_and_stays_ended(settings, monkeypatch):
     losses = iter([0.5, 0.7, 0.6, 0.4])
-    original = loop_module.Loop._evaluate
+    original = loop_module.Loop._measure_loss
 
-    def scripted(self, step, control, model):
+    def scripted(self, step, model):
         self.held_out_loss = lambda: next(losses)
-        original(self, step, control, model)
+        return original(self, step, model)
 
-    monkeypatch.setattr(loop_module.Loop, "_evaluate", scripted)
+    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
     evaluation = {"eval_steps": 2, "early_stopping_patience": 2}
     report = start(settings, evaluation=evaluation)
     assert (report.steps, report.best_step) == (6, 2)

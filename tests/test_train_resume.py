@@ -140,6 +140,7 @@ def test_a_chain_of_interruptions_changes_no_bit(places, whole, tmp_path, monkey
     [
         {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"},
         {"optim": "adafactor"},
+        {"optim": "adamw_8bit"},
         {"optim": "sgd", "train_sampling_strategy": "group_by_length"},
         {"loraplus_lr_ratio": 4.0, "magnitude_lr_ratio": 0.5, "max_steps": None, "num_train_epochs": 2.5},
         {"bf16": True, "gradient_checkpointing": True},
@@ -150,6 +151,8 @@ def test_a_chain_of_interruptions_changes_no_bit(places, whole, tmp_path, monkey
     ids=str,
 )
 def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
+    if "8bit" in train.get("optim", ""):
+        pytest.importorskip("bitsandbytes", reason="8-bit optimizers are bitsandbytes'")
     train = dict(train)
     data = {"packing": True, "max_length": 40} if train.pop("packing", False) else {}
 

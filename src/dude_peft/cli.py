@@ -83,9 +83,16 @@ def train(
 
         launch_if_first(strategy, processes)
 
+    from dude_peft.evaluate.in_training import TasksOfRun
     from dude_peft.train.run import run
 
-    run(run_config, overwrite=overwrite, weights_only=weights_only, strategy=strategy or "ddp")
+    run(
+        run_config,
+        overwrite=overwrite,
+        weights_only=weights_only,
+        strategy=strategy or "ddp",
+        scorer_of=TasksOfRun,
+    )
 
 
 @app.command()
@@ -107,9 +114,10 @@ def plan(
 
     run_config = load_config(config, list(overrides or []))
 
+    from dude_peft.evaluate.in_training import TasksOfRun
     from dude_peft.plan.run import plan as run_plan
 
-    run_plan(run_config, device_memory=device_memory, as_json=as_json)
+    run_plan(run_config, device_memory=device_memory, as_json=as_json, scorer_of=TasksOfRun)
 
 
 @app.command()
@@ -453,6 +461,9 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option("--text", metavar="FILE", help="General text: perplexity, and what was forgotten.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="Share the questions, a GPU each; default: one process.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Questions of each task: a seeded sample, stratified by subject.")
     ] = None,
@@ -470,9 +481,12 @@ def evaluate(
     """Score an adapter beside its base, or a model, by lm-evaluation-harness; repeat it to resume."""
     from dude_peft.evaluate.run import EvalOptions
     from dude_peft.evaluate.run import evaluate as run_evaluate
+    from dude_peft.train.launch import launch_if_first
 
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text)
+    if processes is not None:
+        launch_if_first("ddp", processes)
     try:
         run_evaluate(name, options, output, base=base, gguf_file=gguf_file, overwrite=overwrite)
     except KeyboardInterrupt:

@@ -2,7 +2,8 @@
 
 A JSON-lines file. Its first line says of what: the model's fingerprint and all else that answers depend on. Each other
 line is one batch, {request's hash: answer}, written at once: after a kill a batch is there whole or not at all, and the
-resumed run computes the same batches with the same numbers.
+resumed run computes the same batches with the same numbers. Of several processes the first one reads and writes the
+file; the others are told what is in it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dude_peft.artifact.durable import disk_errors
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
+from dude_peft.train import processes
 
 
 class AnswerCache:
@@ -35,14 +37,22 @@ class AnswerCache:
         """
         self._path = path
         self._answers: dict[str, Any] = {}
+        self._file: BinaryIO | None = None
         self.settings = settings
+        if processes.is_first():
+            self._open(path)
+        self.settings, self._answers = processes.from_first((self.settings, self._answers))
+        self.found = len(self._answers)
+        """Answers that an earlier run had computed."""
+
+    def _open(self, path: Path) -> None:
         with disk_errors(path):
             content = path.read_bytes() if path.is_file() else b""
             whole = content[: content.rfind(b"\n") + 1]
             try:
                 lines = [json.loads(line) for line in whole.splitlines()]
                 if lines:
-                    self.settings = {**settings, **lines[0]}
+                    self.settings = {**self.settings, **lines[0]}
                 for batch in lines[1:]:
                     self._answers |= batch
             except (ValueError, TypeError, RecursionError) as error:
@@ -54,9 +64,7 @@ class AnswerCache:
             self._file.truncate(len(whole))
             self._file.seek(len(whole))
             if not lines:
-                self._write(settings)
-        self.found = len(self._answers)
-        """Answers that an earlier run had computed."""
+                self._write(self.settings)
 
     def __contains__(self, key: str) -> bool:
         return key in self._answers
@@ -68,19 +76,22 @@ class AnswerCache:
         return len(self._answers)
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        """Keep a batch of answers, on the disk before this returns.
+        """Keep a batch of answers, on the disk before the first process returns.
 
         Raises ResourceError where the disk does not allow it.
         """
-        with disk_errors(self._path):
-            self._write(dict(batch))
+        if self._file is not None:
+            with disk_errors(self._path):
+                self._write(dict(batch))
         self._answers |= batch
 
     def close(self) -> None:
         """Gives the file back."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
         self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

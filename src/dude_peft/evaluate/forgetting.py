@@ -21,6 +21,7 @@ from dude_peft.data.file_lines import opened
 from dude_peft.errors import DataError, NumericsError
 from dude_peft.evaluate.intervals import Comparison, bootstrap_mean, compare
 from dude_peft.show import shown
+from dude_peft.train.processes import count, gathered, rank
 
 if TYPE_CHECKING:
     from dude_peft.chat.speaker import Speaker
@@ -64,20 +65,16 @@ def score_text(speaker: Speaker, path: Path, *, advance: Callable[[int], None] =
     blocks = _blocks(content.decode("utf-8"), speaker.tokenizer, length)
     if not blocks:
         raise DataError(f"{shown(path, 300)}: too short, not one block of {length} tokens; give more text")
-    losses, base_losses, kls = [], [], []
-    for ids in blocks:
-        row = torch.tensor([ids], device=speaker.model.device)
-        tuned = _log_probabilities(speaker, row)
-        losses.append(_loss(tuned, row))
-        if speaker.adapted:
-            with speaker.as_base():
-                base = _log_probabilities(speaker, row)
-            base_losses.append(_loss(base, row))
-            kls.append(float((tuned.exp() * (tuned - base)).sum(-1).mean()))
+    scores: dict[int, tuple[float, ...]] = {}
+    for number in range(rank(), len(blocks), count()):
+        scores[number] = _block_scores(speaker, blocks[number])
         advance(1)
+    every = {number: score for of_one in gathered(scores) for number, score in of_one.items()}
+    losses, *others = map(list, zip(*(every[number] for number in range(len(blocks))), strict=True))
     loss = sum(losses) / len(losses)
     score: dict[str, Any] = {}
-    if speaker.adapted:
+    if others:
+        base_losses, kls = others
         base_loss = sum(base_losses) / len(base_losses)
         score = {
             "base_loss": base_loss,
@@ -96,6 +93,17 @@ def score_text(speaker: Speaker, path: Path, *, advance: Callable[[int], None] =
         perplexity=math.exp(loss),
         **score,
     )
+
+
+def _block_scores(speaker: Speaker, ids: list[int]) -> tuple[float, ...]:
+    """(loss,), and under an adapter (loss, the base's, KL)."""
+    row = torch.tensor([ids], device=speaker.model.device)
+    tuned = _log_probabilities(speaker, row)
+    if not speaker.adapted:
+        return (_loss(tuned, row),)
+    with speaker.as_base():
+        base = _log_probabilities(speaker, row)
+    return _loss(tuned, row), _loss(base, row), float((tuned.exp() * (tuned - base)).sum(-1).mean())
 
 
 def _read(path: Path) -> bytes:

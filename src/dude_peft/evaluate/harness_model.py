@@ -1,7 +1,9 @@
 """Our live model as lm-evaluation-harness knows models: its own tokenisation, scores and stops, our batches and checks.
 
 What is added to its HFLM: answers are kept batch by batch (`answer_cache.py`), a batch that does not fit is halved, NaN
-ends the evaluation, and prompts that were cut and generations that never stopped are counted.
+ends the evaluation, and prompts that were cut and generations that never stopped are counted. Several processes share
+the batches, each of which is what one process would compute, and tell each other the answers: the harness, which knows
+nothing of it, finds all answers in every process.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dude_peft.chat.decode import Finite
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.evaluate.answer_cache import AnswerCache, key_of
 from dude_peft.show import shown
+from dude_peft.train.processes import count, gathered, rank
 
 Items = set[tuple[str, int]]
 """(task, number of the document) of each."""
@@ -84,7 +87,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
         self._stopped: list[bool] = []
         self.computed = 0
-        """Answers that were not in the cache."""
+        """Answers that were not in the cache, of all processes."""
         self.cut_prompts: Items = set()
         """Whose prompt is longer than the model reads; its beginning is cut off."""
         self.unstopped: Items = set()
@@ -165,15 +168,21 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         return self._fits
 
     def _answer(self, rows: Sequence[dict[str, Any]], compute: Callable[[Any], dict[str, Any]]) -> None:
-        """Fill the cache with all rows, batch by batch; a row is what one forward of one sequence answers."""
-        size = self._fits
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            for part in self._parts([row for row in batch if any(key not in self._cache for key in row)]):
-                answers = self._computed(part, compute)
-                self._cache.add(answers)
-                self.computed += len(answers)
-            self._advance(sum(map(len, batch)))
+        """Fill the cache with all rows, a batch for every process at a time; a row is what one sequence answers."""
+        size = min(gathered(self._fits))
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for start in range(0, len(batches), count()):
+            at_once = batches[start : start + count()]
+            own = at_once[rank()] if rank() < len(at_once) else []
+            missing = [row for row in own if any(key not in self._cache for key in row)]
+            found: dict[str, Any] = {}
+            for part in self._parts(missing):
+                found |= self._computed(part, compute)
+            for answers in gathered(found):
+                if answers:
+                    self._cache.add(answers)
+                    self.computed += len(answers)
+            self._advance(sum(len(row) for batch in at_once for row in batch))
 
     def _parts(self, batch: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
         """The batch in pieces that fit, which may become smaller on the way."""

@@ -63,6 +63,7 @@ def _measures(
     for metric, kept in dict.fromkeys((metric, s["filter"]) for s in first for metric in s["metrics"]):
         tuned = _values(model, scored, metric, kept)
         task = tasks[scored[0]]
+        better = bool(task.higher_is_better().get(metric, True))
         if tuned is None or not _is_mean(task, metric):
             if len(scored) == 1:
                 key = f"{metric},{kept}"
@@ -71,10 +72,9 @@ def _measures(
                 ]
                 assert numbers[0] is not None
                 items = len({s["doc_id"] for s in first})
-                yield Measure(name, metric, kept, items, of, numbers[0], numbers[1], None)
+                yield Measure(name, metric, kept, items, of, numbers[0], numbers[1], None, better)
             continue
         before = None if base is None else _values(base, scored, metric, kept)
-        better = bool(task.higher_is_better().get(metric, True))
         yield Measure(
             name,
             metric,
@@ -84,6 +84,7 @@ def _measures(
             _value(tuned, seed),
             None if before is None else _value(before, seed),
             None if before is None else compare(tuned, before, higher_is_better=better, seed=seed),
+            better,
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.train.processes import gathered
+
 _ROWS, _TOKENS = 4, 64
 _TOLERANCE = 1e-4
 """Of the largest logit; float32's own rounding through a deep model is about a tenth."""
@@ -32,7 +34,7 @@ def merged_if_equal(model: Any, wanted: bool = True) -> Iterator[bool]:
     model.merge_adapter()
     try:
         merged = _logits(model)
-        equal = bool((merged - live).abs().max() <= _TOLERANCE * live.abs().max())
+        equal = all(gathered(bool((merged - live).abs().max() <= _TOLERANCE * live.abs().max())))
         if not equal:
             model.unmerge_adapter()
         yield equal

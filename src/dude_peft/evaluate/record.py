@@ -37,6 +37,7 @@ class Measure:
     base: Value | None
     """The same model without its adapter, on the same items; None for a plain model."""
     comparison: Comparison | None
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)

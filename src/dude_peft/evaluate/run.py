@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation
+from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
+from dude_peft.train import processes
 
 if TYPE_CHECKING:
     from dude_peft.chat.speaker import Speaker
@@ -102,15 +103,17 @@ def evaluate(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("dude eval needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
     _check_output(output, overwrite)
-    display = Display()
+    first = processes.is_first()
+    display = Display(quiet=not first)
     with disk_errors(output):
         (output / ANSWERS).mkdir(parents=True, exist_ok=True)
-    with gathered_warnings(display.warn), locked(output):
+    with gathered_warnings(display.warn), locked(output) if first else contextlib.nullcontext(), processes.joined():
         with quiet_imports():
             import lm_eval.evaluator  # noqa: F401 - its chatter belongs here
 
             from dude_peft.chat.speaker import open_speaker
-        chosen = _tasks(options, output / TASKS)
+        with processes.first_before_others():
+            chosen = load_chosen(options, output / TASKS)
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=display)
         found = measure(speaker, options, output, display=display, chosen=chosen)
     return found
@@ -138,17 +141,13 @@ def measure(
     from dude_peft.evaluate.forgetting import score_text
     from dude_peft.evaluate.measures import measures_of
     from dude_peft.evaluate.merged import merged_if_equal
-    from dude_peft.evaluate.subset import stratified
     from dude_peft.evaluate.table import show
 
     if options.chat and not speaker.tokenizer.chat_template:
         raise ConfigError(f"--chat: the tokenizer of {shown(speaker.name, 300)} has no chat template; leave --chat out")
     started, begin = datetime.now(timezone.utc), time.perf_counter()
-    chosen = _tasks(options, output / TASKS) if chosen is None else chosen
-    sizes = {task: len(loaded.eval_docs) for one in chosen for task, loaded in one.tasks.items()}
-    items: dict[str, list[int]] = {}
-    for one in chosen:
-        items |= stratified({task: sizes[task] for task in one.tasks}, options.limit, options.seed)
+    chosen = load_chosen(options, output / TASKS) if chosen is None else chosen
+    sizes, items = _items(chosen, options)
     scorer = _Scorer(speaker, options, output, display, chosen, items)
     base, merged = None, False
     with _generation_of_the_checkpoint(speaker):
@@ -181,10 +180,41 @@ def measure(
             "seconds": round(time.perf_counter() - begin, 3),
         },
     )
-    _write(output, evaluation, chosen, model, base)
+    if processes.is_first():
+        _write(output, evaluation, chosen, model, base)
     show(display, evaluation)
     display.say(f"results: {shown(output / RESULTS, 300)}; each question: {shown(output / SAMPLES, 300)}")
     return evaluation
+
+
+def score_as_it_is(speaker: Speaker, options: EvalOptions, output: Path, chosen: Sequence[Chosen]) -> list[Measure]:
+    """Score a model in the middle of its training, without its base; only its answers are kept in `output`."""
+    from dude_peft.evaluate.measures import measures_of
+
+    sizes, items = _items(chosen, options)
+    found = _Scorer(speaker, options, output, Display(quiet=True), chosen, items).score("model")
+    return measures_of(chosen, sizes, found, None, options.seed)[0]
+
+
+def load_chosen(options: EvalOptions, folder: Path) -> list[Chosen]:
+    """The tasks that are asked for, those on local files written into `folder`; `load_tasks` says what it raises."""
+    if not options.tasks:
+        return []
+    from dude_peft.evaluate.tasks import load_tasks
+
+    with contextlib.redirect_stderr(io.StringIO()):  # datasets' bars
+        return load_tasks(options.tasks, options.data_dir, folder, num_fewshot=options.num_fewshot)
+
+
+def _items(chosen: Sequence[Chosen], options: EvalOptions) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """(items that each task has, those of them that are asked)."""
+    from dude_peft.evaluate.subset import stratified
+
+    sizes = {task: len(loaded.eval_docs) for one in chosen for task, loaded in one.tasks.items()}
+    items: dict[str, list[int]] = {}
+    for one in chosen:
+        items |= stratified({task: sizes[task] for task in one.tasks}, options.limit, options.seed)
+    return sizes, items
 
 
 class _Scorer:
@@ -270,13 +300,6 @@ class _Scorer:
         }
 
 
-def _tasks(options: EvalOptions, folder: Path) -> list[Chosen]:
-    from dude_peft.evaluate.tasks import load_tasks
-
-    with contextlib.redirect_stderr(io.StringIO()):  # datasets' bars
-        return load_tasks(options.tasks, options.data_dir, folder, num_fewshot=options.num_fewshot)
-
-
 def _seed_everything(tasks: Any) -> None:
     import numpy as np
     import torch
@@ -350,6 +373,7 @@ def _provenance(
         "options": {**asdict(options), "data_dir": _path(options.data_dir), "text": _path(options.text)},
         "seeds": _SEEDS,
         "versions": _libraries(),
+        "processes": processes.count(),
         "hardware": hardware(speaker.model.device),
     }
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train.config import RunConfig
+from dude_peft.train.folder import check_output_dir
 from dude_peft.train.model import load_settings, load_tokenizer, locate
+from dude_peft.train.run_data import glance
+from dude_peft.train.task_scores import ScorerOf, scorer_for
 
 if TYPE_CHECKING:
     from dude_peft.plan.bill import Cost
@@ -22,13 +26,20 @@ if TYPE_CHECKING:
     from dude_peft.plan.rows import Rows
 
 
-def plan(config: RunConfig, *, device_memory: str | None = None, as_json: bool = False) -> Plan:
+def plan(
+    config: RunConfig,
+    *,
+    device_memory: str | None = None,
+    as_json: bool = False,
+    scorer_of: ScorerOf | None = None,
+) -> Plan:
     """Shows what the run will need, as a table or as JSON.
 
     Args:
         config: the run, for example from `load_config`.
         device_memory: of the GPU that will train ("80GiB"); default: this machine's.
         as_json: print one JSON object and nothing else.
+        scorer_of: who would score evaluation.tasks, as for the run itself.
 
     Raises:
         ConfigError: a setting, model or target that the run would refuse.
@@ -39,11 +50,19 @@ def plan(config: RunConfig, *, device_memory: str | None = None, as_json: bool =
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
         where = locate(config.model)
+        check_output_dir(Path(config.output_dir))
+        glance(config)
         if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
+        scorer = scorer_for(config.evaluation, scorer_of)
         with display.waiting("imports"), quiet_imports():
             import dude_peft.plan.bill  # noqa: F401  # what takes seconds, in one place
             from dude_peft.plan.device import device
+            from dude_peft.train.fit import check_trackers
+        check_trackers(config.train)
+        if scorer is not None:
+            with display.waiting("tasks"):
+                scorer.check(load_tokenizer(config.model, where))
         made = _made(config.resolved(), where, device(device_memory), warnings, display)
     if as_json:
         print(json.dumps(made.as_dict(), indent=2))

@@ -30,7 +30,7 @@ def _expand_home(value: Any) -> Any:
 
 _LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
 
-Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False, le=_LARGEST_COUNT)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
@@ -305,18 +305,55 @@ class EvaluationSection(Section):
     eval_steps: Count | None = None
     """Steps between two measurements of the held-out loss during training; null measures before and after alone."""
 
+    tasks: list[Text] = []
+    """Benchmark tasks, as in `dude eval --tasks`: scored at the end beside the base model, into scores/."""
+
+    tasks_data_dir: Source | None = None
+    """Their local files, as in `dude eval --data-dir`; null takes them from the hub."""
+
+    tasks_limit: Count | None = None
+    """Questions of each task at most: a seeded sample, the same each time."""
+
+    tasks_chat: bool = False
+    """Their prompts go through the chat template."""
+
+    tasks_num_fewshot: CountOrZero | None = None
+    """Examples in each of their prompts; null takes each task's own number."""
+
+    tasks_text: Source | None = None
+    """General text, as in `dude eval --text`: at the end, its loss and KL to the base tell what was forgotten."""
+
+    tasks_steps: Count | None = None
+    """Steps between two scorings of the tasks during training; null scores them at the end alone."""
+
+    metric_for_best_model: Text = "loss"
+    """What tells the best adapter: the held-out `loss`, or a task's name (its first metric) or TASK/METRIC,FILTER."""
+
     early_stopping_patience: Count | None = None
-    """Training ends after this many measurements without a better held-out loss; needs eval_steps."""
+    """Training ends after this many measurements of metric_for_best_model without a better one."""
 
     early_stopping_threshold: NonNegative = 0.0
-    """By how much a better held-out loss has to be lower."""
+    """By how much a better one has to be better."""
 
     load_best_model_at_end: bool = True
-    """With eval_steps: the adapter of the lowest held-out loss is the result, otherwise the last one."""
+    """Where metric_for_best_model is measured on the way: its best adapter is the result, otherwise the last one."""
+
+    @model_validator(mode="after")
+    def _tasks_to_score(self) -> EvaluationSection:
+        if self.tasks_steps is not None and not self.tasks:
+            raise ValueError("key 'evaluation.tasks_steps' needs 'evaluation.tasks'")
+        named = self.metric_for_best_model
+        if named != "loss" and (self.tasks_steps is None or named.partition("/")[0] not in self.tasks):
+            raise ValueError(
+                f"key 'evaluation.metric_for_best_model': {named!r} is not measured on the way; name it in "
+                "'evaluation.tasks', and set 'evaluation.tasks_steps'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _patience_of_something(self) -> EvaluationSection:
-        if self.early_stopping_patience is not None and (self.eval_steps is None or not self.enabled):
+        of_loss = self.metric_for_best_model == "loss"
+        if self.early_stopping_patience is not None and of_loss and (self.eval_steps is None or not self.enabled):
             raise ValueError(
                 "key 'evaluation.early_stopping_patience' needs 'evaluation.eval_steps', and evaluation switched on"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
 from dude_peft.train.sharding import shard
 from dude_peft.train.stop import Stop
+from dude_peft.train.task_scores import TaskScore
 from dude_peft.train.trainer import RunTrainer
 from dude_peft.train.training_rows import Packs, Rows
 from dude_peft.train.training_set import TrainingSet
@@ -48,7 +49,7 @@ class Fit:
     held_out: tuple[tuple[int, float], ...]
     """(step, held-out loss), where it was measured on the way."""
     best_step: int | None
-    """Step of the lowest held-out loss, where it was measured on the way."""
+    """Step of the best evaluation.metric_for_best_model, where it was measured on the way."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,6 +71,7 @@ class Surroundings:
     save_adapter: Callable[[Any, Path, dict[str, Tensor] | None], None]
     held_out_loss: Callable[[], float] | None
     tokenizer: Any
+    task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
 
 
 def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArguments:
@@ -84,10 +86,7 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
     """
     section = config.train
     kind, own = _kind(config)
-    trackers: Any = integration_utils
-    for tracker in section.report_to:
-        if tracker not in trackers.get_available_reporting_integrations():
-            raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
+    check_trackers(section)
     try:
         arguments = kind(
             output_dir=config.output_dir,
@@ -126,6 +125,14 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
     # One process drives one device: Trainer would wrap the model in nn.DataParallel wherever it sees several.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def check_trackers(section: TrainSection) -> None:
+    """Raises ConfigError where one of train.report_to is not installed."""
+    trackers: Any = integration_utils
+    for tracker in section.report_to:
+        if tracker not in trackers.get_available_reporting_integrations():
+            raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
 
 
 def _kind(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
@@ -195,6 +202,7 @@ def fit(
         save_adapter=around.save_adapter,
         checkpoints=around.checkpoints if arguments.should_save else None,
         held_out_loss=around.held_out_loss,
+        task_scores=around.task_scores,
         movement_steps=section.movement_steps,
     )
     meter = _meter_of(model, examples, config, around, loop)

@@ -29,6 +29,7 @@ from dude_peft.train.record import (
     METRICS,
     RECOVERED,
     REPORT,
+    SCORES,
     RunReport,
     Score,
     score_from,
@@ -36,6 +37,20 @@ from dude_peft.train.record import (
 
 _TEMPORARY = re.compile(r"\.dude-[a-z0-9_]{8}")  # Python's tempfile, with our prefix
 _START = ".dude-start"
+
+
+def check_output_dir(path: Path, *, overwrite: bool = False) -> None:
+    """Raises ConfigError where a run cannot begin or go on, as far as looking tells."""
+    name = shown(path, 300)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output_dir: {name} is a file; choose another folder")
+    if not (overwrite or (path / RUN).is_file() or _is_new(path)):
+        raise ConfigError(f"output_dir: {name} is not empty; choose another folder or add --overwrite")
+
+
+def _is_new(path: Path) -> bool:
+    """Whether there is nothing here; what a killed process left of its lock and its first file does not count."""
+    return not path.is_dir() or all(entry.name.startswith(".dude-") for entry in path.iterdir())
 
 
 class RunFolder:
@@ -70,17 +85,14 @@ class RunFolder:
     def _claim(self, overwrite: bool) -> None:
         name = shown(self.path, 300)
         try:
-            if self.path.exists() and not self.path.is_dir():
-                raise ConfigError(f"output_dir: {name} is a file; choose another folder")
-            if not (overwrite or (self.path / RUN).is_file() or self._is_new()):
-                raise ConfigError(f"output_dir: {name} is not empty; choose another folder or add --overwrite")
+            check_output_dir(self.path, overwrite=overwrite)
             for folder in [*reversed(self.path.absolute().parents), self.path.absolute()]:
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
                     self._created.append(folder)
             self._lock = RunLock(self.path)
             self.earlier = None if overwrite else read_identity(self.path)
-            if self.earlier is None and not overwrite and not self._is_new():  # another process was here in between
+            if self.earlier is None and not overwrite and not _is_new(self.path):  # another process was here in between
                 raise ConfigError(f"output_dir: {name} is not empty; choose another folder or add --overwrite")
             self._sweep()
             descriptor, probe = tempfile.mkstemp(prefix=".dude-", dir=self.path)
@@ -95,10 +107,6 @@ class RunFolder:
             self.release()
             reason = getattr(error, "strerror", None) or shown(error)
             raise ResourceError(f"output_dir: {name} cannot be written ({reason}); choose another folder") from error
-
-    def _is_new(self) -> bool:
-        """Whether there is nothing here; what a killed process left of its lock and its first file does not count."""
-        return not self.path.is_dir() or all(entry.name.startswith(".dude-") for entry in self.path.iterdir())
 
     def _sweep(self) -> None:
         """Removes what a killed process left half-written; nobody else writes here, since the lock is ours."""
@@ -135,7 +143,7 @@ class RunFolder:
             if start is not None:
                 start.rename(self._free(RECOVERED))
             # report.json first: beside the other files it tells of the same, finished run.
-            for stale in (REPORT, RUN, METRICS, BEFORE):
+            for stale in (REPORT, RUN, METRICS, BEFORE, Path(SCORES) / "results.json"):
                 (self.path / stale).unlink(missing_ok=True)
             self.checkpoints.clear()
         self.write(RUN, identity.text())

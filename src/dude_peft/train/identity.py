@@ -21,6 +21,11 @@ _FREE = {
     "output_dir", "evaluation.samples", "train.save_steps", "train.save_total_limit", "train.report_to",
     "train.movement_steps",
 }  # fmt: skip
+# What the run is scored on; where that does not choose the adapter, it may change.
+_SCORING = {
+    "evaluation.tasks", "evaluation.tasks_data_dir", "evaluation.tasks_limit", "evaluation.tasks_chat",
+    "evaluation.tasks_num_fewshot", "evaluation.tasks_text",
+}  # fmt: skip
 _MOST_SHOWN = 5
 
 
@@ -43,7 +48,8 @@ class Identity:
     def check_config(self, now: dict[str, Any]) -> None:
         """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
         before, after = _flat(self.config), _flat(now)
-        changed = [key for key in {**before, **after} if key not in _FREE and before.get(key) != after.get(key)]
+        free = _FREE | (_SCORING if after["evaluation.metric_for_best_model"] == "loss" else set())
+        changed = [key for key in {**before, **after} if key not in free and before.get(key) != after.get(key)]
         if not changed:
             return
         shown_keys = [f"{key}: {_value(before.get(key))} -> {_value(after.get(key))}" for key in changed[:_MOST_SHOWN]]

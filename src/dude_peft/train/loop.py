@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,15 +21,17 @@ from dude_peft.train.config import EvaluationSection
 from dude_peft.train.movement import movement
 from dude_peft.train.order import EpochOrder
 from dude_peft.train.progress import Display
-from dude_peft.train.state import sharded_state, trained_state
+from dude_peft.train.state import load_random_state, random_state, sharded_state, trained_state
 from dude_peft.train.stop import Stop
+from dude_peft.train.task_scores import TaskScore, chosen_score
 
 
 @dataclass
 class Best:
-    """The lowest held-out loss so far."""
+    """The best evaluation.metric_for_best_model so far."""
 
-    loss: float = math.inf
+    value: float = math.inf
+    """The lower the better: the held-out loss, or a score with its sign turned."""
     step: int | None = None
     worse: int = 0
     """Evaluations since then."""
@@ -51,6 +53,7 @@ class Loop(TrainerCallback):
     """None in a process that writes nothing."""
     order: EpochOrder = field(default_factory=lambda: EpochOrder([], 0))
     held_out_loss: Callable[[], float] | None = None
+    task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
     movement_steps: int | None = None
     restore_losses: Callable[[], None] = lambda: None
     advance: Callable[..., None] = lambda count, note="": None
@@ -75,7 +78,7 @@ class Loop(TrainerCallback):
 
     @property
     def best_step(self) -> int | None:
-        """Step of the lowest held-out loss; None where there is none yet."""
+        """Step of the best metric_for_best_model; None where there is none yet."""
         return self.best.step
 
     @property
@@ -98,7 +101,7 @@ class Loop(TrainerCallback):
         if self.metrics is not None:
             self.metrics.flush()
             size = self.metrics.tell()
-        best = None if self.best.step is None else [self.best.loss, self.best.step, self.best.worse]
+        best = None if self.best.step is None else [self.best.value, self.best.step, self.best.worse]
         return {
             "metrics_bytes": size,
             "best": best,
@@ -135,9 +138,13 @@ class Loop(TrainerCallback):
         self.advance(1, note=self._note(state, lr_scheduler.get_last_lr()[0]))
         if self.movement_steps is not None and (last or state.global_step % self.movement_steps == 0):
             self._write({"step": state.global_step, "movement": movement(model)})
-        steps = self.evaluation.eval_steps
-        if self.held_out_loss is not None and steps is not None and (last or state.global_step % steps == 0):
-            self._evaluate(state.global_step, control, model)
+        measured = {}
+        if self.held_out_loss is not None and self._due(self.evaluation.eval_steps, state):
+            measured["loss"] = self._measure_loss(state.global_step, model)
+        if self.task_scores is not None and self._due(self.evaluation.tasks_steps, state):
+            measured[self.evaluation.metric_for_best_model] = self._score_tasks(state.global_step, model)
+        if self.evaluation.metric_for_best_model in measured:
+            self._judge(measured[self.evaluation.metric_for_best_model], state.global_step, control, model)
         if self.stop.wanted():
             control.should_save = control.should_training_stop = True
 
@@ -168,7 +175,12 @@ class Loop(TrainerCallback):
                 f"{line['memory_bytes'] / 2**30:.1f} GiB  ETA {left:.0f} s"
             )
 
-    def _evaluate(self, step: int, control: Any, model: Any) -> None:
+    @staticmethod
+    def _due(steps: int | None, state: Any) -> bool:
+        """Whether something is done now that is done every so many steps, and behind the last one."""
+        return steps is not None and (state.global_step >= state.max_steps or state.global_step % steps == 0)
+
+    def _measure_loss(self, step: int, model: Any) -> float:
         assert self.held_out_loss is not None
         loss = self.held_out_loss()
         model.train()
@@ -178,8 +190,24 @@ class Loop(TrainerCallback):
         self.held_out.append((step, loss))
         if not self.display.live:
             self.display.say(f"step {step}  held-out loss {loss:.4f}")
-        if loss < self.best.loss - self.evaluation.early_stopping_threshold:
-            self.best = Best(loss, step)
+        return loss
+
+    def _score_tasks(self, step: int, model: Any) -> float:
+        """The score of metric_for_best_model, the lower the better; NaN where that is the loss."""
+        assert self.task_scores is not None
+        kept = random_state()  # the harness sets seeds of its own
+        scores = self.task_scores()
+        load_random_state(*kept)
+        model.train()
+        self._write({"step": step, "tasks": {name: score.value for name, score in scores.items()}})
+        self.display.say(f"step {step}  " + "  ".join(f"{name} {score.value:.4f}" for name, score in scores.items()))
+        named = self.evaluation.metric_for_best_model
+        return math.nan if named == "loss" else chosen_score(scores, named)
+
+    def _judge(self, value: float, step: int, control: Any, model: Any) -> None:
+        """Keeps the adapter if it is the best so far, and ends training if none has been for long."""
+        if value < self.best.value - self.evaluation.early_stopping_threshold:
+            self.best = Best(value, step)
             if self.evaluation.load_best_model_at_end:
                 save_adapter, trained = self.adapter_writer(model), trained_state(model)
                 if self.checkpoints is not None:
@@ -189,7 +217,7 @@ class Loop(TrainerCallback):
         patience = self.evaluation.early_stopping_patience
         if patience is not None and self.best.worse >= patience:
             self.ended = True
-            self.display.say(f"stopping early: no better held-out loss in {patience} evaluations")
+            self.display.say(f"stopping early: no better {metric_name(self.evaluation)} in {patience} evaluations")
             control.should_save = control.should_log = control.should_training_stop = True
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -203,6 +231,12 @@ class Loop(TrainerCallback):
         loss = sum(float(loss) for loss, _ in self.batches)
         speed = (state.num_input_tokens_seen - self._first_tokens) / max(time.perf_counter() - self._start, 1e-9)
         return f"loss {loss:.3f}  lr {rate:.2e}  grad {self.grad_norm:.2f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
+
+
+def metric_name(evaluation: EvaluationSection) -> str:
+    """Of what tells the best adapter, for messages."""
+    named = evaluation.metric_for_best_model
+    return "held-out loss" if named == "loss" else named
 
 
 def memory_bytes() -> int:

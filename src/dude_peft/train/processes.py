@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+def rank() -> int:
+    """Number of this process, from 0; known from the start, by the launcher's environment."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
-    """Whether this process is the one that writes and shows; known from the start, by the launcher's environment."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that writes and shows."""
+    return rank() == 0
 
 
 def count() -> int:
@@ -32,6 +39,34 @@ def gathered(value: T) -> list[T]:
 def from_first(value: T) -> T:
     """The first process's `value`, in all of them."""
     return gathered(value)[0]
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within: the processes can talk, over gloo, each with a device of its own; for work that shares no tensors."""
+    if count() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """Within: the first process alone, then all others; for what the first one writes and the others read."""
+    if not is_first():
+        from_first(None)
+    yield
+    if is_first():
+        from_first(None)
 
 
 def summed(tensor: Any) -> Any:

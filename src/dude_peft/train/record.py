@@ -11,6 +11,7 @@ from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 
 ADAPTER, CHECKPOINTS, RECOVERED, BEFORE = "adapter", "checkpoints", "recovered", "before.json"
+SCORES = "scores"
 CONFIG, METRICS, PICTURE, REPORT = "config.yaml", "metrics.jsonl", "loss.png", "report.json"
 
 
@@ -63,7 +64,9 @@ class RunReport:
     """Wall-clock time of each phase of the process that finished the run; `training` is that of all."""
     warnings: list[str]
     best_step: int | None = None
-    """Step of the adapter that was kept, where the held-out loss was measured on the way."""
+    """Step of the adapter that was kept, where evaluation.metric_for_best_model was measured on the way."""
+    tasks: dict[str, Any] | None = None
+    """What evaluation.tasks found, `measures` and `text`, as in scores/results.json."""
 
     @classmethod
     def read(cls, path: Path) -> RunReport:

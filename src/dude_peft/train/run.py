@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train import processes
@@ -22,7 +23,8 @@ from dude_peft.train.environment import environment, hardware, versions
 from dude_peft.train.folder import RunFolder, save_adapter
 from dude_peft.train.identity import Identity
 from dude_peft.train.picture import check_picture, loss_curve
-from dude_peft.train.record import ADAPTER, CONFIG, PICTURE, Answer, RunReport, Score
+from dude_peft.train.record import ADAPTER, CONFIG, PICTURE, SCORES, Answer, RunReport, Score
+from dude_peft.train.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def run(
     overwrite: bool = False,
     weights_only: bool = False,
     strategy: str = "ddp",
+    scorer_of: ScorerOf | None = None,
     quiet: bool = False,
 ) -> RunReport:
     """Fine-tunes as `config` says and fills `config.output_dir`, the adapter among it only if all went well.
@@ -50,6 +53,7 @@ def run(
         overwrite: start anew in an output folder that is not empty; foreign files in it stay.
         weights_only: start anew from the newest checkpoint's adapter, where the rest of the checkpoint is lost.
         strategy: of several processes (`launch`): ddp, fsdp2 or zero3.
+        scorer_of: who scores evaluation.tasks: `dude_peft.evaluate.in_training.TasksOfRun`; without tasks, nobody.
         quiet: print nothing.
 
     Raises:
@@ -65,7 +69,8 @@ def run(
     resolved = config.resolved()
     folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
     try:
-        this = _Run(resolved, folder, weights_only, strategy, quiet=quiet or not processes.is_first())
+        scorer = scorer_for(resolved.evaluation, scorer_of)
+        this = _Run(resolved, folder, weights_only, strategy, scorer, quiet=quiet or not processes.is_first())
         with gathered_warnings(this.warn), this.stop.listening():
             return this.go()
     finally:
@@ -73,7 +78,16 @@ def run(
 
 
 class _Run:
-    def __init__(self, config: RunConfig, folder: RunFolder, weights_only: bool, strategy: str, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        weights_only: bool,
+        strategy: str,
+        scorer: TaskScorer | None,
+        *,
+        quiet: bool,
+    ) -> None:
         from dude_peft.train.progress import Display
         from dude_peft.train.stop import Stop
 
@@ -81,6 +95,7 @@ class _Run:
         self.folder = folder
         self.weights_only = weights_only
         self.strategy = strategy
+        self.scorer = scorer
         self.display = Display(quiet=quiet)
         self.stop = Stop(self.display.warn)
         self.seconds: dict[str, float] = {}
@@ -110,6 +125,9 @@ class _Run:
         arguments = training_arguments(config, self.strategy)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where)
+            if self.scorer is not None:
+                with display.waiting("reading the tasks"):
+                    self.scorer.check(self.tokenizer)
             data = self._read(arguments.world_size)
         if (finished := processes.from_first(self._finished())) is not None:
             return finished
@@ -130,8 +148,9 @@ class _Run:
         data.verify_unchanged()
         with self._phase("saving"):
             self._save(fitted, before, after)
+        tasks = self._score_tasks()
         self.seconds["total"] = round(time.perf_counter() - begun, 2)
-        report = self._report(data, fitted, before, after)
+        report = self._report(data, fitted, before, after, tasks)
         self.folder.write_report(report)
 
         if before and after:
@@ -247,6 +266,11 @@ class _Run:
     def _check_strategy(self) -> None:
         if self.strategy == "zero3" and processes.count() > 1:
             self.warn("zero3 writes no checkpoints, since DeepSpeed keeps its optimizer to itself; fsdp2 does")
+        if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(
+                f"evaluation.tasks: a model that {self.strategy} has cut up is not scored in the run; leave it out, "
+                "and use dude eval --processes on the adapter"
+            )
 
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""
@@ -260,9 +284,10 @@ class _Run:
 
     def _train(self, data: RunData, arguments: Any) -> Fit:
         from dude_peft.train.fit import Surroundings, fit
+        from dude_peft.train.loop import metric_name
         from dude_peft.train.state import load_trained_state
 
-        held_out = data.held_out
+        held_out, scorer = data.held_out, self.scorer
         around = Surroundings(
             display=self.display,
             stop=self.stop,
@@ -272,13 +297,16 @@ class _Run:
             save_adapter=save_adapter,
             held_out_loss=None if held_out is None else lambda: self._held_out_loss(held_out),
             tokenizer=self.tokenizer,
+            task_scores=None
+            if scorer is None
+            else lambda: scorer.score(self.model, self.tokenizer, self.folder.path / SCORES),
         )
         with self._phase("training"):
             fitted = fit(self.model, data.train, arguments, self.config, around, self.strategy)
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:
-            self.display.say(f"the held-out loss was lowest at step {best}: that adapter is kept")
+            self.display.say(f"{metric_name(self.config.evaluation)} was best at step {best}: that adapter is kept")
             load_trained_state(self.model, self.folder.checkpoints.load_best(best))
         return fitted
 
@@ -332,7 +360,21 @@ class _Run:
         title = f"{config.adapter.method}, r = {config.adapter.r}, on {config.model.name_or_path}"
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
 
-    def _report(self, data: RunData, fitted: Fit, before: Score | None, after: Score | None) -> RunReport:
+    def _score_tasks(self) -> dict[str, Any] | None:
+        if self.scorer is None:
+            return None
+        with self._phase("tasks"):
+            folder, name = self.folder.path / SCORES, str(self.folder.path / ADAPTER)
+            return self.scorer.finish(self.model, self.tokenizer, folder, name=name, display=self.display)
+
+    def _report(
+        self,
+        data: RunData,
+        fitted: Fit,
+        before: Score | None,
+        after: Score | None,
+        tasks: dict[str, Any] | None,
+    ) -> RunReport:
         config = self.config
         trainable, total = self.model.get_nb_trainable_parameters()
         return RunReport(
@@ -358,6 +400,7 @@ class _Run:
             seconds=self.seconds,
             warnings=self.warnings,
             best_step=fitted.best_step,
+            tasks=tasks,
         )
 
     def warn(self, text: str) -> None:

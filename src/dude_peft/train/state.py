@@ -28,7 +28,7 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
+        for name, value in _flat(entries).items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = whole(value).detach().cpu().contiguous()
             else:
@@ -51,6 +51,7 @@ def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], rest: Ma
         states.setdefault(int(index), {})[name] = sharded_as(tensor, parameters[int(index)])
     for index, entries in rest["numbers"].items():
         states.setdefault(int(index), {}).update(entries)
+    states = {index: _nested(entries) for index, entries in states.items()}
     groups = [
         {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in saved.items()}
         for saved, own in zip(rest["groups"], optimizer.param_groups, strict=False)
@@ -61,6 +62,26 @@ def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], rest: Ma
         raise ArtifactError(
             f"the checkpoint's optimizer does not fit this run ({error}); start the run anew"
         ) from error
+
+
+def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one parameter's state, what lies in a dictionary of its own (bitsandbytes) under OUTER/INNER."""
+    flat: dict[str, Any] = {}
+    for name, value in entries.items():
+        inner = value.items() if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}/{key}": one for key, one in inner}
+    return flat
+
+
+def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in entries.items():
+        outer, slash, inner = name.partition("/")
+        if slash:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[name] = value
+    return nested
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

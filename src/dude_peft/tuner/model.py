@@ -20,7 +20,7 @@ from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_n
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods.start import Start, check_finite
-from dude_peft.show import shown
+from dude_peft.show import quoted, shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
@@ -67,7 +67,8 @@ class DudeModel(BaseTuner):
             _maybe_include_all_linear_layers(config, model)
             # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
             unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
-            config.target_modules = set(config.target_modules) - unfit
+            # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
+            config.target_modules = {n for n in set(config.target_modules) - unfit if _is_wanted_layer(n, config)}
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
         if state_dict is None:
             targets = self._check_targets(model, config)
@@ -86,6 +87,7 @@ class DudeModel(BaseTuner):
         for key in ("rank_pattern", "alpha_pattern"):
             for expression in getattr(config, key) or ():
                 check_pattern(key, expression, names, around=r"(.*\.)?({})$")
+        _check_layers(config, names)
         if not isinstance(config.target_modules, str):
             for wanted in sorted(config.target_modules or ()):
                 if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
@@ -111,6 +113,7 @@ class DudeModel(BaseTuner):
             weight = frozen.plain_weight(layer)
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
+        _check_matches(config, names, [name for name, _ in targets])
         return targets
 
     def _create_and_replace(
@@ -346,6 +349,44 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
         )
     short = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
     return f"target_modules: '{wanted}' is no module of {type(model).__name__}; {closest(wanted, short)}"
+
+
+def _layer_index(name: str, config: DudeConfig) -> int | None:
+    """Place in the model's list of layers, found as PEFT finds it; None for a module outside of it."""
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name):
+            return int(match["index"])
+    return None
+
+
+def _wanted_layers(config: DudeConfig) -> set[int]:
+    layers = config.layers_to_transform
+    return set() if layers is None else {layers} if isinstance(layers, int) else set(layers)
+
+
+def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
+    wanted = _wanted_layers(config)
+    return not wanted or _layer_index(name, config) in wanted
+
+
+def _check_layers(config: DudeConfig, names: list[str]) -> None:
+    there = {index for name in names if (index := _layer_index(name, config)) is not None}
+    if missing := sorted(_wanted_layers(config) - there):
+        known = f"it has {min(there)} to {max(there)}" if there else "no module of it lies in a numbered list"
+        raise ConfigError(f"layers_to_transform: the model has no layer {missing[0]}; {known}")
+
+
+def _check_matches(config: DudeConfig, names: list[str], targets: list[str]) -> None:
+    """What names nothing was meant to name something; PEFT would go on without it."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key) or ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+                raise ConfigError(f"{key}: {quoted(pattern)} matches no adapted layer; remove it, or name one of them")
+    for wanted in config.modules_to_save or ():
+        if not any(name.endswith(wanted) for name in names):
+            short = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            raise ConfigError(f"modules_to_save: {quoted(wanted)} is no module of the model; {closest(wanted, short)}")
 
 
 def _shown(targets: Any) -> str:
