@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dude_peft.evaluate import intervals
 from dude_peft.evaluate.intervals import bootstrap_mean, bootstrap_share, compare, mcnemar_exact
 from dude_peft.train.score import wilson_interval
 
@@ -33,10 +34,22 @@ def test_a_paired_difference_is_covered(items, wins, losses):
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
 
-def test_real_values_are_covered():
+@pytest.mark.parametrize("items", [5, 16, 80])
+def test_real_values_are_covered(items, monkeypatch):
+    monkeypatch.setattr(intervals, "_DRAWS", 1000)  # for time; 10,000 give the same coverage
     generator = np.random.default_rng(2)
-    intervals = [bootstrap_mean(generator.normal(0.5, 2.0, size=80)) for _ in range(100)]
-    assert 88 <= sum(low <= 0.5 <= high for low, high in intervals) <= 99
+    covered = 0
+    for _ in range(DRAWS):
+        low, high = bootstrap_mean(generator.normal(0.5, 2.0, size=items))
+        covered += low <= 0.5 <= high
+    assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
+
+
+def test_one_value_has_no_interval():
+    assert bootstrap_mean([3.0]) is None
+    found = compare([3.0], [2.0])
+    assert found.interval is None
+    assert found.verdict == "no significant difference"
 
 
 def test_the_same_model_is_called_significant_in_one_of_twenty_at_most():

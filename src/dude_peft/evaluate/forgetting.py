@@ -41,8 +41,8 @@ class TextScore:
     tokens: int
     loss: float
     """Nats a token."""
-    interval: tuple[float, float]
-    """95 %, bootstrap over blocks."""
+    interval: tuple[float, float] | None
+    """95 %, bootstrap over blocks; None for a single one."""
     perplexity: float
     base_loss: float | None = None
     base_perplexity: float | None = None

@@ -5,6 +5,7 @@ One accuracy alone has the Wilson interval of `train/score.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ class Comparison:
 
     difference: float
     """Mean of tuned - base."""
-    interval: tuple[float, float]
-    """95 %, bootstrap over items."""
+    interval: tuple[float, float] | None
+    """95 %, bootstrap over items; None where there is one, with no right or wrong."""
     wins: int
     """Items where tuned is better."""
     losses: int
@@ -60,19 +61,30 @@ def compare(
         bootstrap_share(up, down, len(differences), seed=seed) if binary else bootstrap_mean(differences, seed=seed)
     )
     p_value = mcnemar_exact(wins, losses) if binary else None
-    significant = not interval[0] <= 0 <= interval[1] and (p_value is None or p_value < 1 - LEVEL)
+    outside = interval is not None and not interval[0] <= 0 <= interval[1]
+    significant = outside and (p_value is None or p_value < 1 - LEVEL)
     verdict = ("better" if good.mean() > 0 else "worse") if significant else "no significant difference"
     ties = len(differences) - wins - losses
     return Comparison(float(differences.mean()), interval, wins, losses, ties, p_value, verdict)
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean over resampled items (Efron 1979).
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean over resampled items (Efron 1979); None for a single item.
 
+    A resampled mean varies too little by sqrt((n - 1) / n), and less than Student's t: the percentiles' distances from
+    the mean are widened by both, which of 16 items is 13 % (Hesterberg 2015, The American Statistician 69, section 4).
     Items of equal value are drawn together, as one multinomial count: the same distribution, in little memory.
     """
+    from scipy.stats import norm, t
+
     distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
-    return _percentiles(distinct, counts, int(counts.sum()), seed)
+    items = int(counts.sum())
+    if items < 2:
+        return None
+    low, high = _percentiles(distinct, counts, items, seed)
+    mean, upper = float(distinct @ counts / items), (1 + LEVEL) / 2
+    wider = math.sqrt(items / (items - 1)) * float(t.ppf(upper, items - 1) / norm.ppf(upper))
+    return mean + wider * (low - mean), mean + wider * (high - mean)
 
 
 def bootstrap_share(up: int, down: int, items: int, *, seed: int = 0) -> tuple[float, float]:

@@ -60,25 +60,31 @@ def _number(value: Value) -> str:
 
 
 def _difference(comparison: Comparison, scale: float = 100) -> str:
-    low, high = comparison.interval
     unit = " points" if scale == 100 else " nats"
     digits = 1 if scale == 100 else 4
-    test = "" if comparison.p_value is None else f", McNemar p = {comparison.p_value:.2g}"
+    known = []
+    if comparison.interval is not None:
+        low, high = comparison.interval
+        known.append(f"{scale * low:+.{digits}f} to {scale * high:+.{digits}f}")
+    if comparison.p_value is not None:
+        known.append(f"McNemar p = {comparison.p_value:.2g}")
     return (
-        f"difference {scale * comparison.difference:+.{digits}f}{unit} ({scale * low:+.{digits}f} to "
-        f"{scale * high:+.{digits}f}{test}): {comparison.verdict}; {comparison.wins} won, {comparison.losses} lost, "
-        f"{comparison.ties} tied"
+        f"difference {scale * comparison.difference:+.{digits}f}{unit} ({', '.join(known) or 'one item'}): "
+        f"{comparison.verdict}; {comparison.wins} won, {comparison.losses} lost, {comparison.ties} tied"
     )
 
 
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.4f} to {interval[1]:.4f})"
+
+
 def _text(text: TextScore) -> list[tuple[str, str]]:
-    low, high = text.interval
-    loss = f"{text.loss:.4f} nats a token ({low:.4f} to {high:.4f}), perplexity {text.perplexity:.2f}"
+    loss = f"{text.loss:.4f} nats a token{_between(text.interval)}, perplexity {text.perplexity:.2f}"
     tokens = f"{text.tokens:,} tokens of {text.file}"
-    if text.base_loss is None or text.comparison is None or text.kl is None or text.kl_interval is None:
+    if text.base_loss is None or text.comparison is None or text.kl is None:
         return [("general text, loss", f"{loss}; {tokens}")]
     base = f"base {text.base_loss:.4f}, perplexity {text.base_perplexity:.2f}"
-    moved = f"{text.kl:.4f} nats a token ({text.kl_interval[0]:.4f} to {text.kl_interval[1]:.4f})"
+    moved = f"{text.kl:.4f} nats a token{_between(text.kl_interval)}"
     return [
         ("forgetting, loss on general text", f"{loss}; {base}; {_difference(text.comparison, 1)}; {tokens}"),
         ("forgetting, KL(tuned || base) there", moved),
