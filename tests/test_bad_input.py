@@ -66,7 +66,11 @@ def test_a_wrong_setting_is_refused_when_the_config_is_made(settings, parts):
         ("llama", {"exclude_modules": r"(q_proj"}, ("exclude_modules", "no regular expression")),
         ("llama", {"target_modules": []}, ("matches no layer",)),
         ("llama", {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ("matches no layer",)),
-        ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [9]}, ("matches no layer",)),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "layers_to_transform": [9]},
+            ("no layer 9", "0 to 1"),
+        ),
         ("llama", {"target_modules": ["embed_tokens"]}, ("embed_tokens", "Embedding", "modules_to_save")),
         ("llama", {"target_modules": ["norm"]}, ("LlamaRMSNorm",)),
         ("llama", {"target_modules": ["mlp"]}, ("LlamaMLP",)),

@@ -30,7 +30,7 @@ def _expand_home(value: Any) -> Any:
 
 _LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
 
-Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False, le=_LARGEST_COUNT)]
+Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
