@@ -21,6 +21,7 @@ from dude_peft.evaluate.in_training import TasksOfRun
 from dude_peft.evaluate.run import EvalOptions, evaluate
 from dude_peft.plan.run import plan
 from dude_peft.train.config import EvaluationSection, RunConfig
+from dude_peft.train.loop import Loop
 from dude_peft.train.run import run
 from dude_peft.train.task_scores import TaskScore, chosen_score
 
@@ -118,6 +119,21 @@ def test_a_task_chooses_the_best_adapter(place, tmp_path, monkeypatch):
     best = tmp_path / "o" / "checkpoints" / "best-00000002" / "adapter" / "adapter_model.safetensors"
     kept, expected = load_file(tmp_path / "o" / "adapter" / "adapter_model.safetensors"), load_file(best)
     assert all(kept[name].equal(expected[name]) for name in expected)
+
+
+def test_scores_beside_the_loss_leave_the_choice_to_the_loss(place, tmp_path, monkeypatch):
+    """The loss chooses the adapter and counts the patience, whatever is scored at the same steps."""
+    losses = iter([0.9, 0.5, 0.7, 0.8])
+    original = Loop._measure_loss
+
+    def scripted(self, step, model):
+        self.held_out_loss = lambda: next(losses)
+        return original(self, step, model)
+
+    monkeypatch.setattr(Loop, "_measure_loss", scripted)
+    monkeypatch.setattr(TasksOfRun, "score", lambda *_: {"mmlu_anatomy/acc,none": TaskScore(0.5, True)})
+    report = scored(place, tmp_path / "o", eval_steps=1, tasks_steps=1, early_stopping_patience=3)
+    assert (report.best_step, report.steps) == (2, 4)
 
 
 def test_patience_counts_scores(place, tmp_path, monkeypatch):

@@ -19,10 +19,11 @@ import transformers
 import yaml
 from models import make
 from tiny import save_tiny, write_rows
+from transformers.integrations import integration_utils
 
 from dude_peft import DudeConfig
 from dude_peft.data.batches import pad_right
-from dude_peft.errors import ConfigError, DataError, ResourceError
+from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.methods import METHODS
 from dude_peft.methods.learning_rate import learning_rate_warning
 from dude_peft.plan.bill import Cost, cost
@@ -406,13 +407,6 @@ def test_a_learning_rate_of_another_method_is_told():
     ],
 )
 def test_what_the_run_would_refuse_is_refused(tmp_path, monkeypatch, changes, words):
-    from tiny import save_tiny, write_rows
-    from transformers.integrations import integration_utils
-
-    from dude_peft.errors import DudeError
-    from dude_peft.plan.run import plan
-    from dude_peft.train.config import RunConfig
-
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [])
     (tmp_path / "FILE").write_text("x")
     (tmp_path / "FULL").mkdir()
@@ -420,11 +414,9 @@ def test_what_the_run_would_refuse_is_refused(tmp_path, monkeypatch, changes, wo
     rows = str(write_rows(tmp_path / "rows.jsonl", 8))
     settings = {
         "model": {"name_or_path": str(save_tiny(tmp_path / "model"))},
-        "data": {"train": rows, "test": rows},
-        "output_dir": "out",
+        "data": {"train": rows, "test": rows} | changes.get("data", {}),
+        "train": changes.get("train", {}),
+        "output_dir": str(tmp_path / changes.get("output_dir", "out")),
     }
-    merged = {k: v | changes.get(k, {}) if isinstance(v, dict) else changes.get(k, v) for k, v in settings.items()}
-    merged |= {key: value for key, value in changes.items() if key not in merged}
-    merged["output_dir"] = str(tmp_path / merged["output_dir"])
     with pytest.raises(DudeError, match=words):
-        plan(RunConfig(**merged))
+        plan(RunConfig(**settings))

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.artifact.durable import disk_errors
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.evaluate.record import ANSWERS, TASKS
-from dude_peft.evaluate.run import EvalOptions, load_chosen, measure, score_as_it_is
+from dude_peft.evaluate.record import TASKS
+from dude_peft.evaluate.run import EvalOptions, load_chosen, make_output, measure, score_as_it_is
+from dude_peft.evaluate.tasks import write_local
 from dude_peft.train import processes
 from dude_peft.train.config import EvaluationSection
 from dude_peft.train.progress import Display
@@ -69,14 +69,14 @@ class TasksOfRun:
     def score(self, model: Any, tokenizer: Any, folder: Path) -> Mapping[str, TaskScore]:
         if not self._chosen:
             return {}
-        _make(folder)
+        make_output(folder)
         measures = score_as_it_is(_speaker(model, tokenizer, "the model"), self._options, folder, self._chosen)
         return {f"{m.task}/{m.metric},{m.filter}": TaskScore(m.model.value, m.higher_is_better) for m in measures}
 
     def finish(self, model: Any, tokenizer: Any, folder: Path, *, name: str, display: Display) -> dict[str, Any]:
-        _make(folder)
-        with processes.first_before_others():
-            self._chosen = load_chosen(self._options, folder / TASKS)
+        make_output(folder)
+        if processes.is_first():  # for the reader; what is scored was read before training
+            write_local(self._options.tasks, self._options.data_dir, folder / TASKS)
         speaker = _speaker(model, tokenizer, name)
         found = measure(speaker, self._options, folder, display=display, chosen=self._chosen)
         text = None if found.text is None else asdict(found.text)
@@ -88,11 +88,6 @@ def _in_keys(error: Exception) -> Exception:
     for option, key in _KEYS.items():
         text = text.replace(option, key)
     return type(error)(text)
-
-
-def _make(folder: Path) -> None:
-    with disk_errors(folder):
-        (folder / ANSWERS).mkdir(parents=True, exist_ok=True)
 
 
 def _speaker(model: Any, tokenizer: Any, name: str) -> Speaker:

@@ -105,8 +105,7 @@ def evaluate(
     _check_output(output, overwrite)
     first = processes.is_first()
     display = Display(quiet=not first)
-    with disk_errors(output):
-        (output / ANSWERS).mkdir(parents=True, exist_ok=True)
+    make_output(output)
     with gathered_warnings(display.warn), locked(output) if first else contextlib.nullcontext(), processes.joined():
         with quiet_imports():
             import lm_eval.evaluator  # noqa: F401 - its chatter belongs here
@@ -417,6 +416,12 @@ def _write(
             file = output / SAMPLES / f"{Path(one.name).stem}.jsonl"
             replace_file(file, (line.encode("utf-8", "backslashreplace") for line in sample_lines(one, model, base)))
         replace_file(output / RESULTS, evaluation.text_of().encode("utf-8", "backslashreplace"))
+
+
+def make_output(output: Path) -> None:
+    """The folder of the results, and in it that of the answers. ResourceError where the disk does not allow it."""
+    with disk_errors(output):
+        (output / ANSWERS).mkdir(parents=True, exist_ok=True)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -37,7 +37,7 @@ def load_tasks(
         ConfigError: an unknown name, with the closest ones, a YAML file that is no task, or a task that two names hold.
         DataError: data that is missing or malformed, or that cannot be had.
     """
-    local = {n: write_tasks(n, data, folder) for n in names if n == WORDMATH or (data is not None and is_local(n))}
+    local = write_local(names, data, folder)
     rest = [name for name in names if name not in local]
     known = _manager(folder if local else None, defaults=any(not _is_yaml(name) for name in rest))
     chosen: list[Chosen] = []
@@ -52,6 +52,21 @@ def load_tasks(
             _set_fewshot(task_name, task, num_fewshot)
         chosen.append(Chosen(name, tasks))
     return chosen
+
+
+def write_local(names: Sequence[str], data: Path | None, folder: Path) -> dict[str, list[str]]:
+    """Those of the names whose data lies here, written into `folder`: the names of the tasks behind each.
+
+    Args:
+        names: of tasks or groups, or paths of YAML files.
+        data: the user's local files; None leaves `wordmath` alone.
+        folder: where to.
+
+    Raises:
+        DataError: a file is missing or malformed.
+        ResourceError: the folder cannot be written.
+    """
+    return {n: write_tasks(n, data, folder) for n in names if n == WORDMATH or (data is not None and is_local(n))}
 
 
 def _is_yaml(name: str) -> bool:

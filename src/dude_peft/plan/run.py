@@ -60,10 +60,11 @@ def plan(
             from dude_peft.plan.device import device
             from dude_peft.train.fit import check_trackers
         check_trackers(config.train)
+        tokenizer = load_tokenizer(config.model, where)
         if scorer is not None:
             with display.waiting("tasks"):
-                scorer.check(load_tokenizer(config.model, where))
-        made = _made(config.resolved(), where, device(device_memory), warnings, display)
+                scorer.check(tokenizer)
+        made = _made(config.resolved(), where, tokenizer, device(device_memory), warnings, display)
     if as_json:
         print(json.dumps(made.as_dict(), indent=2))
     else:
@@ -72,7 +73,7 @@ def plan(
     return made
 
 
-def _made(config: RunConfig, where: str, device: Device, warnings: list[str], display: Display) -> Plan:
+def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warnings: list[str], display: Display) -> Plan:
     from dude_peft.methods import METHODS
     from dude_peft.methods.learning_rate import learning_rate_warning
     from dude_peft.plan.adapted import adapted_model
@@ -91,7 +92,7 @@ def _made(config: RunConfig, where: str, device: Device, warnings: list[str], di
         # Adapting writes into the configuration.
         model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
     with display.waiting("rows"):
-        rows = _rows(config, where, model)
+        rows = _rows(config, tokenizer, model)
     positions = getattr(settings, "max_position_embeddings", None) or config.data.max_length
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
@@ -112,10 +113,9 @@ def _made(config: RunConfig, where: str, device: Device, warnings: list[str], di
     return made
 
 
-def _rows(config: RunConfig, where: str, model: Any) -> Rows | None:
+def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
     from dude_peft.plan.rows import count_rows, is_local
 
-    tokenizer = load_tokenizer(config.model, where)
     data = config.data
     if config.evaluation.enabled and data.test is not None and is_local(data.test):
         count_rows(data, tokenizer, model, held_out=True)  # for its errors

@@ -92,8 +92,7 @@ class RunFolder:
                     self._created.append(folder)
             self._lock = RunLock(self.path)
             self.earlier = None if overwrite else read_identity(self.path)
-            if self.earlier is None and not overwrite and not _is_new(self.path):  # another process was here in between
-                raise ConfigError(f"output_dir: {name} is not empty; choose another folder or add --overwrite")
+            check_output_dir(self.path, overwrite=overwrite)  # another process may have been here in between
             self._sweep()
             descriptor, probe = tempfile.mkstemp(prefix=".dude-", dir=self.path)
             os.close(descriptor)

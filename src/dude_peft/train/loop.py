@@ -132,19 +132,20 @@ class Loop(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
-        last = state.global_step >= state.max_steps
-        if last:
+        step, named = state.global_step, self.evaluation.metric_for_best_model
+        if step >= state.max_steps:
             control.should_log = True  # Trainer would drop the steps behind the last multiple of logging_steps
         self.advance(1, note=self._note(state, lr_scheduler.get_last_lr()[0]))
-        if self.movement_steps is not None and (last or state.global_step % self.movement_steps == 0):
-            self._write({"step": state.global_step, "movement": movement(model)})
-        measured = {}
+        if self._due(self.movement_steps, state):
+            self._write({"step": step, "movement": movement(model)})
         if self.held_out_loss is not None and self._due(self.evaluation.eval_steps, state):
-            measured["loss"] = self._measure_loss(state.global_step, model)
+            loss = self._measure_loss(step, model)
+            if named == "loss":
+                self._judge(loss, step, control, model)
         if self.task_scores is not None and self._due(self.evaluation.tasks_steps, state):
-            measured[self.evaluation.metric_for_best_model] = self._score_tasks(state.global_step, model)
-        if self.evaluation.metric_for_best_model in measured:
-            self._judge(measured[self.evaluation.metric_for_best_model], state.global_step, control, model)
+            scores = self._score_tasks(step, model)
+            if named != "loss":
+                self._judge(chosen_score(scores, named), step, control, model)
         if self.stop.wanted():
             control.should_save = control.should_training_stop = True
 
@@ -192,8 +193,7 @@ class Loop(TrainerCallback):
             self.display.say(f"step {step}  held-out loss {loss:.4f}")
         return loss
 
-    def _score_tasks(self, step: int, model: Any) -> float:
-        """The score of metric_for_best_model, the lower the better; NaN where that is the loss."""
+    def _score_tasks(self, step: int, model: Any) -> Mapping[str, TaskScore]:
         assert self.task_scores is not None
         kept = random_state()  # the harness sets seeds of its own
         scores = self.task_scores()
@@ -201,8 +201,7 @@ class Loop(TrainerCallback):
         model.train()
         self._write({"step": step, "tasks": {name: score.value for name, score in scores.items()}})
         self.display.say(f"step {step}  " + "  ".join(f"{name} {score.value:.4f}" for name, score in scores.items()))
-        named = self.evaluation.metric_for_best_model
-        return math.nan if named == "loss" else chosen_score(scores, named)
+        return scores
 
     def _judge(self, value: float, step: int, control: Any, model: Any) -> None:
         """Keeps the adapter if it is the best so far, and ends training if none has been for long."""

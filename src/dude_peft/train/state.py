@@ -68,12 +68,15 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Of one parameter's state, what lies in a dictionary of its own (bitsandbytes) under OUTER/INNER."""
     flat: dict[str, Any] = {}
     for name, value in entries.items():
-        inner = value.items() if isinstance(value, dict) else None
-        flat |= {name: value} if inner is None else {f"{name}/{key}": one for key, one in inner}
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
 def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_flat` was given."""
     nested: dict[str, Any] = {}
     for name, value in entries.items():
         outer, slash, inner = name.partition("/")

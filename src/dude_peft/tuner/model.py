@@ -347,8 +347,11 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
             f"target_modules: '{wanted}' is a parameter of {owner} ('{parameters[0]}'), not a linear layer; expert "
             f"tensors are not supported, adapt the attention and dense layers instead"
         )
-    short = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-    return f"target_modules: '{wanted}' is no module of {type(model).__name__}; {closest(wanted, short)}"
+    return f"target_modules: '{wanted}' is no module of {type(model).__name__}; {closest(wanted, _last_parts(names))}"
+
+
+def _last_parts(names: list[str]) -> list[str]:
+    return sorted({part for name in names if not (part := name.rpartition(".")[2]).isdigit()})
 
 
 def _layer_index(name: str, config: DudeConfig) -> int | None:
@@ -381,8 +384,8 @@ def _check_saved_modules(config: DudeConfig, names: list[str]) -> None:
     """PEFT warns of a rank_pattern that matches nothing, but would train nothing here without a word."""
     for wanted in config.modules_to_save or ():
         if not any(name.endswith(wanted) for name in names):
-            short = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-            raise ConfigError(f"modules_to_save: {quoted(wanted)} is no module of the model; {closest(wanted, short)}")
+            hint = closest(wanted, _last_parts(names))
+            raise ConfigError(f"modules_to_save: {quoted(wanted)} is no module of the model; {hint}")
 
 
 def _shown(targets: Any) -> str:
