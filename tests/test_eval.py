@@ -237,6 +237,56 @@ def test_every_item_of_a_subset_is_as_likely():
     assert all(sum(map(len, stratified(sizes, limit, 7).values())) == limit for limit in range(1, 100))
 
 
+def task_file(folder: Path, name: str, rows: int, *, more: str = "", stem: str | None = None) -> str:
+    """A task of the user's own on its own rows: the first word of 'one 1' is asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, task = folder / f"{name}.jsonl", folder / f"{stem or name}.yaml"
+    data.write_text("".join(f'{{"q": "{name} {n}", "a": {n % 2}}}\n' for n in range(rows)), encoding="utf-8")
+    task.write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['1', '2']\ndoc_to_target: a\n" + more,
+        encoding="utf-8",
+    )
+    return str(task)
+
+
+def test_two_files_of_one_name_keep_their_samples(place, tmp_path):
+    files = [task_file(tmp_path / name, name, 2, stem="mine") for name in ("a", "b")]
+    evaluate(str(place / "model"), EvalOptions(tuple(files)), tmp_path / "o")
+    assert samples(tmp_path / "o", "mine")[0]["task"] == "a"
+    assert samples(tmp_path / "o", "mine-again")[0]["task"] == "b"
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_group_means_as_it_says(place, tmp_path, weighted):
+    """Over all items, or over tasks: the harness's own number, with an interval around it."""
+    folder = tmp_path / "tasks"
+    rows = {"small": 3, "large": 20}
+    parts = []
+    for name, count in rows.items():
+        (folder / name).mkdir(parents=True)
+        task = Path(task_file(folder / name, name, count))
+        parts += [f"  - {line}" if n == 0 else f"    {line}" for n, line in enumerate(task.read_text().splitlines())]
+    group = folder / "group.yaml"
+    group.write_text(
+        "group: both\ntask:\n" + "\n".join(parts) + "\naggregate_metric_list:\n"
+        f"  - {{metric: acc, weight_by_size: {str(weighted).lower()}}}\n",
+        encoding="utf-8",
+    )
+    found = evaluate(str(place / "adapter"), EvalOptions((str(group),)), tmp_path / "o")
+    (acc,) = (m for m in found.measures if m.metric == "acc")
+    lines = samples(tmp_path / "o", "group")
+    by_task = [[line["model"]["acc"] for line in lines if line["task"] == name] for name in rows]
+    every = [value for values in by_task for value in values]
+    over_tasks = sum(sum(values) / len(values) for values in by_task) / 2
+    assert acc.model.value == pytest.approx(sum(every) / len(every) if weighted else over_tasks)
+    assert acc.items == acc.of == 23
+    low, high = acc.model.interval
+    assert 0 <= low <= acc.model.value <= high <= 1
+    assert acc.comparison.difference == pytest.approx(acc.model.value - acc.base.value)
+    assert (acc.comparison.p_value is None) is not weighted
+
+
 def test_a_limit_is_said_and_the_same_documents_are_taken(place, tmp_path):
     options = EvalOptions(("mmlu_virology",), place / "data", limit=4)
     found = evaluate(str(place / "model"), options, tmp_path / "a")
@@ -295,8 +345,8 @@ def test_a_finished_evaluation_is_refused_and_computed_from_its_answers(place, t
         evaluate(str(place / "model"), options, tmp_path / "o")
     again = evaluate(str(place / "model"), options, tmp_path / "o", overwrite=True)
     assert again.measures == first.measures
-    assert first.provenance["answers"]["model"] == {"computed": 36, "found": 0}
-    assert again.provenance["answers"]["model"] == {"computed": 0, "found": 36}
+    assert first.provenance["answers"]["model"] == {"computed": 36, "found": 0, "batch_size": 8}
+    assert again.provenance["answers"]["model"] == {"computed": 0, "found": 36, "batch_size": 8}
 
 
 def test_another_model_finds_no_answers(place, tmp_path):
@@ -307,16 +357,77 @@ def test_another_model_finds_no_answers(place, tmp_path):
     assert found.provenance["answers"]["model"]["found"] == 0
 
 
-def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch):
+def changed(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def test_another_config_or_length_finds_no_answers(place, tmp_path):
+    """The tensors are the same, and what they compute is not."""
+    options = EvalOptions(("mmlu_anatomy",), place / "data")
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    first = evaluate(str(model), options, tmp_path / "o")
+    changed(model / "config.json", rms_norm_eps=0.5)
+    found = evaluate(str(model), options, tmp_path / "o", overwrite=True)
+    assert found.provenance["answers"]["model"]["found"] == 0
+    assert found.provenance["config_fingerprint"] != first.provenance["config_fingerprint"]
+    changed(model / "tokenizer_config.json", model_max_length=700)
+    found = evaluate(str(model), options, tmp_path / "o", overwrite=True)
+    assert found.provenance["answers"]["model"]["found"] == 0
+
+
+def test_overwriting_forgets_the_tasks_of_before(place, tmp_path, monkeypatch):
+    """Local rows that an earlier call wrote are never scored in the place of the hub's."""
+    evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath"), place / "data", limit=4), tmp_path / "o")
+    assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"gsm8k_cot.jsonl", "wordmath.jsonl"}
+    with pytest.raises(DataError, match="task 'gsm8k_cot': its data cannot be had"):
+        evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath")), tmp_path / "o", overwrite=True)
+    evaluate(str(place / "model"), EvalOptions(("wordmath",), limit=2), tmp_path / "o", overwrite=True)
+    assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"wordmath.jsonl"}
+    assert {path.name for path in (tmp_path / "o" / "tasks").glob("*.yaml")} == {"wordmath.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "right"),
+    [
+        ("0.5", "It is 0.50", True),
+        ("1250", "the answer is $1,250.", True),
+        ("12", "12.0", True),
+        ("0.6666666666666666", "so 0.667", True),
+        ("0.6666666666666666", "so 0.7", False),
+        ("-15", "it is -15", True),
+        ("8", "none of them", False),
+        ("C", "The answer is (C) 125 km", True),
+        ("C", "the answer is C, which is 125 and 7", True),
+        ("C", "C", True),
+        ("C", "(A) is wrong, so (C)", True),
+        ("C", "(C) is wrong, so (A) 7", False),
+        ("A", "A Car drives 5 km", True),  # it begins with a letter: how a model answers with nothing else
+        ("C", "125", False),
+    ],
+)
+def test_word_problems_compare_numbers_and_letters(answer, text, right):
+    from lm_eval.filters.extraction import RegexFilter
+
+    from dude_peft.evaluate.local_tasks import _of_answers
+    from dude_peft.evaluate.word_answers import score
+
+    pattern = _of_answers([{"answer": answer}])["filter_list"][0]["filter"][0]["regex_pattern"]
+    ((found,),) = RegexFilter(pattern, group_select=-1).apply([[text]], [{}])
+    assert score({"answer": answer}, [found]) == {"exact_match": float(right)}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch, error):
     original = HarnessModel._model_call
 
     def small(self, inps, *args, **kwargs):
         if inps.shape[0] > 3:
-            raise torch.OutOfMemoryError
+            raise error
         return original(self, inps, *args, **kwargs)
 
     monkeypatch.setattr(HarnessModel, "_model_call", small)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     options = EvalOptions(("mmlu_anatomy",), place / "data", batch_size=8)
     found = evaluate(str(place / "model"), options, tmp_path / "o")
     monkeypatch.undo()
@@ -324,6 +435,44 @@ def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch):
 
 
 # ---- bad input: what, where, what to do, and the exit code
+
+
+def test_settings_of_a_task_that_cannot_work(place, tmp_path):
+    generated = "output_type: generate_until\ngeneration_kwargs: {{until: ['.'], {0}}}\n"
+    for more, error in (
+        (generated.format("temperature: 0.7"), "draws tokens at random"),
+        (generated.format("no_such_setting: 1"), r"the harness cannot ask .* \(ValueError: .*no_such_setting"),
+        ("unsafe_code: true\n", "runs code that the model writes"),
+    ):
+        text = Path(task_file(tmp_path, "mine", 2)).read_text().replace("output_type: multiple_choice\n", "")
+        task = tmp_path / "mine.yaml"
+        task.write_text(text + (more if "output_type" in more else "output_type: multiple_choice\n" + more))
+        with pytest.raises(ConfigError, match=error):
+            evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / f"o{len(more)}")
+
+
+def test_more_examples_than_there_are(place, tmp_path):
+    with pytest.raises(ConfigError, match=r"--num-fewshot 50: task 'gsm8k' has 7 examples"):
+        evaluate(str(place / "model"), EvalOptions(("gsm8k",), place / "data", num_fewshot=50), tmp_path / "o")
+
+
+def test_a_group_that_names_the_harness_own_tasks(place, tmp_path):
+    """Its YAML alone does not hold them; their data is at the hub, which is not there."""
+    group = tmp_path / "group.yaml"
+    group.write_text("group: mine\ntask: [boolq]\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        evaluate(str(place / "model"), EvalOptions((str(group),)), tmp_path / "o")
+    assert "boolq" not in str(raised.value).partition("(")[2].partition(":")[0]
+    assert "KeyError" not in str(raised.value)
+
+
+def test_a_general_text_is_read_before_anything_is_scored(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(HarnessModel, "loglikelihood", None)
+    text = tmp_path / "text.txt"
+    for content, error in ((b"short", "too short"), (b"\xff" * 9000, "is not UTF-8")):
+        text.write_bytes(content)
+        with pytest.raises(DataError, match=error):
+            evaluate(str(place / "model"), EvalOptions(("mmlu_anatomy",), place / "data", text=text), tmp_path / "o")
 
 
 def test_an_unknown_task_names_the_closest(place, tmp_path):
@@ -398,6 +547,19 @@ def test_generations_that_never_stop_are_counted(place, tmp_path, monkeypatch):
     assert counts.empty == counts.cut_prompts == {}
 
 
+def test_every_end_token_of_the_checkpoint_ends(place, tmp_path, monkeypatch):
+    def ends_with_the_second(self, context, max_length, stop, **settings):
+        ended = torch.nn.functional.pad(context, (0, 1), value=66)
+        return torch.nn.functional.pad(ended, (0, max_length - ended.shape[1]), value=65)
+
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    ids = AutoTokenizer.from_pretrained(model).eos_token_id
+    changed(model / "generation_config.json", eos_token_id=[ids, 66])
+    monkeypatch.setattr(HFLM, "_model_generate", ends_with_the_second)
+    counts = evaluate(str(model), EvalOptions(("wordmath",), limit=3), tmp_path / "o").counts["model"]
+    assert counts.unstopped == {}
+
+
 def test_nan_logits_end_it(place, tmp_path):
     model = save_model(tmp_path / "nan")
     weights = AutoModelForCausalLM.from_pretrained(model)
@@ -423,6 +585,11 @@ def test_an_adapter_for_another_base(place, tmp_path):
         (["--tasks", "gsm8k,gsm8k"], 2, "asked for twice"),
         ([], 2, "nothing to evaluate"),
         (["--tasks", "gsm8k", "--limit", "0"], 2, "--limit 0"),
+        (["--tasks", "gsm8k", "--seed", "-1"], 2, "--seed -1"),
+        (["--tasks", "math"], 2, "needs LLM-Adapters' files"),
+        (["--tasks", "gsm8k", "-o", "x" * 300], 2, "longer than 255 bytes"),
+        (["--tasks", "gsm8k", "--data-dir", __file__], 3, "is no folder"),
+        (["--text", "nowhere.txt"], 3, "nowhere.txt: no such file"),
         (["--tasks", "gsm8k", "--data-dir", "nowhere"], 3, "no such folder"),
     ],
 )
@@ -446,7 +613,13 @@ def test_the_command_ends_with_the_right_code(place, tmp_path, arguments, code, 
 def test_ctrl_c_says_how_to_go_on(place, tmp_path):
     command = [sys.executable, "-m", "dude_peft.cli", "eval", str(place / "model"), "-o", str(tmp_path / "o")]
     command += ["--tasks", "wordmath", "--batch-size", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     answers = tmp_path / "o" / "answers"
     while not (answers.is_dir() and any(path.stat().st_size > 2000 for path in answers.iterdir())):
         assert process.poll() is None

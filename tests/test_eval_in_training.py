@@ -176,7 +176,7 @@ def test_a_stopped_run_finds_its_answers(place, tmp_path, monkeypatch):
             DataError,
             r"evaluation\.tasks_data_dir /nowhere: no such",
         ),
-        ({"tasks_text": "/nowhere.txt"}, DataError, r"evaluation\.tasks_text: no file"),
+        ({"tasks_text": "/nowhere.txt"}, DataError, r"evaluation\.tasks_text /nowhere\.txt: no such"),
     ],
 )
 @pytest.mark.parametrize("command", [run, plan])

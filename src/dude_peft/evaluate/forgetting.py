@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,22 +52,43 @@ class TextScore:
     kl_interval: tuple[float, float] | None = None
 
 
-def score_text(speaker: Speaker, path: Path, *, advance: Callable[[int], None] = lambda blocks: None) -> TextScore:
-    """Loss and perplexity on up to 16 blocks of 512 tokens, and under an adapter the base's and the KL between them.
+@dataclass(frozen=True)
+class Text:
+    """Up to 16 blocks of 512 tokens, or what the model reads if that is less, evenly spread over a file."""
+
+    file: str
+    sha256: str
+    blocks: list[list[int]]
+
+
+def read_text(path: Path, tokenizer: Any, positions: int | None) -> Text:
+    """Read a file and cut it into blocks.
+
+    Args:
+        path: UTF-8.
+        tokenizer: the model's.
+        positions: tokens that the model reads; None if nothing limits it.
 
     Raises:
         DataError: the file is missing, empty, too short or not UTF-8.
-        NumericsError: NaN or Inf.
     """
     content = _read(path)
-    length = min(_LENGTH, speaker.positions or _LENGTH)
-    blocks = _blocks(content.decode("utf-8"), speaker.tokenizer, length)
+    length = min(_LENGTH, positions or _LENGTH)
+    blocks = _blocks(content.decode("utf-8"), tokenizer, length)
     if not blocks:
         raise DataError(f"{shown(path, 300)}: too short, not one block of {length} tokens; give more text")
+    return Text(str(path), hashlib.sha256(content).hexdigest(), blocks)
+
+
+def score_text(speaker: Speaker, text: Text) -> TextScore:
+    """Loss and perplexity, and under an adapter the base's and the KL between them.
+
+    Raises NumericsError for NaN or Inf.
+    """
+    blocks = text.blocks
     scores: dict[int, tuple[float, ...]] = {}
     for number in range(rank(), len(blocks), count()):
         scores[number] = _block_scores(speaker, blocks[number])
-        advance(1)
     every = {number: score for of_one in gathered(scores) for number, score in of_one.items()}
     losses, *others = map(list, zip(*(every[number] for number in range(len(blocks))), strict=True))
     loss = sum(losses) / len(losses)
@@ -84,10 +104,10 @@ def score_text(speaker: Speaker, path: Path, *, advance: Callable[[int], None] =
             "kl_interval": bootstrap_mean(kls),
         }
     return TextScore(
-        file=str(path),
-        sha256=hashlib.sha256(content).hexdigest(),
+        file=text.file,
+        sha256=text.sha256,
         blocks=len(blocks),
-        tokens=len(blocks) * (length - 1),
+        tokens=len(blocks) * (len(blocks[0]) - 1),
         loss=loss,
         interval=bootstrap_mean(losses),
         perplexity=math.exp(loss),
@@ -103,7 +123,9 @@ def _block_scores(speaker: Speaker, ids: list[int]) -> tuple[float, ...]:
         return (_loss(tuned, row),)
     with speaker.as_base():
         base = _log_probabilities(speaker, row)
-    return _loss(tuned, row), _loss(base, row), float((tuned.exp() * (tuned - base)).sum(-1).mean())
+    # A token that the model rules out (log 0) adds nothing, whatever the base thinks of it.
+    terms = torch.where(tuned > -torch.inf, tuned.exp() * (tuned - base), 0)
+    return _loss(tuned, row), _loss(base, row), float(terms.sum(-1).mean())
 
 
 def _read(path: Path) -> bytes:

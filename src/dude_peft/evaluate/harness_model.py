@@ -22,6 +22,7 @@ from dude_peft.chat.decode import Finite
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.evaluate.answer_cache import AnswerCache, key_of
 from dude_peft.show import shown
+from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.processes import count, gathered, rank
 
 Items = set[tuple[str, int]]
@@ -69,7 +70,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         name: str,
         batch_size: int,
         versions: dict[str, Any],
-        advance: Callable[[int], None] = lambda answers: None,
+        advance: Callable[..., None] = lambda answers, total: None,
     ) -> None:
         """Wrap it.
 
@@ -80,12 +81,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             name: for messages.
             batch_size: sequences at a time, as long as they fit.
             versions: of each task, by its name.
-            advance: called with the number of requests that were answered.
+            advance: called with the number of requests that were answered, and with `total`, of those known so far.
         """
         self._fits = batch_size
         super().__init__(pretrained=_Ready(model), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
         self._stopped: list[bool] = []
+        self._asked = 0
         self.computed = 0
         """Answers that were not in the cache, of all processes."""
         self.cut_prompts: Items = set()
@@ -121,7 +123,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         keys = [self._key("generate_until", request) for request in requests]
         groups: dict[str, dict[str, _Request]] = {}
         for key, request in zip(keys, requests, strict=True):
-            if request.args[1].get("do_sample"):
+            if self._settings(request)["do_sample"]:  # a temperature alone is enough for it
                 raise ConfigError(
                     f"task {shown(request.task_name)} draws tokens at random, and its answers could not be repeated; "
                     "choose a greedy one"
@@ -169,6 +171,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
     def _answer(self, rows: Sequence[dict[str, Any]], compute: Callable[[Any], dict[str, Any]]) -> None:
         """Fill the cache with all rows, a batch for every process at a time; a row is what one sequence answers."""
+        self._asked += sum(map(len, rows))
         size = min(gathered(self._fits))
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         for start in range(0, len(batches), count()):
@@ -182,7 +185,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 if answers:
                     self._cache.add(answers)
                     self.computed += len(answers)
-            self._advance(sum(len(row) for batch in at_once for row in batch))
+            self._advance(sum(len(row) for batch in at_once for row in batch), total=self._asked)
 
     def _parts(self, batch: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
         """The batch in pieces that fit, which may become smaller on the way."""
@@ -194,13 +197,16 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         try:
             with torch.inference_mode():
                 return compute(batch)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise ResourceError(
                     f"{shown(self._name, 300)}: a single sequence does not fit into the device's memory; use a smaller "
                     "model or dtype"
                 ) from error
-        torch.accelerator.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         self._fits = max(1, len(batch) // 2)
         halves = (batch[: len(batch) // 2], batch[len(batch) // 2 :])
         return {key: answer for half in halves for key, answer in self._computed(half, compute).items()}
@@ -217,13 +223,24 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         return ((context, continuation), [prefix], ids) if prefix != ids[0] else (("", continuation), ids[:1], ids[1:])
 
     def _new_tokens(self, request: _Request) -> int:
-        new = int(normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)["max_gen_toks"])
+        new = int(self._settings(request)["max_gen_toks"])
         if new >= self.max_length:
             raise ConfigError(
                 f"task {shown(request.task_name)} generates up to {new} tokens, but {shown(self._name, 300)} reads "
                 f"{self.max_length} in all; choose a task with shorter answers, or a model that reads more"
             )
         return new
+
+    def _settings(self, request: _Request) -> Any:
+        """As HFLM reads them."""
+        return normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)
+
+    def _ends(self) -> set[int]:
+        """Tokens that end a generation: a checkpoint may have several."""
+        inner = self.model.model
+        of_checkpoint = inner.generation_config.eos_token_id
+        listed = of_checkpoint if isinstance(of_checkpoint, list) else [of_checkpoint]
+        return {int(token) for token in (*listed, self.eot_token_id) if token is not None}
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *args, **kwargs)
@@ -238,8 +255,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         settings["logits_processor"] = LogitsProcessorList([Finite(self._name)])
         out: Tensor = super()._model_generate(context, max_length, stop, **settings)
-        full = out.shape[1] >= max_length
+        full, ends = out.shape[1] >= max_length, self._ends()
         for row in out[:, context.shape[1] :].tolist():
-            ended = not full or self.eot_token_id in row
+            ended = not full or not ends.isdisjoint(row)
             self._stopped.append(ended or any(word in self.tok_decode(row) for word in stop))
         return out

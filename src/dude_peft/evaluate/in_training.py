@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.evaluate.forgetting import read_text
 from dude_peft.evaluate.record import TASKS
 from dude_peft.evaluate.run import EvalOptions, load_chosen, make_output, measure, score_as_it_is
 from dude_peft.evaluate.tasks import write_local
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Messages name options of the command; here they are keys.
 _KEYS = {
     "--tasks": "evaluation.tasks", "--data-dir": "evaluation.tasks_data_dir", "--chat": "evaluation.tasks_chat",
+    "--num-fewshot": "evaluation.tasks_num_fewshot", "--text": "evaluation.tasks_text",
 }  # fmt: skip
 
 
@@ -41,9 +43,6 @@ class TasksOfRun:
         """
         if settings.tasks and importlib.util.find_spec("lm_eval") is None:
             raise ConfigError("evaluation.tasks needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
-        text = None if settings.tasks_text is None else Path(settings.tasks_text)
-        if text is not None and not text.is_file():
-            raise DataError(f"evaluation.tasks_text: no file {settings.tasks_text!r}; give a text file")
         try:
             self._options = EvalOptions(
                 tasks=tuple(settings.tasks),
@@ -51,7 +50,7 @@ class TasksOfRun:
                 limit=settings.tasks_limit,
                 chat=settings.tasks_chat,
                 num_fewshot=settings.tasks_num_fewshot,
-                text=text,
+                text=None if settings.tasks_text is None else Path(settings.tasks_text),
             )
         except (ConfigError, DataError) as error:
             raise _in_keys(error) from error
@@ -60,6 +59,8 @@ class TasksOfRun:
     def check(self, tokenizer: Any) -> None:
         if self._options.chat and not tokenizer.chat_template:
             raise ConfigError("evaluation.tasks_chat: the model's tokenizer has no chat template; set it to false")
+        if self._options.text is not None:
+            read_text(self._options.text, tokenizer, tokenizer.model_max_length)
         try:
             with tempfile.TemporaryDirectory(prefix="dude-tasks-") as folder:
                 self._chosen = load_chosen(self._options, Path(folder))

@@ -34,7 +34,12 @@ class Comparison:
 
 
 def compare(
-    tuned: Sequence[float], base: Sequence[float], *, higher_is_better: bool = True, seed: int = 0
+    tuned: Sequence[float],
+    base: Sequence[float],
+    *,
+    higher_is_better: bool = True,
+    seed: int = 0,
+    sizes: Sequence[int] | None = None,
 ) -> Comparison:
     """Compare two models item by item.
 
@@ -46,6 +51,8 @@ def compare(
         base: of the same items, in the same order.
         higher_is_better: False for losses.
         seed: of the bootstrap.
+        sizes: items of each group, one after the other, where the means of groups are what is compared; there the
+            interval alone decides, for McNemar's test weighs every item alike.
 
     Raises:
         ValueError: other lengths, or no items.
@@ -57,15 +64,22 @@ def compare(
     wins, losses = int((good > 0).sum()), int((good < 0).sum())
     binary = _is_binary(tuned) and _is_binary(base)
     up, down = int((differences > 0).sum()), int((differences < 0).sum())
-    interval = (
-        bootstrap_share(up, down, len(differences), seed=seed) if binary else bootstrap_mean(differences, seed=seed)
-    )
-    p_value = mcnemar_exact(wins, losses) if binary else None
+    difference = float(differences.mean()) if sizes is None else mean_of_means(differences, sizes)
+    interval: tuple[float, float] | None
+    if sizes is not None:
+        interval = bootstrap_mean_of_means(differences, sizes, shares=binary, seed=seed)
+    elif binary:
+        interval = bootstrap_share(up, down, len(differences), seed=seed)
+    else:
+        interval = bootstrap_mean(differences, seed=seed)
+    p_value = mcnemar_exact(wins, losses) if binary and sizes is None else None
     outside = interval is not None and not interval[0] <= 0 <= interval[1]
     significant = outside and (p_value is None or p_value < 1 - LEVEL)
-    verdict = ("better" if good.mean() > 0 else "worse") if significant else "no significant difference"
+    verdict = (
+        ("better" if (difference > 0) == higher_is_better else "worse") if significant else "no significant difference"
+    )
     ties = len(differences) - wins - losses
-    return Comparison(float(differences.mean()), interval, wins, losses, ties, p_value, verdict)
+    return Comparison(difference, interval, wins, losses, ties, p_value, verdict)
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float] | None:
@@ -85,6 +99,43 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tu
     mean, upper = float(distinct @ counts / items), (1 + LEVEL) / 2
     wider = math.sqrt(items / (items - 1)) * float(t.ppf(upper, items - 1) / norm.ppf(upper))
     return mean + wider * (low - mean), mean + wider * (high - mean)
+
+
+def bootstrap_mean_of_means(
+    values: Sequence[float] | np.ndarray, sizes: Sequence[int], *, shares: bool, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean over groups of each group's mean, items resampled within their groups.
+
+    Where values are 0 and 1, or differences of them, each group's counts are smoothed as in `bootstrap_share`, so that
+    a group whose items are all alike is not certain; the interval is moved back to what was observed.
+
+    Args:
+        values: of all items, group after group.
+        sizes: items of each group.
+        shares: the values are right or wrong, or differences of that.
+        seed: of the draws.
+    """
+    rng, moved = np.random.default_rng(seed), np.zeros(_DRAWS)
+    for group in grouped(values, sizes):
+        more = {-1.0: 0.5, 0.0: 1.0, 1.0: 0.5} if shares and np.any(group < 0) else {0.0: 0.5, 1.0: 0.5}
+        distinct = np.union1d(group, list(more) if shares else [])
+        counts = np.array([np.sum(group == value) + (more.get(value, 0) if shares else 0) for value in distinct])
+        items, chances = len(group), counts / counts.sum()
+        wider = 1.0 if shares or items < 2 else math.sqrt(items / (items - 1))
+        moved += wider * (rng.multinomial(items, chances, size=_DRAWS) @ distinct / items - distinct @ chances)
+    mean = mean_of_means(values, sizes)
+    low, high = np.quantile(moved / len(sizes), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return mean + float(low), mean + float(high)
+
+
+def mean_of_means(values: Sequence[float] | np.ndarray, sizes: Sequence[int]) -> float:
+    """Mean over groups of each group's mean."""
+    return float(np.mean([group.mean() for group in grouped(values, sizes)]))
+
+
+def grouped(values: Sequence[float] | np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """The values of each group, which lie one after the other."""
+    return np.split(np.asarray(values, dtype=float), np.cumsum(sizes)[:-1])
 
 
 def bootstrap_share(up: int, down: int, items: int, *, seed: int = 0) -> tuple[float, float]:

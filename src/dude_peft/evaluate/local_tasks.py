@@ -23,13 +23,12 @@ GSM8K = ("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot")
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 MATH = ("SVAMP", "AddSub", "MultiArith", "SingleEq", "AQuA", "mawps")
 WORDMATH = "wordmath"
-GROUPS = ("mmlu", "commonsense", "math")
+LLM_ADAPTERS = ("commonsense", "math")
+GROUPS = ("mmlu", *LLM_ADAPTERS)
 
 _NUMBER = "(-?[$0-9.,]{2,})|(-?[0-9]+)"  # GSM8K's flexible-extract
-_EXACT = {
-    "metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
-    "ignore_punctuation": False, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
-}  # fmt: skip
+_LETTER = r"\(([A-E])\)|(?i:answer is):? *([A-E])\b|\A\s*([A-E])\b"
+_SCORE = "!function dude_peft.evaluate.word_answers.score"
 
 
 def is_local(name: str) -> bool:
@@ -87,12 +86,19 @@ def _mmlu(subject: str, data: Path, folder: Path) -> str:
 def _instruction_sets(name: str, data: Path, folder: Path) -> list[str]:
     """LLM-Adapters' files, in their own words: they lack what the harness's prompts are made of (BoolQ's passages)."""
     read: Callable[[Path], list[Document]] = local_files.commonsense if name == "commonsense" else local_files.math
-    settings = _choices() if name == "commonsense" else _number_or_letter()
     there = [known for known in (COMMONSENSE if name == "commonsense" else MATH) if (data / name / known).is_dir()]
     if not there:
         raise DataError(f"{shown(data / name, 300)}: holds none of {', '.join(COMMONSENSE + MATH)}; see the README")
     splits = {known: {"test": read(data / name / known / "test.json")} for known in there}
-    return [_write(f"{name}_{known.lower()}", folder, documents, **settings) for known, documents in splits.items()]
+    return [
+        _write(
+            f"{name}_{known.lower()}",
+            folder,
+            documents,
+            **(_choices() if name == "commonsense" else _of_answers(documents["test"])),
+        )
+        for known, documents in splits.items()
+    ]
 
 
 def _choices() -> dict[str, Any]:
@@ -109,9 +115,9 @@ def _choices() -> dict[str, Any]:
     }
 
 
-def _number_or_letter() -> dict[str, Any]:
-    letter = r"answer is:? *\(?([A-E])\)?"
-    return _generated(rf"(?:{letter})|{_NUMBER}")
+def _of_answers(documents: list[Document]) -> dict[str, Any]:
+    """AQuA's answers are letters, the others' numbers; the last one counts, and 125 km is none of (A) to (E)."""
+    return _generated(_LETTER if all(document["answer"] in "ABCDE" for document in documents) else _NUMBER)
 
 
 def _wordmath(folder: Path) -> str:
@@ -136,9 +142,18 @@ def _generated(pattern: str) -> dict[str, Any]:
                 ],
             }
         ],
-        "metric_list": [_EXACT],
-        "metadata": {"version": 1.0},
+        "process_results": _SCORE,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 2.0},
     }
+
+
+def only(names: set[str], folder: Path) -> None:
+    """Remove the tasks in `folder` that are none of the names. ResourceError where the disk does not allow it."""
+    with disk_errors(folder):
+        for path in folder.glob("*.yaml"):
+            if path.stem not in names:
+                path.unlink()
 
 
 def _write(
@@ -154,7 +169,8 @@ def _write(
         config = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, **settings}
         if include is not None:
             config["include"] = str(_harness_tasks() / include)
-        _replace_if_changed(folder / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
+        text = yaml.safe_dump(config, sort_keys=False).replace(f"'{_SCORE}'", _SCORE)
+        _replace_if_changed(folder / f"{name}.yaml", text)
     return name
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dude_peft.evaluate.intervals import bootstrap_mean, compare
+from dude_peft.evaluate.intervals import bootstrap_mean, bootstrap_mean_of_means, compare, mean_of_means
 from dude_peft.evaluate.local_tasks import mmlu_category
 from dude_peft.evaluate.record import Measure, Value
 from dude_peft.evaluate.tasks import Chosen
@@ -32,7 +32,7 @@ def measures_of(
     whole: list[Measure] = []
     parts: list[Measure] = []
     for one in chosen:
-        whole += _measures(one.name, one.tasks, sizes, model, base, seed)
+        whole += _measures(one.name, one.tasks, sizes, model, base, seed, one.by_task)
         if len(one.tasks) > 1:
             for name, tasks in _parts(one).items():
                 parts += _measures(name, tasks, sizes, model, base, seed)
@@ -54,36 +54,39 @@ def _measures(
     model: Scored,
     base: Scored | None,
     seed: int,
+    by_task: frozenset[str] = frozenset(),
 ) -> Iterator[Measure]:
     scored = [task for task in tasks if task in model["samples"]]  # a small --limit leaves subjects out
-    if not scored:
-        return
-    of = sum(sizes[task] for task in tasks)
-    first = model["samples"][scored[0]]
-    for metric, kept in dict.fromkeys((metric, s["filter"]) for s in first for metric in s["metrics"]):
-        tuned = _values(model, scored, metric, kept)
-        task = tasks[scored[0]]
-        better = bool(task.higher_is_better().get(metric, True))
-        if tuned is None or not _is_mean(task, metric):
-            if len(scored) == 1:
+    ways = {
+        task: dict.fromkeys((m, s["filter"]) for s in model["samples"][task] for m in s["metrics"]) for task in scored
+    }
+    for metric, kept in dict.fromkeys(way for task in scored for way in ways[task]):
+        having = [task for task in scored if (metric, kept) in ways[task]]
+        of = sum(sizes[task] for task in tasks if task in having or task not in scored)
+        first = tasks[having[0]]
+        better = bool(first.higher_is_better().get(metric, True))
+        tuned = _values(model, having, metric, kept)
+        if tuned is None or not _is_mean(first, metric):
+            if len(having) == 1:
                 key = f"{metric},{kept}"
                 numbers = [
-                    None if s is None else Value(float(s["results"][scored[0]][key]), None) for s in (model, base)
+                    None if s is None else Value(float(s["results"][having[0]][key]), None) for s in (model, base)
                 ]
                 assert numbers[0] is not None
-                items = len({s["doc_id"] for s in first})
+                items = len({s["doc_id"] for s in model["samples"][having[0]]})
                 yield Measure(name, metric, kept, items, of, numbers[0], numbers[1], None, better)
             continue
-        before = None if base is None else _values(base, scored, metric, kept)
+        before = None if base is None else _values(base, having, metric, kept)
+        groups = [len(_values(model, [task], metric, kept) or ()) for task in having] if metric in by_task else None
         yield Measure(
             name,
             metric,
             kept,
             len(tuned),
             of,
-            _value(tuned, seed),
-            None if before is None else _value(before, seed),
-            None if before is None else compare(tuned, before, higher_is_better=better, seed=seed),
+            _value(tuned, seed, groups),
+            None if before is None else _value(before, seed, groups),
+            None if before is None else compare(tuned, before, higher_is_better=better, seed=seed, sizes=groups),
             better,
         )
 
@@ -101,11 +104,18 @@ def _values(scored: Scored, tasks: Sequence[str], metric: str, kept: str) -> lis
     return found if found and all(map(math.isfinite, found)) else None
 
 
-def _value(values: Sequence[float], seed: int) -> Value:
+def _value(values: Sequence[float], seed: int, groups: Sequence[int] | None) -> Value:
+    """`groups`: items of each task, where the mean is over tasks."""
+    shares = all(value in (0, 1) for value in values)
+    if groups is not None:
+        interval = bootstrap_mean_of_means(values, groups, shares=shares, seed=seed)
+        return Value(
+            mean_of_means(values, groups), (max(0.0, interval[0]), min(1.0, interval[1])) if shares else interval
+        )
     mean = sum(values) / len(values)
-    if all(value in (0, 1) for value in values):
-        return Value(mean, wilson_interval(round(sum(values)), len(values)))
-    return Value(mean, bootstrap_mean(values, seed=seed))
+    return Value(
+        mean, wilson_interval(round(sum(values)), len(values)) if shares else bootstrap_mean(values, seed=seed)
+    )
 
 
 def _is_mean(task: Any, metric: str) -> bool:

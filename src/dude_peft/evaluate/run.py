@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
-from dude_peft.errors import ConfigError, DataError
+from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
@@ -34,6 +34,7 @@ _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 _MOST_ROWS = {"cpu": 8}
 _MOST_ROWS_ELSEWHERE = 64
 _MEMORY_SHARE = 0.25
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,19 @@ class EvalOptions:
         twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"--tasks: {quoted(twice)} is asked for twice; name it once")
-        for option, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{option} {value}: give a whole number from 1")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"--num-fewshot {self.num_fewshot}: give a whole number from 0")
+        for option, value, least in (
+            ("--limit", self.limit, 1),
+            ("--batch-size", self.batch_size, 1),
+            ("--num-fewshot", self.num_fewshot, 0),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{option} {value}: give a whole number from {least}")
         if self.data_dir is not None and not self.data_dir.is_dir():
-            raise DataError(f"--data-dir {shown(self.data_dir, 300)}: no such folder; the README tells what it holds")
+            what = "is no folder" if self.data_dir.exists() else "no such folder"
+            raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; the README tells what it holds")
+        if self.text is not None and not self.text.is_file():
+            raise DataError(f"--text {shown(self.text, 300)}: no such file; give a text file")
 
 
 def evaluate(
@@ -137,7 +144,7 @@ def measure(
         merge: run the adapter merged in memory, where that is proved to compute the same.
         chosen: the tasks, if they are loaded already.
     """
-    from dude_peft.evaluate.forgetting import score_text
+    from dude_peft.evaluate.forgetting import read_text, score_text
     from dude_peft.evaluate.measures import measures_of
     from dude_peft.evaluate.merged import merged_if_equal
     from dude_peft.evaluate.table import show
@@ -145,6 +152,7 @@ def measure(
     if options.chat and not speaker.tokenizer.chat_template:
         raise ConfigError(f"--chat: the tokenizer of {shown(speaker.name, 300)} has no chat template; leave --chat out")
     started, begin = datetime.now(timezone.utc), time.perf_counter()
+    general = None if options.text is None else read_text(options.text, speaker.tokenizer, speaker.positions)
     chosen = load_chosen(options, output / TASKS) if chosen is None else chosen
     sizes, items = _items(chosen, options)
     scorer = _Scorer(speaker, options, output, display, chosen, items)
@@ -159,9 +167,9 @@ def measure(
         else:
             model = {"samples": {}, "results": {}}
     text = None
-    if options.text is not None:
+    if general is not None:
         with display.waiting("general text"):
-            text = score_text(speaker, options.text)
+            text = score_text(speaker, general)
     whole, parts = measures_of(chosen, sizes, model, base, options.seed)
     evaluation = Evaluation(
         speaker.name,
@@ -228,7 +236,7 @@ class _Scorer:
         chosen: Sequence[Chosen],
         items: dict[str, list[int]],
     ) -> None:
-        from dude_peft.evaluate.fingerprint import model_fingerprint, tokenizer_fingerprint
+        from dude_peft.evaluate.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         self._speaker, self._options, self._output, self._display = speaker, options, output, display
         self._tasks = {name: task for one in chosen for name, task in one.tasks.items() if name in items}
@@ -237,6 +245,7 @@ class _Scorer:
         self._fingerprint = model_fingerprint(speaker.model)
         self._tokenizer = tokenizer_fingerprint(speaker.tokenizer)
         self.counts: dict[str, Counts] = {}
+        self._config = config_fingerprint(speaker.model)
         self._answers: dict[str, dict[str, int]] = {}
 
     def score(self, state: str) -> dict[str, Any]:
@@ -249,6 +258,7 @@ class _Scorer:
         model = self._speaker.model
         settings = {
             "model": self._fingerprint,
+            "config": self._config,
             "tokenizer": self._tokenizer,
             "state": state,
             "dtype": str(model.dtype),
@@ -274,7 +284,7 @@ class _Scorer:
                     versions=versions,
                     advance=advance,
                 )
-                with contextlib.redirect_stderr(io.StringIO()):  # its bars
+                with contextlib.redirect_stderr(io.StringIO()), self._harness_errors():  # and its bars
                     found: Any = harness(
                         harness_model,
                         {"tasks": self._tasks, "groups": {}},
@@ -285,15 +295,35 @@ class _Scorer:
                     )
         finally:
             cache.close()
-        self._answers[whose] = {"computed": harness_model.computed, "found": cache.found}
+        self._answers[whose] = {
+            "computed": harness_model.computed,
+            "found": cache.found,
+            "batch_size": harness_model.batch_size,
+        }
         items = (harness_model.cut_prompts, harness_model.unstopped, harness_model.empty)
         self.counts[whose] = Counts(*(dict(Counter(self._names[task] for task, _ in some)) for some in items))
         return dict(found)
+
+    @contextlib.contextmanager
+    def _harness_errors(self) -> Iterator[None]:
+        """Within: what the harness, or generation, makes of a task that cannot be asked names the tasks."""
+        try:
+            yield
+        except DudeError:
+            raise
+        except (ValueError, AssertionError, LookupError, TypeError) as error:
+            reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+            tasks = ", ".join(dict.fromkeys(self._names[task] for task in self._tasks))
+            raise ConfigError(
+                f"the harness cannot ask {shown(tasks, 200)} of {shown(self._speaker.name, 300)} ({reason}); name "
+                "tasks one at a time to see which, and check its settings; --debug shows where"
+            ) from error
 
     def provenance(self) -> dict[str, Any]:
         """What the answers depend on, and how many were there already."""
         return {
             "model_fingerprint": self._fingerprint,
+            "config_fingerprint": self._config,
             "tokenizer_fingerprint": self._tokenizer,
             "answers": self._answers,
         }
@@ -354,7 +384,9 @@ def _provenance(
     from dude_peft.train.environment import hardware
 
     adapter = speaker.model.active_peft_config if speaker.adapted else None
-    hashes = [f"{task} {s['doc_id']} {s['doc_hash']}" for task, all_ in model["samples"].items() for s in all_]
+    # The prompt has the examples; documents alone would be the same with others.
+    kept = ("doc_id", "doc_hash", "prompt_hash", "target_hash")
+    hashes = [" ".join([task, *(str(s[k]) for k in kept)]) for task, all_ in model["samples"].items() for s in all_]
     return {
         "base_model": None if adapter is None else adapter.base_model_name_or_path,
         "adapter_sha256": _adapter_sha256(speaker),
@@ -412,9 +444,17 @@ def _write(
 
     with disk_errors(output):
         (output / SAMPLES).mkdir(exist_ok=True)
+        files: set[Path] = set()
         for one in chosen:
-            file = output / SAMPLES / f"{Path(one.name).stem}.jsonl"
+            stem = Path(one.name).stem if one.name.endswith((".yaml", ".yml")) else one.name
+            file = output / SAMPLES / f"{stem}.jsonl"
+            while file in files:  # two YAML files of one name
+                stem += "-again"
+                file = output / SAMPLES / f"{stem}.jsonl"
+            files.add(file)
             replace_file(file, (line.encode("utf-8", "backslashreplace") for line in sample_lines(one, model, base)))
+        for old in set((output / SAMPLES).glob("*.jsonl")) - files:  # of tasks that were asked before --overwrite
+            old.unlink()
         replace_file(output / RESULTS, evaluation.text_of().encode("utf-8", "backslashreplace"))
 
 
@@ -426,6 +466,8 @@ def make_output(output: Path) -> None:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     named = shown(output, 300)
+    if len(output.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
+        raise ConfigError(f"output {named}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ConfigError(f"output {named} is no folder; choose another name")
     if (output / RESULTS).exists() and not overwrite:

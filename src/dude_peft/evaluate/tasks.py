@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.errors import ConfigError, DataError, DudeError
-from dude_peft.evaluate.local_tasks import GROUPS, GSM8K, WORDMATH, is_local, write_tasks
+from dude_peft.evaluate.local_tasks import GROUPS, GSM8K, LLM_ADAPTERS, WORDMATH, is_local, only, write_tasks
 from dude_peft.show import quoted, shown
 
 
@@ -20,6 +20,8 @@ class Chosen:
     name: str
     tasks: dict[str, Any]
     """lm_eval Task of each leaf, by its name; several for a group."""
+    by_task: frozenset[str] = frozenset()
+    """Metrics that a group means over its tasks, each as heavy; other metrics are means over all items."""
 
 
 def load_tasks(
@@ -37,6 +39,9 @@ def load_tasks(
         ConfigError: an unknown name, with the closest ones, a YAML file that is no task, or a task that two names hold.
         DataError: data that is missing or malformed, or that cannot be had.
     """
+    lost = next((name for name in names if name in LLM_ADAPTERS and data is None), None)
+    if lost is not None:
+        raise ConfigError(f"--tasks: {quoted(lost)} needs LLM-Adapters' files; give their folder with --data-dir")
     local = write_local(names, data, folder)
     rest = [name for name in names if name not in local]
     known = _manager(folder if local else None, defaults=any(not _is_yaml(name) for name in rest))
@@ -44,18 +49,21 @@ def load_tasks(
     for name in names:
         if name not in local and not _is_yaml(name) and name not in known.all_tasks:
             raise ConfigError(_unknown(name, known.all_tasks))
-        tasks = _loaded(known, name, local.get(name))
+        tasks, by_task = _loaded(known, name, local.get(name))
         twice = next((task for one in chosen for task in tasks if task in one.tasks), None)
         if twice is not None:
             raise ConfigError(f"--tasks: {quoted(twice)} is asked for twice; name it, or a group that holds it, once")
         for task_name, task in tasks.items():
+            _refuse_what_we_cannot(task_name, task)
             _set_fewshot(task_name, task, num_fewshot)
-        chosen.append(Chosen(name, tasks))
+        chosen.append(Chosen(name, tasks, by_task))
     return chosen
 
 
 def write_local(names: Sequence[str], data: Path | None, folder: Path) -> dict[str, list[str]]:
     """Those of the names whose data lies here, written into `folder`: the names of the tasks behind each.
+
+    Tasks that an earlier call wrote there and this one does not are removed: the harness finds all that lies there.
 
     Args:
         names: of tasks or groups, or paths of YAML files.
@@ -66,7 +74,9 @@ def write_local(names: Sequence[str], data: Path | None, folder: Path) -> dict[s
         DataError: a file is missing or malformed.
         ResourceError: the folder cannot be written.
     """
-    return {n: write_tasks(n, data, folder) for n in names if n == WORDMATH or (data is not None and is_local(n))}
+    written = {n: write_tasks(n, data, folder) for n in names if n == WORDMATH or (data is not None and is_local(n))}
+    only({task for tasks in written.values() for task in tasks}, folder)
+    return written
 
 
 def _is_yaml(name: str) -> bool:
@@ -80,11 +90,12 @@ def _manager(folder: Path | None, *, defaults: bool) -> Any:
     return TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)
 
 
-def _loaded(manager: Any, name: str, written: list[str] | None) -> dict[str, Any]:
+def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[str, Any], frozenset[str]]:
+    """(its tasks, the metrics that it means over tasks)."""
     if _is_yaml(name) and not Path(name).is_file():
         raise ConfigError(f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML, or a task's name")
     try:
-        found: dict[str, Any] = manager.load(list(written or [name]))["tasks"]
+        found = _with_defaults_if_needed(manager, written or [name])
     except DudeError:
         raise
     except Exception as error:  # datasets, the hub client, jinja and the harness each raise their own
@@ -95,7 +106,30 @@ def _loaded(manager: Any, name: str, written: list[str] | None) -> dict[str, Any
             f"task {quoted(name)}: its data cannot be had ({reason}); give local files with --data-dir, or connect to "
             "the hub once"
         ) from error
-    return found
+    tasks: dict[str, Any] = found["tasks"]
+    groups = [group for group in found["groups"].values() if len(group.get_all_tasks()) == len(tasks)]
+    listed = [one for group in groups[:1] for one in group.aggregate_metric_list or []]
+    return tasks, frozenset(one.metric for one in listed if not one.weight_by_size)
+
+
+def _with_defaults_if_needed(manager: Any, names: list[str]) -> Any:
+    """A YAML file is loaded without the harness's own tasks, but a group in it may be of those."""
+    try:
+        return manager.load(names)
+    except KeyError:
+        if not _is_yaml(names[0]):
+            raise
+        return _manager(None, defaults=True).load(names)
+
+
+def _refuse_what_we_cannot(name: str, task: Any) -> None:
+    if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
+        raise ConfigError(
+            f"task {quoted(name)} runs code that the model writes, and dude eval runs none; merge the adapter, and use "
+            "`lm-eval run --confirm_run_unsafe_code` in a sandbox"
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"task {quoted(name)} asks about images; choose tasks of text")
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
@@ -108,6 +142,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:
     """As the harness's own command does; what a task sets to zero stays zero."""
     own = task.get_config("num_fewshot")
+    if wanted and own != 0 and (examples := task.fewshot_docs()) is not None and len(examples) < wanted:
+        raise ConfigError(f"--num-fewshot {wanted}: task {quoted(name)} has {len(examples)} examples; give fewer")
     if wanted is not None and own != 0:
         task.set_config("num_fewshot", wanted)
     elif own is None:

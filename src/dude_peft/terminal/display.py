@@ -42,16 +42,19 @@ class Display:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """A part of the run; yields `advance(count, note="")`: a bar with the note below, or a line at its end."""
+        """A part of the run; yields `advance(count, note="", total=None)`: a bar, or a line at its end.
+
+        The note stands below the bar; a total that becomes known on the way replaces the first one.
+        """
         start = time.perf_counter()
         if not self.live:
-            yield lambda count, note="": None
+            yield lambda count, note="", total=None: None
         else:
             bar, line = self._bar(), Text(no_wrap=True, overflow="ellipsis")
             task = bar.add_task(name, total=total)
 
-            def advance(count: int, note: str = "") -> None:
-                bar.update(task, advance=count)
+            def advance(count: int, note: str = "", total: int | None = None) -> None:
+                bar.update(task, advance=count, total=total)
                 line.plain = note
 
             with Live(Group(bar, line), console=self.console, transient=True):

@@ -26,6 +26,7 @@ from dude_peft.train.loop import Loop
 from dude_peft.train.mixed_order import MixedOrder
 from dude_peft.train.objective import MixtureOfLosses
 from dude_peft.train.order import EpochOrder
+from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
 from dude_peft.train.sharding import shard
@@ -232,7 +233,7 @@ def fit(
         ):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise ResourceError(
             f"training does not fit into memory at step {trainer.state.global_step + 1}; lower "
@@ -316,11 +317,6 @@ def _meter_of(
         metrics=lambda: loop.metrics,
         say=lambda text: None if around.display.live else around.display.say(text),
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """A device has an error of its own for it, the CPU's allocator only words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _check_weights(model: Any) -> None:
