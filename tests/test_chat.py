@@ -7,6 +7,7 @@ import io
 import json
 import os
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -439,6 +440,7 @@ def test_at_a_terminal(adapter):
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(TERM="xterm", COLUMNS="100", OMP_NUM_THREADS="1")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
         command = [sys.executable, "-m", "dude_peft.cli", "chat", adapter, "--compare", "--max-new-tokens", "8"]
         os.execv(sys.executable, command)
     seen = b""

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dude_peft.evaluate import intervals
-from dude_peft.evaluate.intervals import bootstrap_mean, bootstrap_share, compare, mcnemar_exact
+from dude_peft.evaluate.intervals import (
+    bootstrap_mean,
+    bootstrap_mean_of_means,
+    bootstrap_share,
+    compare,
+    mcnemar_exact,
+    mean_of_means,
+)
 from dude_peft.train.score import wilson_interval
 
 DRAWS = 2000
@@ -43,6 +50,47 @@ def test_real_values_are_covered(items, monkeypatch):
         low, high = bootstrap_mean(generator.normal(0.5, 2.0, size=items))
         covered += low <= 0.5 <= high
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_mean_over_tasks_is_covered(paired, monkeypatch):
+    """Groups of 10 to 200 items, each as heavy; shares of right answers, and their differences."""
+    monkeypatch.setattr(intervals, "_DRAWS", 1000)
+    sizes, accuracies = [10, 40, 100, 200], np.array([0.3, 0.8, 0.5, 0.95])
+    generator = np.random.default_rng(4)
+    covered = 0
+    for _ in range(DRAWS):
+        tuned = [generator.random(n) < p for n, p in zip(sizes, accuracies, strict=True)]
+        values = np.concatenate(tuned).astype(float)
+        truth = float(accuracies.mean())
+        if paired:
+            values -= np.concatenate([generator.random(n) < 0.5 for n in sizes])
+            truth -= 0.5
+        low, high = bootstrap_mean_of_means(values, sizes, shares=True)
+        covered += low <= truth <= high
+    assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
+
+
+def test_real_values_over_tasks_are_covered(monkeypatch):
+    monkeypatch.setattr(intervals, "_DRAWS", 1000)
+    sizes, generator = [20, 60, 150], np.random.default_rng(5)
+    covered = 0
+    for _ in range(DRAWS):
+        values = np.concatenate([generator.normal(n / 100, 2.0, size=n) for n in sizes])
+        low, high = bootstrap_mean_of_means(values, sizes, shares=False)
+        covered += low <= np.mean(sizes) / 100 <= high
+    assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
+
+
+def test_means_over_tasks_and_their_words():
+    tuned, base = [1.0] * 2 + [0.0] * 8, [0.0] * 2 + [1.0] * 8
+    found = compare(tuned, base, sizes=[2, 8])
+    assert mean_of_means(tuned, [2, 8]) == 0.5
+    assert found.difference == 0.0
+    assert found.p_value is None
+    assert (found.wins, found.losses) == (2, 8)
+    real = compare([float(n) for n in range(40)], [n + 3.0 for n in range(40)], higher_is_better=False, sizes=[10, 30])
+    assert real.verdict == "better"
 
 
 def test_one_value_has_no_interval():

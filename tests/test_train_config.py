@@ -171,6 +171,8 @@ WRONG = [
     ("train.learning_rate=.nan", "a number"),
     ("train.learning_rate=.inf", "a number"),
     ("train.learning_rate=1e999", "finite"),
+    ("train.learning_rate=1e39", "a number <= 1e+38"),
+    ("adapter.lora_alpha=1e308", "a number <= 1e+38"),
     ("train.learning_rate=true", "a number"),
     ("train.learning_rate=[1]", "a number"),
     ("train.learning_rate={a: 1}", "a number"),

@@ -280,6 +280,8 @@ def test_a_start_that_is_not_the_base_is_refused():
         ({"adapter": {"r": 1000}}, ConfigError, "1000"),
         ({"data": {"max_length": 8}}, DataError, "max_length"),
         ({"data": {"train": "builtin:no-such"}}, ConfigError, "no-such"),
+        ({"data": {"train_split": "validation"}}, ConfigError, "split validation of .* a local file has no splits"),
+        ({"model": {"revision": "v2"}}, ConfigError, "model.revision v2: .* is a local folder"),
         ({"evaluation": {"max_new_tokens": 10_000}}, ConfigError, "max_new_tokens"),
     ],
     ids=str,

@@ -107,7 +107,8 @@ def bootstrap_mean_of_means(
     """95 % percentile interval of the mean over groups of each group's mean, items resampled within their groups.
 
     Where values are 0 and 1, or differences of them, each group's counts are smoothed as in `bootstrap_share`, so that
-    a group whose items are all alike is not certain; the interval is moved back to what was observed.
+    a group whose items are all alike is not certain; the interval is moved back to what was observed, and widened as in
+    `bootstrap_mean`, with Satterthwaite's degrees of freedom (1946).
 
     Args:
         values: of all items, group after group.
@@ -115,14 +116,22 @@ def bootstrap_mean_of_means(
         shares: the values are right or wrong, or differences of that.
         seed: of the draws.
     """
-    rng, moved = np.random.default_rng(seed), np.zeros(_DRAWS)
+    from scipy.stats import norm, t
+
+    rng, moved, variances = np.random.default_rng(seed), np.zeros(_DRAWS), []
     for group in grouped(values, sizes):
         more = {-1.0: 0.5, 0.0: 1.0, 1.0: 0.5} if shares and np.any(group < 0) else {0.0: 0.5, 1.0: 0.5}
         distinct = np.union1d(group, list(more) if shares else [])
         counts = np.array([np.sum(group == value) + (more.get(value, 0) if shares else 0) for value in distinct])
         items, chances = len(group), counts / counts.sum()
-        wider = 1.0 if shares or items < 2 else math.sqrt(items / (items - 1))
-        moved += wider * (rng.multinomial(items, chances, size=_DRAWS) @ distinct / items - distinct @ chances)
+        centre, wider = float(distinct @ chances), math.sqrt(items / max(items - 1, 1))
+        moved += wider * (rng.multinomial(items, chances, size=_DRAWS) @ distinct / items - centre)
+        variances.append(float((distinct - centre) ** 2 @ chances) / items)
+    degrees = sum(variances) ** 2 / max(
+        sum(v**2 / max(n - 1, 1) for v, n in zip(variances, sizes, strict=True)), np.finfo(float).tiny
+    )
+    upper = (1 + LEVEL) / 2
+    moved *= float(t.ppf(upper, max(degrees, 1)) / norm.ppf(upper))
     mean = mean_of_means(values, sizes)
     low, high = np.quantile(moved / len(sizes), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return mean + float(low), mean + float(high)

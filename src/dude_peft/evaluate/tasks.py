@@ -95,7 +95,7 @@ def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[st
     if _is_yaml(name) and not Path(name).is_file():
         raise ConfigError(f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML, or a task's name")
     try:
-        found = _with_defaults_if_needed(manager, written or [name])
+        found = _found(manager, written or [name])
     except DudeError:
         raise
     except Exception as error:  # datasets, the hub client, jinja and the harness each raise their own
@@ -112,14 +112,21 @@ def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[st
     return tasks, frozenset(one.metric for one in listed if not one.weight_by_size)
 
 
-def _with_defaults_if_needed(manager: Any, names: list[str]) -> Any:
-    """A YAML file is loaded without the harness's own tasks, but a group in it may be of those."""
-    try:
+def _found(manager: Any, names: list[str]) -> Any:
+    """A group's file is loaded by the group's name: the harness's loader of files is for tasks alone."""
+    group = _group_in(Path(names[0])) if _is_yaml(names[0]) else None
+    if group is None:
         return manager.load(names)
-    except KeyError:
-        if not _is_yaml(names[0]):
-            raise
-        return _manager(None, defaults=True).load(names)
+    # Of tasks in its own folder, or of the harness's.
+    return _manager(Path(names[0]).parent, defaults=True).load([group])
+
+
+def _group_in(file: Path) -> str | None:
+    import yaml
+
+    root = yaml.compose(file.read_bytes(), yaml.SafeLoader)  # nothing is constructed: functions stay names
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return next((str(value.value) for key, value in pairs if key.value == "group"), None)
 
 
 def _refuse_what_we_cannot(name: str, task: Any) -> None:

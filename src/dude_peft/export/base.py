@@ -61,8 +61,8 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
 
 def source_named(name: str, gguf_file: str | None = None, revision: str | None = None) -> ModelSection:
     """The model of a name; in a folder that holds one GGUF file and no other model, that file."""
-    section = ModelSection(name_or_path=name, gguf_file=gguf_file, revision=revision)
     folder = folder_of(name)
+    section = ModelSection(name_or_path=name, gguf_file=gguf_file, revision=revision if folder is None else None)
     if gguf_file is not None or folder is None or (folder / "config.json").is_file():
         return section
     ggufs = [path.name for path in folder.glob("*.gguf")]

@@ -12,7 +12,8 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic_core import PydanticKnownError
 
 from dude_peft.errors import ConfigError
 
@@ -30,7 +31,19 @@ def _expand_home(value: Any) -> Any:
 
 _LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
 
-Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+_LARGEST_NUMBER = 1e38  # what float32 holds
+
+
+def _in_float32(value: float) -> float:
+    """Beyond it, tensors overflow somewhere on the way. No bound in the schema, which would be noise at every key."""
+    if value > _LARGEST_NUMBER:
+        raise PydanticKnownError("less_than_equal", {"le": _LARGEST_NUMBER})
+    if value < -_LARGEST_NUMBER:
+        raise PydanticKnownError("greater_than_equal", {"ge": -_LARGEST_NUMBER})
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]

@@ -47,6 +47,11 @@ def locate(section: ModelSection) -> str:
             f"model.name_or_path: {shown(folder, 300)} is a file; give its folder"
             + (f", and model.gguf_file: {folder.name}" if folder.suffix == ".gguf" else "")
         )
+    if section.revision is not None:
+        raise ConfigError(
+            f"model.revision {shown(section.revision)}: {shown(folder, 300)} is a local folder and has no revisions; "
+            "leave it out, or give the hub id"
+        )
     wanted = section.gguf_file or "config.json"
     if not (folder / wanted).is_file():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))

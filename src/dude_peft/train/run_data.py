@@ -13,10 +13,13 @@ from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows, local_file, stream_rows
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.errors import ConfigError
+from dude_peft.show import shown
 from dude_peft.train.config import DataSection, RunConfig
 from dude_peft.train.training_set import GeneralTest, TrainingSet
 
 _GENERAL_SPLIT, _GENERAL_TEST_SPLIT = "train", "test"
+_USUAL_SPLITS = ("train", "test")  # what the keys hold where nobody set them
 _ALL = "all"  # general rows are judged token by token, whatever is trained of the domain's
 
 
@@ -72,7 +75,7 @@ def glance(config: RunConfig) -> None:
 
     Raises:
         DataError: a missing file, another format, a first row that is none.
-        ConfigError: a built-in set that does not exist.
+        ConfigError: a built-in set that does not exist, or a split of a file, which has none.
     """
     data = config.data
     wanted = [(data.train, data.train_split), (data.general, _GENERAL_SPLIT)]
@@ -83,6 +86,11 @@ def glance(config: RunConfig) -> None:
             continue
         entries = [(sources, split)] if isinstance(sources, str) else [(e.source, e.split or split) for e in sources]
         for name, part in entries:
+            if local_file(name) is not None and part not in _USUAL_SPLITS:
+                raise ConfigError(
+                    f"data: split {shown(part)} of {shown(name, 300)}: a local file has no splits; leave it out, "
+                    "and name the file that holds its rows"
+                )
             if name.startswith("builtin:") or local_file(name) is not None:
                 next(iter(stream_rows(name, split=part, limit=1, seed=data.seed)), None)
 
