@@ -150,6 +150,30 @@ def test_merged_and_live_agree(place, scored, tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_stopped_in_the_middle_of_merging_the_base_comes_back(place, monkeypatch):
+    from dude_peft.chat.speaker import open_speaker
+    from dude_peft.evaluate.merged import merged_if_equal
+    from dude_peft.terminal.display import Display
+    from dude_peft.tuner.layer import DudeLinear
+
+    model = open_speaker(str(place / "adapter"), base=None, gguf_file=None, notes=Display(quiet=True)).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    original, merged = DudeLinear.merge, []
+
+    def stopping(self, *args, **kwargs):
+        if len(merged) == 3:
+            raise KeyboardInterrupt
+        merged.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DudeLinear, "merge", stopping)
+    with pytest.raises(KeyboardInterrupt), merged_if_equal(model):
+        pytest.fail("it was merged")
+    assert len(merged) == 3
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_a_plain_model_has_no_base_and_a_text_its_perplexity(place, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("All the world's a stage, and all the men and women merely players.\n" * 400, encoding="utf-8")

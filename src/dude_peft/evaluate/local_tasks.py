@@ -153,7 +153,7 @@ def only(names: set[str], folder: Path) -> None:
     with disk_errors(folder):
         for path in folder.glob("*.yaml"):
             if path.stem not in names:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def _write(

@@ -446,7 +446,7 @@ def _write(
         (output / SAMPLES).mkdir(exist_ok=True)
         files: set[Path] = set()
         for one in chosen:
-            stem = Path(one.name).stem if one.name.endswith((".yaml", ".yml")) else one.name
+            stem = Path(one.name).stem if one.name.endswith((".yaml", ".yml")) else one.name.replace("/", "-")
             file = output / SAMPLES / f"{stem}.jsonl"
             while file in files:  # two YAML files of one name
                 stem += "-again"
