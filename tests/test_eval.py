@@ -425,7 +425,13 @@ def test_overwriting_forgets_the_tasks_of_before(place, tmp_path, monkeypatch):
         ("C", "C", True),
         ("C", "(A) is wrong, so (C)", True),
         ("C", "(C) is wrong, so (A) 7", False),
-        ("A", "A Car drives 5 km", True),  # it begins with a letter: how a model answers with nothing else
+        ("A", "A train travels 5 km, so it is C", False),
+        ("A", "The answer is A train", False),
+        ("A", "A.", True),
+        ("C", "Answer: C", True),
+        ("C", "The correct answer is\n**C**", True),
+        ("C", "the correct option is C because 7", True),
+        ("C", "answer is: (c)", True),
         ("C", "125", False),
     ],
 )
@@ -490,6 +496,27 @@ def test_a_group_that_names_the_harness_own_tasks(place, tmp_path):
     assert "KeyError" not in str(raised.value)
 
 
+def test_two_groups_of_one_name(place, tmp_path):
+    """The harness finds the first of them, which may be the other file."""
+    folder = tmp_path / "groups"
+    task = task_file(tmp_path, "mine", 2)
+    body = "".join(f"    {line}\n" for line in Path(task).read_text().splitlines()).replace("    task", "  - task", 1)
+    for stem in ("a", "b"):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{stem}.yaml").write_text(f"group: same\ntask:\n{body}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"b\.yaml is the group 'same', which the harness finds in .*a\.yaml"):
+        evaluate(str(place / "model"), EvalOptions((str(folder / "b.yaml"),)), tmp_path / "o")
+
+
+def test_a_task_that_lies_among_ours_is_kept(place, tmp_path):
+    from dude_peft.evaluate.tasks import load_tasks
+
+    tasks = tmp_path / "tasks"
+    load_tasks(["wordmath"], None, tasks)
+    (again,) = load_tasks([str(tasks / "wordmath.yaml")], None, tasks)
+    assert set(again.tasks) == {"wordmath"}
+
+
 def test_a_general_text_is_read_before_anything_is_scored(place, tmp_path, monkeypatch):
     monkeypatch.setattr(HarnessModel, "loglikelihood", None)
     text = tmp_path / "text.txt"
@@ -526,6 +553,11 @@ def test_a_missing_file_says_what_it_has_to_hold(place, tmp_path):
         ("gsm8k/test.jsonl", '{"question": \n', r"jsonl:1: malformed JSON"),
         ("gsm8k/test.jsonl", "\n", r"holds no questions"),
         ("math/SVAMP/test.json", '[{"instruction": "q"}]', r"test\.json, row 1: 'answer' is missing"),
+        (
+            "math/SVAMP/test.json",
+            '[{"instruction": "(A) 1 (B) 2", "answer": "A"}, {"instruction": "q", "answer": "7"}]',
+            r"1 of 2 answers are letters",
+        ),
     ],
 )  # fmt: skip
 def test_malformed_data_has_its_place(place, tmp_path, name, content, error):
@@ -614,6 +646,7 @@ def test_an_adapter_for_another_base(place, tmp_path):
         (["--tasks", "gsm8k", "-o", "x" * 300], 2, "longer than 255 bytes"),
         (["--tasks", "gsm8k", "--data-dir", __file__], 3, "is no folder"),
         (["--text", "nowhere.txt"], 3, "nowhere.txt: no such file"),
+        (["--text", "."], 3, "--text .: is a folder"),
         (["--tasks", "gsm8k", "--data-dir", "nowhere"], 3, "no such folder"),
     ],
 )

@@ -7,6 +7,8 @@ import pytest
 
 from dude_peft.evaluate import intervals
 from dude_peft.evaluate.intervals import (
+    SHARE,
+    SHARES_APART,
     bootstrap_mean,
     bootstrap_mean_of_means,
     bootstrap_share,
@@ -66,7 +68,7 @@ def test_a_mean_over_tasks_is_covered(paired, monkeypatch):
         if paired:
             values -= np.concatenate([generator.random(n) < 0.5 for n in sizes])
             truth -= 0.5
-        low, high = bootstrap_mean_of_means(values, sizes, shares=True)
+        low, high = bootstrap_mean_of_means(values, sizes, more=SHARES_APART if paired else SHARE)
         covered += low <= truth <= high
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
@@ -77,7 +79,7 @@ def test_real_values_over_tasks_are_covered(monkeypatch):
     covered = 0
     for _ in range(DRAWS):
         values = np.concatenate([generator.normal(n / 100, 2.0, size=n) for n in sizes])
-        low, high = bootstrap_mean_of_means(values, sizes, shares=False)
+        low, high = bootstrap_mean_of_means(values, sizes, more={})
         covered += low <= np.mean(sizes) / 100 <= high
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
@@ -89,6 +91,12 @@ def test_means_over_tasks_and_their_words():
     assert found.difference == 0.0
     assert found.p_value is None
     assert (found.wins, found.losses) == (2, 8)
+    for ups in ([1, 2], [3, 0]):  # a win more or less is no more certain than a loss
+        won = [1.0 if n < up else 0.0 for up in ups for n in range(50)]
+        better, worse = (compare(*pair, sizes=[50, 50]) for pair in ((won, [0.0] * 100), ([0.0] * 100, won)))
+        assert better.interval == pytest.approx([-end for end in reversed(worse.interval)], abs=0.005)
+        assert better.verdict == worse.verdict == "no significant difference"
+    assert compare([0.5, 0.31, 0.2], [0.4, 0.3, 0.25], sizes=[1, 1, 1]).interval is None
     real = compare([float(n) for n in range(40)], [n + 3.0 for n in range(40)], higher_is_better=False, sizes=[10, 30])
     assert real.verdict == "better"
 

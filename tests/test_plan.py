@@ -144,7 +144,7 @@ def test_the_peak_is_that_of_a_real_step(case, tmp_path):
     real = adapted(model, config)
     fixed = bill.weights + bill.adapter_frozen + bill.trained
     assert fixed == sum(tensor.nbytes for tensor in (*real.parameters(), *real.buffers()))
-    # Our layer keeps buffers of a block's size for as long as the process lives: they are filled before bytes are counted.
+    # Our layer keeps buffers of a block's size as long as the process lives: filled before bytes are counted.
     real_step(adapted(llama(dtype=dtype), config), config, length, tmp_path / "first")
     peak, states = real_step(real, config, length, tmp_path)
     assert bill.optimizer == states

@@ -60,7 +60,7 @@ class TasksOfRun:
         if self._options.chat and not tokenizer.chat_template:
             raise ConfigError("evaluation.tasks_chat: the model's tokenizer has no chat template; set it to false")
         if self._options.text is not None:
-            read_text(self._options.text, tokenizer, tokenizer.model_max_length)
+            read_text(self._options.text, tokenizer, None)  # what fills a long block fills a short one
         try:
             with tempfile.TemporaryDirectory(prefix="dude-tasks-") as folder:
                 self._chosen = load_chosen(self._options, Path(folder))

@@ -6,13 +6,15 @@ One accuracy alone has the Wilson interval of `train/score.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 LEVEL = 0.95
 _DRAWS = 10_000
+# Added to counts of right and wrong, or of lost, tied and won, so that items that are all alike are no certainty.
+SHARE, SHARES_APART = {0.0: 0.5, 1.0: 0.5}, {-1.0: 0.5, 0.0: 1.0, 1.0: 0.5}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def compare(
     difference = float(differences.mean()) if sizes is None else mean_of_means(differences, sizes)
     interval: tuple[float, float] | None
     if sizes is not None:
-        interval = bootstrap_mean_of_means(differences, sizes, shares=binary, seed=seed)
+        interval = bootstrap_mean_of_means(differences, sizes, more=SHARES_APART if binary else {}, seed=seed)
     elif binary:
         interval = bootstrap_share(up, down, len(differences), seed=seed)
     else:
@@ -102,27 +104,27 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tu
 
 
 def bootstrap_mean_of_means(
-    values: Sequence[float] | np.ndarray, sizes: Sequence[int], *, shares: bool, seed: int = 0
-) -> tuple[float, float]:
+    values: Sequence[float] | np.ndarray, sizes: Sequence[int], *, more: Mapping[float, float], seed: int = 0
+) -> tuple[float, float] | None:
     """95 % percentile interval of the mean over groups of each group's mean, items resampled within their groups.
 
-    Where values are 0 and 1, or differences of them, each group's counts are smoothed as in `bootstrap_share`, so that
-    a group whose items are all alike is not certain; the interval is moved back to what was observed, and widened as in
-    `bootstrap_mean`, with Satterthwaite's degrees of freedom (1946).
+    Counts are smoothed by `more` as in `bootstrap_share`; the interval is moved back to what was observed, and widened
+    as in `bootstrap_mean`, with Satterthwaite's degrees of freedom (1946). None where real values have a group of one.
 
     Args:
         values: of all items, group after group.
         sizes: items of each group.
-        shares: the values are right or wrong, or differences of that.
+        more: `SHARE`, `SHARES_APART` for differences of right and wrong, or nothing for real values.
         seed: of the draws.
     """
     from scipy.stats import norm, t
 
+    if not more and min(sizes) < 2:
+        return None
     rng, moved, variances = np.random.default_rng(seed), np.zeros(_DRAWS), []
     for group in grouped(values, sizes):
-        more = {-1.0: 0.5, 0.0: 1.0, 1.0: 0.5} if shares and np.any(group < 0) else {0.0: 0.5, 1.0: 0.5}
-        distinct = np.union1d(group, list(more) if shares else [])
-        counts = np.array([np.sum(group == value) + (more.get(value, 0) if shares else 0) for value in distinct])
+        distinct = np.union1d(group, list(more))
+        counts = np.array([np.sum(group == value) + more.get(float(value), 0) for value in distinct])
         items, chances = len(group), counts / counts.sum()
         centre, wider = float(distinct @ chances), math.sqrt(items / max(items - 1, 1))
         moved += wider * (rng.multinomial(items, chances, size=_DRAWS) @ distinct / items - centre)
@@ -159,7 +161,8 @@ def bootstrap_share(up: int, down: int, items: int, *, seed: int = 0) -> tuple[f
         items: all of them.
         seed: of the draws.
     """
-    counts = np.array([up + 0.5, down + 0.5, items - up - down + 1])
+    more = SHARES_APART
+    counts = np.array([up + more[1.0], down + more[-1.0], items - up - down + more[0.0]])
     return _percentiles(np.array([1.0, -1.0, 0.0]), counts, items, seed)
 
 

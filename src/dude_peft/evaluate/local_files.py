@@ -109,13 +109,19 @@ def math(path: Path) -> list[Document]:
     """LLM-Adapters' instruction and its answer, a number or one of (A) to (E).
 
     Raises:
-        DataError: missing or malformed (file, row).
+        DataError: missing or malformed (file, row), or letters and numbers in one set.
     """
-    found = []
+    found, letters = [], 0
     for _, row in _instructions(path):
-        letter = row["answer"] in "ABCDE" and _OPTION.search(row["instruction"])
+        letter = row["answer"] in tuple("ABCDE") and _OPTION.search(row["instruction"]) is not None
+        letters += letter
         answer = row["answer"] if letter else row["answer"].removesuffix(".0")
         found.append({"question": row["instruction"].strip(), "answer": answer})
+    if 0 < letters < len(found):
+        raise DataError(
+            f"{shown(path, 300)}: {letters} of {len(found)} answers are letters of options, the others are not; "
+            "a set has one kind"
+        )
     return _some(found, path)
 
 

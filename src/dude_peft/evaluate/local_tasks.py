@@ -27,7 +27,11 @@ LLM_ADAPTERS = ("commonsense", "math")
 GROUPS = ("mmlu", *LLM_ADAPTERS)
 
 _NUMBER = "(-?[$0-9.,]{2,})|(-?[0-9]+)"  # GSM8K's flexible-extract
-_LETTER = r"\(([A-E])\)|(?i:answer is):? *([A-E])\b|\A\s*([A-E])\b"
+# (C); answer is C; answer: **C**; C alone or before a stop. An article, as in "A train", is no answer.
+_LETTER = (
+    r"(?i)\(([A-E])\)|(?:answer|option|choice)(?: is)?:?[\s*$(]*(A(?!\s+(?-i:[a-z]))|[B-E])\b"
+    r"|\A[\s*$(]*([A-E])(?=[\s*$]*(?:[).:,]|\Z))"
+)
 _SCORE = "!function dude_peft.evaluate.word_answers.score"
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dude_peft.evaluate.intervals import bootstrap_mean, bootstrap_mean_of_means, compare, mean_of_means
+from dude_peft.evaluate.intervals import SHARE, bootstrap_mean, bootstrap_mean_of_means, compare, mean_of_means
 from dude_peft.evaluate.local_tasks import mmlu_category
 from dude_peft.evaluate.record import Measure, Value
 from dude_peft.evaluate.tasks import Chosen
@@ -108,10 +108,10 @@ def _value(values: Sequence[float], seed: int, groups: Sequence[int] | None) -> 
     """`groups`: items of each task, where the mean is over tasks."""
     shares = all(value in (0, 1) for value in values)
     if groups is not None:
-        interval = bootstrap_mean_of_means(values, groups, shares=shares, seed=seed)
-        return Value(
-            mean_of_means(values, groups), (max(0.0, interval[0]), min(1.0, interval[1])) if shares else interval
-        )
+        interval = bootstrap_mean_of_means(values, groups, more=SHARE if shares else {}, seed=seed)
+        if interval is not None and shares:
+            interval = (max(0.0, interval[0]), min(1.0, interval[1]))
+        return Value(mean_of_means(values, groups), interval)
     mean = sum(values) / len(values)
     return Value(
         mean, wilson_interval(round(sum(values)), len(values)) if shares else bootstrap_mean(values, seed=seed)

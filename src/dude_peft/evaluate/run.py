@@ -74,8 +74,10 @@ class EvalOptions:
         if self.data_dir is not None and not self.data_dir.is_dir():
             what = "is no folder" if self.data_dir.exists() else "no such folder"
             raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; the README tells what it holds")
-        if self.text is not None and not self.text.is_file():
-            raise DataError(f"--text {shown(self.text, 300)}: no such file; give a text file")
+        target = None if self.text is None else self.text.expanduser()
+        if target is not None and (target.is_dir() or not target.exists()):
+            what = "is a folder" if target.is_dir() else "no such file"
+            raise DataError(f"--text {shown(self.text, 300)}: {what}; give a text file")
 
 
 def evaluate(
@@ -316,7 +318,7 @@ class _Scorer:
             tasks = ", ".join(dict.fromkeys(self._names[task] for task in self._tasks))
             raise ConfigError(
                 f"the harness cannot ask {shown(tasks, 200)} of {shown(self._speaker.name, 300)} ({reason}); name "
-                "tasks one at a time to see which, and check its settings; --debug shows where"
+                "tasks one at a time to see which, and check its settings; --debug shows where, should it be our bug"
             ) from error
 
     def provenance(self) -> dict[str, Any]:

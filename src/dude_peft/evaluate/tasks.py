@@ -75,7 +75,8 @@ def write_local(names: Sequence[str], data: Path | None, folder: Path) -> dict[s
         ResourceError: the folder cannot be written.
     """
     written = {n: write_tasks(n, data, folder) for n in names if n == WORDMATH or (data is not None and is_local(n))}
-    only({task for tasks in written.values() for task in tasks}, folder)
+    asked = {Path(name).stem for name in names if _is_yaml(name)}  # one of them may lie there
+    only({task for tasks in written.values() for task in tasks} | asked, folder)
     return written
 
 
@@ -107,7 +108,8 @@ def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[st
             "the hub once"
         ) from error
     tasks: dict[str, Any] = found["tasks"]
-    groups = [group for group in found["groups"].values() if len(group.get_all_tasks()) == len(tasks)]
+    of_group = {name: {task.task_name for task in group.get_all_tasks()} for name, group in found["groups"].items()}
+    groups = [group for name, group in found["groups"].items() if of_group[name] == set(tasks)]
     listed = [one for group in groups[:1] for one in group.aggregate_metric_list or []]
     return tasks, frozenset(one.metric for one in listed if not one.weight_by_size)
 
@@ -118,15 +120,23 @@ def _found(manager: Any, names: list[str]) -> Any:
     if group is None:
         return manager.load(names)
     # Of tasks in its own folder, or of the harness's.
-    return _manager(Path(names[0]).parent, defaults=True).load([group])
+    file, folder = Path(names[0]).resolve(), _manager(Path(names[0]).parent, defaults=True)
+    known = folder.task_index.get(group)
+    if known is None or known.yaml_path is None or Path(known.yaml_path).resolve() != file:
+        other = "nowhere" if known is None else shown(known.yaml_path, 300)
+        raise ConfigError(
+            f"--tasks: {shown(file, 300)} is the group {quoted(group)}, which the harness finds in {other}; give it a "
+            "name of its own"
+        )
+    return folder.load([group])
 
 
 def _group_in(file: Path) -> str | None:
     import yaml
 
     root = yaml.compose(file.read_bytes(), yaml.SafeLoader)  # nothing is constructed: functions stay names
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    return next((str(value.value) for key, value in pairs if key.value == "group"), None)
+    keys = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
+    return str(keys["group"].value) if "group" in keys and "class" not in keys else None
 
 
 def _refuse_what_we_cannot(name: str, task: Any) -> None:

@@ -86,7 +86,8 @@ def glance(config: RunConfig) -> None:
             continue
         entries = [(sources, split)] if isinstance(sources, str) else [(e.source, e.split or split) for e in sources]
         for name, part in entries:
-            if local_file(name) is not None and part not in _USUAL_SPLITS:
+            named = isinstance(sources, str) or any(e.source == name and e.split == part for e in sources)
+            if named and local_file(name) is not None and part not in _USUAL_SPLITS:
                 raise ConfigError(
                     f"data: split {shown(part)} of {shown(name, 300)}: a local file has no splits; leave it out, "
                     "and name the file that holds its rows"
