@@ -213,17 +213,21 @@ def test_llm_adapters_sets_and_our_own(place, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_task_of_the_users_own(place, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "1"}\n{"q": "two", "a": "2"}\n', encoding="utf-8")
-    task = tmp_path / "mine.yaml"
+def task_file(folder: Path, name: str, rows: int, *, stem: str | None = None) -> str:
+    """Path of a task of the user's own, on its own rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, task = folder / f"{name}.jsonl", folder / f"{stem or name}.yaml"
+    data.write_text("".join(f'{{"q": "{name} {n}", "a": "{n % 2 + 1}"}}\n' for n in range(rows)), encoding="utf-8")
     task.write_text(
-        "task: mine\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['1', '2']\n"
-        "doc_to_target: '{{a}}'\n",
+        f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['1', '2']\ndoc_to_target: '{{a}}'\n",
         encoding="utf-8",
     )
-    found = evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
+    return str(task)
+
+
+def test_a_task_of_the_users_own(place, tmp_path):
+    found = evaluate(str(place / "model"), EvalOptions((task_file(tmp_path, "mine", 2),)), tmp_path / "o")
     assert {m.metric for m in found.measures} >= {"acc"}
     assert len(samples(tmp_path / "o", "mine")) == 2
 
@@ -261,19 +265,6 @@ def test_every_item_of_a_subset_is_as_likely():
     assert all(sum(map(len, stratified(sizes, limit, 7).values())) == limit for limit in range(1, 100))
 
 
-def task_file(folder: Path, name: str, rows: int, *, more: str = "", stem: str | None = None) -> str:
-    """A task of the user's own on its own rows: the first word of 'one 1' is asked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, task = folder / f"{name}.jsonl", folder / f"{stem or name}.yaml"
-    data.write_text("".join(f'{{"q": "{name} {n}", "a": {n % 2}}}\n' for n in range(rows)), encoding="utf-8")
-    task.write_text(
-        f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['1', '2']\ndoc_to_target: a\n" + more,
-        encoding="utf-8",
-    )
-    return str(task)
-
-
 def test_two_files_of_one_name_keep_their_samples(place, tmp_path):
     files = [task_file(tmp_path / name, name, 2, stem="mine") for name in ("a", "b")]
     evaluate(str(place / "model"), EvalOptions(tuple(files)), tmp_path / "o")
@@ -288,7 +279,6 @@ def test_a_group_means_as_it_says(place, tmp_path, weighted):
     rows = {"small": 3, "large": 20}
     parts = []
     for name, count in rows.items():
-        (folder / name).mkdir(parents=True)
         task = Path(task_file(folder / name, name, count))
         parts += [f"  - {line}" if n == 0 else f"    {line}" for n, line in enumerate(task.read_text().splitlines())]
     group = folder / "group.yaml"
@@ -399,7 +389,7 @@ def test_another_config_or_length_finds_no_answers(place, tmp_path):
     assert found.provenance["answers"]["model"]["found"] == 0
 
 
-def test_overwriting_forgets_the_tasks_of_before(place, tmp_path, monkeypatch):
+def test_overwriting_forgets_the_tasks_of_before(place, tmp_path):
     """Local rows that an earlier call wrote are never scored in the place of the hub's."""
     evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath"), place / "data", limit=4), tmp_path / "o")
     assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"gsm8k_cot.jsonl", "wordmath.jsonl"}

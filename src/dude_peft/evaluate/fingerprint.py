@@ -9,6 +9,9 @@ import xxhash
 
 from dude_peft.artifact.fingerprint import xxh3_of
 
+# Where a model lies and what wrote it: no part of what it computes.
+_ABOUT_FILES = {"_name_or_path", "name_or_path", "transformers_version", "base_model_name_or_path", "revision"}
+
 
 def model_fingerprint(model: Any) -> str:
     """Hexadecimal XXH3 (128 bits) of names, shapes, dtypes and values of all parameters and buffers."""
@@ -17,10 +20,6 @@ def model_fingerprint(model: Any) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {xxh3_of([tensor])}\n".encode())
     return str(digest.hexdigest())
-
-
-# Where a model lies and what wrote it: no part of what it computes.
-_ABOUT_FILES = {"_name_or_path", "name_or_path", "transformers_version", "base_model_name_or_path", "revision"}
 
 
 def config_fingerprint(model: Any) -> str:

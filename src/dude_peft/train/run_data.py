@@ -84,16 +84,16 @@ def glance(config: RunConfig) -> None:
     for sources, split in wanted:
         if sources is None:
             continue
-        entries = [(sources, split)] if isinstance(sources, str) else [(e.source, e.split or split) for e in sources]
-        for name, part in entries:
-            named = isinstance(sources, str) or any(e.source == name and e.split == part for e in sources)
-            if named and local_file(name) is not None and part not in _USUAL_SPLITS:
+        entries = [(sources, split)] if isinstance(sources, str) else [(e.source, e.split) for e in sources]
+        for name, own in entries:
+            local = local_file(name) is not None
+            if local and own is not None and own not in _USUAL_SPLITS:
                 raise ConfigError(
-                    f"data: split {shown(part)} of {shown(name, 300)}: a local file has no splits; leave it out, "
+                    f"data: split {shown(own)} of {shown(name, 300)}: a local file has no splits; leave it out, "
                     "and name the file that holds its rows"
                 )
-            if name.startswith("builtin:") or local_file(name) is not None:
-                next(iter(stream_rows(name, split=part, limit=1, seed=data.seed)), None)
+            if local or name.startswith("builtin:"):
+                next(iter(stream_rows(name, split=own or split, limit=1, seed=data.seed)), None)
 
 
 def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lambda rows: None) -> RunData:
