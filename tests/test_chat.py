@@ -108,6 +108,17 @@ def test_greedy_is_the_argmax_of_the_whole_sequence_every_time(adapter):
     assert found.text == speaker.tokenizer.decode(ids[3:], skip_special_tokens=True)
 
 
+def test_memory_that_runs_out_says_what_to_lower_and_other_errors_stay_what_they_are(adapter, monkeypatch):
+    """A real allocation that the CPU refuses."""
+    speaker = opened(adapter)
+    monkeypatch.setattr(speaker.model, "generate", lambda **_: torch.empty(10**15))
+    with pytest.raises(ResourceError, match="1 prompts of up to 3 tokens do not fit into memory; lower --batch-size"):
+        decode(speaker, [[65, 66, 67]], Decoding(8))
+    monkeypatch.setattr(speaker.model, "generate", lambda **_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        decode(speaker, [[65, 66, 67]], Decoding(8))
+
+
 def test_batches_do_not_matter_and_it_is_what_evaluation_generates(adapter):
     speaker = opened(adapter)
     prompts = [[65, 66], [67] * 9, [68], [69, 70, 71], [72] * 30]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
+from transformers import AutoModelForCausalLM
 
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.methods import METHODS
@@ -88,6 +89,13 @@ def test_before_is_the_base_model_and_after_is_the_saved_adapter(settings, check
     assert held_out_loss(model, rows, **options) == report.before.loss
     model = load_adapter(model, str(Path(settings["output_dir"], "adapter")))
     assert held_out_loss(model, rows, **options) == report.after.loss
+
+
+def test_a_model_that_memory_does_not_hold_is_told_so(checkpoint, monkeypatch):
+    """A real allocation that the CPU refuses while the weights are loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(ResourceError, match=r"does not fit into memory; use model\.dtype: bfloat16 or a smaller one"):
+        load_model(ModelSection(name_or_path=str(checkpoint)), str(checkpoint))
 
 
 def test_the_resolved_configuration_repeats_the_run_bit_by_bit(settings, tmp_path):

@@ -15,6 +15,7 @@ from dude_peft.chat.speaker import Speaker
 from dude_peft.data.batches import pad_left
 from dude_peft.errors import NumericsError, ResourceError
 from dude_peft.show import shown
+from dude_peft.train.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def decode(
 
     Raises:
         NumericsError: NaN or Inf in the logits.
-        ResourceError: the device's memory is too small.
+        ResourceError: memory is too small.
     """
     batch = pad_left(prompts, int(speaker.tokenizer.pad_token_id))
     batch = {name: tensor.to(speaker.model.device) for name, tensor in batch.items()}
@@ -104,9 +105,11 @@ def decode(
                 logits_processor=LogitsProcessorList([Finite(speaker.name)]),
                 streamer=pieces,
             )
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
-            f"{len(prompts)} prompts of up to {max(map(len, prompts))} tokens do not fit into the device's memory; "
+            f"{len(prompts)} prompts of up to {max(map(len, prompts))} tokens do not fit into memory; "
             "lower --batch-size or --max-new-tokens"
         ) from error
     return [_completion(speaker, row) for row in out[:, batch["input_ids"].shape[1] :]]

@@ -198,7 +198,7 @@ def hub_reachable() -> bool:
 @contextlib.contextmanager
 def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     """Turns what loading raises into one line that says which model, why, and what else works."""
-    import torch
+    from dude_peft.train.out_of_memory import is_out_of_memory
 
     try:
         # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
@@ -206,12 +206,12 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
             yield
     except DudeError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(
-            f"model {shown(section.name_or_path)} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
-        ) from error
     except Exception as error:  # transformers, the hub client, safetensors and tokenizers each raise their own
         name = shown(section.name_or_path)
+        if is_out_of_memory(error):
+            raise ResourceError(
+                f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
+            ) from error
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         if os.path.isabs(where):
             raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
