@@ -204,6 +204,20 @@ def test_a_closed_pipe_does_not_end_the_run(place, tmp_path):
     assert (tmp_path / "out/report.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "run.yaml", "--set", "output_dir={name}"),
+        ("eval", "out/adapter", "--text", "{name}", "-o", "scores"),
+        ("generate", "out/adapter", "hello", "-o", "{name}"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_no_file_system_takes(place, finished, arguments):
+    done = dude(*(argument.format(name="x" * 300) for argument in arguments), cwd=place)
+    assert "long" in assert_refused(done, 2, "config")
+
+
 # --- starting fast ------------------------------------------------------------------------------------------------
 
 

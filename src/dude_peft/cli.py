@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dude_peft.errors import DudeError, ResourceError, StoppedError
+from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.show import shown
 from dude_peft.version import __version__
 
@@ -512,6 +512,9 @@ def main() -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"the disk is full ({shown(error)}); free some space"
             _fail(ResourceError.label, message, ResourceError.exit_code, debug=debug)
+        if error.errno == errno.ENAMETOOLONG:
+            message = f"a name is longer than the file system allows: {shown(error.filename, 40)}; use a shorter one"
+            _fail(ConfigError.label, message, ConfigError.exit_code, debug=debug)
         _internal(error, debug=debug)
     except Exception as error:
         _internal(error, debug=debug)
