@@ -35,6 +35,8 @@ def child(request: dict[str, Any], report: int) -> None:
         run(RunConfig(**request["settings"]), quiet=True, **request.get("options", {}))
     except DudeError as error:
         code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first one's error is on its way out
+        code = 130
     except BaseException as error:
         code, message = 1, f"{type(error).__name__}: {error}"
     os.write(report, json.dumps({"message": message, "calls": calls()}).encode())

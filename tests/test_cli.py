@@ -165,7 +165,7 @@ def test_control_characters_do_not_reach_the_terminal():
     assert "\x07" not in line
 
 
-def interrupted(arguments, line_start, cwd=None):
+def interrupted(arguments, line_start, cwd=None, held_down=False):
     """Exit code and standard error of the command, stopped by Ctrl-C when a line with that start appears."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)],
@@ -180,6 +180,9 @@ def interrupted(arguments, line_start, cwd=None):
             if line.startswith(line_start):
                 break
         process.send_signal(signal.SIGINT)
+        while held_down and process.poll() is None:
+            time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -192,6 +195,14 @@ def test_ctrl_c_exits_with_130(place, tmp_path):
     assert code == 130, errors
     assert errors.startswith("dude: error[interrupted]: ")
     assert not (tmp_path / "out/adapter").exists()
+
+
+def test_ctrl_c_held_down_still_leaves_one_line_and_its_code(place, tmp_path):
+    arguments = ["train", "run.yaml", "--output-dir", tmp_path / "out", "--set", "train.max_steps=100000"]
+    code, errors = interrupted(arguments, "step ", place, held_down=True)
+    assert code == 130, errors
+    assert errors.strip().splitlines()[-1].startswith("dude: error[interrupted]: stopped by Ctrl-C")
+    assert "Traceback" not in errors
 
 
 def test_a_closed_pipe_does_not_end_the_run(place, tmp_path):

@@ -11,16 +11,29 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.show import shown
 from dude_peft.version import __version__
 
+
+class _Commands(TyperGroup):
+    """Typer ends silently on Ctrl-C; every way out of `dude` has its line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise StoppedError(signal.SIGINT, "stopped by Ctrl-C") from None
+
+
 app = typer.Typer(
     name="dude",
+    cls=_Commands,
     help="DuDe: fine-tune language models through a trained magnitude and a principal low-rank direction.",
     no_args_is_help=True,
     add_completion=False,
@@ -526,6 +539,7 @@ def _internal(error: Exception, *, debug: bool) -> None:
 
 
 def _fail(label: str, message: str, code: int, *, debug: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient Ctrl-C must not take the line and the exit code
     if debug:
         traceback.print_exc()
     # One line whatever the message holds: foreign text must neither break it nor reach the terminal as commands.
