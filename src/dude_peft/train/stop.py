@@ -26,6 +26,7 @@ class Stop:
         """`tell` hears that the step in work is being finished."""
         self._tell = tell
         self._signal: int | None = None
+        self._raised: StoppedError | None = None
         self._training = False
         self._place = "before training began; nothing is lost"
 
@@ -38,13 +39,21 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: the signals are ours. Outside the main thread, where no handler can be set, nothing changes."""
+        """Within: the signals are ours. Outside the main thread, where no handler can be set, nothing changes.
+
+        Raises:
+            StoppedError: also where a library has caught it, raised somewhere within, and made an error of its own.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._heard) for number in _NAMES}
         try:
             yield
+        except Exception as error:
+            if self._raised is not None and not isinstance(error, StoppedError):
+                raise self._raised from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -70,7 +79,9 @@ class Stop:
     def _heard(self, number: int, frame: FrameType | None) -> Any:
         alone = not self._training and count() == 1
         if alone or self._signal is not None:
-            raise self._error(number)
+            self._signal = number  # kept: a library may swallow what is raised here
+            self._raised = self._error(number)
+            raise self._raised
         self._signal = number
         what = "finishing the step and saving" if self._training else "ending"
         self._tell(f"{_NAMES[signal.Signals(number)]}: {what}; once more ends it at once")
