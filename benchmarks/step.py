@@ -4,12 +4,14 @@
     python benchmarks/step.py layer --dtype bfloat16 --shapes 4096x4096,11008x4096 --tokens 256,1024 --ranks 16
     python benchmarks/step.py growth
 
+The calls are those of transformers' Trainer: `model.train()` before every micro-batch, --accumulation of them a step.
 The physical limit of a case is the frozen base: `flops` counts its products (forward, and backward to the input), and
 `roofline` is the time these take at the speed of a plain matrix product of the same size on the same machine.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="16")
     parser.add_argument("--tokens", default="1024", help="model: in sequences of 512")
     parser.add_argument("--shapes", default="4096x4096,11008x4096", help="out x in, of the layers")
+    parser.add_argument("--accumulation", default="1", help="micro-batches of that many tokens in a step")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--intermediate", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=12)
@@ -48,7 +51,7 @@ def model(settings: Any) -> dict[str, Any]:
     base.to(settings.device)
     parameters = sum(p.numel() for p in base.parameters())
     products = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
-    for rank in numbers(settings.ranks):
+    for rank, accumulation in itertools.product(numbers(settings.ranks), numbers(settings.accumulation)):
         for tokens in numbers(settings.tokens):
             length = min(512, tokens)
             ids = torch.randint(settings.vocabulary, (tokens // length, length), device=settings.device)
@@ -57,10 +60,10 @@ def model(settings: Any) -> dict[str, Any]:
                 adapted = adapt(base, configuration()).to(settings.device)
                 if settings.checkpointing:
                     adapted.gradient_checkpointing_enable({"use_reentrant": False})
-                steps[name] = model_step(adapted, ids)
+                steps[name] = model_step(adapted, ids, accumulation=accumulation)
             rows = interleaved(steps, settings.rounds, settings.device, BASELINE)
-            flops = 4 * products * tokens
-            title = f"{parameters / 1e6:.1f} M Llama, {settings.dtype}, {tokens} tokens, r = {rank}"
+            flops = 4 * products * tokens * accumulation
+            title = f"{parameters / 1e6:.1f} M Llama, {settings.dtype}, {_batch(tokens, accumulation)}, r = {rank}"
             show(title, rows, COLUMNS)
             results[title] = {"flops_of_the_frozen_base": flops, "rows": rows}
     return results
@@ -75,16 +78,18 @@ def layer(settings: Any) -> dict[str, Any]:
         base = OneLinear(in_, out, dtype).to(settings.device)
         for rank in numbers(settings.ranks):
             models = {n: adapt(base, c()).to(settings.device) for n, c in _kept(settings, configurations(rank)).items()}
-            for tokens in numbers(settings.tokens):
+            for tokens, accumulation in itertools.product(numbers(settings.tokens), numbers(settings.accumulation)):
                 x, dy = (torch.randn(tokens, n, device=settings.device).to(dtype) for n in (in_, out))
-                cases = {name: layer_step(m, x, dy) for name, m in models.items()}
+                cases = {name: layer_step(m, x, dy, accumulation) for name, m in models.items()}
                 weight = base.linear.weight
-                cases["roofline"] = lambda x=x, dy=dy, weight=weight: (x @ weight.T, dy @ weight)
+                cases["roofline"] = lambda x=x, dy=dy, weight=weight, times=accumulation: [
+                    (x @ weight.T, dy @ weight) for _ in range(times)
+                ]
                 rows = interleaved(cases, settings.rounds, settings.device, BASELINE)
-                title = f"linear {out} x {in_}, {settings.dtype}, {tokens} tokens, r = {rank}"
+                title = f"linear {out} x {in_}, {settings.dtype}, {_batch(tokens, accumulation)}, r = {rank}"
                 show(title, rows, COLUMNS)
-                bytes_ = weight.element_size() * (2 * weight.numel() + 2 * tokens * (in_ + out))
-                results[title] = {"flops": 4 * out * in_ * tokens, "bytes": bytes_, "rows": rows}
+                bytes_ = accumulation * weight.element_size() * (2 * weight.numel() + 2 * tokens * (in_ + out))
+                results[title] = {"flops": 4 * out * in_ * tokens * accumulation, "bytes": bytes_, "rows": rows}
     return results
 
 
@@ -103,6 +108,10 @@ def growth(settings: Any) -> dict[str, Any]:
         show(f"growth with {axis}: seconds ~ {axis}^{fitted['DuDe']:.2f}", rows, COLUMNS)
         results[axis] = {"exponents": fitted, "rows": rows}
     return results
+
+
+def _batch(tokens: int, accumulation: int) -> str:
+    return f"{tokens} tokens" if accumulation == 1 else f"{accumulation} x {tokens} tokens"
 
 
 def _kept(settings: Any, cases: dict[str, Any]) -> dict[str, Any]:

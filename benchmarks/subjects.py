@@ -111,16 +111,19 @@ def growth(measure: Callable[[nn.Module, Tensor, int], dict[str, Any]], dtype: t
         yield axis, rows
 
 
-def model_step(model: nn.Module, ids: Tensor, optimize: bool = True) -> Callable[[], None]:
-    """One training step of a language model: forward, backward, optimizer."""
+def model_step(model: nn.Module, ids: Tensor, optimize: bool = True, accumulation: int = 1) -> Callable[[], None]:
+    """One training step of a language model, with the calls of transformers' Trainer: before every micro-batch it sets
+    the mode, and only behind the last one the optimizer steps.
+    """
     if hasattr(model, "enable_input_require_grads"):
         # With nothing to train the gradient still flows to the embeddings, as it does under adapters.
         model.enable_input_require_grads()
-    model.train()
     optimizer = adam(model) if optimize else None
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        for _ in range(accumulation):
+            model.train()
+            model(input_ids=ids, labels=ids).loss.backward()
         if optimizer is not None:
             optimizer.step()
         model.zero_grad()
@@ -128,15 +131,16 @@ def model_step(model: nn.Module, ids: Tensor, optimize: bool = True) -> Callable
     return step
 
 
-def layer_step(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """One training step of one layer in the middle of a model: its input wants a gradient."""
-    model.train()
+def layer_step(model: nn.Module, x: Tensor, dy: Tensor, accumulation: int = 1) -> Callable[[], None]:
+    """One training step, as `model_step`, of one layer in the middle of a model: its input wants a gradient."""
     optimizer = adam(model)
     x = x.clone().requires_grad_()
 
     def step() -> None:
-        x.grad = None
-        model(x).backward(dy)
+        for _ in range(accumulation):
+            model.train()
+            x.grad = None
+            model(x).backward(dy)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()

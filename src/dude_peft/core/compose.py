@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dude_peft.core.rounding import is_half, round_dithered_, thresholds
+from dude_peft.core.rounding import content_thresholds, is_half, round_dithered_
 from dude_peft.core.scratch import scratch
 
 _BLOCK_ELEMENTS = 1 << 19  # of float32: 2 MiB; smaller blocks cost more in waking threads than the cache gives back
@@ -78,12 +78,12 @@ def compose(
     shift = None if b is None or g is None else (1 - g) * b
     y = base if overwrite else torch.empty_like(base)
     kept = None if keep is None else torch.empty_like(base, dtype=keep)
-    tokens, out = base.shape
-    pattern = thresholds(tokens, out, base.device, dtype) if half else None
+    out = base.shape[1]
     for rows, count in _blocks(base):
         v = scratch(count, out, wide, base, "block") if half else y[rows]
         if half or not overwrite:
             v.copy_(base[rows])
+        threshold = content_thresholds(v, dtype, scratch(count, out, torch.int32, base, "threshold")) if half else None
         v.addmm_(u[rows], left_t, alpha=scaling)
         if kept is not None:
             kept[rows] = v if b is None else v - b
@@ -91,10 +91,8 @@ def compose(
             v.mul_(g)
         if shift is not None:
             v.add_(shift)
-        if pattern is not None:
-            by_row, by_column = pattern
-            threshold = scratch(count, out, torch.int32, base, "threshold")
-            y[rows] = round_dithered_(v, torch.bitwise_xor(by_row[rows], by_column, out=threshold), dtype)
+        if threshold is not None:
+            y[rows] = round_dithered_(v, threshold, dtype)
     return y, kept
 
 

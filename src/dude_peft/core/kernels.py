@@ -6,8 +6,8 @@
 
 What these passes cost is the memory they move: 4 bytes an element of (tokens, out) in half precision for `compose`,
 6 for `spread` (8 if w were a product of its own, which reads dv again). Everything else a kernel needs is (tokens, k)-
-or (out, k)-sized and stays in the caches, and the dither's pattern is computed where it is used, a few integer
-operations a row and a column. The base product and the small products around it are cuBLAS's.
+or (out, k)-sized and stays in the caches, and the dither is computed where it is used, a few integer
+operations an element. The base product and the small products around it are cuBLAS's.
 
 - Tiles are fixed by dtype and by k, not tuned when a size is first seen: sequence lengths change from step to step,
   every tuning run would stop training, and a memory-bound kernel has little to win. Tensor cores want k padded to a
@@ -294,9 +294,9 @@ def _compose_kernel(
         if HAS_BIAS:
             v = v + ((1.0 - gain) * bias)[None, :]
     if y_ptr.dtype.element_ty == tl.bfloat16:
-        v = _round_dithered(v, _reversed_bits(rows)[:, None] ^ _scrambled(columns)[None, :], 16)
+        v = _round_dithered(v, _threshold(base, columns, 16), 16)
     elif y_ptr.dtype.element_ty == tl.float16:
-        v = _round_dithered(v, (_reversed_bits(rows)[:, None] ^ _scrambled(columns)[None, :]) >> 3, 13)
+        v = _round_dithered(v, _threshold(base, columns, 13), 13)
     tl.store(y_ptr + at, v.to(y_ptr.dtype.element_ty), mask=here)
 
 
@@ -409,17 +409,15 @@ def _round_dithered(v, threshold, DROPPED: tl.constexpr):
 
 
 @triton.jit
-def _reversed_bits(t):
-    """`rounding._reversed_bits` of the low 16 bits of t."""
-    t = ((t & 0x5555) << 1) | ((t >> 1) & 0x5555)
-    t = ((t & 0x3333) << 2) | ((t >> 2) & 0x3333)
-    t = ((t & 0x0F0F) << 4) | ((t >> 4) & 0x0F0F)
-    return ((t & 0x00FF) << 8) | ((t >> 8) & 0x00FF)
+def _threshold(base, columns, DROPPED: tl.constexpr):
+    """`rounding.content_thresholds`: leading bits of a product with the frozen layer's output; unsigned, it wraps."""
+    mixed = base.to(tl.float32).to(tl.uint32, bitcast=True) * 0x9E379E37 + _mixed(columns)[None, :]
+    return ((mixed >> (32 - DROPPED)) ^ (1 << (DROPPED - 1))).to(tl.int32)
 
 
 @triton.jit
-def _scrambled(j):
-    """`rounding._scrambled` of column j; unsigned 32-bit products wrap as the masks there do."""
+def _mixed(j):
+    """`rounding._mixed` of column j; unsigned 32-bit products wrap as the masks there do."""
     h = (j + 1).to(tl.uint32) * 0x9E3779B1
     h = (h ^ (h >> 15)) * 0x85EBCA6B
-    return ((h ^ (h >> 13)) & 0xFFFF).to(tl.int32)
+    return h ^ (h >> 13)

@@ -14,26 +14,38 @@ come out as they went in.
 What was traded off: the hand-written backward keeps x, u = x R^T and the output y, where plain autograd would keep
 several (tokens, out) temporaries, and casts the float32 factors inside. The gain's gradient is sum_t dy * v with
 v = y / g; a gain of exactly zero never comes here (`magnitude.py`). Mostly y is kept anyway, by the activation function
-or the attention behind the layer, and costs nothing. A copy of v is kept instead
+or the attention behind the layer, and costs nothing. Code behind the layer may change y in place, as with any output;
+the backward notices, and computes v again. A copy of v is kept instead
 - of a layer with a bias, which would have to be taken out of y again, at the cost of its digits;
 - in float16, whose range y can leave downwards where v does not;
-- in float32, where the caller says that nobody else keeps y: as bfloat16, which is half the memory. Each term of the
-  gain's gradient is rounded by up to 2^-9, and no other gradient; over 1,024 tokens of noise the sum moves by about
-  1e-3 of its size (`tests/test_linear.py` bounds it). Below 512 tokens, where the memory is small, every digit stays.
+- in float32, where the caller says that nobody else keeps y: as bfloat16, which is half the memory (COMPACT_TOKENS).
+Without a graph nothing is kept at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from dude_peft.core.compose import compose, spread
 
-# From this many tokens on a float32 layer may keep its product in half the memory.
-_COMPACT_TOKENS = 512
+# From this many tokens on, a float32 layer that keeps a copy of v keeps it as bfloat16; None: always in full. That is
+# felt in no output, and in one gradient, the magnitude's: each term dy * v of the sum over the tokens is rounded by up to 2^-9, up
+# or down. Over 1,024 tokens of noise the sum moves by about 1e-3 of its size (`tests/test_linear.py`).
+COMPACT_TOKENS: int | None = 512
+
+# A frozen layer without its bias, on (tokens, in) rows: what `base` was before the bias, for a second time.
+FrozenRows = Callable[[Tensor], Tensor]
+
+
+# The frozen layer's output, its input, its weight, and the input of the change: where the output is to be taken here,
+# the first is None; where change and layer see the same, one of the inputs is.
+_Inputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class FrozenProduct(NamedTuple):
@@ -58,6 +70,8 @@ def adapted_linear(
     dm: Tensor | None = None,
     slope: Tensor | None = None,
     output_kept: bool = True,
+    frozen_rows: FrozenRows | None = None,
+    frozen_input: Tensor | None = None,
 ) -> Tensor:
     """Output of the adapted layer, `y = g * (base - bias + s x (dB A + B0 dA)^T) + bias`.
 
@@ -75,22 +89,58 @@ def adapted_linear(
             that autograd knows; its gradient is slope * (the gain's gradient).
         slope: (out,) dg/ddm, with dm.
         output_kept: whether the model keeps the output for its backward anyway; decides what this function keeps.
+        frozen_rows: the frozen layer without its bias, where `base` is its output; used only if code behind the layer
+            changes the output in place (None: its backward then raises).
+        frozen_input: (*, in) what the frozen layer saw, where `base` is its output and x is another tensor.
 
     Returns:
         (*, out) in base's dtype. Gradients reach base (or the product's x), x, dA, dB, bias, and gain or dm.
 
     Raises:
-        RuntimeError: a second derivative is asked for (torch's once_differentiable).
+        RuntimeError: a second derivative is asked for (torch's once_differentiable), or the output was changed in
+            place, and there is no frozen_rows.
 
     Source: DuDe section 3, in the deviations of DESIGN section 2.
     """
-    factors = (dA, dB, A0, B0, gain, bias, scaling, dm, slope, output_kept)
+    factors = (dA, dB, A0, B0, gain, bias, scaling)
     if isinstance(base, FrozenProduct):
-        inputs: tuple[Tensor | None, ...] = (None, base.x, base.weight, None if x is base.x else x)
+        inputs: _Inputs = (None, base.x, base.weight, None if x is base.x else x)
     else:
-        inputs = (base, None, None, x)
-    y: Tensor = _AdaptedLinear.apply(*inputs, *factors)
+        inputs = (base, frozen_input, None, x)
+    if not torch.is_grad_enabled():
+        return _forward(inputs, *factors, None)[0]
+    y: Tensor = _AdaptedLinear.apply(*inputs, *factors, dm, slope, output_kept, frozen_rows)
     return y
+
+
+def _forward(
+    inputs: _Inputs,
+    dA: Tensor,
+    dB: Tensor,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    keep: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, u, kept): the output in its own shape, x R^T, and v without its bias in the dtype `keep`, if asked for."""
+    base_out, x, weight, x_change = inputs
+    fused = base_out is None
+    if base_out is None:
+        assert x is not None
+        assert weight is not None
+        base_out = torch.nn.functional.linear(x, weight, bias)
+    seen = x if x_change is None else x_change  # what the change sees
+    assert seen is not None
+    compute = base_out.dtype
+    with torch.autocast(base_out.device.type, enabled=False):
+        left, right = _stack(dA, dB, A0, B0, compute)
+        base = base_out.reshape(-1, base_out.shape[-1])
+        u = seen.reshape(-1, seen.shape[-1]).to(compute) @ right.T  # (tokens, 2r)
+        y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
+        # A view could not be changed in place by the code behind the layer.
+        return torch.ops.aten._unsafe_view.default(y, base_out.shape), u, kept
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -111,40 +161,37 @@ class _AdaptedLinear(torch.autograd.Function):
         dm: Tensor | None,
         slope: Tensor | None,
         output_kept: bool,
+        frozen_rows: FrozenRows | None,
     ) -> Tensor:
-        fused = base_out is None
-        if base_out is None:
-            assert x is not None
-            assert weight is not None
-            base_out = torch.nn.functional.linear(x, weight, bias)
-        seen = x if x_change is None else x_change  # what the change sees
+        seen = x if x_change is None else x_change
         assert seen is not None
-        compute = base_out.dtype
+        compute = base_out.dtype if base_out is not None else seen.dtype
         needs_kept = gain is not None and (ctx.needs_input_grad[8] or ctx.needs_input_grad[11])
-        compact = compute == torch.float32 and seen.numel() >= _COMPACT_TOKENS * seen.shape[-1]
-        keep_v = needs_kept and (bias is not None or compute == torch.float16 or (compact and not output_kept))
+        long = COMPACT_TOKENS is not None and seen.numel() >= COMPACT_TOKENS * seen.shape[-1]
+        compact = compute == torch.float32 and long
+        wanted = bias is not None or compute == torch.float16 or (compact and not output_kept)
+        keep_v = needs_kept and wanted
         keep = (torch.bfloat16 if compact else compute) if keep_v else None
-        with torch.autocast(base_out.device.type, enabled=False):
-            left, right = _stack(dA, dB, A0, B0, compute)
-            base = base_out.reshape(-1, base_out.shape[-1])
-            u = seen.reshape(-1, seen.shape[-1]).to(compute) @ right.T  # (tokens, 2r)
-            y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
-            y = y.view(base_out.shape)
-            if B0 is not None:
-                u = u[:, : dA.shape[0]].contiguous()  # x A^T is all that the backward reads
+        inputs = (base_out, x, weight, x_change)
+        y, u, kept = _forward(inputs, dA, dB, A0, B0, gain, bias, scaling, keep)
+        if B0 is not None:
+            u = u[:, : dA.shape[0]].contiguous()  # x A^T is all that the backward reads
+        ctx.changes = source = None
         if needs_kept and kept is None:
-            kept = y
-        ctx.save_for_backward(seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope)
+            kept, ctx.changes = _watched(y)
+            source = x  # its siblings see it too, so that keeping it mostly costs nothing
+        ctx.save_for_backward(seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope, source)
         ctx.kept_is_v = keep_v
         ctx.scaling = scaling
         ctx.one_input = x_change is None
+        ctx.frozen_rows = frozen_rows
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope = ctx.saved_tensors
-        need_base, need_x, _, need_change, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, _, _ = (
+        seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope, source = ctx.saved_tensors
+        need_base, need_x, _, need_change, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, *_ = (
             ctx.needs_input_grad
         )
         r, compute, scaling = dA.shape[0], u.dtype, ctx.scaling
@@ -153,6 +200,10 @@ class _AdaptedLinear(torch.autograd.Function):
             left, right = _stack(dA, dB, A0, B0, compute)
             dy_rows = dy.reshape(-1, dy.shape[-1])
             grad_x = grad_change = grad_dA = grad_dB = grad_gain = grad_bias = grad_dm = None
+            kept_is_v = ctx.kept_is_v
+            if ctx.changes is not None and ctx.changes():
+                source = seen if source is None else source
+                kept, kept_is_v = _product_again(source, seen, weight, left, right, scaling, ctx.frozen_rows), True
             kept_rows = None if kept is None else kept.reshape(dy_rows.shape)
             dv, dot, w = spread(dy_rows, gain, kept_rows, left if need_change or need_dA else None, not need_base)
             grad_base = dv.view(dy.shape) if need_base else None
@@ -172,7 +223,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if need_dB:
                 grad_dB = (dv.T @ u).to(dB.dtype).mul_(scaling)
             if dot is not None:
-                dg = dot if ctx.kept_is_v else dot / gain.to(dot.dtype)
+                dg = dot if kept_is_v else dot / gain.to(dot.dtype)
                 grad_gain = dg.to(gain.dtype) if need_gain else None
                 grad_dm = (dg * slope.to(dg.dtype)).to(gain.dtype) if need_dm else None
             if need_bias and bias is not None and (gain is not None or weight is not None):
@@ -181,8 +232,42 @@ class _AdaptedLinear(torch.autograd.Function):
                 if weight is None:  # base_out carries the other part, g * dy, to the bias through the frozen layer
                     grad_bias = grad_bias * (1 - gain.to(wide))
                 grad_bias = grad_bias.to(bias.dtype)
-        factors = (grad_dA, grad_dB, None, None, grad_gain, grad_bias, None, grad_dm, None, None)
+        factors = (grad_dA, grad_dB, None, None, grad_gain, grad_bias, None, grad_dm, *[None] * 4)
         return grad_base, grad_x, None, grad_change, *factors
+
+
+def _watched(y: Tensor) -> tuple[Tensor, Callable[[], bool] | None]:
+    """The output's values for the backward, and whether they have been changed in place since.
+
+    Saved as it is, a changed output would be an error of autograd. The alias to be saved has a count of changes of its
+    own; the empty tensor shares the output's count, and none of its memory, which checkpointing lets go of.
+    """
+    if torch.compiler.is_compiling() or isinstance(y, FakeTensor):
+        return y, None  # compiled code has no operations in place
+    count = y.detach()
+    count.data = count.new_empty(0)
+    before = count._version
+    return y.data, lambda: count._version != before
+
+
+def _product_again(
+    source: Tensor,
+    seen: Tensor,
+    weight: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    scaling: float,
+    frozen_rows: FrozenRows | None,
+) -> Tensor:
+    """The product v without its bias, (tokens, out): for an output that is not there any more."""
+    rows, change_rows = (t.reshape(-1, t.shape[-1]).to(left.dtype) for t in (source, seen))
+    if weight is not None:
+        base = rows @ weight.T
+    elif frozen_rows is None:
+        raise RuntimeError("the output of an adapted layer was changed in place, and its product is needed again")
+    else:
+        base = frozen_rows(rows).to(left.dtype)
+    return base.addmm_(change_rows @ right.T, left.T, alpha=scaling)
 
 
 def _stack(dA: Tensor, dB: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

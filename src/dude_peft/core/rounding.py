@@ -1,17 +1,21 @@
-"""Rounding to half precision that does not swallow small changes: dithered by a fixed pattern of the position.
+"""Rounding to half precision that does not swallow small changes: dithered, so that they arrive on average.
 
 A bfloat16 has 8 significant bits. Round a gain of 1.001 times a bfloat16 value to the nearest bfloat16, and nearly
 always the value comes back: trained magnitudes, which differ from 1 by about 0.15 %, would do nothing at all. So the
-one rounding at the end of the layer adds a threshold to the bits that are dropped, and then drops them:
+one rounding at the end adds a threshold to the bits that are dropped, and then drops them:
 
-    threshold(t, j) = reversed_bits(t) xor scrambled(j)          16 bits; t: row (token), j: output feature
+    outputs:   threshold = leading bits of odd * bits(base) + scrambled(j)     base: what the frozen layer gave
+    weights:   threshold = reversed_bits(i) xor scrambled(j)                   (i, j): the entry's place
 
 - A value that fits half precision stays as it is, so the start of training is still the base model bit by bit.
-- Down every column the thresholds are a digitally shifted van der Corput sequence: spread evenly over any run of
-  tokens, so that a gain of 1 + 1e-4 arrives on average as 1 + 1e-4.
-- The pattern depends on nothing but the position: recomputation under gradient checkpointing gives the same bits.
+- An output's threshold follows from the frozen layer's output in the same place, not from the row: in decoding every
+  token is row 0, and a prompt must give the same bits wherever it stands in a batch. It does not change with what is
+  trained, so a small step of the adapter is a small step of the output. Recomputation gives the same bits.
+- A weight is rounded once and for all, and equal entries are common in it. Down every column its thresholds are a
+  digitally shifted van der Corput sequence, spread evenly over any run of rows.
 
-The price is a rounding error of rms 1/sqrt(3) instead of 1/sqrt(12) units in the last place, without bias.
+The price is a rounding error of rms 1/sqrt(3) instead of 1/sqrt(12) units in the last place, without bias. No unbiased
+rounding has less: what rounding to the nearest saves in noise, it loses in the change that it does not deliver.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _ROWS = 1 << 16  # the sequence of rows starts again after these
+# As int32. A bfloat16 is the upper half of a float32, so of this the lower half counts: 2^16 times the golden ratio,
+# which spreads neighbouring values evenly.
+_ODD = 0x9E379E37 - (1 << 32)
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
@@ -48,7 +55,7 @@ def round_dithered_(v: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         v: (rows, columns) float32.
-        threshold: (rows, columns) int32, the xor of the two halves of `thresholds`.
+        threshold: (rows, columns) int32, of `content_thresholds`, or the xor of the two halves of `thresholds`.
         dtype: bfloat16 or float16.
 
     Returns:
@@ -59,6 +66,27 @@ def round_dithered_(v: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
         v = v.masked_fill_(v.isnan(), torch.nan)
     v.view(torch.int32).add_(threshold).bitwise_and_(-(1 << DROPPED_BITS[dtype]))
     return v
+
+
+def content_thresholds(base: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
+    """Thresholds for the outputs of an adapted layer, from what the frozen layer gave.
+
+    Args:
+        base: (tokens, out) the frozen layer's output in float32.
+        dtype: bfloat16 or float16, which the frozen layer gave.
+        out: (tokens, out) int32, the memory for the answer.
+
+    Returns:
+        (tokens, out) int32, below 2^dropped bits.
+    """
+    bits, shift, half = base.view(torch.int32), 32 - DROPPED_BITS[dtype], 1 << (DROPPED_BITS[dtype] - 1)
+    if torch.compiler.is_compiling():
+        # In 64 bits, which do not overflow: a C++ compiler may assume that the 32 do not either.
+        mixed = bits.to(torch.int64) * _ODD + _mixed(base.shape[1], base.device)
+        return (((mixed >> shift) & (2 * half - 1)) ^ half).to(torch.int32)
+    # int32 wraps. The leading bits come down with their sign, from -half to half - 1.
+    mixed = torch.add(_content_table(base.shape[1], base.device), bits, alpha=_ODD, out=out)
+    return mixed.bitwise_right_shift_(shift).add_(half)
 
 
 @functools.cache
@@ -81,9 +109,21 @@ def _reversed_bits(t: Tensor) -> Tensor:
     return ((t & 0x00FF) << 8) | ((t >> 8) & 0x00FF)
 
 
+@functools.lru_cache(maxsize=64)
+def _content_table(columns: int, device: torch.device) -> Tensor:
+    with unset_fake_temporarily(), torch.inference_mode(False):
+        return _mixed(columns, device).to(torch.int32)
+
+
 def _scrambled(columns: int, device: torch.device) -> Tensor:
-    """16 bits for every column that look drawn at random (multiplicative hash; products stay below 2^63)."""
+    """16 bits for every column that look drawn at random."""
+    return (_mixed(columns, device) & 0xFFFF).to(torch.int32)
+
+
+def _mixed(columns: int, device: torch.device) -> Tensor:
+    """32 bits for every column, as a signed number (multiplicative hash; products stay below 2^63)."""
     j = torch.arange(1, columns + 1, dtype=torch.int64, device=device)
     h = (j * 0x9E3779B1) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
-    return ((h ^ (h >> 13)) & 0xFFFF).to(torch.int32)
+    h = h ^ (h >> 13)
+    return h - ((h >> 31) << 32)

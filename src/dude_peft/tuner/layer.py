@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.fingerprint import TensorPrint
@@ -22,7 +21,7 @@ from dude_peft.methods import Split
 from dude_peft.methods.start import Start
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
-from dude_peft.tuner.refresh import refresh_caches, register
+from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
 from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
 
@@ -30,8 +29,8 @@ from dude_peft.tuner.steps import steps_taken
 # that a raw state dict of ours cannot be taken for a stock adapter.
 TRAINED = ("lora_dA", "lora_dB", "lora_dm")
 FROZEN = ("lora_A0", "lora_B0", "lora_m0")
-# Buffers that follow from the others: W0 A0^T (out, r), the gain (out,), its slope (out,).
-_CACHED = ("_start_product", "_gain", "_slope")
+# What follows from these, by adapter: W0 A0^T (out, r); the gain (out,) and its slope (out,).
+_CACHED = ("_starts", "_gains")
 # Layers of the Llama family whose output nothing behind them keeps for its backward: it is rotated, or added to the
 # residual stream. A wrong guess costs memory, nothing else.
 _OUTPUT_NOT_KEPT = ("q_proj", "k_proj", "o_proj", "down_proj")
@@ -44,7 +43,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = TRAINED
-    other_param_names = (*FROZEN, *_CACHED, "_fresh", "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
+    other_param_names = (*FROZEN, *_CACHED, "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__()
@@ -53,10 +52,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = frozen.layer_shape(base_layer)
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in FROZEN)
-        self._start_product, self._gain, self._slope = (BufferDict(persistent=False) for _ in _CACHED)
-        # What the caches were computed from (`_state_of`), by adapter; without an entry they are stale. W0 A0^T changes
-        # with A0 alone, so it is computed only where there is no entry.
-        self._fresh: dict[str, tuple[int, ...]] = {}
+        # Computed when they are asked for, and again when what they follow from has changed. They are replaced, never
+        # written to: a graph whose backward is still to come holds them.
+        self._starts: dict[str, _Cached] = {}
+        self._gains: dict[str, _Cached] = {}
+        self._mode_changes = 0
         self._number = register(self)
         self._output_kept = layer_name.rpartition(".")[2] not in _OUTPUT_NOT_KEPT
         self.lora_dropout = nn.ModuleDict()
@@ -115,7 +115,6 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if spec.magnitude:
             self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
             self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
-            self._make_caches(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -144,7 +143,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Args:
             adapter_names: adapters to merge; None means the active ones.
         """
-        self.refresh()  # what is merged or compared follows from the tensors themselves, whoever wrote them
+        self._gains.clear()  # what is merged or compared follows from the tensors themselves, whoever wrote them
         with torch.no_grad():
             W0 = self._base_weight()
             total = W0.clone()
@@ -160,70 +159,68 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         if adapter_name not in self.lora_dm:
             return None
-        if self.norm_gradient[adapter_name] == "exact" and torch.is_grad_enabled():
-            self._refresh(adapter_name)  # for W0 A0^T
+        if self._differentiates_norm(adapter_name):
             layer = self.tensors(adapter_name)
             assert layer.m0 is not None
             assert layer.dm is not None
             return gain(layer.m0, layer.dm, self._norm_change(adapter_name, layer), "exact")
-        self._refresh(adapter_name)
-        value: Tensor = self._gain[adapter_name]
-        return value
+        return self._gain_and_slope(adapter_name)[0]
+
+    def _differentiates_norm(self, adapter_name: str) -> bool:
+        return self.norm_gradient[adapter_name] == "exact" and torch.is_grad_enabled()
 
     def refresh(self) -> None:
-        """Take the cached gains as out of date; the next forward computes them.
+        """Take all that is cached as out of date; the next forward computes it.
 
-        Optimizer steps, loading, moves and every in-place operation that torch counts are noticed without it. Only
-        writes past torch's count, as `parameter.data.copy_(...)` in training mode, need the call.
+        On the CPU every change of the trained tensors is noticed without it. On other devices optimizer steps, loading,
+        moves, changes of mode and every operation that torch counts are; only writes past torch's count, as
+        `parameter.data.copy_(...)`, need the call. So does a change of the base weight itself, anywhere.
         """
-        self._fresh.clear()
+        self._starts.clear()
+        self._gains.clear()
 
-    def refreshed(self, slot: int) -> list[Tensor]:
-        """The caches of an adapter, up to date; called by compiled code, which knows the adapter by number."""
+    def current(self, slot: int, start: bool) -> list[Tensor]:
+        """Gain and slope, or W0 A0^T, up to date; called by compiled code, which knows the adapter by number."""
         name = self._slots[slot]
-        self._refresh_if_stale(name)
-        return self._caches(name)
+        return [self._start_product(name)] if start else list(self._gain_and_slope(name))
 
     @property
     def _slots(self) -> list[str]:
         return list(self.lora_dm)
 
-    def _refresh(self, adapter_name: str) -> None:
-        # Neither compiled code nor fake tensors can be asked for values; both take the caches as an opaque operator's.
-        if torch.compiler.is_compiling() or isinstance(self.lora_dm[adapter_name].weight, FakeTensor):
-            refresh_caches(self._number, self._slots.index(adapter_name), self._caches(adapter_name))
-        else:
-            self._refresh_if_stale(adapter_name)
-
-    def _refresh_if_stale(self, adapter_name: str) -> None:
+    def _gain_and_slope(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         layer = self.tensors(adapter_name)
-        state = _state_of(layer)
-        if self._fresh.get(adapter_name) == state:
-            return
         assert layer.m0 is not None
         assert layer.dm is not None
-        value = self._gain[adapter_name]
-        if value.device != layer.dm.device or value.dtype != torch.promote_types(layer.dm.dtype, torch.float32):
-            self._make_caches(adapter_name)  # the model was moved, and buffers with it
-        with torch.no_grad():
-            if layer.A0 is not None and adapter_name not in self._fresh:
-                self._start_product[adapter_name].copy_(self._product(layer.A0))
-            q = self._norm_change(adapter_name, layer)
-            self._gain[adapter_name].copy_(gain(layer.m0, layer.dm, q))
-            self._slope[adapter_name].copy_(gain_slope(layer.m0, q))
-        self._fresh[adapter_name] = state
+        trained = (layer.dA, layer.dB, layer.dm)
+        if torch.compiler.is_compiling():
+            slot = self._slots.index(adapter_name)
+            return current_gain(self._number, slot, *(tensor.detach() for tensor in trained))
+        state = (self.scaling[adapter_name], *state_of(trained, steps_taken(), self._mode_changes))
+        cached = self._gains.get(adapter_name)
+        if cached is None or cached.state != state:
+            # Never tensors of inference mode, also where the first forward is in it: training could not take them.
+            with torch.inference_mode(False), torch.no_grad():
+                q = self._norm_change(adapter_name, layer)
+                g = gain(layer.m0, layer.dm, q)
+                cached = _Cached(state, (g, gain_slope(layer.m0, q).to(g.dtype)))
+            self._gains[adapter_name] = cached
+        g, slope = cached.tensors
+        return g, slope
 
-    def _caches(self, adapter_name: str) -> list[Tensor]:
-        return [getattr(self, name)[adapter_name] for name in _CACHED]
-
-    def _make_caches(self, adapter_name: str) -> None:
-        dm: Any = self.lora_dm[adapter_name].weight
-        rank = self.r[adapter_name] if adapter_name in self.lora_A0 else 0
-        # The gain is float32 or better, also beside a trained magnitude in half precision.
-        dtype = torch.promote_types(dm.dtype, torch.float32)
-        for name, shape in zip(_CACHED, ((rank,), (), ()), strict=True):
-            zeros = torch.zeros(self.out_features, *shape, dtype=dtype, device=dm.device)
-            getattr(self, name)[adapter_name] = zeros
+    def _start_product(self, adapter_name: str) -> Tensor:
+        layer = self.tensors(adapter_name)
+        assert layer.A0 is not None
+        assert layer.B0 is not None
+        if torch.compiler.is_compiling():
+            return start_product(self._number, self._slots.index(adapter_name), layer.A0, layer.B0)
+        state = state_of((layer.A0,))
+        cached = self._starts.get(adapter_name)
+        if cached is None or cached.state != state:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = _Cached(state, (self._product(layer.A0),))
+            self._starts[adapter_name] = cached
+        return cached.tensors[0]
 
     def movement(self, adapter_name: str) -> dict[str, Tensor]:
         """How far each output row has moved, (out,): `magnitude` |m - m0| / m0, and `direction` 1 - cos(V, W0).
@@ -243,7 +240,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
         with torch.autocast(layer.dA.device.type, enabled=False):
             dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
-            start = None if layer.A0 is None else self._start_product[adapter_name]
+            start = None if layer.A0 is None else self._start_product(adapter_name)
             scaling = self.scaling[adapter_name]
             return norm_change(self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
 
@@ -319,7 +316,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         weight = base.weight if self._unmerged_weight is None else self._unmerged_weight
         if self._fingerprint is not None and frozen.is_sharded(weight):
             return self._fingerprint[1]  # of the whole weight, taken before it was sharded
-        key = (weight.data_ptr(), weight._version, f"{weight.dtype}{weight.device}")
+        version = 0 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version, f"{weight.dtype}{weight.device}")
         if self._fingerprint is None or self._fingerprint[0] != key:
             with self.unmerged():
                 self._fingerprint = (key, frozen.layer_fingerprint(base))
@@ -333,13 +331,17 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """Output under one adapter; without the frozen layer's output, its product is taken inside."""
         layer = self.tensors(name)
         base: Any = self.get_base_layer()
-        g = self.gain(name)
-        cached = g is not None and not g.requires_grad
-        dm, slope = (layer.dm, self._slope[name]) if cached else (None, None)
+        g = dm = slope = None
+        if layer.dm is not None and self._differentiates_norm(name):
+            g = self.gain(name)
+        elif layer.dm is not None:
+            dm, (g, slope) = layer.dm, self._gain_and_slope(name)
         product = FrozenProduct(x, base.weight) if base_out is None else base_out
         bias = getattr(base, "bias", None) if g is not None or base_out is None else None
         factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
-        return adapted_linear(product, self.lora_dropout[name](x), *factors, self._output_kept)
+        seen = self.lora_dropout[name](x)
+        own = None if base_out is None or seen is x else x
+        return adapted_linear(product, seen, *factors, self._output_kept, self._product_rows, own)
 
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():
@@ -357,6 +359,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             yield
         finally:
             base.weight = merged
+
+    def _product_rows(self, rows: Tensor) -> Tensor:
+        """The frozen layer without its bias, (tokens, in) -> (tokens, out)."""
+        with torch.no_grad():
+            return self._product(rows).T
 
     def _product(self, rows: Tensor) -> Tensor:
         with self.unmerged(), torch.autocast(rows.device.type, enabled=False):
@@ -386,8 +393,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; averaged weights are often swapped in around it, so the gain is taken as stale."""
-        self.refresh()
+        """Set the mode; averaged weights are often swapped in around a change of it, past torch's count."""
+        self._mode_changes += mode != self.training
         return super().train(mode)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -407,11 +414,11 @@ class _Trained(nn.Module):
         self.weight = nn.Parameter(tensor)
 
 
-def _state_of(layer: LayerTensors) -> tuple[int, ...]:
-    """Changes when the trained tensors may have changed: with optimizer steps, in-place operations, new storages."""
-    trained = [tensor for tensor in (layer.dA, layer.dB, layer.dm) if tensor is not None]
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in trained]
-    return (steps_taken(), *versions, *(tensor.data_ptr() for tensor in trained))
+class _Cached(NamedTuple):
+    """Tensors, and the state of what they were computed from."""
+
+    state: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
 
 
 def _is_meta(entry: Any) -> bool:

@@ -1,46 +1,110 @@
-"""The cached gains of layers brought up to date, in eager and in compiled code.
+"""When a cached gain is out of date, and how compiled code asks for it.
 
-Compiled code cannot ask "did the deviations change?" without being compiled anew for every answer. It calls one opaque
-operator instead, which asks when it runs: `dude_peft::refresh_caches(layer, slot, caches)` writes the tensors if they
-are out of date.
+The gain of a layer follows from its trained tensors, which change in optimizer steps, by loading, by averaging, by
+`parameter.data = ...`. No count of torch's tells all of that: fused AdamW, the Trainer's default, does not raise
+`Tensor._version`, and neither does anything done to `parameter.data`. So where the tensors lie in the CPU's memory they
+are asked themselves: a hash of their bytes (xxh3, some 10 GB a second) costs a small part of the layer. Elsewhere that
+would stop the device's queue, and what can be counted is counted: optimizer steps, versions, storages, changes of mode.
+
+Compiled code cannot ask "did they change?" without being compiled anew for every answer. It calls one opaque operator,
+which asks when it runs. Its first argument names the layer: a tensor, so that layers of one shape share a graph.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-class Refreshable(Protocol):
-    """A layer whose gains are cached, by the number of the adapter."""
+def state_of(tensors: Sequence[Tensor], *occasions: int) -> tuple[Any, ...]:
+    """A value that changes when the tensors have changed.
 
-    def refreshed(self, slot: int) -> list[Tensor]:
-        """The caches of an adapter, up to date."""
+    Args:
+        tensors: tensors of a layer.
+        *occasions: counts of events that may have changed tensors outside of the CPU's memory.
+
+    Returns:
+        What to compare and to keep: it holds the storages, so that no new one can be taken for them.
+    """
+    if all(_is_readable(tensor) for tensor in tensors):
+        return tuple(_hash(tensor) for tensor in tensors)
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return ("fake",)
+    counted = tuple(_Counted(tensor) for tensor in tensors)
+    return (*occasions, *counted)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN_TYPES and tensor.device.type == "cpu"
+
+
+def _hash(tensor: Tensor) -> int:
+    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_64_intdigest(values.numpy().data)
+
+
+class _Counted:
+    """A tensor's storage and torch's count of its changes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kept = tensor.detach()  # while it lives, the allocator cannot hand its memory out again
+        self.version = 0 if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Counted):
+            return NotImplemented
+        same = self.kept.data_ptr() == other.kept.data_ptr() and self.kept.dtype == other.kept.dtype
+        return same and self.version == other.version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Cached(Protocol):
+    """A layer that caches what follows from its tensors, by the number of the adapter."""
+
+    def current(self, slot: int, start: bool) -> list[Tensor]:
+        """Gain and slope of an adapter, or W0 A0^T, up to date."""
 
 
 _numbers = itertools.count()
-_layers: weakref.WeakValueDictionary[int, Refreshable] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[int, Cached] = weakref.WeakValueDictionary()
 
 
-def register(layer: Refreshable) -> int:
-    """A number under which the operator finds the layer while it lives."""
+def register(layer: Cached) -> Tensor:
+    """A number, as a tensor on the CPU, under which the operators find the layer while it lives."""
     number = next(_numbers)
     _layers[number] = layer
-    return number
+    return torch.tensor(number, device="cpu")
 
 
-@torch.library.custom_op("dude_peft::refresh_caches", mutates_args=("caches",))
-def refresh_caches(layer: int, slot: int, caches: list[Tensor]) -> None:
-    """Bring what adapter number `slot` of a registered layer caches up to date, in place."""
-    for own, given in zip(_layers[layer].refreshed(slot), caches, strict=True):
-        if given.data_ptr() != own.data_ptr():  # the compiler may hand over copies, and writes them back afterwards
-            given.copy_(own)
+@torch.library.custom_op("dude_peft::current_gain", mutates_args=())
+def current_gain(layer: Tensor, slot: int, dA: Tensor, dB: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain (out,) and its slope (out,) of adapter number `slot`; the trained tensors say what it has to wait for."""
+    gain, slope = _layers[int(layer)].current(slot, start=False)
+    return gain.clone(), slope.clone()  # the compiler may reuse their memory
 
 
-@refresh_caches.register_fake
-def _(layer: int, slot: int, caches: list[Tensor]) -> None:
-    return None
+@current_gain.register_fake
+def _(layer: Tensor, slot: int, dA: Tensor, dB: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(dm.dtype, torch.float32)
+    return torch.empty_like(dm, dtype=dtype), torch.empty_like(dm, dtype=dtype)
+
+
+@torch.library.custom_op("dude_peft::start_product", mutates_args=())
+def start_product(layer: Tensor, slot: int, A0: Tensor, B0: Tensor) -> Tensor:
+    """W0 A0^T (out, r) of adapter number `slot`."""
+    return _layers[int(layer)].current(slot, start=True)[0].clone()
+
+
+@start_product.register_fake
+def _(layer: Tensor, slot: int, A0: Tensor, B0: Tensor) -> Tensor:
+    return torch.empty_like(B0)
