@@ -23,7 +23,7 @@ class Behaviour(Enum):
     """Of a layer's forward in evaluation, as a function of rows."""
 
     LINEAR = "x W^T + bias, of its own weight and bias"
-    ROWS = "some other linear map of rows, plus a constant"
+    ROWS = "some other linear map of rows, plus its bias"
     OTHER = "anything else"
 
 
@@ -85,7 +85,7 @@ def _of_twin(layer: nn.Module, shape: tuple[int, int]) -> Behaviour | None:
                 whole = twin(x[:4].view(2, 2, in_))
                 if _near(whole, y[:4].view(2, 2, out), _EXACT):
                     return Behaviour.LINEAR
-            return _affine(twin, x, out)
+            return _affine(twin, x, out, bias)
         except Exception:  # a foreign forward, with a size that its class may not take
             return None
 
@@ -120,7 +120,8 @@ def _of_itself(layer: nn.Module) -> Behaviour:
             y: Any = type(layer).forward(layer, torch.zeros(5, in_, dtype=weight.dtype, device=weight.device))
             return Behaviour.ROWS if isinstance(y, Tensor) and tuple(y.shape) == (5, out) else Behaviour.OTHER
         with _own_generator():
-            return _affine(layer, torch.randn(5, in_).to(weight.device, weight.dtype), out)
+            x = torch.randn(5, in_).to(weight.device, weight.dtype)
+            return _affine(layer, x, out, getattr(layer, "bias", None))
     except Exception:  # what a layer cannot do with rows, it cannot do for the adapter
         return Behaviour.OTHER
     finally:
@@ -128,10 +129,13 @@ def _of_itself(layer: nn.Module) -> Behaviour:
             module.training = mode
 
 
-def _affine(call: Any, x: Tensor, out: int) -> Behaviour:
-    """ROWS where f(a x1 + b x2) - f(0) is a (f(x1) - f(0)) + b (f(x2) - f(0)), and f(x1) the same twice."""
+def _affine(call: Any, x: Tensor, out: int, bias: Tensor | None) -> Behaviour:
+    """ROWS where f(a x1 + b x2) - f(0) is a (f(x1) - f(0)) + b (f(x2) - f(0)), f(0) the bias, and f(x1) f(x1) again."""
     origin, y = call(torch.zeros_like(x)), call(x)
     if not isinstance(origin, Tensor) or origin.shape != (len(x), out) or not torch.equal(call(x), y):
+        return Behaviour.OTHER
+    constant = torch.zeros_like(origin) if bias is None else bias.expand_as(origin)
+    if not _near(origin, constant, _ROUNDED):  # the adapter takes the bias out of the output
         return Behaviour.OTHER
     mixed = call(3 * x - 0.5 * x.flip(0)) - origin
     parts = 3 * (y - origin) - 0.5 * (y - origin).flip(0)

@@ -54,7 +54,7 @@ def why_not(layer: nn.Module) -> str | None:
         and has_plain_weight(layer)
         and behaviour_of(layer) is Behaviour.OTHER
     ):
-        return f"is a {kind}, which does not map rows of {layer_shape(layer)[1]} features linearly"
+        return f"is a {kind}, whose output is no linear map of rows of {layer_shape(layer)[1]} features plus its bias"
     return None
 
 
