@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from models import logits, make, tokens
+from models import logits, make, perturb, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from tiny import save_tiny
@@ -659,6 +660,60 @@ def test_the_comparison_is_the_textbook():
     assert found.agreement == float((live.argmax(-1) == out.argmax(-1)).float().mean())
     with pytest.raises(NumericsError, match="NaN or Inf"):
         compare({"live.0": live, "base.0": base}, {"out.0": out * float("nan")}, 1)
+
+
+def test_ruled_out_tokens_are_equal_where_both_rule_them_out():
+    generator = torch.Generator().manual_seed(0)
+    live, out, base = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    expected = compare({"live.0": live, "base.0": base}, {"out.0": out}, 1)
+
+    def masked(logits):
+        return torch.cat([logits, torch.full((5, 2), -torch.inf)], dim=1)
+
+    assert compare({"live.0": masked(live), "base.0": masked(base)}, {"out.0": masked(out)}, 1) == expected
+    allowing = torch.cat([live, torch.ones(5, 2)], dim=1)
+    for ours, theirs, who in ((masked(live), allowing, "live adapter"), (allowing, masked(out), "export")):
+        with pytest.raises(NumericsError, match=f"the {who} alone rules out token 7 .* one of 10 such places"):
+            compare({"live.0": ours, "base.0": masked(base)}, {"out.0": theirs}, 1)
+    nothing = torch.full((5, 9), -torch.inf)
+    with pytest.raises(NumericsError, match="live adapter itself gives NaN or Inf"):
+        compare({"live.0": nothing, "base.0": masked(base)}, {"out.0": nothing}, 1)
+
+
+@pytest.mark.slow
+def test_a_model_that_masks_unused_vocabulary_is_exported(tmp_path):
+    config = transformers.PhiConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, embd_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.bias[90:] = -torch.inf
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(load(tmp_path / "base"), DudeConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", "merged", tmp_path / "out", quiet=True)
+    found = json.loads((tmp_path / "out/dude_export.json").read_text())["difference"]
+    assert found["kl"] <= 1e-9 < found["kl_base"]
+    assert found["logits"] <= 1e-5
+
+
+def test_files_have_the_usual_permissions_and_the_umask_is_never_touched(usual, tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("other threads make files meanwhile"))
+            merge([usual.adapter], tmp_path / "out", **QUIET)
+            # What a killed process left may have been made under another umask.
+            (tmp_path / ".dude-again").mkdir(mode=0o700)
+            export(usual.adapter, "peft", tmp_path / "again", **QUIET)
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+        assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
 
 
 # --- dude verify and the command ----------------------------------------------------------------------------------

@@ -151,4 +151,5 @@ def test_no_pickle_and_no_eval_in_the_package():
             if isinstance(node, ast.Call):
                 call = ast.unparse(node.func)
                 assert call not in {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "yaml.load"}, path
+                assert call not in {"os.umask", "umask"}, f"{path}: other threads make files meanwhile"
                 assert not any(word.arg == "trust_remote_code" for word in node.keywords), path

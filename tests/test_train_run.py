@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.methods import METHODS
@@ -240,6 +241,20 @@ def test_overwriting_replaces_ours_and_keeps_the_rest(settings, tmp_path):
     assert not list(out.glob(".dude-*"))
 
 
+def test_the_files_of_a_run_have_the_usual_permissions(settings, tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("other threads make files meanwhile"))
+            start(settings, train={"save_steps": 3})
+    finally:
+        os.umask(before)
+    adapter = tmp_path / "out/adapter"
+    written = [*(tmp_path / "out").glob("*.json*"), *adapter.iterdir()]
+    assert stat.S_IMODE(adapter.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o640}
+
+
 # --- runs that fail -----------------------------------------------------------------------------------------------
 
 
@@ -279,6 +294,27 @@ def test_a_start_that_is_not_the_base_is_refused():
     check_start(base, base.clone())
     with pytest.raises(NumericsError, match="not the base model"):
         check_start(base, base + 1e-6)
+
+
+def test_a_model_that_rules_out_tokens_trains(settings, checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config = PhiConfig(
+        vocab_size=len(tokenizer) + 6, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PhiForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.bias[-6:] = -torch.inf
+    model.save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    report = start(settings, model={"name_or_path": str(tmp_path / "phi")})
+    assert report.after.loss < report.before.loss
+
+    ruled_out = torch.tensor([[1.0, -torch.inf]])
+    check_start(ruled_out, ruled_out.clone())
+    with pytest.raises(NumericsError, match=r"moves the logits by up to 0\.5"):
+        check_start(ruled_out, ruled_out + 0.5)
 
 
 @pytest.mark.parametrize(

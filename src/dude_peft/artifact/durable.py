@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,18 +31,27 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     Raises:
         OSError: the disk or a permission does not allow it; the old file stays, nothing is left beside it.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".dude-")
+    temporary = hidden_name(path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        # "x" makes a new file, with the permissions that files usually get here; it follows no link.
+        with open(temporary, "xb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def hidden_name(folder: Path) -> Path:
+    """A name in a folder that no other process takes, for what is renamed when it is whole.
+
+    Python's tempfile makes private files. Giving them the usual permissions needs the process's umask, which can only
+    be read by changing it, under the feet of other threads.
+    """
+    return folder / f".dude-{secrets.token_hex(8)}"
 
 
 @contextmanager
@@ -108,7 +118,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
             sync(path)
         sync(folder)
         refuse_existing(output)
-        folder.chmod(0o777 & ~umask())
+        folder.chmod(_usual_permissions(folder))
         folder.rename(output)
     sync(output.parent)
 
@@ -173,8 +183,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def umask() -> int:
-    """The process's mask of permissions; temporary files are made private and get the usual ones at the end."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _usual_permissions(folder: Path) -> int:
+    """Those that a new folder gets in this one, found by making one."""
+    made = hidden_name(folder)
+    made.mkdir()
+    try:
+        return stat.S_IMODE(made.stat().st_mode)
+    finally:
+        made.rmdir()

@@ -31,17 +31,19 @@ def effective_weight(W0: Tensor, layer: LayerTensors, scaling: float, g: Tensor 
     V = torch.addmm(W0, layer.dB.to(W0), A.to(W0), alpha=scaling)
     if layer.B0 is not None:
         V.addmm_(layer.B0.to(W0), layer.dA.to(W0), alpha=scaling)
-    return V if g is None else V.mul_(g.to(W0)[:, None])
+    if g is None:
+        return V
+    return V * g.to(W0)[:, None] if V.requires_grad else V.mul_(g.to(W0)[:, None])
 
 
-def layer_gain(W0: Tensor, layer: LayerTensors, scaling: float) -> Tensor | None:
+def layer_gain(W0: Tensor, layer: LayerTensors, scaling: float, norm_gradient: str = "detached") -> Tensor | None:
     """Gain g = m / ||V|| of every row, (out,) in float32 or better; None for methods without a magnitude."""
     if layer.m0 is None or layer.dm is None:
         return None
     dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
     start = None if layer.A0 is None else rows_product(W0, layer.A0)
     q = norm_change(rows_product(W0, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
-    return gain(layer.m0, layer.dm, q)
+    return gain(layer.m0, layer.dm, q, norm_gradient)
 
 
 def rows_of(layer: LayerTensors, rows: slice) -> LayerTensors:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dude_peft.core.divergence import divergence
 from dude_peft.errors import NumericsError, ResourceError
 from dude_peft.show import shown
 
@@ -151,15 +152,17 @@ def compare(live: dict[str, Tensor], export: dict[str, Tensor], count: int) -> D
                 f"the export reads prompt {number} as {len(theirs)} tokens of {theirs.shape[1]}, the base model as "
                 f"{len(ours)} of {ours.shape[1]}: its tokenizer or vocabulary is another one"
             )
-        if not bool(torch.isfinite(ours).all()):
+        if not _is_usable(ours):
             raise NumericsError(f"the live adapter itself gives NaN or Inf on prompt {number}; training diverged")
-        if not bool(torch.isfinite(theirs).all()):
+        if not _is_usable(theirs):
             raise NumericsError(f"the export gives NaN or Inf on prompt {number}; choose another --dtype")
+        _check_ruled_out(ours, theirs, number)
         each = _kl(ours, theirs)
         kl, worst = kl + float(each.sum()), max(worst, float(each.max()))
         kl_base += float(_kl(ours, base).sum())
-        largest = max(largest, float(ours.abs().max()))
-        difference = max(difference, float((ours - theirs).abs().max()))
+        allowed = ~ours.isneginf()
+        largest = max(largest, float(ours[allowed].abs().max()))
+        difference = max(difference, float((ours - theirs)[allowed].abs().max()))
         agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += len(ours)
     return Difference(difference / largest, kl / tokens, worst, agreeing / tokens, kl_base / tokens, tokens)
@@ -179,10 +182,26 @@ def record(difference: Difference) -> dict[str, float]:
     return asdict(difference)
 
 
+def _is_usable(logits: Tensor) -> bool:
+    """Whether every row is a distribution: -inf rules a token out, as models do with unused vocabulary."""
+    return bool(torch.isfinite(logits.amax(-1)).all())  # the largest is NaN where any is
+
+
+def _check_ruled_out(ours: Tensor, theirs: Tensor, number: int) -> None:
+    """Refuse an export that rules out (logit -inf) a token which the live adapter allows, or the other way round."""
+    places = (ours.isneginf() != theirs.isneginf()).nonzero()
+    if len(places):
+        position, token = places[0].tolist()
+        who = ("the live adapter", "the export")[bool(theirs[position, token].isneginf())]
+        raise NumericsError(
+            f"prompt {number}, position {position}: {who} alone rules out token {token} (its logit is -inf), one of "
+            f"{len(places)} such places; the export is another model"
+        )
+
+
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of every row of logits, in float64: differences of 1e-9 count."""
-    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    return divergence(p.double(), q.double()).clamp_min(0)
 
 
 def _run(command: list[str], request: dict[str, Any], what: str) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from dude_peft.artifact.durable import refuse_existing, staging, sync, umask
+from dude_peft.artifact.durable import refuse_existing, staging, sync
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.export.llama_tools import find_converter, find_quantiser
 from dude_peft.show import shown
@@ -60,7 +60,6 @@ def convert(model: Path, output: Path, quantisation: str = "F16", llama_cpp: Pat
         if quantiser:
             made, plain = folder / "quantised.gguf", made
             _run("quantiser", [*quantiser, str(plain), str(made), name], made)
-        made.chmod(0o666 & ~umask())
         sync(made)
         refuse_existing(output)
         made.rename(output)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from dude_peft.artifact.durable import replace_file, sync, umask, whole_folder
+from dude_peft.artifact.durable import hidden_name, replace_file, sync, whole_folder
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 from dude_peft.train.checkpoint import Checkpoints
@@ -35,7 +34,7 @@ from dude_peft.train.record import (
     score_from,
 )
 
-_TEMPORARY = re.compile(r"\.dude-[a-z0-9_]{8}")  # Python's tempfile, with our prefix
+_TEMPORARY = re.compile(r"\.dude-[0-9a-f]{16}")  # `durable.hidden_name`
 _START = ".dude-start"
 
 
@@ -94,9 +93,9 @@ class RunFolder:
             self.earlier = None if overwrite else read_identity(self.path)
             check_output_dir(self.path, overwrite=overwrite)  # another process may have been here in between
             self._sweep()
-            descriptor, probe = tempfile.mkstemp(prefix=".dude-", dir=self.path)
-            os.close(descriptor)
-            os.unlink(probe)
+            probe = hidden_name(self.path)
+            probe.touch(exist_ok=False)
+            probe.unlink()
         except DudeError:
             self.release()
             raise
@@ -242,7 +241,8 @@ class RunFolder:
         if not self.writes:
             return target
         with self._writing(ADAPTER):
-            temporary = Path(tempfile.mkdtemp(prefix=".dude-", dir=self.path))
+            temporary = hidden_name(self.path)
+            temporary.mkdir()
             try:
                 save_adapter(model, temporary, state)
                 tokenizer.save_pretrained(str(temporary))
@@ -255,7 +255,6 @@ class RunFolder:
                         os.replace(file, target / file.name)
                     temporary.rmdir()
                 else:
-                    temporary.chmod(0o777 & ~umask())
                     os.replace(temporary, target)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)

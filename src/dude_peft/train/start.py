@@ -84,7 +84,8 @@ def probe(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], pad_id: i
     logits: Tensor = model(**batch, use_cache=False).logits
     # Only real tokens: what a model makes of padding may be anything.
     logits = logits[batch["attention_mask"].bool()]
-    if not bool(torch.isfinite(logits).all()):
+    # -inf alone is how some models rule out tokens; the largest is NaN where any is.
+    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
         raise NumericsError("the pretrained model's own output is not finite; use model.dtype: float32 or bfloat16")
     return logits
 
@@ -96,7 +97,8 @@ def check_start(base: Tensor, adapted: Tensor) -> None:
         NumericsError: they differ in any bit.
     """
     if not torch.equal(base, adapted):
-        distance = float((base.float() - adapted.float()).abs().max())
+        moved = (base.float() - adapted.float()).abs()
+        distance = float(torch.where(base == adapted, 0.0, moved).max())  # -inf is as far from itself as anything
         raise NumericsError(
             f"the start is not the base model: a fresh adapter moves the logits by up to {distance:.2g}; "
             "report this with the model's name"

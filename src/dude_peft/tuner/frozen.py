@@ -1,7 +1,8 @@
 """What the adapter has to know of the frozen layer under it: nn.Linear, GPT-2's Conv1D, or anything that maps rows.
 
-A layer is transparent where its weight is a plain float matrix and its forward is the known one; then the weight is
-read directly. Every other layer (bitsandbytes, torchao, GPTQ, ...) is opaque: only its forward is used, on rows.
+A layer is transparent where its weight is a plain float matrix and its forward is the linear one, by name or by what it
+does (`behaviour.py`); then the weight is read directly. Every other layer (bitsandbytes, torchao, GPTQ, ...) is opaque:
+only its forward is used, on rows.
 """
 
 from __future__ import annotations
@@ -18,47 +19,61 @@ from transformers.pytorch_utils import Conv1D
 
 from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values, xxh3_of
 from dude_peft.core.magnitude import rows_product
+from dude_peft.tuner.behaviour import Behaviour, behaviour_of, has_more_tensors
+from dude_peft.tuner.behaviour import is_transposed as is_transposed
+from dude_peft.tuner.behaviour import layer_shape as layer_shape
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A fake tensor has no values and stands for a plain one: `dude plan` runs a step of a model made of them.
 _PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
+_KNOWN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 # Identity rows pushed at a time through an opaque layer to read its weight.
 _PROBE_ROWS = 512
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether the layer maps rows of in_features to rows of out_features by a weight.
+    """Whether the layer maps rows of in_features to rows of out_features by a weight."""
+    return why_not(layer) is None
 
-    The output projection inside nn.MultiheadAttention is refused: its forward is never called, so an adapter on it
-    would do nothing, silently.
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a layer cannot be adapted, as the end of "target 'x' ..."; None where it can.
+
+    The output projection inside nn.MultiheadAttention is refused: its forward is never called, and stock PEFT, which
+    the adapter has to be right in as well, would leave it out silently.
     """
+    kind = type(layer).__name__
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return False
-    if isinstance(layer, (nn.Linear, Conv1D)):
-        return True
-    sized = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
-    return sized and "Linear" in type(layer).__name__
-
-
-def layer_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of the layer's weight."""
-    if isinstance(layer, Conv1D):
-        return int(layer.nf), int(layer.nx)
-    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer keeps its weight as (in, out)."""
-    return isinstance(layer, Conv1D)
+        return f"is a {kind}, whose weight nn.MultiheadAttention reads without calling the layer: stock PEFT drops it"
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        sized = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+        if not sized or "Linear" not in kind:
+            return f"is a {kind}, which is not a linear layer"
+    if (
+        type(layer).forward not in _KNOWN_FORWARDS
+        and has_plain_weight(layer)
+        and behaviour_of(layer) is Behaviour.OTHER
+    ):
+        return f"is a {kind}, whose output is no linear map of rows of {layer_shape(layer)[1]} features plus its bias"
+    return None
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight as an (out, in) view, or None where the layer is opaque."""
-    weight: Any = getattr(layer, "weight", None)
-    known = type(layer).forward in (nn.Linear.forward, Conv1D.forward)
-    if not known or type(weight) not in _PLAIN_TYPES or weight.ndim != 2 or weight.dtype not in _PLAIN_DTYPES:
+    if not has_plain_weight(layer):
         return None
+    if has_more_tensors(layer):
+        return None
+    if type(layer).forward not in _KNOWN_FORWARDS and behaviour_of(layer) is not Behaviour.LINEAR:
+        return None
+    weight: Any = layer.weight
     return weight.detach().T if is_transposed(layer) else weight.detach()
+
+
+def has_plain_weight(layer: nn.Module) -> bool:
+    """Whether the layer has a weight that is a float matrix, with or without values."""
+    weight: Any = getattr(layer, "weight", None)
+    return type(weight) in _PLAIN_TYPES and weight.ndim == 2 and weight.dtype in _PLAIN_DTYPES
 
 
 def is_dense(layer: nn.Module, x: Tensor) -> bool:

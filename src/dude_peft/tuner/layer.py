@@ -11,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from dude_peft.artifact.effective import effective_weight
+from dude_peft.artifact.effective import effective_weight, layer_gain
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
@@ -24,6 +24,7 @@ from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
 from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
+from dude_peft.tuner.weight import readable
 
 # On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
 # that a raw state dict of ours cannot be taken for a stock adapter.
@@ -150,6 +151,37 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             for name in self._names(self.active_adapters if adapter_names is None else adapter_names):
                 total += effective_weight(W0, self.tensors(name), self.scaling[name], self.gain(name)) - W0
             return total
+
+    @property
+    def weight(self) -> Tensor:
+        """What a module that reads the weight itself, instead of calling the layer, has to find: the effective weight.
+
+        In the base weight's dtype and layout, and differentiable, without dropout; the base layer's own weight where no
+        adapter is to be added, and where it is quantised or a shard.
+        """
+        if self.disable_adapters:
+            with self.unmerged():
+                return super().weight
+        base: Any = self.get_base_layer()
+        names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        if not names or frozen.plain_weight(base) is None or frozen.is_sharded(base.weight):
+            return super().weight
+        groups = [getattr(self, group) for group in TRAINED]
+        trained = [group[name].weight for name in names for group in groups if name in group]
+        return readable(base.weight, lambda: self._weight_with(names), trained)
+
+    def _weight_with(self, names: list[str]) -> Tensor:
+        """The base layer's weight with the changes of some adapters, as autograd follows it."""
+        base: Any = self.get_base_layer()
+        with torch.autocast(base.weight.device.type, enabled=False):
+            W0 = self._base_weight()
+            total = frozen.dense_weight(base)
+            for name in names:
+                layer, scaling = self.tensors(name), self.scaling[name]
+                g = layer_gain(W0, layer, scaling, self.norm_gradient[name])
+                total = total + (effective_weight(W0, layer, scaling, g) - W0)
+            total = total.to(base.weight.dtype)
+            return total.T.contiguous() if frozen.is_transposed(base) else total
 
     def gain(self, adapter_name: str) -> Tensor | None:
         """Gain g = m / n of one adapter, (out,), float32 or better; None for methods without a magnitude.

@@ -104,10 +104,10 @@ class DudeModel(BaseTuner):
             )
         for name, module in targets:
             layer = _base_of(module)
-            if not frozen.is_supported(layer):
+            if reason := frozen.why_not(layer):
                 raise ConfigError(
-                    f"target '{name}' is a {type(layer).__name__}, which is not a linear layer; adapt linear layers, "
-                    f"and train others whole with modules_to_save=[{name.rpartition('.')[2]!r}]"
+                    f"target '{name}' {reason}; adapt linear layers, and train others whole with "
+                    f"modules_to_save=[{name.rpartition('.')[2]!r}]"
                 )
             check_rank(name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
             weight = frozen.plain_weight(layer)
