@@ -282,11 +282,14 @@ def test_a_forged_tensor_with_a_fitting_hash_is_refused(copied, suffix, change, 
 
 
 def test_a_forged_file_with_other_names_is_refused(copied):
-    tensors = tensors_of(copied)
+    tensors = {key: tensor.clone() for key, tensor in tensors_of(copied).items()}  # not mapped: the file changes
     name = next(name for name in tensors if name.endswith("q_proj.lora_A0"))
     value = tensors.pop(name)
-    rewrite(copied, {**tensors, "base_model.model.lm_head.weight": value}, seal=True)
-    refused(copied, ArtifactError, "1 missing", "1 unexpected", "lm_head.weight")
+    rewrite(copied, {**tensors, "base_model.model.model.norm.weight": value}, seal=True)
+    refused(copied, ArtifactError, "1 missing", "1 unexpected", "model.norm.weight")
+    # PEFT saves resized embeddings beside an adapter, so their name is none of a stranger; they have to fit.
+    rewrite(copied, {**tensors, name: value, "base_model.model.lm_head.weight": value.clone()}, seal=True)
+    refused(copied, ArtifactError, "'lm_head.weight' is [4, 48], the model's [96, 48]", "resize_token_embeddings")
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "use_dora"])

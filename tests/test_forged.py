@@ -249,6 +249,12 @@ def test_an_adapter_name_that_is_no_folders_name_is_refused(name, small):
             call()
 
 
+@pytest.mark.parametrize("name", ["__dict__", "keys", "training", "forward"])
+def test_a_name_that_torchs_lists_have_themselves_is_refused(name):
+    with pytest.raises(ConfigError, match="choose another one"):
+        get_peft_model(make("llama"), DudeConfig(r=2, target_modules=["q_proj"]), adapter_name=name)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=80))
 def test_any_adapter_name_is_taken_or_refused(name):

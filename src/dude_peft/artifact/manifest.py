@@ -25,6 +25,7 @@ from dude_peft.version import __version__
 
 FORMAT_VERSION = 3  # 1: base weights hashed with sha256; 2: the magnitude under a name that transformers does not read
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."  # PEFT's: where the base model stands
 _SHARES = 16
 _KEY, _SEAL = "dude", "dude_sha256"
 
@@ -43,6 +44,8 @@ class Manifest:
     """sha256 of adapter_config.json's content."""
     quantization: dict[str, Any] | None = None
     """How the base model was quantised: `config`, transformers' own settings, and `dtype` of the rest; None: not."""
+    beside: dict[str, TensorPrint] | None = None
+    """Name of every tensor of the base model that is relied on beside the adapted ones -> its fingerprint."""
     format_version: int = FORMAT_VERSION
     dude_version: str = __version__
 
@@ -52,6 +55,8 @@ def stamp(
     config: dict[str, Any],
     base: dict[str, TensorPrint],
     quantization: dict[str, Any] | None = None,
+    beside: dict[str, TensorPrint] | None = None,
+    left_out: tuple[str, ...] = (),
 ) -> None:
     """Write the manifest into an adapter directory that PEFT has just saved.
 
@@ -63,15 +68,18 @@ def stamp(
         config: fields of DudeConfig.
         base: fingerprints of the adapted base weights.
         quantization: how the base is quantised, if it is.
+        beside: fingerprints of what else the adapter relies on; those of saved tensors are left out.
+        left_out: beginnings of the names of tensors that PEFT put into the file and no loader needs.
 
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
     """
     path = directory / WEIGHTS_FILE
     tensors = safetensors.torch.load_file(path)
-    tensors = {name: t for name, t in tensors.items() if not name.endswith(".base_layer.weight")}
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(left_out)}
     hashes = {name: sha256_of([tensor]) for name, tensor in tensors.items()}
-    metadata = sealed_metadata(config, base, hashes, directory / CONFIG_FILE, quantization)
+    beside = {name: seen for name, seen in (beside or {}).items() if f"{_PREFIX}{name}" not in tensors}
+    metadata = sealed_metadata(config, base, hashes, directory / CONFIG_FILE, quantization, beside)
     replace_file(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
 
 
@@ -81,6 +89,7 @@ def sealed_metadata(
     tensors: dict[str, str],
     config_file: Path,
     quantization: dict[str, Any] | None = None,
+    beside: dict[str, TensorPrint] | None = None,
 ) -> dict[str, str]:
     """Metadata of an adapter file: the manifest and its hash.
 
@@ -90,8 +99,9 @@ def sealed_metadata(
         tensors: name of every tensor in the file -> sha256 of its values.
         config_file: the adapter_config.json that goes with it.
         quantization: how the base is quantised, if it is.
+        beside: fingerprints of what else the adapter relies on.
     """
-    manifest = Manifest(config, base, tensors, _json_sha256(config_file), quantization)
+    manifest = Manifest(config, base, tensors, _json_sha256(config_file), quantization, beside or None)
     fields = {name: value for name, value in asdict(manifest).items() if value is not None}
     text = json.dumps(fields, sort_keys=True)
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
@@ -110,7 +120,8 @@ def read_manifest(directory: Path) -> Manifest:
     header = read_header(path)
     if _KEY not in header.metadata:
         raise ArtifactError(
-            f"'{path}' carries no DuDe manifest, it was not saved by dude-peft; load it with peft.PeftModel"
+            f"'{path}' carries no DuDe manifest, it was not saved by PEFT's save_pretrained with a DudeConfig; load it "
+            "with peft.PeftModel"
         )
     sealed = {"format": "pt", _KEY: header.metadata[_KEY], _SEAL: _text_sha256(header.metadata[_KEY])}
     if header.metadata != sealed:
@@ -165,9 +176,10 @@ def _parse(text: str, path: Path) -> Manifest:
             raise TypeError("config, base and tensors have to be objects")
         if not _is_quantization(manifest.quantization):
             raise TypeError("quantization has to have a config and a float dtype")
-        if not all(set(entry) == set(TensorPrint.__annotations__) for entry in manifest.base.values()):
+        prints = [*manifest.base.values(), *(manifest.beside or {}).values()]
+        if not all(set(entry) == set(TensorPrint.__annotations__) for entry in prints):
             raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged ({error}); copy the file again") from error
     return manifest
 

@@ -33,6 +33,8 @@ class SavedAdapter:
     tensors: dict[str, StoredTensor]
     quantization: dict[str, Any] | None
     """How its base was quantised, if it was."""
+    beside: dict[str, TensorPrint]
+    """Name of every other tensor of the base that it relies on -> its fingerprint."""
 
     def scaling(self, layer: str) -> float:
         """S of one layer."""
@@ -83,7 +85,7 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     config = DudeConfig.from_pretrained(str(folder))
     assert config._loading is not None
     manifest, tensors = config._loading, read_header(folder / WEIGHTS_FILE).tensors
-    return SavedAdapter(folder, config, manifest.base, tensors, manifest.quantization)
+    return SavedAdapter(folder, config, manifest.base, tensors, manifest.quantization, manifest.beside or {})
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

@@ -185,8 +185,11 @@ def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
     if base.quantization is not None:
         return base.problem
     asked = [(layer.stored, change.adapter, name) for name, layer in layers.items() for change, _ in layer.changes]
+    parameters = {name for names in base.names.values() for name in names}
+    for adapter in {id(adapter): adapter for _, adapter, _ in asked}.values():
+        asked += [(_parameter(base, name)[0], adapter, name) for name in adapter.beside if name in parameters]
     with single_threaded_pool(len(asked)) as pool:
-        held = list(pool.map(lambda one: holds_values(one[0], one[1].base[one[2]]), asked))
+        held = list(pool.map(lambda one: holds_values(one[0], {**one[1].base, **one[1].beside}[one[2]]), asked))
     wrong = [(adapter, name) for (_, adapter, name), holds in zip(asked, held, strict=True) if not holds]
     if not wrong:
         return None

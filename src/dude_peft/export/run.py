@@ -20,6 +20,7 @@ from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
 
 if TYPE_CHECKING:
+    from dude_peft.export.adapter import SavedAdapter
     from dude_peft.export.base import Base
     from dude_peft.export.check import Difference, Live
     from dude_peft.export.combine import Combination
@@ -154,6 +155,16 @@ def merge(
     return _Export(settings, list(map(str, adapters)), weights, base, gguf_file).run(Target("merged"), how)
 
 
+def _check_task(adapter: SavedAdapter) -> None:
+    """The command reads and proves causal language models; a head of another task is merged in memory."""
+    task = adapter.config.task_type
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"adapter {shown(adapter.folder, 300)} is for {shown(task)}, and merge and export write causal language "
+            "models; in Python, load_adapter(model, adapter).merge_and_unload() merges it"
+        )
+
+
 @dataclass(frozen=True)
 class _Settings:
     output: Path
@@ -192,6 +203,8 @@ class _Export:
         self.dtype = None if self.settings.dtype == "keep" else getattr(torch, self.settings.dtype)
         self.combination = combination or Combination()
         opened = [open_adapter(path) for path in self.adapters]
+        for adapter in opened:
+            _check_task(adapter)
         self.weighted = [Weighted(adapter, w) for adapter, w in zip(opened, self.weights, strict=True)]
         source = source_of(opened[0], self.base_name, self.gguf_file)
         if target.kind == "gguf":

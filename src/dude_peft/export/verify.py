@@ -54,7 +54,7 @@ def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | Non
         f"trained numbers, base model {shown(config.base_model_name_or_path, 300)}"
     )
     if whole:
-        display.say(f"trained whole: {shown(', '.join(whole), 300)}")
+        display.say(f"saved whole: {shown(', '.join(whole), 300)}")
     display.say("files: whole, unedited, finite")
     if base is None and gguf_file is None:
         display.say("base weights: not compared; --base MODEL compares them")

@@ -34,6 +34,14 @@ class _PeftType(str):
 
 
 DUDE_TYPE = _PeftType("DUDE")
+# Keys of PEFT's LoraConfig that people bring along -> what does the same here.
+_INSTEAD = {
+    "trainable_token_indices": "train added tokens with the whole embedding, as modules_to_save=['embed_tokens']",
+    "ensure_weight_tying": "name both ends in modules_to_save, as ['embed_tokens', 'lm_head']",
+    "use_dora": "set method='dora'",
+    "use_rslora": "set method='rslora'",
+    "init_lora_weights": "set method, as method='pissa'",
+}
 
 
 def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
@@ -45,7 +53,7 @@ def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
-                raise ConfigError(f"DudeConfig has no key '{name}'; {closest(name, known)}")
+                raise ConfigError(f"DudeConfig has no key '{name}'; {_INSTEAD.get(name) or closest(name, known)}")
         generated(self, *args, **settings)
 
     cls.__init__ = checked  # type: ignore[method-assign]
@@ -100,6 +108,8 @@ class DudeConfig(PeftConfig):
         self._loading: Manifest | None = None
         self._base: dict[str, TensorPrint] | None = None
         self._quantization: dict[str, Any] | None = None
+        self._beside: dict[str, tuple[tuple[int, int], TensorPrint]] = {}
+        self._left_out: tuple[str, ...] = ()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -147,7 +157,7 @@ class DudeConfig(PeftConfig):
             exclude_modules=_sorted(self.exclude_modules),
             rank_pattern=rank_pattern,
             alpha_pattern={name: _int_if_whole(alpha) for name, alpha in alpha_pattern.items()},
-            modules_to_save=self.modules_to_save,
+            modules_to_save=_unique(self.modules_to_save),
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
             bias=self.bias,
@@ -176,7 +186,8 @@ class DudeConfig(PeftConfig):
         if self._base is None:
             return
         if (directory / WEIGHTS_FILE).is_file():
-            stamp(directory, self._manifest_fields(), self._base, self._quantization)
+            beside = {name: seen for name, (_, seen) in self._beside.items()}
+            stamp(directory, self._manifest_fields(), self._base, self._quantization, beside, self._left_out)
         elif (directory / WEIGHTS_NAME).is_file():
             raise ArtifactError(f"'{directory / WEIGHTS_NAME}' is a pickle; save with safe_serialization=True")
         self._base = None
@@ -227,7 +238,8 @@ class DudeConfig(PeftConfig):
         return {f.name: _sorted(getattr(self, f.name)) for f in fields(self)}
 
     def _manifest_fields(self) -> dict[str, Any]:
-        return {**self.to_dict(), "peft_type": str(self.peft_type)}
+        once = {"modules_to_save": _unique(self.modules_to_save)}
+        return {**self.to_dict(), **once, "peft_type": str(self.peft_type)}
 
 
 def closest(name: str, known: Any) -> str:
@@ -305,6 +317,11 @@ def _is_number(value: object) -> bool:
 
 def _int_if_whole(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
+
+
+def _unique(names: list[str] | None) -> list[str] | None:
+    """Each name once: PEFT adds the head of a task to modules_to_save whenever it makes a model."""
+    return names if names is None else list(dict.fromkeys(names))
 
 
 def _sorted(value: Any) -> Any:

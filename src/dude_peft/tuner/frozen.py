@@ -177,6 +177,11 @@ def _plain_parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a whole float tensor, no share or packed form of one."""
+    return type(tensor) in _PLAIN_TYPES and tensor.dtype in _PLAIN_DTYPES and not is_sharded(tensor)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only a share of it: FSDP2's DTensors and DeepSpeed's partitioned parameters."""
     return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")

@@ -13,6 +13,7 @@ from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.core.threads import one_thread, single_threaded_pool
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner import frozen
+from dude_peft.tuner.beside import check_beside
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.layer import DudeLinear
 
@@ -56,6 +57,7 @@ def load_adapter(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert config._loading is not None
     check_base(base, config._loading.base, str(path), allow_base_mismatch)
+    check_beside(base, config._loading.beside or {}, str(path), allow_base_mismatch)
     if not isinstance(model, PeftModel):
         with one_thread():  # hundreds of small copies
             return PeftModel.from_pretrained(

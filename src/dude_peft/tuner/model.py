@@ -6,23 +6,35 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
 )
 from torch import Tensor, nn
 
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.magnitude import row_norm
-from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.show import quoted, shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
+from dude_peft.tuner.heads import (
+    embedding_modules,
+    enter_head,
+    newly_initialised,
+    trained_whole,
+    usual_heads,
+    warn_of_drawn,
+)
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.patterns import check_pattern
 from dude_peft.tuner.starts import compute_starts
@@ -54,8 +66,13 @@ class DudeModel(BaseTuner):
                 f"adapter_name {shown(adapter_name)!r}: it names a folder where it is saved; use up to 64 letters, "
                 "digits, '_' and '-'"
             )
+        if hasattr(nn.ModuleDict(), adapter_name):
+            raise ConfigError(f"adapter_name '{adapter_name}' is a name of torch's module lists; choose another one")
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
+        if config._loading is None:
+            enter_head(model, config)
+            warn_of_drawn(model, config)
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
         except ValueError as error:
@@ -65,8 +82,10 @@ class DudeModel(BaseTuner):
             ) from error
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
-            # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
+            # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say, and nothing
+            # that is trained whole, or was drawn by chance and is saved with no adapter.
             unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
+            unfit |= trained_whole(model, config) | set(newly_initialised(model))
             # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
             config.target_modules = {n for n in set(config.target_modules) - unfit if _is_wanted_layer(n, config)}
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
@@ -114,6 +133,13 @@ class DudeModel(BaseTuner):
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
         _check_saved_modules(config, names)
+        _check_output_layer(model, targets)
+        whole = trained_whole(model, config)
+        if both := next((name for name, _ in targets if name in whole), None):
+            raise ConfigError(
+                f"'{both}' is in target_modules and, by its ending, in modules_to_save={config.modules_to_save}, where "
+                "PEFT compares the endings of names; leave it out of one, or write longer names"
+            )
         return targets
 
     def _create_and_replace(
@@ -202,6 +228,8 @@ class DudeModel(BaseTuner):
             base[layer.layer_name] = layer.base_fingerprint()
         config._base = base
         config._quantization = _quantization_of(model)
+        config._beside = prints_beside(_base_model(model), config._beside)
+        config._left_out = tuple(_needless(model, config))
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
 
@@ -242,6 +270,7 @@ class DudeModel(BaseTuner):
         extra = _foreign(remaining, model, config)
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
+        _check_whole(remaining, model)
         config._loading = None
         return {**loaded, **remaining}
 
@@ -321,11 +350,61 @@ def _with_adapter(name: str, adapter_name: str) -> str:
     return f"{head}.{adapter_name}{dot}{tail}"
 
 
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _needless(model: nn.Module, config: DudeConfig) -> Iterator[str]:
+    """Beginnings of the names of tensors that PEFT saves beside embeddings and biases, and no loader needs.
+
+    The weight under an adapted layer is the base's, our own tensors are in the file in their stock form already, and so
+    is the trained copy of a module.
+    """
+    untrained = "base_layer." if config.bias == "none" else "base_layer.weight"
+    for name, module in model.named_modules():
+        place = name if name.startswith(_PEFT_PREFIX) else f"{_PEFT_PREFIX}{name}"
+        if isinstance(module, DudeLinear):
+            yield from (f"{place}.{part}" for part in (untrained, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield from (f"{place}.{part}." for part in ("original_module", "modules_to_save"))
+
+
 def _foreign(names: Iterable[str], model: nn.Module, config: DudeConfig) -> list[str]:
-    """Tensors that are no adapter tensors and do not belong beside them either, as modules_to_save and biases do."""
-    wrappers = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    """Tensors that are no adapter tensors and do not belong beside them either.
+
+    Modules that are trained whole and biases do, and embeddings, which PEFT saves by itself where they were resized.
+    """
+    embeddings = embedding_modules(_base_model(model))
+    beside = tuple(
+        f"{name}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, AuxiliaryTrainingWrapper) or module in embeddings
+    )
     trained_biases = (".bias",) if config.bias != "none" else ()
-    return [name for name in names if not name.startswith(wrappers) and not name.endswith(trained_biases)]
+    return [name for name in names if not name.startswith(beside) and not name.endswith(trained_biases)]
+
+
+def _check_whole(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse tensors for whole parameters that do not fit, are not finite, or would change the base of others."""
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    alone = len(getattr(model, "peft_config", {})) < 2
+    for name, tensor in tensors.items():
+        where, there = quoted(name.removeprefix(_PEFT_PREFIX), 200), held.get(name)
+        if there is None:
+            continue
+        if there.shape != tensor.shape:
+            raise ArtifactError(
+                f"adapter tensor {where} is {list(tensor.shape)}, the model's {list(there.shape)}: load it on a model "
+                f"of the same sizes (num_labels; for added tokens call model.resize_token_embeddings({len(tensor)}))"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"tensor {where} holds NaN or Inf; training diverged, use an earlier checkpoint")
+        own = alone or there.is_meta or ".modules_to_save." in name
+        if not own and not torch.equal(tensor.to(there), there):
+            raise ArtifactError(
+                f"the adapter brings another {where} than the model has, on which its other adapters rely; load it on "
+                "a model of its own"
+            )
 
 
 def _names_message(missing: list[str], extra: list[str]) -> str:
@@ -382,10 +461,26 @@ def _check_layers(config: DudeConfig, names: list[str]) -> None:
 
 def _check_saved_modules(config: DudeConfig, names: list[str]) -> None:
     """PEFT warns of a rank_pattern that matches nothing, but would train nothing here without a word."""
+    usual = usual_heads(config)  # PEFT enters them all, and a model has one
     for wanted in config.modules_to_save or ():
-        if not any(name.endswith(wanted) for name in names):
+        if wanted not in usual and not any(name.endswith(wanted) for name in names):
             hint = closest(wanted, _last_parts(names))
             raise ConfigError(f"modules_to_save: {quoted(wanted)} is no module of the model; {hint}")
+
+
+def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> None:
+    """An adapted output layer is saved as a change of the base model's, so it has to be in the base model's files."""
+    embeddings = embedding_modules(model)
+    adapted = next((name for name, module in targets if module in embeddings), None)
+    config = Path(getattr(model, "name_or_path", "") or ".") / "config.json"
+    if adapted is None or not config.is_file():
+        return
+    before, now = json.loads(config.read_text(encoding="utf-8")).get("vocab_size"), model.config.vocab_size
+    if before is not None and before != now:
+        raise ConfigError(
+            f"target '{adapted}' was resized from {before} to {now} tokens, and the new rows are in no file; save the "
+            "resized model, load that one, and adapt it; or train it whole with modules_to_save"
+        )
 
 
 def _shown(targets: Any) -> str:
