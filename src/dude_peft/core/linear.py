@@ -34,9 +34,9 @@ from torch.autograd.function import once_differentiable
 
 from dude_peft.core.compose import compose, spread
 
-# From this many tokens on, a float32 layer that keeps a copy of v keeps it as bfloat16; None: always in full. That is
-# felt in no output, and in one gradient, the magnitude's: each term dy * v of the sum over the tokens is rounded by up to 2^-9, up
-# or down. Over 1,024 tokens of noise the sum moves by about 1e-3 of its size (`tests/test_linear.py`).
+# From this many tokens on, a float32 layer that keeps a copy of v keeps it as bfloat16; None: always in full. No output
+# feels it, and one gradient does, the magnitude's: each term dy * v of its sum over tokens is rounded by up to 2^-9,
+# up or down. Over 1,024 tokens of noise the sum moves by about 1e-3 of its size (`tests/test_linear.py`).
 COMPACT_TOKENS: int | None = 512
 
 # A frozen layer without its bias, on (tokens, in) rows: what `base` was before the bias, for a second time.
