@@ -268,10 +268,14 @@ def test_weights_are_linear_in_the_changes(two, tmp_path):
         assert torch.allclose(merged_weights(tmp_path / "m", name), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [("gpt2-conv1d", torch.bfloat16), ("mistral-gqa", torch.float16), ("mistral-gqa", torch.float32)],
+    ("method", "architecture", "dtype"),
+    [
+        ("dude", "gpt2-conv1d", torch.bfloat16),
+        ("dude", "mistral-gqa", torch.float32),
+        ("pissa", "mistral-gqa", torch.float16),
+        *(pytest.param(method, "gpt2-conv1d", torch.bfloat16, marks=pytest.mark.slow) for method in METHODS),
+    ],
 )
 def test_merging_in_memory_gives_the_bits_of_the_files(method, architecture, dtype, tmp_path):
     first = Trained(tmp_path, architecture, dtype, method=method)
@@ -288,6 +292,7 @@ def test_merging_in_memory_gives_the_bits_of_the_files(method, architecture, dty
         assert all(torch.equal(plain[name], tensor) for name, tensor in written.items())
 
 
+@pytest.mark.slow  # two processes
 def test_a_share_of_a_tied_output_layer_is_verified_and_right(tmp_path):
     trained = Trained(tmp_path, "gemma3-tied", target_modules=["q_proj", "lm_head"])
     merge([trained.adapter], tmp_path / "half", weights=[0.5], quiet=True)  # refused where the live sum is wrong
