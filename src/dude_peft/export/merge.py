@@ -245,7 +245,7 @@ class _Merged:
         source = DTYPES[stored.dtype]
         wide = torch.promote_types(source, torch.float32)
         for view in chunks(stored, stored.size if whole else count * in_ * source.itemsize):
-            W0 = torch.frombuffer(view, dtype=source).view(-1, stored.shape[1]).to(wide)
+            W0 = torch.frombuffer(view, dtype=source).view(-1, stored.shape[1]).to(wide, copy=True)
             W0 = W0.T.contiguous() if layer.transposed else W0
             rows = slice(start, start + len(W0))
             merged = combined_weight(W0, [(w, rows_of(state, rows), s) for w, state, s in parts], combine)

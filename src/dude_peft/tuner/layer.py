@@ -441,7 +441,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             count = out if frozen.is_transposed(base) else rows_at_once(in_)
             for start in range(0, out, count):
                 rows = slice(start, min(start + count, out))
-                W0 = weight[rows].to(wide).contiguous()
+                # A copy also where it is wide already: a product's bits depend on how its arguments lie in memory.
+                W0 = weight[rows].to(wide, copy=True, memory_format=torch.contiguous_format)
                 block = combined_weight(W0, [(w, rows_of(layer, rows), s) for w, layer, s in changes])
                 merged[rows] = block if dtype is None else round_weight(block, dtype, start)
         return merged
