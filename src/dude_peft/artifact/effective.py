@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.magnitude import gain, norm_change, rows_product
+
+_BLOCK_ELEMENTS = 1 << 22  # of float32: 16 MiB
+
+Change = tuple[float, LayerTensors, float]
+"""Of one adapter on one layer: its weight w, its state, its scaling s."""
 
 
 def effective_weight(W0: Tensor, layer: LayerTensors, scaling: float, g: Tensor | None = None) -> Tensor:
@@ -44,6 +51,41 @@ def layer_gain(W0: Tensor, layer: LayerTensors, scaling: float, norm_gradient: s
     start = None if layer.A0 is None else rows_product(W0, layer.A0)
     q = norm_change(rows_product(W0, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
     return gain(layer.m0, layer.dm, q, norm_gradient)
+
+
+def combined_weight(
+    W0: Tensor, changes: Sequence[Change], combine: Callable[[list[Tensor], list[float]], Tensor] | None = None
+) -> Tensor:
+    """Weight of several adapters at once, `W0 + sum_i w_i (W'_i - W0)`.
+
+    Args:
+        W0: (out, in) base weight in float32 or float64, or some rows of it.
+        changes: of every adapter, for the same rows.
+        combine: makes one change of several in another way than by the sum; it may write into them.
+
+    Returns:
+        (out, in) in W0's dtype, a tensor of its own. Memory calls for blocks of `rows_at_once` rows; everybody who
+        takes these gets the same bits.
+    """
+    if not changes:
+        return W0.clone()
+    if len(changes) == 1 and changes[0][0] == 1 and combine is None:
+        return effective_weight(W0, *changes[0][1:])
+    deltas = [effective_weight(W0, layer, scaling).sub_(W0) for _, layer, scaling in changes]
+    return W0 + (combine or weighted_sum)(deltas, [weight for weight, _, _ in changes])
+
+
+def weighted_sum(deltas: list[Tensor], weights: list[float]) -> Tensor:
+    """`sum_i w_i deltas_i`, in the first one's memory."""
+    total = deltas[0].mul_(weights[0])
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(delta, alpha=weight)
+    return total
+
+
+def rows_at_once(columns: int) -> int:
+    """How many rows of a weight are merged at a time; the bits of a product depend on it."""
+    return max(1, _BLOCK_ELEMENTS // columns)
 
 
 def rows_of(layer: LayerTensors, rows: slice) -> LayerTensors:

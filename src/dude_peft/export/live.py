@@ -83,7 +83,8 @@ def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Mod
                 module.base_layer = dense_layer(base, total.to(model.dtype))
                 continue
             total = total.to(base.weight.dtype)
-            base.weight.data = total.T.contiguous() if frozen.is_transposed(base) else total
+            stored = total.T.contiguous() if frozen.is_transposed(base) else total
+            base.weight = nn.Parameter(stored, requires_grad=False)  # its own: tied embeddings keep theirs
     return adapted.unload().eval()  # type: ignore[no-any-return]
 
 

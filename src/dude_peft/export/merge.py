@@ -18,22 +18,20 @@ from torch import Tensor
 
 from dude_peft.artifact.checkpoint import INDEX, companions, holds_values, is_plain
 from dude_peft.artifact.durable import check_space, replace_file
-from dude_peft.artifact.effective import effective_weight, rows_of
+from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
-from dude_peft.artifact.stock import LayerTensors
 from dude_peft.artifact.stream import Piece, write_pieces
-from dude_peft.core.rounding import is_half, round_dithered_, thresholds
 from dude_peft.core.threads import single_threaded_pool
+from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.base import Base
-from dude_peft.export.combine import Combination
 from dude_peft.init.architecture import find_weight
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.combine import Combination
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK_ELEMENTS = 1 << 22  # of float32: 16 MiB
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
@@ -244,38 +242,28 @@ class _Merged:
             for weighted, name in layer.changes
         ]
         whole = layer.transposed or not self.combination.by_rows
-        count = out if whole else max(1, _BLOCK_ELEMENTS // in_)
+        count = out if whole else rows_at_once(in_)
+        combine = None if self.combination.by_rows else self._combine
         start = 0
         source = DTYPES[stored.dtype]
         wide = torch.promote_types(source, torch.float32)
         for view in chunks(stored, stored.size if whole else count * in_ * source.itemsize):
-            W0 = torch.frombuffer(view, dtype=source).view(-1, stored.shape[1]).to(wide)
+            W0 = torch.frombuffer(view, dtype=source).view(-1, stored.shape[1]).to(wide, copy=True)
             W0 = W0.T.contiguous() if layer.transposed else W0
             rows = slice(start, start + len(W0))
-            merged = _combined(W0, [(w, rows_of(state, rows), s) for w, state, s in parts], self.combination)
+            merged = combined_weight(W0, [(w, rows_of(state, rows), s) for w, state, s in parts], combine)
             rounded = _rounded(merged, self.dtype, start, self.name)
             stored_layout = rounded.T.contiguous() if layer.transposed else rounded
             yield stored_layout.view(torch.uint8).numpy().data
             start = rows.stop
 
-
-def _combined(W0: Tensor, parts: list[tuple[float, LayerTensors, float]], combination: Combination) -> Tensor:
-    if len(parts) == 1 and parts[0][0] == 1 and combination.by_rows:
-        _, layer, scaling = parts[0]
-        return effective_weight(W0, layer, scaling)
-    deltas = [effective_weight(W0, layer, scaling).sub_(W0) for _, layer, scaling in parts]
-    return W0 + combination.of(deltas, [weight for weight, _, _ in parts])
+    def _combine(self, deltas: list[Tensor], weights: list[float]) -> Tensor:
+        return self.combination.of(deltas, weights, self.name)
 
 
 def _rounded(merged: Tensor, dtype: torch.dtype, first_row: int, name: str) -> Tensor:
-    """In half precision with the layer's own dither: to the nearest, changes below 0.2 % of a weight would be lost."""
-    finite = torch.isfinite(merged)
-    if is_half(dtype):
-        by_row, by_column = thresholds(first_row + len(merged), merged.shape[1], merged.device, dtype)
-        narrow = merged.to(torch.float32)
-        merged = round_dithered_(narrow, torch.bitwise_xor(by_row[first_row:], by_column), dtype)
-    rounded = merged.to(dtype)
-    if not bool(finite.all()) or not bool(torch.isfinite(rounded).all()):
+    rounded = round_weight(merged, dtype, first_row)
+    if not bool(torch.isfinite(rounded).all()):
         raise NumericsError(
             f"the merged weight of '{shown(name)}' overflows {dtype}; choose --dtype bfloat16 or float32"
         )

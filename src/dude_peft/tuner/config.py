@@ -26,11 +26,14 @@ class _PeftType(str):
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
 
     @property
     def name(self) -> str:
-        return str(self)
+        return self.value
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as the enum's; `get_model_status` takes what is behind the dot
 
 
 DUDE_TYPE = _PeftType("DUDE")
@@ -239,7 +242,7 @@ class DudeConfig(PeftConfig):
 
     def _manifest_fields(self) -> dict[str, Any]:
         once = {"modules_to_save": _unique(self.modules_to_save)}
-        return {**self.to_dict(), **once, "peft_type": str(self.peft_type)}
+        return {**self.to_dict(), **once, "peft_type": DUDE_TYPE.value}
 
 
 def closest(name: str, known: Any) -> str:

@@ -11,11 +11,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from dude_peft.artifact.effective import effective_weight, layer_gain
+from dude_peft.artifact.effective import combined_weight, effective_weight, layer_gain, rows_at_once, rows_of
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
 from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm
+from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.methods.start import Start
@@ -44,7 +45,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = TRAINED
-    other_param_names = (*FROZEN, *_CACHED, "r", "lora_alpha", "scaling", "lora_dropout", "norm_gradient")
+    other_param_names = (
+        *FROZEN, *_CACHED, "r", "lora_alpha", "scaling", "own_scaling", "lora_dropout", "norm_gradient"
+    )  # fmt: skip
+    # PEFT's `disable_input_dtype_casting` sets it; the input is never cast here.
+    cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         super().__init__()
@@ -64,10 +69,13 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.own_scaling: dict[str, float] = {}  # as rank and alpha have it; `scaling` is what a user may change
         self.norm_gradient: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Any = None  # the base layer's own weight while a merged one is in its place
+        # The base layer's own weight while a merged one is in its place: a parameter, so that it moves with the model,
+        # and named as an adapter's, so that TRL does not send it to a server as one of the base model's.
+        self.lora_unmerged_weight: Any = None
         # An opaque layer may rewrite its stored tensors (bitsandbytes packs them for inference): hashed before its use.
         opaque = frozen.plain_weight(base_layer) is None and self._base_device().type != "meta"
         self._opaque_print = frozen.layer_fingerprint(base_layer) if opaque else None
@@ -104,6 +112,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             split, m0 = start or start_of_layer(self, self.layer_name, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
         self.scaling[adapter_name], self.norm_gradient[adapter_name] = scaling, config.norm_gradient
+        self.own_scaling[adapter_name] = scaling
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         A = split.A.to(device=device, dtype=dtype)
         if split.B is None:
@@ -117,19 +126,24 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
             self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._follow_mode(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer under its active adapters, (*, in) -> (*, out).
 
-        Several active adapters add their changes: y = base + sum_i (y_i - base).
+        Several active adapters add their changes: y = base + sum_i (y_i - base). Merged ones are in the base layer's
+        weight; the others' changes are still those from its own weight.
         """
+        if self.disable_adapters and self.merged:
+            with self.unmerged():
+                return self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = self._names(self.active_adapters)
-        if not names or self.merged:
+        names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        if not names:
             return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self._beside_merged(names, x, *args, **kwargs)
         if len(names) == 1 and not args and not kwargs and frozen.is_dense(self.base_layer, x):
             return self._adapt(names[0], x, None)
         base_out: Tensor = self.base_layer(x, *args, **kwargs)
@@ -144,13 +158,13 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Args:
             adapter_names: adapters to merge; None means the active ones.
         """
-        self._gains.clear()  # what is merged or compared follows from the tensors themselves, whoever wrote them
-        with torch.no_grad():
-            W0 = self._base_weight()
-            total = W0.clone()
-            for name in self._names(self.active_adapters if adapter_names is None else adapter_names):
-                total += effective_weight(W0, self.tensors(name), self.scaling[name], self.gain(name)) - W0
-            return total
+        names = self._names(self.active_adapters if adapter_names is None else adapter_names)
+        return self._combined_weight(names, None)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """PEFT's name for the change `W' - W0` of one adapter, in the layout of the base layer's weight."""
+        change = self.effective_weight([adapter]).sub_(self.effective_weight([]))
+        return change.T if frozen.is_transposed(self.get_base_layer()) else change
 
     @property
     def weight(self) -> Tensor:
@@ -289,22 +303,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             ConfigError: the base weight is quantised.
             NumericsError: the merged weight overflows its dtype; nothing is changed then.
         """
-        names = self._names(check_adapters_to_merge(self, adapter_names))
-        if not names:
+        if adapter_names == []:
             return
-        self.check_mergeable()
-        base: Any = self.get_base_layer()
-        original = self._unmerged_weight if self._unmerged_weight is not None else base.weight
-        merged = self.effective_weight([*self.merged_adapters, *names]).to(original.dtype)
-        if not bool(torch.isfinite(merged).all()):
-            raise NumericsError(
-                f"the merged weight of '{self.layer_name}' overflows {original.dtype}; load the base in "
-                f"float32 to merge"
-            )
-        stored = merged.T.contiguous() if frozen.is_transposed(base) else merged
-        self._unmerged_weight = original
-        base.weight = nn.Parameter(stored, requires_grad=False)
-        self.merged_adapters.extend(names)
+        names = list(dict.fromkeys(self._names(check_adapters_to_merge(self, adapter_names))))
+        if names:
+            self._put_merged([*self.merged_adapters, *names])
 
     def check_mergeable(self) -> None:
         """Refuse to merge into a weight that is no plain float matrix."""
@@ -315,12 +318,81 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 f"base model unquantised, load the adapter there, and merge"
             )
 
-    def unmerge(self) -> None:
-        """Put the base layer's own weight back, the very tensor it was."""
-        if self._unmerged_weight is not None:
-            self.get_base_layer().weight = self._unmerged_weight
-            self._unmerged_weight = None
-        self.merged_adapters.clear()
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Put the base layer's own weight back, the very tensor it was.
+
+        Args:
+            adapter_names: adapters to take out, the others stay merged; None means all.
+        """
+        kept = [] if adapter_names is None else [n for n in self.merged_adapters if n not in adapter_names]
+        if kept:
+            self._put_merged(kept)
+            return
+        if self.lora_unmerged_weight is not None:
+            self.get_base_layer().weight = self.lora_unmerged_weight
+            self.lora_unmerged_weight = None
+        self.merged_adapters = []
+
+    def _put_merged(self, names: list[str]) -> None:
+        """Give the base layer the weight with exactly these adapters merged."""
+        self.check_mergeable()
+        base: Any = self.get_base_layer()
+        original = base.weight if self.lora_unmerged_weight is None else self.lora_unmerged_weight
+        merged = self._combined_weight(names, original.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise NumericsError(
+                f"the merged weight of '{self.layer_name}' overflows {original.dtype}; load the base in "
+                f"float32 to merge"
+            )
+        stored = merged.T.contiguous() if frozen.is_transposed(base) else merged
+        self.lora_unmerged_weight = original
+        base.weight = nn.Parameter(stored, requires_grad=False)
+        self.merged_adapters = names
+
+    @torch.no_grad()
+    def put_factors(self, adapter_name: str, A: Tensor, B: Tensor, dm: Tensor | None) -> None:
+        """Set what an adapter without a frozen start has trained: A (r, in), B (out, r), dm (out,)."""
+        state = self.tensors(adapter_name)
+        state.dA.copy_(A)
+        state.dB.copy_(B)
+        if state.dm is not None and dm is not None:
+            state.dm.copy_(dm)
+        self.refresh()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scaling of an adapter to `scale` times that of its rank and alpha, as PEFT's LoraLayer does.
+
+        It scales the change of the direction; a trained magnitude stays, as it does in stock PEFT.
+        """
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.own_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of all active adapters by `scale`."""
+        for name in self._names(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of all active adapters by `scale`; None sets it to that of their rank and alpha."""
+        for name in self._names(self.active_adapters):
+            self.scaling[name] = self.own_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; what is trained stays as it was (PEFT's own would set requires_grad)."""
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            ConfigError: it is merged, and could not be taken out of the weight any more.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ConfigError(
+                f"adapter '{adapter_name}' is merged into '{self.layer_name}'; call unmerge_adapter() before it is "
+                f"deleted"
+            )
+        super().delete_adapter(adapter_name)
 
     def tensors(self, adapter_name: str) -> LayerTensors:
         """State of one adapter; the tensors themselves, not copies."""
@@ -345,7 +417,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if self._opaque_print is not None:
             return self._opaque_print
         base: Any = self.get_base_layer()
-        weight = base.weight if self._unmerged_weight is None else self._unmerged_weight
+        weight = base.weight if self.lora_unmerged_weight is None else self.lora_unmerged_weight
         if self._fingerprint is not None and frozen.is_sharded(weight):
             return self._fingerprint[1]  # of the whole weight, taken before it was sharded
         version = 0 if weight.is_inference() else weight._version
@@ -375,6 +447,40 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         own = None if base_out is None or seen is x else x
         return adapted_linear(product, seen, *factors, self._output_kept, self._product_rows, own)
 
+    def _beside_merged(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output with some adapters merged and others, `names`, active beside them."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        with self.unmerged():
+            base_out: Tensor = self.base_layer(x, *args, **kwargs)
+            for name in names:
+                y = y + (self._adapt(name, x, base_out) - base_out)
+        return y
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _combined_weight(self, names: list[str], dtype: torch.dtype | None) -> Tensor:
+        """`W0 + sum_i (W'_i - W0)`, (out, in); None leaves it in float32 or better, else it is rounded as files are.
+
+        It follows from the tensors themselves, not from cached gains, so it is right whoever wrote them; and it is
+        computed in the blocks of rows in which `dude merge` computes it, so the bits are the same.
+        """
+        changes = [(1.0, self.tensors(name), self.scaling[name]) for name in names]
+        with self.unmerged(), torch.autocast(self._base_device().type, enabled=False):
+            base = self.get_base_layer()
+            weight = frozen.plain_weight(base)
+            weight = frozen.dense_weight(base) if weight is None else weight
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            out, in_ = weight.shape
+            merged = torch.empty(out, in_, dtype=dtype or wide, device=weight.device)
+            count = out if frozen.is_transposed(base) else rows_at_once(in_)
+            for start in range(0, out, count):
+                rows = slice(start, min(start + count, out))
+                # A copy also where it is wide already: a product's bits depend on how its arguments lie in memory.
+                W0 = weight[rows].to(wide, copy=True, memory_format=torch.contiguous_format)
+                block = combined_weight(W0, [(w, rows_of(layer, rows), s) for w, layer, s in changes])
+                merged[rows] = block if dtype is None else round_weight(block, dtype, start)
+        return merged
+
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():
             return frozen.dense_weight(self.get_base_layer())
@@ -383,10 +489,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def unmerged(self) -> Iterator[None]:
         """Within: the base layer has its own weight, merged or not."""
         base: Any = self.get_base_layer()
-        if self._unmerged_weight is None:
+        if self.lora_unmerged_weight is None:
             yield
             return
-        merged, base.weight = base.weight, self._unmerged_weight
+        merged, base.weight = base.weight, self.lora_unmerged_weight
         try:
             yield
         finally:
@@ -403,6 +509,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def _names(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.lora_dA]
+
+    def _follow_mode(self, adapter_name: str) -> None:
+        """A new adapter's modules, its dropout above all, in the mode that the layer is in."""
+        for group in (self.lora_dA, self.lora_dB, self.lora_dm, self.lora_dropout):
+            if adapter_name in group:
+                group[adapter_name].train(self.training)
 
     def _base_device(self) -> torch.device:
         base = self.get_base_layer()

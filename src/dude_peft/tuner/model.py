@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,13 @@ from dude_peft.tuner.heads import (
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.patterns import check_pattern
 from dude_peft.tuner.starts import compute_starts
+from dude_peft.tuner.weighted import plan_sum
 
+# Modules whose children are named after adapters.
+_BY_ADAPTER = (*TRAINED, *FROZEN, "modules_to_save")
 _PEFT_PREFIX = "base_model.model."
+# Names inside an adapted layer. PEFT takes every module whose name ends in an entry of modules_to_save.
+_INSIDE = ("base_layer", "lora_dropout", *TRAINED)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # No folder can have these names on Windows.
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
@@ -66,13 +74,15 @@ class DudeModel(BaseTuner):
                 f"adapter_name {shown(adapter_name)!r}: it names a folder where it is saved; use up to 64 letters, "
                 "digits, '_' and '-'"
             )
-        if hasattr(nn.ModuleDict(), adapter_name):
-            raise ConfigError(f"adapter_name '{adapter_name}' is a name of torch's module lists; choose another one")
+        if hasattr(nn.ModuleDict(), adapter_name):  # 'train', 'keys': torch keeps modules beside its own attributes
+            raise ConfigError(f"adapter_name '{adapter_name}' is an attribute of torch's modules; choose another name")
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         if config._loading is None:
             enter_head(model, config)
             warn_of_drawn(model, config)
+        if config.modules_to_save is not None:
+            config.modules_to_save = _told_apart(config.modules_to_save, model, list(self.peft_config))
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
         except ValueError as error:
@@ -96,6 +106,186 @@ class DudeModel(BaseTuner):
         with self._places_of(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._starts.clear()
+        for wrapper in self._wrappers():
+            wrapper.training = wrapper.original_module.training
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and trainable but in inference mode; all others wait.
+
+        Args:
+            adapter_name: one name or several; none at all leaves the base model.
+            inference_mode: whether the active ones stay frozen.
+
+        Raises:
+            ConfigError: there is no such adapter, or two of them train the same module whole.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        self._check_one_each(names)
+        if names:
+            super().set_adapter(adapter_name, inference_mode)
+        else:  # of which PEFT's own has no idea where modules are trained whole
+            self._activate([])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; where no other one is active, the first of the rest by name becomes active, as a whole.
+
+        What the others train stays as it was.
+
+        Raises:
+            ConfigError: there is no such adapter, or it is merged.
+        """
+        self._check_known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise ConfigError(f"adapter '{adapter_name}' is merged; call unmerge_adapter() before it is deleted")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        fallback = [] if active else sorted(set(self.peft_config) - {adapter_name})[:1]
+        if fallback and adapter_name in self.active_adapters:
+            warnings.warn(f"adapter '{adapter_name}' was active; '{fallback[0]}' is now", stacklevel=2)
+            active = fallback
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self._activate(active)
+        for layer in self._layers():
+            layer.delete_adapter(adapter_name)
+        for wrapper in self._wrappers():
+            wrapper.delete_adapter(adapter_name, new_active_adapters=None)
+        del self.peft_config[adapter_name]
+        self._activate(active)
+        _restore_requires_grad(trained)
+        if active and active == fallback:
+            self.set_requires_grad(fallback, not self.peft_config[fallback[0]].inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base layers; those that are active beside them stay applied.
+
+        Args:
+            adapter_names: None means the active ones.
+            safe_merge: PEFT's flag; NaN and Inf are always refused.
+
+        Raises:
+            ConfigError: there is no such adapter, or a base weight is quantised.
+            NumericsError: a merged weight overflows its dtype. Nothing is merged then.
+        """
+        if isinstance(adapter_names, list):
+            self._check_known(adapter_names)
+        before = [(layer, layer.merged_adapters) for layer in self._layers()]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except Exception:
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer.unmerge([name for name in layer.merged_adapters if name not in names])
+            raise
+
+    def unmerge_adapter(self, adapter_names: list[str] | None = None) -> None:
+        """Take merged adapters out of the base layers, whose own weights come back bit by bit.
+
+        Args:
+            adapter_names: None means all of them.
+        """
+        for layer in self._layers():
+            layer.unmerge(adapter_names)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a combination of others: of what they do to the weights, `W'_i - W0`.
+
+        - "linear" and "cat": `W0 + sum_i w_i (W'_i - W0)`, exactly, for every method and any mixture of them. The new
+          rank is the sum of theirs, twice r for methods with a frozen start. (PEFT's "linear" adds the factors up,
+          which is another function.)
+        - "svd": the same sum, the best there is of rank `svd_rank`.
+        - "ties", "dare_linear", "dare_ties", "magnitude_prune", with or without "_svd": PEFT's, on the entries of
+          `W'_i - W0` as `dude merge` has them, then the best of rank `svd_rank`.
+
+        The new adapter is a DoRA where one of the others has a magnitude, else a LoRA. It is not active, and frozen.
+
+        Args:
+            adapters: names; they may have any ranks and layers.
+            weights: w_i, negative ones too.
+            adapter_name: name of the new one.
+            combination_type: as above.
+            svd_rank: None is the largest rank of `adapters` (twice r with a frozen start); all for linear and cat.
+            density: share of the entries that is kept, for those that drop some.
+            majority_sign_method: "total" or "frequency", for ties.
+
+        Raises:
+            ConfigError: a name, weight or rank that cannot be, or an adapter that trains modules or biases whole.
+            NumericsError: the weights take a row to zero or to infinity.
+        """
+        self._check_known(adapters)
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"the model has an adapter {quoted(adapter_name)} already; choose another adapter_name")
+        configs: Any = self.peft_config
+        total = plan_sum(configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        layers = [layer for layer in self._layers() if any(name in layer.lora_dA for name in adapters)]
+        with torch.no_grad():
+            factors = [total.factors(layer) for layer in layers]
+        ranks = {layer.layer_name: total.rank_in(layer) for layer in layers}
+        r = max(ranks.values())
+        configs[adapter_name] = replace(
+            configs[adapters[0]],
+            method="dora" if total.magnitude else "lora",
+            r=r,
+            lora_alpha=r,
+            rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+            alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
+            target_modules=sorted(ranks),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        try:
+            with torch.random.fork_rng(devices=[]):  # the start that is drawn is not used
+                self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer, (A, B, dm) in zip(layers, factors, strict=True):
+            layer.put_factors(adapter_name, A, B, dm)
+        self.set_requires_grad(adapter_name, False)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        trained = [(p, p.requires_grad) for wrapper in self._wrappers() for p in wrapper.parameters()]
+        super()._enable_adapter_layers(enabled)
+        _restore_requires_grad(trained)  # PEFT's wrappers would make the active adapter's modules trainable
+
+    def _layers(self) -> list[DudeLinear]:
+        return [module for module in self.model.modules() if isinstance(module, DudeLinear)]
+
+    def _wrappers(self) -> list[Any]:
+        return [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+    def _activate(self, names: list[str]) -> None:
+        """Make these adapters active, without a look at what is merged."""
+        for wrapper in self._wrappers():
+            wrapper.set_adapter([name for name in names if name in wrapper._adapters])
+        for layer in self._layers():
+            layer.set_adapter(names)
+        self.active_adapter = names
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise ConfigError(f"there is no adapter {quoted(name)}; {closest(name, self.peft_config)}")
+
+    def _check_one_each(self, names: Sequence[str]) -> None:
+        """Refuse two adapters at a time that train the same module whole: one copy of it can be in use."""
+        for place, wrapper in self.model.named_modules():
+            if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                own = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
+                if len(own) > 1:
+                    raise ConfigError(
+                        f"adapters '{own[0]}' and '{own[1]}' both train '{place}' whole, and only one of the two can "
+                        f"be in use; name one of them"
+                    )
 
     def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
@@ -114,7 +304,7 @@ class DudeModel(BaseTuner):
         targets = [
             (name, module)
             for name, module in model.named_modules()
-            if name and ".base_layer" not in name and self._check_target_module_exists(config, name)
+            if name and not set(_INSIDE) & set(name.split(".")) and self._check_target_module_exists(config, name)
         ]
         if not targets:
             raise ConfigError(
@@ -156,6 +346,7 @@ class DudeModel(BaseTuner):
             target.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
             return
         layer = DudeLinear(target, current_key)
+        layer.train(target.training)
         layer.set_adapter(self.active_adapters)
         layer.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
         if adapter_name not in self.active_adapters:
@@ -171,9 +362,33 @@ class DudeModel(BaseTuner):
         finally:
             self._places = {}
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """The plain model. Everything is merged, or taken out, before the first layer goes; a refusal changes nothing.
+
+        PEFT's own would leave merged adapters in what `unload` calls the base model, with the modules that the active
+        adapter trained whole, and would take those whatever adapters are merged.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        if merge:
+            self._check_one_each(wanted)
+            self.merge_adapter(adapter_names, safe_merge)
+        elif any(layer.merged for layer in self._layers()):
+            warnings.warn(
+                "unload() gives the base model back, so the adapters that are merged are taken out; merge_and_unload() "
+                "keeps them",
+                stacklevel=3,
+            )
+            self.unmerge_adapter()
+        for wrapper in self._wrappers():
+            wrapper.set_adapter([name for name in wanted if merge and name in wrapper._adapters])
         with self._places_of(self.model):
-            unloaded: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+            unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
         return unloaded
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -218,13 +433,19 @@ class DudeModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Stock tensors of every layer, with the adapter's name in the keys as PEFT wants them here."""
+        """Stock tensors of every layer, by their names in the file.
+
+        The file says rank and alpha alone, so a scaling that was set by hand is folded into B and B0.
+        """
+        _put_back(model, adapter_name, state_dict, unwanted_adapter_names)
         tensors: dict[str, Tensor] = {}
         base = {}
         for module_name, layer in _adapted_layers(model, adapter_name):
+            own = layer.own_scaling[adapter_name]
             state = _from_state_dict(layer, module_name, adapter_name, state_dict)
-            for name, tensor in to_stock(state, layer.scaling[adapter_name]).items():
-                tensors[f"{module_name}.{_with_adapter(name, adapter_name)}"] = tensor
+            state = _scaled(state, layer.scaling[adapter_name] / own)
+            for name, tensor in to_stock(state, own).items():
+                tensors[f"{module_name}.{name}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
         config._base = base
         config._quantization = _quantization_of(model)
@@ -232,6 +453,11 @@ class DudeModel(BaseTuner):
         config._left_out = tuple(_needless(model, config))
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # No key has one. PEFT's own would make `lm_head` of the `lm_head.weight` of an adapter named "weight".
+        return key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -272,6 +498,8 @@ class DudeModel(BaseTuner):
             raise ArtifactError(_names_message(missing, extra))
         _check_whole(remaining, model)
         config._loading = None
+        for _, layer in _adapted_layers(model, adapter_name):
+            layer.scaling[adapter_name] = layer.own_scaling[adapter_name]  # that of the file, which has it folded in
         return {**loaded, **remaining}
 
 
@@ -284,6 +512,12 @@ def _quantization_of(model: nn.Module) -> dict[str, Any] | None:
     config = quantised if isinstance(quantised, dict) else json.loads(quantised.to_json_string(use_diff=False))
     dtype = getattr(settings, "dtype", None) or getattr(model, "dtype", torch.float32)
     return {"config": config, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _restore_requires_grad(before: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in before:
+        if parameter.is_leaf:  # FSDP's views are not
+            parameter.requires_grad_(requires_grad)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -344,10 +578,33 @@ def _from_state_dict(
     return type(own)(**found)
 
 
-def _with_adapter(name: str, adapter_name: str) -> str:
-    """lora_A.weight -> lora_A.NAME.weight, lora_m0 -> lora_m0.NAME."""
-    head, dot, tail = name.partition(".")
-    return f"{head}.{adapter_name}{dot}{tail}"
+def _scaled(state: LayerTensors, factor: float) -> LayerTensors:
+    """The state whose change `dB A + B0 dA` is `factor` times that of another."""
+    if factor == 1:
+        return state
+    return replace(state, dB=state.dB * factor, B0=None if state.B0 is None else state.B0 * factor)
+
+
+def _put_back(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], others: Sequence[str]) -> None:
+    """Give back what PEFT took for another adapter's: all tensors with that one's name as a part of theirs.
+
+    An adapter may be named "0", "weight" or "lm_head", as a layer, a parameter or a module is.
+    """
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        name = name.removeprefix("_fsdp_wrapped_module.")
+        parts = name.split(".")
+        if name in state_dict or not any(other in parts for other in others):
+            continue
+        owner = next((after for part, after in pairwise(parts) if part in _BY_ADAPTER), adapter_name)
+        if owner != adapter_name:
+            continue
+        if frozen.is_sharded(tensor):
+            other = next(other for other in others if other in parts)
+            raise ConfigError(
+                f"adapter '{other}' is named as a part of '{name}', which is sharded and cannot be saved beside it; "
+                f"give it another name"
+            )
+        state_dict[name] = tensor.detach()
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -481,6 +738,33 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
             f"target '{adapted}' was resized from {before} to {now} tokens, and the new rows are in no file; save the "
             "resized model, load that one, and adapt it; or train it whole with modules_to_save"
         )
+
+
+def _told_apart(wanted: Iterable[str], model: nn.Module, adapters: Iterable[str]) -> list[str]:
+    """Names for modules_to_save that PEFT cannot take for a part of an adapted layer, as "layer" for `base_layer`.
+
+    PEFT takes every module whose name ends in one of these, after the layers have been adapted.
+    """
+    inside = [*_INSIDE, *(f".{name}" for name in adapters)]
+    told = []
+    for name in wanted:
+        if not any(part.endswith(name) for part in inside):
+            told.append(name)
+            continue
+        full = [place for place, _ in model.named_modules() if place.endswith(name) and not _is_inside(place)]
+        if any(part.endswith(place) for place in full for part in inside):
+            raise ConfigError(
+                f"modules_to_save: PEFT cannot tell {quoted(name)} from a part of an adapted layer or an adapter's "
+                f"name; rename the module or the adapter"
+            )
+        told += full or [name]
+    return told
+
+
+def _is_inside(place: str) -> bool:
+    """Whether a module is a part of an adapted layer, or a copy that an adapter trains."""
+    parts = place.split(".")
+    return any(part in parts for part in (*_INSIDE, "original_module", "modules_to_save"))
 
 
 def _shown(targets: Any) -> str:
