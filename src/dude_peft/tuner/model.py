@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.show import quoted, shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.all_linear import choose
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.patterns import check_pattern
@@ -63,12 +65,10 @@ class DudeModel(BaseTuner):
                 f"target_modules is not set, and PEFT has no choice of its own for {type(model).__name__}; "
                 "'all-linear' adapts every linear layer"
             ) from error
+        _check_patterns(model, config)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
-            # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say.
-            unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
-            # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
-            config.target_modules = {n for n in set(config.target_modules) - unfit if _is_wanted_layer(n, config)}
+            self._leave_out(model, config)
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
         if state_dict is None:
             targets = self._check_targets(model, config)
@@ -78,15 +78,18 @@ class DudeModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._starts.clear()
 
+    def _leave_out(self, model: nn.Module, config: DudeConfig) -> None:
+        """Of all linear layers keep those that all-linear means, and say once which are left out."""
+        found = [name for name in sorted(config.target_modules or ()) if self._check_target_module_exists(config, name)]
+        # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
+        wanted = [(name, _base_of(model.get_submodule(name))) for name in found if _is_wanted_layer(name, config)]
+        kept, left_out = choose(model, wanted, config)
+        config.target_modules = kept  # type: ignore[assignment]  # as PEFT has it, a set
+        if left_out:
+            warnings.warn(left_out, stacklevel=2)
+
     def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
-        for key in ("target_modules", "exclude_modules"):
-            expression = getattr(config, key)
-            if isinstance(expression, str):
-                check_pattern(key, expression, names)
-        for key in ("rank_pattern", "alpha_pattern"):
-            for expression in getattr(config, key) or ():
-                check_pattern(key, expression, names, around=r"(.*\.)?({})$")
         _check_layers(config, names)
         if not isinstance(config.target_modules, str):
             for wanted in sorted(config.target_modules or ()):
@@ -270,10 +273,6 @@ def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_supported(module: nn.Module) -> bool:
-    return frozen.is_supported(_base_of(module))
-
-
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, DudeLinear) and adapter_name in module.lora_dA:
@@ -371,6 +370,17 @@ def _wanted_layers(config: DudeConfig) -> set[int]:
 def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
     wanted = _wanted_layers(config)
     return not wanted or _layer_index(name, config) in wanted
+
+
+def _check_patterns(model: nn.Module, config: DudeConfig) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for key in ("target_modules", "exclude_modules"):
+        expression = getattr(config, key)
+        if isinstance(expression, str):
+            check_pattern(key, expression, names)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for expression in getattr(config, key) or ():
+            check_pattern(key, expression, names, around=r"(.*\.)?({})$")
 
 
 def _check_layers(config: DudeConfig, names: list[str]) -> None:
