@@ -67,8 +67,7 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
         )
     try:
         with torch.device("meta"):
-            automatic: Any = transformers.AutoModelForCausalLM
-            model: nn.Module = automatic.from_config(settings, dtype=dtype)
+            model: nn.Module = automatic_class(settings).from_config(settings, dtype=dtype)
     except DudeError:
         raise
     except Exception as error:
@@ -77,6 +76,15 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
         ) from error
     model.name_or_path = settings.name_or_path = model_name  # type: ignore[assignment]
     return model
+
+
+def automatic_class(settings: Any) -> Any:
+    """The class of transformers that makes the language model of a configuration; some read images beside text."""
+    if type(settings) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(settings) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM  # whose refusal names the classes that it knows
 
 
 def parameter_names(model: nn.Module) -> dict[int, list[str]]:
