@@ -65,6 +65,12 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
         raise ConfigError(
             f"model {shown(model_name, 300)} is quantised ({shown(method)}): give the unquantised checkpoint"
         )
+    kinds = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if not any(type(settings) in kind for kind in kinds):
+        raise ConfigError(
+            f"model {shown(model_name, 300)} is no causal language model that transformers knows, its configuration is "
+            f"a {type(settings).__name__}"
+        )
     try:
         with torch.device("meta"):
             model: nn.Module = automatic_class(settings).from_config(settings, dtype=dtype)
@@ -84,7 +90,7 @@ def automatic_class(settings: Any) -> Any:
         return transformers.AutoModelForCausalLM
     if type(settings) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM  # whose refusal names the classes that it knows
+    return transformers.AutoModelForCausalLM
 
 
 def parameter_names(model: nn.Module) -> dict[int, list[str]]:

@@ -21,6 +21,7 @@ from dude_peft.init.layout import layout_of
 from dude_peft.methods import Method
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
+from dude_peft.tuner.stock_loading import warn_if_refused
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         transposed = frozen.is_transposed(base)
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
         size += saved_bytes(module, config.spec, r)
+    warn_if_refused(model, config.stock(), [task.name for task in layers])
     return Plan(config, layers, size)
 
 

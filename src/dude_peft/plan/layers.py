@@ -60,7 +60,8 @@ def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList | None:
-    decoder: Any = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    whole: Any = model
+    decoder = whole.get_decoder() if isinstance(model, PreTrainedModel) else whole
     lists = [
         (name.count("."), module)
         for name, module in decoder.named_modules()

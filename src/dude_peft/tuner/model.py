@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -28,6 +29,7 @@ from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.patterns import check_pattern
 from dude_peft.tuner.starts import compute_starts
+from dude_peft.tuner.stock_loading import warn_if_refused
 
 _PEFT_PREFIX = "base_model.model."
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -205,6 +207,8 @@ class DudeModel(BaseTuner):
             base[layer.layer_name] = layer.base_fingerprint()
         config._base = base
         config._quantization = _quantization_of(model)
+        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        warn_if_refused(base_model, config.stock(), base)
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
 
