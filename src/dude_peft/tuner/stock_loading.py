@@ -1,12 +1,14 @@
 """Whether stock PEFT can load an adapter of ours on its base model; asked of PEFT itself, whose steps these are.
 
 PEFT refuses some layers by name (`out_proj` of Mamba), and in families whose experts transformers stacks (DeepSeek-V3,
-Qwen3-Next) it takes every `gate_proj`, `up_proj` and `down_proj` of a configuration for the experts'.
+Qwen3-Next) it takes every `gate_proj`, `up_proj` and `down_proj` of a configuration for the experts'. Where a module
+multiplies by a layer's weight instead of calling the layer (`dt_proj` of Jamba), PEFT leaves its change out, silently.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -32,6 +34,11 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
         stock: the configuration that stock PEFT reads.
         layers: names of the adapted layers.
     """
+    if read := [name for name in layers if _multiplies_weight(model, name)]:
+        return (
+            f"stock PEFT leaves out the change of {len(read)} layers whose weight the model reads itself (first: "
+            f"'{shown(read[0])}')"
+        )
     settings = getattr(model, "config", None)
     kind = getattr(settings, "model_type", None)
     if kind is None:  # PEFT looks no further either
@@ -51,3 +58,13 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
             f"(first: '{shown(lost[0])}')"
         )
     return ""
+
+
+def _multiplies_weight(model: Any, layer: str) -> bool:
+    """Whether the module that holds the layer multiplies by its weight in Python instead of calling it."""
+    parent, _, name = layer.rpartition(".")
+    try:
+        code = inspect.getsource(type(model.get_submodule(parent)))
+    except (OSError, TypeError):  # no source to be had
+        return False
+    return f"self.{name}.weight @" in code
