@@ -34,10 +34,10 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
         stock: the configuration that stock PEFT reads.
         layers: names of the adapted layers.
     """
-    if read := [name for name in layers if _multiplies_weight(model, name)]:
+    if skipped := [name for name in layers if _multiplies_weight(model, name)]:
         return (
-            f"stock PEFT leaves out the change of {len(read)} layers whose weight the model reads itself (first: "
-            f"'{shown(read[0])}')"
+            f"stock PEFT leaves out the change of '{shown(skipped[0])}' ({len(skipped)} such layers), whose weight the "
+            "model reads itself"
         )
     settings = getattr(model, "config", None)
     kind = getattr(settings, "model_type", None)
