@@ -74,7 +74,12 @@ def test_a_wrong_setting_is_refused_when_the_config_is_made(settings, parts):
         ("llama", {"target_modules": ["embed_tokens"]}, ("embed_tokens", "Embedding", "modules_to_save")),
         ("llama", {"target_modules": ["norm"]}, ("LlamaRMSNorm",)),
         ("llama", {"target_modules": ["mlp"]}, ("LlamaMLP",)),
-        ("mistral-gqa", {"r": 30}, ("k_proj", "r=30", "r <= 24", "rank_pattern")),
+        (
+            "mistral-gqa",
+            {"r": 30, "target_modules": ["q_proj", "k_proj"]},
+            ("k_proj", "r=30", "r <= 24", "rank_pattern"),
+        ),
+        ("llama", {"r": 60}, ("r=60", "r <= 48")),  # of all-linear, nothing would be left
     ],
 )
 def test_a_wrong_target_is_refused_before_anything_is_changed(architecture, settings, parts):

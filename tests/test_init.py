@@ -365,7 +365,7 @@ def test_a_weight_that_cannot_be_used_is_refused(change, error, parts, spoilt, t
 
 def test_models_that_cannot_be_used_are_refused(spoilt, tmp_path):
     refused(spoilt, tmp_path, ConfigError, "no module", settings={"target_modules": ["q_porj"]})
-    refused(spoilt, tmp_path, ConfigError, "more than layer", settings={"r": 40})
+    refused(spoilt, tmp_path, ConfigError, "more than layer", settings={"r": 40, "target_modules": ["k_proj"]})
     refused(tmp_path / "nowhere", tmp_path, ConfigError, "no folder")
     settings = json.loads((spoilt / "config.json").read_text())
     quantised = {**settings, "quantization_config": {"quant_method": "gptq", "bits": 4}}

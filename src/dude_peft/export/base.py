@@ -18,6 +18,7 @@ from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.dense import densify_
 from dude_peft.init.architecture import empty_model, fetch_checkpoint, parameter_names
+from dude_peft.init.layout import Layout, layout_of
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
@@ -36,6 +37,8 @@ class Base:
     """The model on the meta device."""
     names: dict[int, list[str]]
     """Names of every parameter of the model, by its id."""
+    layout: Layout
+    """Where the checkpoint keeps them."""
     quantization: dict[str, Any] | None = None
     """How the model is quantised in use; the checkpoint then is its dense equal, compared before it was written."""
     problem: ArtifactError | None = None
@@ -122,4 +125,4 @@ def _compare(model: nn.Module, adapters: Sequence[SavedAdapter]) -> ArtifactErro
 def _opened(source: ModelSection, folder: Path) -> Base:
     checkpoint = open_checkpoint(folder)
     model = empty_model(source.name_or_path, folder, checkpoint.dtype)
-    return Base(source, folder, checkpoint, model, parameter_names(model))
+    return Base(source, folder, checkpoint, model, parameter_names(model), layout_of(model, checkpoint))

@@ -29,7 +29,6 @@ def main() -> None:
     ]  # our modules' names are not packages'
     import safetensors.torch
     import torch
-    import transformers
 
     request = json.loads(sys.stdin.read())
     if request["kind"] != "gguf":
@@ -41,7 +40,7 @@ def main() -> None:
         outputs = _gguf(request, ids)
     else:
         if kind == "merged":
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(request["export"], dtype="auto")
+            model: Any = _automatic(request["export"]).from_pretrained(request["export"], dtype="auto")
             ids = _own_ids(request, model.config.get_text_config()) or ids
         else:
             import peft
@@ -75,7 +74,8 @@ def _base(base: dict[str, Any]) -> Any:
     import torch
     import transformers
 
-    options: dict[str, Any] = {key: base[key] for key in ("gguf_file", "revision") if base[key] is not None}
+    source = {key: base[key] for key in ("gguf_file", "revision") if base[key] is not None}
+    options: dict[str, Any] = dict(source)
     options["dtype"] = "auto" if base["dtype"] is None else getattr(torch, base["dtype"])
     if base["gguf_file"] is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -87,7 +87,18 @@ def _base(base: dict[str, Any]) -> Any:
         stored = transformers.AutoConfig.from_pretrained(base["where"], revision=base["revision"])
         if getattr(stored, "quantization_config", None) is None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization["config"])
-    return transformers.AutoModelForCausalLM.from_pretrained(base["where"], **options)
+    return _automatic(base["where"], **source).from_pretrained(base["where"], **options)
+
+
+def _automatic(where: str, **options: Any) -> Any:
+    """As `init.architecture.automatic_class` has it, which is not for us to import."""
+    import transformers
+
+    kind = type(transformers.AutoConfig.from_pretrained(where, **options))
+    sees = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _gguf(request: dict[str, Any], ids: list[list[int]]) -> list[Any]:

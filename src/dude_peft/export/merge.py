@@ -26,7 +26,6 @@ from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.base import Base
-from dude_peft.init.architecture import find_weight
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.combine import Combination
@@ -97,10 +96,10 @@ def plan_merge(
     written: dict[str, tuple[str, Piece]] = {}  # key -> file, tensor
     shared: dict[str, StoredTensor] = {}  # other names of tied weights that change
     for name, layer in layers.items():
-        key, out_dtype = _key(base, f"{name}.weight"), dtype or DTYPES[layer.stored.dtype]
+        key, out_dtype = base.layout.key(f"{name}.weight"), dtype or DTYPES[layer.stored.dtype]
         output = Piece(key, _NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
         written[key] = Path(layer.stored.file).name, output
-        shared |= {_key(base, other): layer.stored for other in layer.names}
+        shared |= {base.layout.key(other): layer.stored for other in layer.names}
     for name, trained, folder in _trained_whole(adapters):
         stored, names = _parameter(base, name)
         if stored.shape != trained.shape:
@@ -108,9 +107,9 @@ def plan_merge(
                 f"adapter {folder}: '{shown(name)}' has shape {trained.shape}, the base model's {stored.shape}: it was "
                 "trained on a model with other embeddings; resize and save that base model first"
             )
-        key = _key(base, name)
+        key = base.layout.key(name)
         written[key] = Path(stored.file).name, _copied(key, trained, dtype or DTYPES.get(stored.dtype))
-        shared |= {_key(base, other): stored for other in names}
+        shared |= {base.layout.key(other): stored for other in names}
     untied = [key for key in shared if key not in written]
     for key, stored in {**tensors, **{key: shared[key] for key in untied}}.items():
         if key not in written:
@@ -167,7 +166,7 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
             if name not in layers:
                 module = modules[name]
                 names = base.names[id(module.weight)]
-                stored = find_weight(f"{name}.weight", names, base.model.base_model_prefix, base.checkpoint)
+                stored = base.layout.find(f"{name}.weight", names)
                 if not is_plain(stored):
                     raise ArtifactError(
                         f"base tensor '{shown(stored.name)}' is {stored.dtype} of shape {stored.shape}, no plain "
@@ -210,19 +209,12 @@ def _trained_whole(adapters: Sequence[Weighted]) -> Iterator[tuple[str, StoredTe
             yield name, trained, folder
 
 
-def _key(base: Base, name: str) -> str:
-    """A parameter's name in the checkpoint, which may leave the model's prefix out."""
-    prefix = f"{base.model.base_model_prefix}."
-    other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-    return other if name not in base.checkpoint.tensors and other in base.checkpoint.tensors else name
-
-
 def _parameter(base: Base, name: str) -> tuple[StoredTensor, list[str]]:
     parameters = dict(base.model.named_parameters(remove_duplicate=False))
     if name not in parameters:
         raise ArtifactError(f"adapter tensor '{shown(name)}' is no parameter of the base model; give the right --base")
     names = base.names[id(parameters[name])]
-    return find_weight(name, names, base.model.base_model_prefix, base.checkpoint), names
+    return base.layout.find(name, names), names
 
 
 @dataclass(frozen=True)

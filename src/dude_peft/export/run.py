@@ -234,6 +234,8 @@ class _Export:
         return Target(target.kind, quantisation=name)
 
     def _make(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
+        if target.kind in ("peft", "lora"):
+            self._check_stock(base)
         self._check_base(base)
         if target.kind == "merged":
             self._merge(base, folder)
@@ -246,6 +248,13 @@ class _Export:
         if target.kind == "lora":
             return self._lora(target, base, folder, scratch)
         return self._gguf(target, base, folder, scratch)
+
+    def _check_stock(self, base: Base) -> None:
+        from dude_peft.tuner.stock_loading import stock_refusal
+
+        adapter = self.weighted[0].adapter
+        if refusal := stock_refusal(base.model, adapter.config.stock(), adapter.base):
+            raise ConfigError(f"{refusal}; use --to merged")
 
     def _check_base(self, base: Base) -> None:
         from dude_peft.export.merge import check_base, layers_of

@@ -22,12 +22,13 @@ class Serving:
     answers: tuple[str, ...]
 
 
-def serving_matrix(method: Method, ranks: set[int]) -> list[Serving]:
+def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True) -> list[Serving]:
     """The matrix of one adapter.
 
     Args:
         method: its method.
         ranks: of its stock tensors, over all layers.
+        loads: whether stock PEFT loads adapters on these layers of this model.
     """
     largest = max(ranks)
     served = next((rank for rank in SERVED_RANKS if rank >= largest), None)
@@ -37,9 +38,12 @@ def serving_matrix(method: Method, ranks: set[int]) -> list[Serving]:
         adapter = ("exact", f"refused (rank {largest})", "exact", "exact, once converted")
     else:
         adapter = ("exact", f"exact, --max-lora-rank {served}", "exact", "exact, once converted")
+    lora = ("approximate", "approximate", "approximate", "approximate, once converted")
+    if not loads:
+        adapter, lora = (("refused", *answers[1:]) for answers in (adapter, lora))
     return [
         Serving("the adapter, --to peft", adapter),
         Serving("--to merged", ("exact", "exact", "exact", "after conversion")),
-        Serving("--to lora:K", ("approximate", "approximate", "approximate", "approximate, once converted")),
+        Serving("--to lora:K", lora),
         Serving("--to gguf:TYPE", ("no", "no", "no", "exact up to TYPE")),
     ]

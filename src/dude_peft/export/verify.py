@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
@@ -60,12 +61,36 @@ def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | Non
         display.say("base weights: not compared; --base MODEL compares them")
     else:
         _compare(display, opened, base, gguf_file)
+    refusal = _stock_refusal(opened, base, gguf_file)
+    if refusal is None:
+        display.say("stock PEFT: not asked, the base model's configuration is not here; --base MODEL gives it")
+    elif refusal:
+        display.warn(f"{refusal}; use --to merged")
     table = Table(title="what runs where", title_justify="left")
     for column in ("file", *PROGRAMS):
         table.add_column(column)
-    for row in serving_matrix(config.spec, ranks):
+    for row in serving_matrix(config.spec, ranks, loads=not refusal):
         table.add_row(row.file, *row.answers)
     display.console.print(table)
+
+
+def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None) -> str | None:
+    """Why stock PEFT does not load it, empty where it does; None where nothing is known of the base model."""
+    import torch
+
+    from dude_peft.export.base import source_of
+    from dude_peft.init.architecture import model_of
+    from dude_peft.train.model import load_settings, locate
+    from dude_peft.tuner.stock_loading import stock_refusal
+
+    try:
+        source = source_of(opened, base, gguf_file)
+        settings = load_settings(source, locate(source))
+        settings.quantization_config = None  # the names are those of the plain model
+        model = model_of(settings, source.name_or_path, torch.float32)
+    except ConfigError:
+        return None
+    return stock_refusal(model, opened.config.stock(), opened.base)
 
 
 def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The model without its weights, and where the checkpoint keeps each of its parameters."""
+"""The model without its weights, and the names of its parameters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from dude_peft.artifact.checkpoint import Checkpoint
-from dude_peft.artifact.header import StoredTensor
-from dude_peft.errors import ArtifactError, ConfigError, DudeError
+from dude_peft.errors import ConfigError, DudeError
 from dude_peft.show import shown
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
@@ -67,10 +65,15 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
         raise ConfigError(
             f"model {shown(model_name, 300)} is quantised ({shown(method)}): give the unquantised checkpoint"
         )
+    kinds = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if not any(type(settings) in kind for kind in kinds):
+        raise ConfigError(
+            f"model {shown(model_name, 300)} is no causal language model that transformers knows, its configuration is "
+            f"a {type(settings).__name__}"
+        )
     try:
         with torch.device("meta"):
-            automatic: Any = transformers.AutoModelForCausalLM
-            model: nn.Module = automatic.from_config(settings, dtype=dtype)
+            model: nn.Module = automatic_class(settings).from_config(settings, dtype=dtype)
     except DudeError:
         raise
     except Exception as error:
@@ -81,43 +84,21 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def automatic_class(settings: Any) -> Any:
+    """The class of transformers that makes the language model of a configuration; some read images beside text."""
+    if type(settings) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(settings) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
 def parameter_names(model: nn.Module) -> dict[int, list[str]]:
     """Every name of every parameter, by the parameter's id; tied ones have several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
-
-
-def find_weight(key: str, names: list[str], prefix: str, checkpoint: Checkpoint) -> StoredTensor:
-    """The stored tensor of a parameter: under its own name or a tied one's, with or without the model's prefix.
-
-    Args:
-        key: the parameter's name, for messages.
-        names: all its names.
-        prefix: the model's `base_model_prefix`.
-        checkpoint: where it is looked for.
-
-    Raises:
-        ArtifactError: it is not there, or two different tensors are.
-    """
-    found: dict[str, StoredTensor] = {}
-    for name in names:
-        other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-        stored = checkpoint.tensors.get(name) or checkpoint.tensors.get(other)
-        if stored is not None:
-            found[stored.name] = stored
-    if not found:
-        raise ArtifactError(
-            f"the checkpoint has no tensor '{shown(key)}' ({len(checkpoint.tensors)} others); use one in transformers' "
-            "own layout"
-        )
-    if len(found) > 1:
-        raise ArtifactError(
-            f"the checkpoint has {' and '.join(map(shown, found))}, which are one weight in the model; leave the layer "
-            "out with --exclude-modules"
-        )
-    return next(iter(found.values()))
 
 
 def _first(error: Exception) -> str:

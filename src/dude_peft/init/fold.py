@@ -20,7 +20,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
-from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
@@ -85,12 +85,13 @@ def fold(
         raise ConfigError("--quantize works in one process and replaces nothing: leave out --workers and --overwrite")
     output, residual, display = Path(output), Path(residual), Display(quiet=quiet)
     _check_outputs(output, residual)
-    with display.waiting("reading the checkpoint"), quiet_imports():
+    with display.waiting("imports"), quiet_imports():
         from dude_peft.artifact.checkpoint import open_checkpoint
         from dude_peft.init.bnb import check_format
         from dude_peft.init.plan import make_plan
         from dude_peft.tuner import DudeConfig
 
+    with display.waiting("reading the model"), gathered_warnings(display.warn):
         check_format(form)
         folder = checkpoint_folder(model)
         checkpoint = open_checkpoint(folder)

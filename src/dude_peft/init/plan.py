@@ -15,11 +15,13 @@ import torch
 
 from dude_peft.artifact.checkpoint import Checkpoint, is_plain
 from dude_peft.errors import ArtifactError, ConfigError
-from dude_peft.init.architecture import empty_model, find_weight, parameter_names
+from dude_peft.init.architecture import empty_model, parameter_names
 from dude_peft.init.layer import LayerTask
+from dude_peft.init.layout import layout_of
 from dude_peft.methods import Method
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
+from dude_peft.tuner.stock_loading import warn_if_refused
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         ArtifactError: a weight is missing, or its shape does not fit.
     """
     model = empty_model(model_name, folder, checkpoint.dtype, dtype)
-    names_of, prefix = parameter_names(model), model.base_model_prefix
+    names_of, layout = parameter_names(model), layout_of(model, checkpoint)
     # What get_peft_model does, which has no way of its own to leave the tensors empty.
     config.base_model_name_or_path = model_name
     adapted: Any = peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
@@ -64,7 +66,7 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
                 f"target '{module.layer_name}' is a {type(base).__name__}, whose weight is no plain matrix; leave it "
                 "out with --exclude-modules, or initialise in memory with get_peft_model"
             )
-        stored = find_weight(f"{module.layer_name}.weight", names_of[id(base.weight)], prefix, checkpoint)
+        stored = layout.find(f"{module.layer_name}.weight", names_of[id(base.weight)])
         if not is_plain(stored):
             raise ConfigError(
                 f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}: a quantised checkpoint cannot be "
@@ -85,6 +87,7 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         transposed = frozen.is_transposed(base)
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
         size += saved_bytes(module, config.spec, r)
+    warn_if_refused(model, config.stock(), [task.name for task in layers])
     return Plan(config, layers, size)
 
 

@@ -16,7 +16,7 @@ from dude_peft.artifact.durable import check_space, disk_errors
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
-from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def initialise(
     _check_output(output, overwrite)
     folder = checkpoint_folder(model)
     display = Display(quiet=quiet)
-    with display.waiting("reading the checkpoint"), quiet_imports():
+    with display.waiting("imports"), quiet_imports():
         from dude_peft.artifact.checkpoint import open_checkpoint
         from dude_peft.artifact.durable import locked
         from dude_peft.init.parts import Parts
@@ -82,6 +82,7 @@ def initialise(
         from dude_peft.init.workers import usual_count
         from dude_peft.tuner import DudeConfig
 
+    with display.waiting("reading the model"), gathered_warnings(display.warn):
         checkpoint = open_checkpoint(folder)
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         plan = make_plan(model, folder, checkpoint, config, dtype, seed)

@@ -99,13 +99,20 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
     Raises:
         ConfigError: whatever the real run would refuse.
     """
-    model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
-    train = config.train
+
+    def adapted() -> Any:
+        return adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
+
+    model, train = adapted(), config.train
     static = _static(model)
     order = [] if whole else shorten(model)
+    kinds = len(set(order))
     rows, checkpointing, uncounted = train.per_device_train_batch_size, train.gradient_checkpointing, ""
     try:
-        step = dry_step(model, len(set(order)), rows, length, bf16=train.bf16, checkpointing=checkpointing)
+        step = dry_step(model, kinds, rows, length, bf16=train.bf16, checkpointing=checkpointing)
+        if not step.has(kinds):  # layers that share, skip or repeat one another cannot be put together from one each
+            order = []
+            step = dry_step(adapted(), 0, rows, length, bf16=train.bf16, checkpointing=checkpointing)
     except Exception as error:  # of any operator that cannot be traced: experts in float32, say
         step, order = DryStep(), []
         uncounted = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"

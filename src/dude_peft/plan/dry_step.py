@@ -32,6 +32,10 @@ class DryStep:
     backward: list[Stretch] = field(default_factory=list)
     """The backward of every kind of layer, by kind; the first layer's with what comes before it."""
 
+    def has(self, kinds: int) -> bool:
+        """Whether every layer ran, once each and one after the other."""
+        return len(self.forward) == len(self.backward) == kinds
+
 
 def dry_step(model: nn.Module, kinds: int, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> DryStep:
     """Runs the step and takes its memory apart.

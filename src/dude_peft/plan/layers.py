@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def shorten(model: nn.Module) -> list[int]:
@@ -26,7 +27,7 @@ def shorten(model: nn.Module) -> list[int]:
     layers = _decoder_layers(model, getattr(text, "num_hidden_layers", 0))
     if layers is None:
         return []
-    types = getattr(text, "layer_types", None)
+    types = list(getattr(text, "layer_types", None) or ())
     kinds: dict[Hashable, int] = {}
     kept: list[int] = []
     order = []
@@ -36,12 +37,21 @@ def shorten(model: nn.Module) -> list[int]:
             kinds[signature] = len(kept)
             kept.append(index)
         order.append(kinds[signature])
+    if types and not _set_types(text, types, [types[index] for index in kept]):
+        return []
     for index in reversed(range(len(layers))):
         if index not in kept:
             del layers[index]
-    if types:
-        text.layer_types = [types[index] for index in kept]
     return order
+
+
+def _set_types(text: Any, types: list[str], wanted: list[str]) -> bool:
+    """Tells the configuration the kinds of the layers that stay; False where it derives others itself, as Jamba's."""
+    try:
+        text.layer_types = wanted
+    except AttributeError:
+        return types[: len(wanted)] == wanted
+    return True
 
 
 def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
@@ -50,9 +60,15 @@ def decoder_layers(model: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList | None:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count > 0]
-    # Of several lists of that length the decoder's is the outermost, which comes first.
-    return lists[0] if lists else None
+    whole: Any = model
+    decoder = whole.get_decoder() if isinstance(model, PreTrainedModel) else whole
+    lists = [
+        (name.count("."), module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0
+    ]
+    # Of several lists of that length (a vision tower may have one) the decoder's is the outermost.
+    return min(lists, key=lambda found: found[0])[1] if lists else None
 
 
 def _signature(layer: nn.Module) -> Hashable:

@@ -114,7 +114,8 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
         ResourceError: it does not fit into memory.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from dude_peft.init.architecture import automatic_class
 
     options = _source_options(section, where)
     dtype: Any = section.dtype
@@ -125,8 +126,9 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
         dtype = quantization["dtype"]
         options |= _quantised(section, where, quantization["config"])
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    automatic = automatic_class(load_settings(section, where))
     with _loading("model", section, where):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+        loaded: Any = automatic.from_pretrained(where, output_loading_info=True, **options)
     model: PreTrainedModel
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):

@@ -28,6 +28,7 @@ from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.show import quoted, shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.all_linear import choose
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.heads import (
@@ -41,6 +42,7 @@ from dude_peft.tuner.heads import (
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.patterns import check_pattern
 from dude_peft.tuner.starts import compute_starts
+from dude_peft.tuner.stock_loading import warn_if_refused
 from dude_peft.tuner.weighted import plan_sum
 
 # Modules whose children are named after adapters.
@@ -90,14 +92,10 @@ class DudeModel(BaseTuner):
                 f"target_modules is not set, and PEFT has no choice of its own for {type(model).__name__}; "
                 "'all-linear' adapts every linear layer"
             ) from error
+        _check_patterns(model, config)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
-            # "all" means all that can be adapted: not the projection inside nn.MultiheadAttention, say, and nothing
-            # that is trained whole, or was drawn by chance and is saved with no adapter.
-            unfit = {name for name in config.target_modules if not _is_supported(model.get_submodule(name))}
-            unfit |= trained_whole(model, config) | set(newly_initialised(model))
-            # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
-            config.target_modules = {n for n in set(config.target_modules) - unfit if _is_wanted_layer(n, config)}
+            self._leave_out(model, config)
         self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
         if state_dict is None:
             targets = self._check_targets(model, config)
@@ -287,15 +285,21 @@ class DudeModel(BaseTuner):
                         f"be in use; name one of them"
                     )
 
+    def _leave_out(self, model: nn.Module, config: DudeConfig) -> None:
+        """Of all linear layers keep those that all-linear means, and say once which are left out."""
+        # Nothing that is trained whole, or was drawn by chance and is saved with no adapter.
+        other = trained_whole(model, config) | set(newly_initialised(model))
+        names = sorted(set(config.target_modules or ()) - other)
+        found = [name for name in names if self._check_target_module_exists(config, name)]
+        # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
+        wanted = [(name, _base_of(model.get_submodule(name))) for name in found if _is_wanted_layer(name, config)]
+        kept, left_out = choose(model, wanted, config)
+        config.target_modules = kept  # type: ignore[assignment]  # as PEFT has it, a set
+        if left_out:
+            warnings.warn(left_out, stacklevel=2)
+
     def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
         names = [name for name, _ in model.named_modules() if name]
-        for key in ("target_modules", "exclude_modules"):
-            expression = getattr(config, key)
-            if isinstance(expression, str):
-                check_pattern(key, expression, names)
-        for key in ("rank_pattern", "alpha_pattern"):
-            for expression in getattr(config, key) or ():
-                check_pattern(key, expression, names, around=r"(.*\.)?({})$")
         _check_layers(config, names)
         if not isinstance(config.target_modules, str):
             for wanted in sorted(config.target_modules or ()):
@@ -449,8 +453,10 @@ class DudeModel(BaseTuner):
             base[layer.layer_name] = layer.base_fingerprint()
         config._base = base
         config._quantization = _quantization_of(model)
-        config._beside = prints_beside(_base_model(model), config._beside)
+        base_model = _base_model(model)
+        config._beside = prints_beside(base_model, config._beside)
         config._left_out = tuple(_needless(model, config))
+        warn_if_refused(base_model, config.stock(), base)
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
 
@@ -531,10 +537,6 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _is_supported(module: nn.Module) -> bool:
-    return frozen.is_supported(_base_of(module))
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:
@@ -707,6 +709,17 @@ def _wanted_layers(config: DudeConfig) -> set[int]:
 def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
     wanted = _wanted_layers(config)
     return not wanted or _layer_index(name, config) in wanted
+
+
+def _check_patterns(model: nn.Module, config: DudeConfig) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for key in ("target_modules", "exclude_modules"):
+        expression = getattr(config, key)
+        if isinstance(expression, str):
+            check_pattern(key, expression, names)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for expression in getattr(config, key) or ():
+            check_pattern(key, expression, names, around=r"(.*\.)?({})$")
 
 
 def _check_layers(config: DudeConfig, names: list[str]) -> None:

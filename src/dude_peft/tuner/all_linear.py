@@ -1,0 +1,86 @@
+"""What target_modules="all-linear" means: every linear layer of the language model that an adapter can do good on.
+
+PEFT's own meaning has every linear layer but the output's. We leave out what a user has to ask for by name: encoders of
+images and sound beside a language model, gates and routers (their choice of an expert jumps, and one output has no
+principal directions to train), and layers smaller than the rank. What is left out is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dude_peft.show import shown
+from dude_peft.tuner import frozen
+from dude_peft.tuner.config import DudeConfig
+
+# A name, or the end of one: `gate`, `router.layer`, `shared_expert_gate`; no `gate_proj`.
+_GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
+_UNFIT, _SEES, _CHOOSES = "cannot be adapted", "no text passes it", "gate or router"
+
+
+def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: DudeConfig) -> tuple[set[str], str]:
+    """The names of the layers that all-linear adapts, and one line on the others.
+
+    Args:
+        model: the base model.
+        layers: names and frozen layers that PEFT finds, without those that the configuration excludes.
+        config: its ranks are looked at.
+
+    Returns:
+        Names; and what was left out and why, empty where nothing was.
+    """
+    towers = _towers(model)
+    kept, small = set(), set()
+    left: dict[tuple[str, str], int] = {}
+    for name, layer in layers:
+        last, tower = name.rpartition(".")[2], next((t for t in towers if name.startswith(f"{t}.")), None)
+        rank, _ = config.rank_and_alpha(name)
+        if tower is not None:
+            group = (tower, _SEES)
+        elif not frozen.is_supported(layer):
+            group = (last, _UNFIT)
+        elif _is_gate(name, layer):
+            group = (last, _CHOOSES)
+        elif rank > min(frozen.layer_shape(layer)):
+            group = (last, f"smaller than r={rank}")
+            small.add(name)
+        else:
+            kept.add(name)
+            continue
+        left[group] = left.get(group, 0) + 1
+    if not kept:  # the check of ranks behind us says why
+        return small, ""
+    return kept, _line(left)
+
+
+def _towers(model: nn.Module) -> Sequence[str]:
+    """Names of the encoders of images or sound inside a language model."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        return []
+    return [
+        name
+        for name, part in model.named_modules()
+        # Whisper's encoder is configured as the whole is: it is half of the model, not a tower beside it.
+        if isinstance(part, PreTrainedModel)
+        and "text" not in part.input_modalities
+        and type(part.config) is not type(model.config)
+    ]
+
+
+def _is_gate(name: str, layer: nn.Module) -> bool:
+    out, in_ = frozen.layer_shape(layer)
+    return out < in_ and (_GATE.search(name) is not None or "Router" in type(layer).__name__)
+
+
+def _line(left: dict[tuple[str, str], int]) -> str:
+    if not left:
+        return ""
+    parts = [f"{shown(name)} ({count} layer{'s' * (count > 1)}, {why})" for (name, why), count in left.items()]
+    return (
+        f"target_modules='all-linear' leaves out {', '.join(parts)}; name a layer to adapt it, and give a small one "
+        "its r with rank_pattern"
+    )
