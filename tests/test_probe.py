@@ -124,7 +124,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
-def reference(name: str, folder: Path, router: float = 0.0) -> tuple[float, float]:
+def reference(name: str, folder: Path) -> tuple[float, float]:
     """(loss, gradient's norm) of the first step, written out: every token counts the same, one row at a time."""
     model = load_model(ModelSection(name_or_path=str(folder / name), dtype="float32"), str(folder / name))
     config = DudeConfig(r=4, lora_alpha=12, target_modules=TARGETS.get(name, "all-linear"))

@@ -74,7 +74,7 @@ def nature_of(model: Any, pad_id: int) -> Nature:
     """
     versions = [weight._version for weight in model.parameters()]
     with traceless(model), _refused(model, "does not run on token ids alone"):
-        causal, right_padding = _direction(model, pad_id)
+        causal, right_padding = _direction(model, _known(model, pad_id))
         own, router = _loss(model)
     if versions != [weight._version for weight in model.parameters()]:
         raise ConfigError(
@@ -105,6 +105,7 @@ def company_of(model: Any, pad_id: int) -> Company:
     Raises:
         ConfigError: it cannot generate.
     """
+    pad_id = _known(model, pad_id)
     ids, length = text_ids(model), trial_length(model)
     long, other = trial_rows(ids, 2, length)
     half = length - length // 2
@@ -257,6 +258,11 @@ def _takes_items(model: Any) -> bool:
         return bool(model.accepts_loss_kwargs)
     parameters = inspect.signature(model.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _known(model: Any, pad_id: int) -> int:
+    """`pad_id`, or 0 where the tokenizer is another model's, which is told of by who reads rows."""
+    return pad_id if pad_id < model.get_input_embeddings().weight.shape[0] else 0
 
 
 def _on(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
