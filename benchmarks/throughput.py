@@ -31,6 +31,7 @@ from dude_peft.train.config import RunConfig
 from dude_peft.train.fit import Surroundings, fit, training_arguments
 from dude_peft.train.folder import save_adapter
 from dude_peft.train.model import load_model, load_tokenizer, locate
+from dude_peft.train.probe import nature_of
 from dude_peft.train.progress import Display
 from dude_peft.train.stop import Stop
 from dude_peft.train.training_set import TrainingSet
@@ -93,6 +94,7 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str,
 def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> float:
     """The loop of `dude train`."""
     model: Any = load_model(config.model, where)
+    nature = nature_of(model, int(tokenizer.pad_token_id))
     model = peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
@@ -106,6 +108,7 @@ def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> 
             save_adapter=save_adapter,
             held_out_loss=None,
             tokenizer=tokenizer,
+            nature=nature,
         )
         run = config.model_copy(update={"output_dir": folder})
         fit(model, examples, training_arguments(run), run, around)

@@ -61,7 +61,7 @@ def test_positions_begin_again_and_no_example_predicts_the_next():
 def test_padding_needs_no_mask_and_hides_no_token():
     batch = pad_right([{"input_ids": [7, 0, 0], "labels": [7, 0, 0]}, {"input_ids": [5], "labels": [5]}], pad_id=0)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[7, 0, 0], [5, IGNORE, IGNORE]]
+    assert batch["labels"].tolist() == [[IGNORE, 0, 0], [IGNORE, IGNORE, IGNORE]]  # nothing predicts a first token
 
 
 @pytest.mark.parametrize("name", PACKABLE)

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.speaker import Speaker
-from dude_peft.data.batches import pad_left
+from dude_peft.data.batches import grouped, pad_left
 from dude_peft.errors import NumericsError, ResourceError
 from dude_peft.show import shown
 from dude_peft.train.out_of_memory import is_out_of_memory
@@ -124,11 +124,13 @@ def decode_all(
     base: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Completion]:
-    """Continue any number of prompts, in the order given; those of like length share a batch. Raises as `decode`."""
+    """Continue any number of prompts, in the order given; those of like length share a batch, if the model allows it.
+
+    Raises as `decode`.
+    """
     found: dict[int, Completion] = {}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    company = "any" if batch_size == 1 else speaker.company
+    for indices in grouped([len(prompt) for prompt in prompts], batch_size, company):
         completions = decode(speaker, [prompts[index] for index in indices], decoding, base=base)
         found.update(zip(indices, completions, strict=True))
         advance(len(indices))

@@ -108,6 +108,8 @@ def generate(
             positions=speaker.positions,
             new=max_new_tokens,
         )
+        if batch_size > 1 and len(ids) > 1 and speaker.company_note:
+            notes.say(f"note: {speaker.company_note}")
         found: list[list[Completion]] = []
         with notes.stage("generating", len(rows) * (1 + base_too)) as advance:
             for as_base in (False, True) if base_too else (False,):

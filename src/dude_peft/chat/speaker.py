@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from dude_peft.train.record import ADAPTER
 from dude_peft.train.record import CONFIG as RUN_CONFIG
 
 if TYPE_CHECKING:
+    from dude_peft.data.batches import Company
     from dude_peft.terminal.display import Display
 
 _TOKENIZER_FILES = ["*token*", "vocab*", "merges*", "*.model", "chat_template*"]
@@ -48,6 +50,20 @@ class Speaker:
         """The template of this kind, or of the training: `Template` says what it raises."""
         return Template(self.tokenizer, kind or self.trained_template)
 
+    @cached_property
+    def company(self) -> Company:
+        """Which prompts share a batch; tried on the model when it is first asked for."""
+        from dude_peft.train.probe import company_of
+
+        return company_of(self.model, int(self.tokenizer.pad_token_id))
+
+    @property
+    def company_note(self) -> str:
+        """What there is to say of it; empty where any prompts do."""
+        from dude_peft.train.probe import company_note
+
+        return company_note(type(_plain(self.model)).__name__, self.company)
+
     @property
     def positions(self) -> int | None:
         """Tokens that the model reads at most; None where nothing limits them."""
@@ -70,12 +86,14 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         notes: where progress is shown.
 
     Raises:
-        ConfigError: it cannot be found, or --base beside a plain model.
+        ConfigError: it cannot be found, is not causal, or --base beside a plain model.
         ArtifactError: a damaged adapter, or another base model.
         NumericsError: NaN or Inf in the adapter.
         ResourceError: it does not fit into memory.
     """
     import torch
+
+    from dude_peft.train.probe import check_causal, nature_of, quiet_router_
 
     saved: SavedAdapter | None = None
     if _is_adapter(name):
@@ -91,6 +109,8 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         model = _model(source, where, saved)
     if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    check_causal(nature_of(model, int(tokenizer.pad_token_id)))
+    quiet_router_(model)
     checkpoint_generation = _plain(model).generation_config
     ends = _only_ends_(model, tokenizer)
     template = "auto" if saved is None else _template_of_the_run(saved.folder)

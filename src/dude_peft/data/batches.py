@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +12,25 @@ from torch import Tensor
 from dude_peft.data.labels import IGNORE
 
 Example = Mapping[str, Sequence[int]]
+Company = Literal["any", "alike", "none"]
+"""Rows that may share a batch without changing each other: any rows, those of one length, none."""
+
+
+def grouped(lengths: Sequence[int], size: int, company: Company = "any") -> list[list[int]]:
+    """Indices of rows, at most `size` a batch, shortest first, so that little goes into padding."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    if company == "none":
+        return [[index] for index in order]
+    alike = [list(same) for _, same in itertools.groupby(order, lambda index: lengths[index])]
+    runs = alike if company == "alike" else [order]
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
 
 def pad_right(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Training examples -> input_ids, attention_mask and labels, each (rows, longest).
 
-    The mask comes from the lengths alone: a token of the text that happens to be the padding token is read like any.
+    The first label of each is IGNORE: nothing predicts it, and whoever counts labels shall not count it. The mask comes
+    from the lengths alone: a token of the text that happens to be the padding token is read like any.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
@@ -24,6 +39,7 @@ def pad_right(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         name: torch.tensor([[*example[name], *[fill] * (longest - len(example[name]))] for example in examples])
         for name, fill in filler.items()
     }
+    batch["labels"][:, 0] = IGNORE
     return batch | {"attention_mask": torch.tensor([[1] * length + [0] * (longest - length) for length in lengths])}
 
 

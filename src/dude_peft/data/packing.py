@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dude_peft.data.seeded import shuffled
+from dude_peft.data.trial import text_ids, traceless, trial_length, trial_rows
 from dude_peft.errors import ConfigError
 
-_PROBE_TOKENS = 12
+_TRIFLE = 0.05
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int, seed: int) -> list[list[int]]:
@@ -54,44 +55,34 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int, seed: int) -
     return [packs[number] for number in shuffled(len(packs), seed, stream=1).tolist()]
 
 
-@torch.inference_mode()
 def packs_apart(model: Any) -> bool:
     """Whether a causal model treats examples laid end to end (`batches.flat`) as if each were alone; one tiny forward.
 
     transformers separates them by position ids that begin again, where the model's attention reads them so. A model
-    with a recurrent state or a convolution mixes them, one that counts its positions itself shifts them. Measured: the
-    second of two examples must have the logits that it has alone, up to the rounding that another shape of the same
-    computation brings, and far below what the first one would do to it in a plain text.
+    with a recurrent state or a convolution mixes them, one that counts its positions itself shifts them, one that is
+    not causal sees the next one. Measured: the second of two examples must have the logits that it has alone, up to the
+    rounding that another shape of the same computation brings, and far below what another first one would do to it in
+    a plain text. That rounding is taken from a longer text, whose end must be as far below.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return _measured_apart(model)
-    except TypeError:  # forward takes no position_ids
-        return False
-    finally:
-        for module, training in modes:
-            module.training = training
+    with traceless(model):
+        try:
+            return _measured_apart(model)
+        except TypeError:  # forward takes no position_ids
+            return False
 
 
 def _measured_apart(model: Any) -> bool:
-    first, second, third = _probes(model)
+    first, second, third = trial_rows(text_ids(model), 3, trial_length(model))
     count = len(second)
     alone = _logits(model, second)
     packed = _logits(model, first + second, [*range(count), *range(count)])[count:]
     followed = _logits(model, second + third)[:count]
-    mixed = _logits(model, first + second)[count:]
-    error, rounding, leak = (float((other - alone).abs().max()) for other in (packed, followed, mixed))
+    behind_first, behind_third = (_logits(model, before + second)[count:] for before in (first, third))
+    error, rounding = (float((other - alone).abs().max()) for other in (packed, followed))
+    leak = float((behind_first - behind_third).abs().max())
     size = float(alone.abs().max())
-    return error <= 8 * rounding + 4 * torch.finfo(model.dtype).eps * size and error < 0.05 * leak
-
-
-def _probes(model: Any) -> list[list[int]]:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    positions = getattr(model.config, "max_position_embeddings", None) or 2 * _PROBE_TOKENS
-    count = max(2, min(_PROBE_TOKENS, positions // 2))
-    ids = [int(place * 0.61803 * vocabulary) % vocabulary for place in range(1, 3 * count + 1)]
-    return [ids[:count], ids[count : 2 * count], ids[2 * count :]]
+    near = error <= 8 * rounding + 4 * torch.finfo(model.dtype).eps * size
+    return near and max(error, rounding) < _TRIFLE * leak
 
 
 def _logits(model: Any, ids: list[int], positions: list[int] | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from dude_peft.chat.decode import Finite
+from dude_peft.data.batches import Company, grouped
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.evaluate.answer_cache import AnswerCache, key_of
 from dude_peft.show import shown
@@ -70,6 +71,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         name: str,
         batch_size: int,
         versions: dict[str, Any],
+        company: Company = "any",
         advance: Callable[..., None] = lambda answers, total: None,
     ) -> None:
         """Wrap it.
@@ -81,11 +83,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             name: for messages.
             batch_size: sequences at a time, as long as they fit.
             versions: of each task, by its name.
+            company: which prompts are continued in one batch.
             advance: called with the number of requests that were answered, and with `total`, of those known so far.
         """
         self._fits = batch_size
         super().__init__(pretrained=_Ready(model), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
+        self._company = company
         self._stopped: list[bool] = []
         self._asked = 0
         self.computed = 0
@@ -138,10 +142,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             longest = sorted(group.items(), key=lambda one: (-lengths[one[0]], one[1].args[0]))
 
             def compute(batch: Sequence[dict[str, _Request]]) -> dict[str, Any]:
-                asked = {key: request for row in batch for key, request in row.items()}
-                self._stopped = []
-                texts = super(HarnessModel, self).generate_until(list(asked.values()), disable_tqdm=True)
-                return dict(zip(asked, zip(texts, self._stopped, strict=True), strict=True))
+                asked = [one for row in batch for one in row.items()]
+                answers: dict[str, Any] = {}
+                for indices in grouped([lengths[key] for key, _ in asked], len(asked), self._company):
+                    # Longest first, as the harness continues them.
+                    some = dict(asked[index] for index in (sorted(indices)))
+                    self._stopped = []
+                    texts = super(HarnessModel, self).generate_until(list(some.values()), disable_tqdm=True)
+                    answers |= dict(zip(some, zip(texts, self._stopped, strict=True), strict=True))
+                return answers
 
             self._answer([{key: request} for key, request in longest], compute)
         for key, request in zip(keys, requests, strict=True):

@@ -27,6 +27,7 @@ from dude_peft.train import processes
 
 if TYPE_CHECKING:
     from dude_peft.chat.speaker import Speaker
+    from dude_peft.data.batches import Company
     from dude_peft.evaluate.tasks import Chosen
 
 # As the harness's own command sets them: python, numpy, torch, few-shot examples.
@@ -248,6 +249,11 @@ class _Scorer:
         self._tokenizer = tokenizer_fingerprint(speaker.tokenizer)
         self.counts: dict[str, Counts] = {}
         self._config = config_fingerprint(speaker.model)
+        self._company: Company = "any"
+        if any(task.OUTPUT_TYPE == "generate_until" for task in self._tasks.values()):
+            self._company = speaker.company
+            if speaker.company_note:
+                display.say(f"note: {speaker.company_note}")
         self._answers: dict[str, dict[str, int]] = {}
 
     def score(self, state: str) -> dict[str, Any]:
@@ -284,6 +290,7 @@ class _Scorer:
                     name=self._speaker.name,
                     batch_size=int(cache.settings["batch_size"]),
                     versions=versions,
+                    company=self._company,
                     advance=advance,
                 )
                 with contextlib.redirect_stderr(io.StringIO()), self._harness_errors():  # and its bars

@@ -24,9 +24,10 @@ from dude_peft.train.config import RunConfig, TrainSection
 from dude_peft.train.general import GeneralMeter, general_scores
 from dude_peft.train.loop import Loop
 from dude_peft.train.mixed_order import MixedOrder
-from dude_peft.train.objective import MixtureOfLosses
+from dude_peft.train.objective import CausalLoss, MixtureOfLosses
 from dude_peft.train.order import EpochOrder
 from dude_peft.train.out_of_memory import is_out_of_memory
+from dude_peft.train.probe import Nature
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
 from dude_peft.train.sharding import shard
@@ -72,6 +73,8 @@ class Surroundings:
     save_adapter: Callable[[Any, Path, dict[str, Tensor] | None], None]
     held_out_loss: Callable[[], float] | None
     tokenizer: Any
+    nature: Nature
+    """Of the model, by `nature_of`."""
     task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
 
 
@@ -279,12 +282,13 @@ def _trainer(
     if config.train.trainer == "trl":
         from dude_peft.train.trl_trainer import lengths, trl_trainer
 
-        made: Any = trl_trainer(model, arguments, examples, around.tokenizer, callbacks)  # type: ignore[arg-type]
+        router = around.nature.router
+        made: Any = trl_trainer(model, arguments, examples, around.tokenizer, callbacks, router)  # type: ignore[arg-type]
         tokens = lengths(made.train_dataset)
         return made, tokens, len(tokens)
     packs, seed = config.data.packing, config.train.seed
     rows = Packs(examples, config.data.max_length, seed) if packs else Rows(examples)
-    loss = MixtureOfLosses(torch.bfloat16 if config.train.bf16 else None) if config.train.objective == "mol" else None
+    loss = _loss_of(config.train, around.nature)
     trainer = RunTrainer(
         model=model,
         args=arguments,
@@ -293,7 +297,16 @@ def _trainer(
         callbacks=callbacks,
         compute_loss_func=loss,
     )
+    if loss is not None:  # else Trainer would hand the model what only its own loss is divided by
+        trainer.model_accepts_loss_kwargs = False
     return trainer, rows.lengths, rows.domain
+
+
+def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | CausalLoss | None:
+    """None where the model's own is right."""
+    if section.objective == "mol":
+        return MixtureOfLosses(torch.bfloat16 if section.bf16 else None)
+    return None if nature.own_loss else CausalLoss(nature.router)
 
 
 def _order_of(lengths: list[int], domain: int, section: TrainSection, step_rows: int) -> EpochOrder:
@@ -309,10 +322,11 @@ def _meter_of(
     test, settings = examples.general_test, config.evaluation
     if test is None:
         return None
-    pad_id = int(around.tokenizer.pad_token_id)
+    how: Any = {"pad_id": int(around.tokenizer.pad_token_id), "batch_size": settings.batch_size}
+    how["company"] = around.nature.company
     return GeneralMeter(
         test=test,
-        scores=lambda: general_scores(model, test.examples, pad_id=pad_id, batch_size=settings.batch_size),
+        scores=lambda: general_scores(model, test.examples, **how),
         eval_steps=settings.eval_steps,
         metrics=lambda: loop.metrics,
         say=lambda text: None if around.display.live else around.display.say(text),

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dude_peft.core.divergence import divergence
-from dude_peft.data.batches import pad_right
+from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.errors import NumericsError
 from dude_peft.train.objective import judged
 from dude_peft.train.training_set import GeneralTest
@@ -25,14 +25,19 @@ _CHUNK = 2**24
 
 @torch.no_grad()  # not inference_mode: the first forward of a sharded model makes the buffers that training writes
 def general_scores(
-    model: Any, examples: Sequence[Mapping[str, Sequence[int]]], *, pad_id: int, batch_size: int
+    model: Any,
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    company: Company = "any",
 ) -> tuple[float, float]:
     """Mean cross-entropy, and mean KL(base || tuned), in nats over all judged tokens; every token counts the same."""
     model.eval()
     loss, distance, tokens = 0.0, 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-    for start in range(0, len(ordered), batch_size):
-        batch = pad_right(ordered[start : start + batch_size], pad_id)
+    lengths = [len(example["input_ids"]) for example in examples]
+    for indices in grouped(lengths, batch_size, company):
+        batch = pad_right([examples[index] for index in indices], pad_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         places, labels = judged(batch.pop("labels"))
         tuned = model(**batch, use_cache=False).logits.flatten(0, 1)[places]

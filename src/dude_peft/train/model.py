@@ -141,6 +141,9 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     model.config.name_or_path = model.name_or_path = section.name_or_path
     model.requires_grad_(False)
     model.train(False)
+    if getattr(model.config, "rescale_every", 0):
+        # RWKV would halve some of its weights whenever it begins to infer, and double them for training.
+        model.config.rescale_every = 0
     return model
 
 

@@ -1,4 +1,4 @@
-"""Mixture of losses (MoL): learn the domain, stay the base model elsewhere."""
+"""Losses of a run beside the models' own: their logits' cross-entropy, and a mixture that stays the base elsewhere."""
 
 from __future__ import annotations
 
@@ -7,11 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dude_peft.core.divergence import target_loss
 from dude_peft.data.labels import IGNORE
 from dude_peft.train.processes import count
 from dude_peft.tuner.untouched import as_base
+
+
+class CausalLoss:
+    """The shifted cross-entropy of a model's logits, as Trainer's `compute_loss_func`, where its own loss is another.
+
+        L = 1/N sum_t -log q_t[label_t]  +  c/P R
+
+    N is the number of trained tokens of the whole optimizer step, over all processes. R is the loss of a mixture of
+    experts' router, a mean over one micro-batch; P is how many of these the step has, c the weight that it gets.
+    """
+
+    def __init__(self, router: float = 0.0) -> None:
+        """`router`: c; 0 for a model without one."""
+        self.router = router
+        self.parts = 1
+        """P; set before each call."""
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The micro-batch's part of the step's loss."""
+        logits = outputs["logits"]
+        loss: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
+        return loss + self.router / self.parts * outputs["aux_loss"] if self.router else loss
 
 
 class MixtureOfLosses:

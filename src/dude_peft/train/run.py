@@ -28,6 +28,7 @@ from dude_peft.train.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
+    from dude_peft.data.batches import Company
     from dude_peft.train.checkpoint import Checkpoint
     from dude_peft.train.fit import Fit
     from dude_peft.train.run_data import HeldOut, RunData
@@ -102,6 +103,9 @@ class _Run:
         self.warnings: list[str] = []
         self.tokenizer: Any = None
         self.model: Any = None
+        self.nature: Any = None
+        self.company: Company = "any"
+        """Which held-out prompts share a batch."""
         self.resumed: Checkpoint | None = None
         self.start: Path | None = None
         """The adapter that training starts from; None for a fresh one."""
@@ -212,7 +216,8 @@ class _Run:
     def _load(self, where: str, data: RunData, device: Any) -> None:
         """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet."""
         from dude_peft.train.model import load_model
-        from dude_peft.train.start import check_answers_fit, check_fits, check_packs, probe
+        from dude_peft.train.probe import company_note, company_of, nature_of, quiet_router_
+        from dude_peft.train.start import check_answers_fit, check_fits, check_nature, check_packs, probe
 
         config, display = self.config, self.display
         pad_id = int(self.tokenizer.pad_token_id)
@@ -222,11 +227,19 @@ class _Run:
             if data.held_out is not None:
                 check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
             model.to(device)
+            # The same in all processes: what follows from it, they do together.
+            self.nature = processes.from_first(nature_of(model, pad_id))
+            check_nature(self.nature, config)
+            quiet_router_(model)
+            notes = self.nature.notes(config.train.objective)
+            if data.held_out is not None and config.evaluation.batch_size > 1:
+                self.company = processes.from_first(company_of(model, pad_id))
+                notes.append(company_note(self.nature.name, self.company))
             base = probe(model, data.train, pad_id)
             if config.data.packing:
                 check_packs(model)
-        if config.model.gguf_file:
-            display.say(f"note: {_GGUF_NOTE}")
+        for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
+            display.say(f"note: {note}")
         with self._phase("adapter"), display.waiting("making the adapter"):
             self._adapt(model, base, data, pad_id)
         trainable, total = self.model.get_nb_trainable_parameters()
@@ -297,6 +310,7 @@ class _Run:
             save_adapter=save_adapter,
             held_out_loss=None if held_out is None else lambda: self._held_out_loss(held_out),
             tokenizer=self.tokenizer,
+            nature=self.nature,
             task_scores=None
             if scorer is None
             else lambda: scorer.score(self.model, self.tokenizer, self.folder.path / SCORES),
@@ -314,7 +328,9 @@ class _Run:
         from dude_peft.train.score import held_out_loss
 
         batch_size, pad_id = self.config.evaluation.batch_size, int(self.tokenizer.pad_token_id)
-        return held_out_loss(self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size)
+        return held_out_loss(
+            self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size, company=self.nature.company
+        )
 
     def _score(self, when: str, held_out: HeldOut | None) -> Score | None:
         if held_out is None:
@@ -330,6 +346,7 @@ class _Run:
                 held_out.examples,
                 pad_id=int(self.tokenizer.pad_token_id),
                 batch_size=settings.batch_size,
+                company=self.nature.company,
                 advance=advance,
             )
             texts = complete(
@@ -338,6 +355,7 @@ class _Run:
                 held_out.prompts,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
+                company=self.company,
                 advance=advance,
             )
         answers = tuple(

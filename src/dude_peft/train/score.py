@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from dude_peft.data.batches import pad_left, pad_right
+from dude_peft.data.batches import Company, grouped, pad_left, pad_right
 from dude_peft.data.labels import IGNORE
 
 if TYPE_CHECKING:
@@ -40,15 +40,15 @@ def held_out_loss(
     *,
     pad_id: int,
     batch_size: int,
+    company: Company = "any",
     advance: Advance = lambda rows: None,
 ) -> float:
     """Mean cross-entropy in nats over all trained tokens of all `examples`; every token counts the same."""
     model.eval()
     total, tokens = 0.0, 0
-    # Rows of like length share a batch, so that little time goes into padding.
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-    for start in range(0, len(ordered), batch_size):
-        rows = ordered[start : start + batch_size]
+    lengths = [len(example["input_ids"]) for example in examples]
+    for indices in grouped(lengths, batch_size, company):
+        rows = [examples[index] for index in indices]
         batch = {name: tensor.to(model.device) for name, tensor in pad_right(rows, pad_id).items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
@@ -67,6 +67,7 @@ def complete(
     *,
     max_new_tokens: int,
     batch_size: int,
+    company: Company = "any",
     advance: Advance = lambda rows: None,
 ) -> list[str]:
     """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn."""
@@ -74,7 +75,8 @@ def complete(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, inner.generation_config = inner.generation_config, bare_generation_config(model, tokenizer)
     try:
-        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batch_size, advance)
+        batches = grouped([len(prompt) for prompt in prompts], batch_size, company)
+        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batches, advance)
     finally:
         inner.generation_config = kept
 
@@ -85,14 +87,12 @@ def _complete(
     prompts: Sequence[Sequence[int]],
     ends: set[int],
     max_new_tokens: int,
-    batch_size: int,
+    batches: list[list[int]],
     advance: Advance,
 ) -> list[str]:
     model.eval()
     texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in batches:
         batch = pad_left([prompts[index] for index in indices], int(tokenizer.pad_token_id))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         out = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from dude_peft.data.batches import pad_right
 from dude_peft.data.packing import packs_apart
 from dude_peft.errors import ConfigError, DataError, NumericsError
+from dude_peft.train.config import RunConfig
+from dude_peft.train.probe import Nature, check_causal
 from dude_peft.tuner.layer import DudeLinear
 
 _ROWS, _TOKENS = 2, 64
@@ -51,6 +53,16 @@ def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_toke
         raise ConfigError(
             f"evaluation.max_new_tokens: {max_new_tokens} tokens behind a prompt of {longest} exceed the {positions} "
             "that the model reads; lower it, or shorten the held-out rows"
+        )
+
+
+def check_nature(nature: Nature, config: RunConfig) -> None:
+    """Raises ConfigError for a model that sees what it has to predict, or lets in the padding that its batches have."""
+    check_causal(nature)
+    if not (nature.right_padding or config.data.packing or config.train.per_device_train_batch_size == 1):
+        raise ConfigError(
+            f"train.per_device_train_batch_size: padding behind a row changes what {nature.name} computes of it; set "
+            "it to 1, and train.gradient_accumulation_steps to what it was"
         )
 
 

@@ -18,7 +18,7 @@ from dude_peft.train.config import TrainSection
 from dude_peft.train.general import GeneralMeter
 from dude_peft.train.groups import parameter_groups
 from dude_peft.train.loop import Loop
-from dude_peft.train.objective import MixtureOfLosses
+from dude_peft.train.objective import CausalLoss, MixtureOfLosses
 from dude_peft.train.processes import gathered, summed
 from dude_peft.train.state import (
     load_optimizer_state,
@@ -78,6 +78,10 @@ class RunTrainer(Trainer):
         """DeepSpeed steps inside its backward pass, so there a bad loss has to be refused here."""
         if isinstance(self.compute_loss_func, MixtureOfLosses):
             self.compute_loss_func.look(model, inputs, inputs.pop("general", None))
+        if isinstance(self.compute_loss_func, CausalLoss):
+            if self.compute_loss_func.router:
+                inputs["output_router_logits"] = True
+            self.compute_loss_func.parts = self.current_gradient_accumulation_steps * self.args.world_size
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         if self.is_deepspeed_enabled and not math.isfinite(float(summed(loss.detach().clone()))):
             self.loop.seen(loss.detach(), self.loop.rows)

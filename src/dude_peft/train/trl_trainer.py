@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import TrainerCallback
 
+from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
+from dude_peft.errors import ConfigError
+from dude_peft.train.probe import quiet_router_, trains_cross_entropy
 from dude_peft.train.trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -19,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def trl_trainer(
-    model: Any, arguments: SFTConfig, examples: TokenSet, tokenizer: Any, callbacks: list[TrainerCallback]
+    model: Any,
+    arguments: SFTConfig,
+    examples: TokenSet,
+    tokenizer: Any,
+    callbacks: list[TrainerCallback],
+    router: float = 0.0,
 ) -> RunTrainer:
     """An SFTTrainer with our checkpoints, order and checks, on the token ids and labels that the other trainer gets.
 
@@ -29,15 +38,34 @@ def trl_trainer(
         examples: tokenised already; TRL packs them, if it shall.
         tokenizer: for padding.
         callbacks: of the run.
+        router: weight of the router's loss, where the model adds one.
+
+    Raises:
+        ConfigError: TRL's loss of this model is not the cross-entropy of its logits.
     """
     from datasets import Dataset
 
+    if "router_aux_loss_coef" in {field.name for field in dataclasses.fields(arguments)}:
+        arguments.router_aux_loss_coef = router  # else TRL adds one to every mixture of experts
     with contextlib.redirect_stderr(io.StringIO()):  # bars
         rows = Dataset.from_generator(_rows, gen_kwargs={"examples": examples, "sha256": examples.sha256})
         trainer: RunTrainer = _trainer_class()(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
         )
+    quiet_router_(model)  # TRL asks for its loss in each forward
+    trainer.current_gradient_accumulation_steps = 1
+    if not trains_cross_entropy(model, functools.partial(_loss, trainer, model), router):
+        raise ConfigError(
+            f"train.trainer: TRL's loss of {type(model.get_base_model()).__name__} is not the cross-entropy of its "
+            "logits; set train.trainer: transformers"
+        )
     return trainer
+
+
+def _loss(trainer: RunTrainer, model: Any, batch: dict[str, Tensor], items: Tensor) -> Tensor:
+    # Processes hold equal batches here; Trainer hands out as many times the loss, and their gradients' mean.
+    loss: Tensor = trainer.compute_loss(model, batch, num_items_in_batch=items) / trainer.args.world_size
+    return loss
 
 
 def lengths(dataset: Any) -> list[int]:
@@ -63,4 +91,6 @@ def _trainer_class() -> Any:
 def _rows(examples: TokenSet, sha256: str) -> Iterator[dict[str, list[int]]]:
     """`sha256` names the rows for the cache of datasets, which would hash the object otherwise."""
     for index in range(len(examples)):
-        yield examples[index]
+        example = examples[index]
+        # Nothing predicts the first token, and Trainer shall not count it.
+        yield {**example, "labels": [IGNORE, *example["labels"][1:]]}
