@@ -17,8 +17,8 @@ from models import tokens
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
-ROOMS = ["version", "errors", "show", "core", "methods", "artifact", "tuner", "data", "terminal", "init", "train"]
-ROOMS += ["plan", "export", "chat", "evaluate", "doctor", "cli"]
+ROOMS = ["version", "errors", "parents", "show", "core", "methods", "artifact", "tuner", "data", "terminal", "init"]
+ROOMS += ["train", "plan", "export", "chat", "evaluate", "doctor", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 

@@ -19,6 +19,7 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
+from dude_peft.parents import require
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
 from dude_peft.train.general import GeneralMeter, general_scores
@@ -35,6 +36,8 @@ from dude_peft.train.task_scores import TaskScore
 from dude_peft.train.trainer import RunTrainer
 from dude_peft.train.training_rows import Packs, Rows
 from dude_peft.train.training_set import TrainingSet
+
+require(TrainingArguments, "_n_gpu")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dude_peft.errors import ConfigError
+from dude_peft.parents import require
 from dude_peft.train.processes import count
 
 
@@ -20,6 +21,7 @@ def shard(model: Any) -> None:
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from transformers import PreTrainedModel
 
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
@@ -31,4 +33,5 @@ def shard(model: Any) -> None:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
+    require(PreTrainedModel, "_is_distributed_loading_by_transformers")
     base._is_distributed_loading_by_transformers = True

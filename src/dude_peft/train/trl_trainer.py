@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import TrainerCallback
+from typing_extensions import override
 
 from dude_peft.data.token_set import TokenSet
+from dude_peft.parents import fits
 from dude_peft.train.trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -52,7 +54,9 @@ def _trainer_class() -> Any:
     """Made when it is asked for, since TRL is an extra."""
     from trl.trainer.sft_trainer import SFTTrainer
 
+    @fits()
     class TrlRunTrainer(RunTrainer, SFTTrainer):
+        @override
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
             """TRL's collator keeps no numbers of rows, so faults are named by their step alone."""
             return super().training_step(model, {**inputs, "rows": None}, num_items_in_batch)

@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from typing_extensions import override
 
 from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.fingerprint import TensorPrint
@@ -20,6 +21,7 @@ from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_ch
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.methods.start import Start
+from dude_peft.parents import fits
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.refresh import refresh_caches, register
@@ -37,6 +39,7 @@ _CACHED = ("_start_product", "_gain", "_slope")
 _OUTPUT_NOT_KEPT = ("q_proj", "k_proj", "o_proj", "down_proj")
 
 
+@fits(uses=("adapter_layer_names", "other_param_names", "_disable_adapters"))
 class DudeLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer with any number of adapters.
 
@@ -247,6 +250,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             scaling = self.scaling[adapter_name]
             return norm_change(self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
 
+    @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the effective weight of some adapters into the base layer; `unmerge` restores every bit.
 
@@ -286,6 +290,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 f"base model unquantised, load the adapter there, and merge"
             )
 
+    @override
     def unmerge(self) -> None:
         """Put the base layer's own weight back, the very tensor it was."""
         if self._unmerged_weight is not None:
@@ -325,6 +330,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 self._fingerprint = (key, frozen.layer_fingerprint(base))
         return self._fingerprint[1]
 
+    @override
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the adapter to LoRA by its delta weight; not with a magnitude."""
         return adapter_name not in self.lora_dm
@@ -369,6 +375,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
 
+    @override
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round the frozen start.
         target = device if device is not None else self._base_device()
@@ -377,10 +384,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             if adapter_name in group and not _is_meta(group[adapter_name]):
                 group[adapter_name] = group[adapter_name].to(target)
 
+    @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()
         super()._load_from_state_dict(*args, **kwargs)
 
+    @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.refresh()
         return super()._apply(*args, **kwargs)

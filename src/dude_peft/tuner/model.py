@@ -9,17 +9,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
 )
 from torch import Tensor, nn
+from typing_extensions import override
 
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods.start import Start, check_finite
+from dude_peft.parents import fits, require
 from dude_peft.show import quoted, shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig, closest
@@ -32,7 +35,20 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # No folder can have these names on Windows.
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
+require(PeftModel, "_enable_peft_forward_hooks")  # which asks the tuner for one
 
+
+@fits(
+    uses=(
+        "prefix",
+        "tuner_layer_cls",
+        "target_module_mapping",
+        "_check_new_adapter_config",
+        "_prepare_adapter_config",
+        "_check_target_module_exists",
+        "_get_learnable_bias_state_dict",
+    )
+)
 class DudeModel(BaseTuner):
     """The PEFT tuner: finds the target layers, wraps them, and speaks for them when adapters are saved and loaded."""
 
@@ -40,6 +56,7 @@ class DudeModel(BaseTuner):
     tuner_layer_cls = DudeLinear
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    @override
     def inject_adapter(
         self,
         model: nn.Module,
@@ -116,6 +133,7 @@ class DudeModel(BaseTuner):
         _check_saved_modules(config, names)
         return targets
 
+    @override
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -145,11 +163,13 @@ class DudeModel(BaseTuner):
         finally:
             self._places = {}
 
+    @override
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         with self._places_of(self.model):
             unloaded: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         return unloaded
 
+    @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
         # is, in every place where the layer object stands.
@@ -166,12 +186,14 @@ class DudeModel(BaseTuner):
             )
         yield
 
+    @override
     def _check_merge_allowed(self) -> None:
         # PEFT warns of tied embeddings here; our merge gives the layer a weight of its own and leaves the tied one.
         for layer in self.modules():
             if isinstance(layer, DudeLinear):
                 layer.check_mergeable()
 
+    @override
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Ours are float32 or better from the start; without autocast PEFT keeps trained tensors in the base's dtype.
         if autocast_adapter_dtype:
@@ -184,6 +206,7 @@ class DudeModel(BaseTuner):
                         group[adapter_name].to(dtype)
 
     @classmethod
+    @override
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -206,6 +229,7 @@ class DudeModel(BaseTuner):
         return tensors
 
     @classmethod
+    @override
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
