@@ -30,6 +30,8 @@ from dude_peft.train.trl_trainer import _trainer_class
 ROOT = Path(__file__).parent.parent
 # Typer's is public, and `dude --help` shall not pay for it.
 NOT_CHECKED = {"_Commands"}
+# FSDP2 alone needs it, and asks for it (`train/sharding.py`).
+NEWER = {"_defer_fsdp_gradient_reduction"}
 
 
 class Parent:
@@ -180,15 +182,28 @@ def test_every_class_that_replaces_something_is_known_here():
     assert {"RunTrainer", "TrlRunTrainer", "DudeModel", "DudeLinear", "DudeConfig", "HarnessModel", "Loop"} <= names
 
 
+def source_of(kind):
+    return ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+
+
+def used_by(kind):
+    """What the class's `@fits(uses=...)` names; the decorator has to be there."""
+    decorators = [d for d in source_of(kind).decorator_list if ast.unparse(d).startswith("fits(")]
+    assert decorators, f"{kind.__name__} needs @fits()"
+    return {name for keyword in decorators[0].keywords for name in ast.literal_eval(keyword.value)}
+
+
 @pytest.mark.parametrize("kind", guarded_classes(), ids=lambda kind: kind.__name__)
 def test_every_replaced_name_is_compared(kind, monkeypatch):
     """Take each name from the real parent: the class is refused, by this name."""
-    replaced = replaced_by(kind)
     fits()(kind)
-    for name, parents in replaced.items():
+    for name, parents in replaced_by(kind).items():
         with monkeypatch.context() as patch:
             for parent in parents:
                 patch.delattr(parent, name)
+            if name in NEWER:
+                fits()(kind)
+                continue
             with pytest.raises(ConfigError, match=rf" has no {name};"):
                 fits()(kind)
 
@@ -196,14 +211,11 @@ def test_every_replaced_name_is_compared(kind, monkeypatch):
 @pytest.mark.parametrize("kind", guarded_classes(), ids=lambda kind: kind.__name__)
 def test_every_class_is_compared_with_what_it_uses(kind):
     """The decorator is there, and names every private attribute of a parent that the class reaches through itself."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    decorators = [d for d in tree.decorator_list if isinstance(d, ast.Call) and ast.unparse(d.func) == "fits"]
-    assert decorators, f"{kind.__name__} needs @fits()"
-    uses = {name for d in decorators for keyword in d.keywords for name in ast.literal_eval(keyword.value)}
+    uses = used_by(kind)
     own = {name for each in kind.__mro__ if not foreign(each) for name in vars(each)}
     reached = {
         node.attr
-        for node in ast.walk(tree)
+        for node in ast.walk(source_of(kind))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls", "super()")
     }
     private = {name for name in reached - own if name.startswith("_") and not name.startswith("__")}

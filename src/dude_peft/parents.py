@@ -29,6 +29,7 @@ TESTED = {
 """The newest releases with which `scripts/test_versions.sh newest` has passed."""
 
 _Class = TypeVar("_Class", bound=type)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def fits(*, uses: Iterable[str] = ()) -> Callable[[_Class], _Class]:
@@ -57,6 +58,12 @@ def fits(*, uses: Iterable[str] = ()) -> Callable[[_Class], _Class]:
     return checked
 
 
+def newer(method: _Method) -> _Method:
+    """Beside `override`: older releases within our bounds lack the method; what needs it has to `require` it."""
+    method.__newer__ = True  # type: ignore[attr-defined]
+    return method
+
+
 def require(parent: type, *names: str) -> None:
     """Refuse a class that has lost one of the names that we set, read or answer to; raises ConfigError."""
     for name in names:
@@ -82,6 +89,8 @@ def _compare(cls: type, name: str, ours: FunctionType, parents: list[type]) -> N
             raise _misfit(replaced, f"{replaced.__name__} has a {name} of its own, and {cls.__name__} another one")
         return
     if replaced is None:
+        if getattr(ours, "__newer__", False):
+            return
         raise _gone(parents, name)
     theirs = _function(vars(replaced)[name])
     if theirs is not None and not (its := _Parameters(theirs)).match(own := _Parameters(ours)):

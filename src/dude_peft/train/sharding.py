@@ -17,12 +17,14 @@ def shard(model: Any) -> None:
     """Shards a PEFT model in place over all processes, its frozen weights and its trained tensors alike.
 
     Raises:
-        ConfigError: a quantised base model, whose packed tensors cannot be cut.
+        ConfigError: a quantised base model, whose packed tensors cannot be cut; transformers is older than this.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
+    require(PreTrainedModel, "_is_distributed_loading_by_transformers")
+    require(Trainer, "_defer_fsdp_gradient_reduction")
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         raise ConfigError("--launch fsdp2: a quantised base model cannot be sharded; use --launch ddp")
@@ -33,5 +35,4 @@ def shard(model: Any) -> None:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
-    require(PreTrainedModel, "_is_distributed_loading_by_transformers")
     base._is_distributed_loading_by_transformers = True

@@ -14,7 +14,7 @@ from transformers import Trainer
 from typing_extensions import override
 
 from dude_peft.errors import NumericsError
-from dude_peft.parents import fits
+from dude_peft.parents import fits, newer
 from dude_peft.train.checkpoint import OPTIMIZER, RANDOM, Checkpoint
 from dude_peft.train.config import TrainSection
 from dude_peft.train.general import GeneralMeter
@@ -160,6 +160,7 @@ class RunTrainer(Trainer):
         """Nothing: float16 autocast is not offered."""
 
     @contextmanager
+    @newer
     @override
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Only the last micro-batch's gradients are sent; transformers' own version asks its loader's settings."""
