@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from dude_peft.data.token_set import TokenSet
+from dude_peft.errors import ConfigError
 from dude_peft.parents import fits
 from dude_peft.train.trainer import RunTrainer
 
@@ -31,6 +32,9 @@ def trl_trainer(
         examples: tokenised already; TRL packs them, if it shall.
         tokenizer: for padding.
         callbacks: of the run.
+
+    Raises:
+        ConfigError: TRL lost the labels.
     """
     from datasets import Dataset
 
@@ -38,6 +42,12 @@ def trl_trainer(
         rows = Dataset.from_generator(_rows, gen_kwargs={"examples": examples, "sha256": examples.sha256})
         trainer: RunTrainer = _trainer_class()(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+        )
+    dataset: Any = trainer.train_dataset
+    if "labels" not in dataset.column_names:
+        raise ConfigError(
+            "train.trainer: this TRL drops the labels where it packs, and would train on prompts; "
+            "run: pip install -U 'dude-peft[trl]', or set data.packing: false"
         )
     return trainer
 
