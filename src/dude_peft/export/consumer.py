@@ -41,7 +41,9 @@ def main() -> None:
         outputs = _gguf(request, ids)
     else:
         if kind == "merged":
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(request["export"], dtype="auto")
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                request["export"], trust_remote_code=False, dtype="auto"
+            )
             ids = _own_ids(request, model.config.get_text_config()) or ids
         else:
             import peft
@@ -66,7 +68,7 @@ def _own_ids(request: dict[str, Any], config: Any) -> list[list[int]]:
         return []
     from transformers import AutoTokenizer
 
-    reader = AutoTokenizer.from_pretrained(request["export"])
+    reader = AutoTokenizer.from_pretrained(request["export"], trust_remote_code=False)
     limit = getattr(config, "max_position_embeddings", None)
     return [reader(prompt)["input_ids"][:limit] for prompt in request["prompts"]]
 
@@ -84,10 +86,12 @@ def _base(base: dict[str, Any]) -> Any:
         options["device_map"] = {"": "cpu"}
         from transformers.quantizers.auto import AutoQuantizationConfig
 
-        stored = transformers.AutoConfig.from_pretrained(base["where"], revision=base["revision"])
+        stored = transformers.AutoConfig.from_pretrained(
+            base["where"], revision=base["revision"], trust_remote_code=False
+        )
         if getattr(stored, "quantization_config", None) is None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization["config"])
-    return transformers.AutoModelForCausalLM.from_pretrained(base["where"], **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(base["where"], trust_remote_code=False, **options)
 
 
 def _gguf(request: dict[str, Any], ids: list[list[int]]) -> list[Any]:
