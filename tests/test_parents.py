@@ -16,6 +16,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
 from typing_extensions import override
@@ -25,6 +26,7 @@ import dude_peft.doctor.run as doctor_run
 from dude_peft import cli
 from dude_peft.errors import ConfigError
 from dude_peft.parents import TESTED, fits, refusal_of, require
+from dude_peft.train.sharding import check_sharding
 from dude_peft.train.trl_trainer import _trainer_class
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +266,13 @@ def test_the_command_refuses_an_import_that_a_release_no_longer_offers(module, c
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert ("pip install -U dude-peft 'peft<=" in line) == (code == 2)
+
+
+def test_fsdp2_is_refused_before_anything_is_loaded_where_transformers_is_too_old(monkeypatch):
+    older = type("PreTrainedModel", (), {"__module__": "transformers.modeling_utils"})
+    monkeypatch.setattr(transformers, "PreTrainedModel", older)
+    with pytest.raises(ConfigError, match=r"transformers .* has no .*; run: pip install -U dude-peft 'transformers<="):
+        check_sharding()
 
 
 def test_the_doctor_tells_what_does_not_fit(monkeypatch, capsys):

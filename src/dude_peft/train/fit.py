@@ -30,7 +30,7 @@ from dude_peft.train.order import EpochOrder
 from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
-from dude_peft.train.sharding import shard
+from dude_peft.train.sharding import check_sharding, shard
 from dude_peft.train.stop import Stop
 from dude_peft.train.task_scores import TaskScore
 from dude_peft.train.trainer import RunTrainer
@@ -86,11 +86,13 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
         strategy: of several processes: ddp, fsdp2 or zero3.
 
     Raises:
-        ConfigError: transformers refuses a setting here, such as an optimizer that is not installed.
+        ConfigError: transformers refuses a setting here, such as an optimizer that is not installed, or is too old.
     """
     section = config.train
     kind, own = _kind(config)
     check_trackers(section)
+    if strategy == "fsdp2" and count() > 1:
+        check_sharding()
     try:
         arguments = kind(
             output_dir=config.output_dir,
