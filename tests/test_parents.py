@@ -16,7 +16,6 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
 from typing_extensions import override
@@ -270,7 +269,7 @@ def test_the_command_refuses_an_import_that_a_release_no_longer_offers(module, c
 
 def test_fsdp2_is_refused_before_anything_is_loaded_where_transformers_is_too_old(monkeypatch):
     older = type("PreTrainedModel", (), {"__module__": "transformers.modeling_utils"})
-    monkeypatch.setattr(transformers, "PreTrainedModel", older)
+    monkeypatch.setattr("transformers.PreTrainedModel", older)
     with pytest.raises(ConfigError, match=r"transformers .* has no .*; run: pip install -U dude-peft 'transformers<="):
         check_sharding()
 
