@@ -2,6 +2,7 @@
 #   DUDE_VENV    where it lies (default .venv)
 #   DUDE_PYTHON  the interpreter it is made with (default python3)
 venv="${DUDE_VENV:-.venv}"
+constraints=requirements.lock
 if [ ! -x "$venv/bin/python" ]; then
     echo "setting up $venv"
     "${DUDE_PYTHON:-python3}" -m venv "$venv"
@@ -9,5 +10,5 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 PATH="$(cd "$venv" && pwd)/bin:$PATH"
 install() {
-    python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock "$@"
+    python -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"
 }

@@ -108,7 +108,8 @@ def test_the_report_says_what_ran_and_what_came_out(place, finished):
     low, high = report["after"]["interval"]
     assert low <= report["after"]["right"] / 6 <= high
     assert {"model", "adapter", "evaluation_before", "training", "evaluation_after", "total"} <= set(report["seconds"])
-    assert [warning.split()[0] for warning in report["warnings"]] == ["train.learning_rate"]
+    ours = [text for text in report["warnings"] if "copy construct" not in text]  # transformers 5.3 has one of its own
+    assert [warning.split()[0] for warning in ours] == ["train.learning_rate"]
 
 
 def test_the_output_shows_progress_samples_and_result_as_plain_lines(finished):

@@ -43,12 +43,13 @@ def test_the_command_tells_everything_and_no_secret():
     ("version", "state", "remedy"),
     [
         ("2.13.0+cpu", "ok", ""),
-        ("2.9.1", "too old", "pip install -U 'x>=2.10'"),
-        (None, "missing", "pip install -U 'x>=2.10'"),
+        ("2.9.1", "too old", "pip install -U 'x<3,>=2.10'"),
+        ("3.0", "too new", "pip install -U 'x<3,>=2.10'"),
+        (None, "missing", "pip install -U 'x<3,>=2.10'"),
     ],
 )
-def test_versions_against_their_floors(version, state, remedy):
-    package = Package("x", version, ">=2.10", None, required=True)
+def test_versions_against_their_bounds(version, state, remedy):
+    package = Package("x", version, "<3,>=2.10", None, required=True)
     assert (package.state, package.remedy) == (state, remedy)
 
 

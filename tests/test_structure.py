@@ -17,8 +17,8 @@ from models import tokens
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
-ROOMS = ["version", "errors", "show", "core", "methods", "artifact", "tuner", "data", "terminal", "init", "train"]
-ROOMS += ["plan", "export", "chat", "evaluate", "doctor", "cli"]
+ROOMS = ["version", "errors", "parents", "show", "core", "methods", "artifact", "tuner", "data", "terminal", "init"]
+ROOMS += ["train", "plan", "export", "chat", "evaluate", "doctor", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 
@@ -101,6 +101,31 @@ def test_the_public_names_exist_and_are_documented():
 
 def readme():
     return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# Their loaders run no code from a checkpoint.
+RUN_NO_CODE = {"PeftModel", "DudeConfig", "GenerationConfig"}
+
+
+def loading_calls(tree):
+    """Calls that may take a class from what a checkpoint says."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value).rpartition(".")[2]
+            if node.func.attr in ("from_pretrained", "from_config") and owner not in RUN_NO_CODE:
+                yield node
+
+
+def test_no_checkpoint_asks_whether_its_code_may_run():
+    """transformers asks on standard input where trust_remote_code is left unset; we never run such code."""
+    seen = 0
+    for path in modules():
+        for call in loading_calls(ast.parse(path.read_text(encoding="utf-8"))):
+            seen += 1
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            where = f"{path.relative_to(ROOT)}:{call.lineno}"
+            assert given.get("trust_remote_code") == "False", f"{where}: needs trust_remote_code=False"
+    assert seen >= 8
 
 
 def test_readmes_tree_is_the_tree_on_disk():

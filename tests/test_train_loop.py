@@ -227,6 +227,15 @@ def test_trl_s_trainer_sees_the_same_losses(settings, tmp_path, packing):
     assert first_loss(other) == pytest.approx(first_loss(settings), abs=1e-5)
 
 
+def test_a_trl_that_loses_the_labels_is_refused(settings, monkeypatch):
+    """TRL 1.0 to 1.6 dropped them where they packed: the loss was then over the prompts too."""
+    trainer = pytest.importorskip("trl.trainer.sft_trainer").SFTTrainer
+    real = trainer._prepare_dataset
+    monkeypatch.setattr(trainer, "_prepare_dataset", lambda *a, **k: real(*a, **k).remove_columns("labels"))
+    with pytest.raises(ConfigError, match="drops the labels"):
+        start(settings, train={"trainer": "trl"}, data={"packing": True, "max_length": 30})
+
+
 # --- groups of rates ----------------------------------------------------------------------------------------------
 
 

@@ -218,7 +218,8 @@ def test_leaks_and_rows_left_out_are_warned_of(settings, tmp_path):
     long = json.dumps({"prompt": "x" * 60, "completion": "yes"})
     (tmp_path / "train.jsonl").write_text("\n".join([*rows, rows[0], long]) + "\n")
     report = start(settings, data={"max_length": 40})
-    rate, dropped, repeated, leaked = report.warnings
+    # transformers 5.3 has a warning of its own.
+    rate, dropped, repeated, leaked = (text for text in report.warnings if "copy construct" not in text)
     assert rate.startswith("train.learning_rate 0.01 is 100 times")
     assert dropped.startswith("data.train: 1 of 18 rows are longer than max_length 40")
     assert repeated == "1 of 17 training examples are repetitions"

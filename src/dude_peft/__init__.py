@@ -17,7 +17,13 @@ __all__ = ["DudeConfig", "__version__", "load_adapter"]
 
 def __getattr__(name: str) -> Any:
     if name in ("DudeConfig", "load_adapter"):
-        import dude_peft.tuner
+        from dude_peft.parents import refusal_of
 
+        try:
+            import dude_peft.tuner
+        except ImportError as error:
+            if (refusal := refusal_of(error)) is not None:
+                raise refusal from error
+            raise
         return getattr(dude_peft.tuner, name)
     raise AttributeError(f"module 'dude_peft' has no attribute '{name}'")

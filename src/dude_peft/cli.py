@@ -529,6 +529,12 @@ def main() -> None:
             message = f"a name is longer than the file system allows: {shown(error.filename, 40)}; use a shorter one"
             _fail(ConfigError.label, message, ConfigError.exit_code, debug=debug)
         _internal(error, debug=debug)
+    except ImportError as error:
+        from dude_peft.parents import refusal_of
+
+        if (refusal := refusal_of(error)) is not None:
+            _fail(refusal.label, str(refusal), refusal.exit_code, debug=debug)
+        _internal(error, debug=debug)
     except Exception as error:
         _internal(error, debug=debug)
 

@@ -9,11 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from typing_extensions import override
 
 from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.speaker import Speaker
 from dude_peft.data.batches import grouped, pad_left
 from dude_peft.errors import NumericsError, ResourceError
+from dude_peft.parents import fits
 from dude_peft.show import shown
 from dude_peft.train.out_of_memory import is_out_of_memory
 
@@ -27,6 +29,7 @@ class Completion:
     """Whether the model ended it, or max_new_tokens did."""
 
 
+@fits()
 class Pieces(TextStreamer):
     """Hands the answer's text to `write` as whole words are there; `text` is all of it so far."""
 
@@ -41,6 +44,7 @@ class Pieces(TextStreamer):
         """All tokens so far, as text."""
         return str(self.tokenizer.decode(self._answer, skip_special_tokens=True))
 
+    @override
     def put(self, value: Tensor) -> None:
         """One more token; the first call brings the prompt."""
         if not self.next_tokens_are_prompt:
@@ -49,6 +53,7 @@ class Pieces(TextStreamer):
             self._answer.extend(value.tolist())
         super().put(value)  # type: ignore[no-untyped-call]
 
+    @override
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by transformers with text that later tokens do not change."""
         if text:

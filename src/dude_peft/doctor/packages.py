@@ -29,10 +29,14 @@ class Package:
 
     @property
     def state(self) -> str:
-        """ok, missing, or too old."""
+        """ok, missing, too old or too new."""
         if self.version is None:
             return "missing"
-        return "ok" if Requirement(f"x{self.wanted}").specifier.contains(self.version, prereleases=True) else "too old"
+        bounds = Requirement(f"x{self.wanted}").specifier
+        if bounds.contains(self.version, prereleases=True):
+            return "ok"
+        floors = [bound for bound in bounds if bound.operator == ">="]
+        return "too new" if all(bound.contains(self.version, prereleases=True) for bound in floors) else "too old"
 
     @property
     def remedy(self) -> str:

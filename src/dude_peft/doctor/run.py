@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.doctor.packages import Package, packages
 from dude_peft.errors import ConfigError, DudeError, ResourceError
+from dude_peft.parents import refusal_of
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
@@ -52,8 +53,11 @@ def doctor(*, as_json: bool = False) -> None:
         try:
             with gathered_warnings(lambda text: None):
                 problem = _machine(display, found)
+        except ConfigError as error:
+            problem = error  # a release that does not fit (parents.py)
         except ImportError as error:
-            problem = ConfigError(f"a required package cannot be imported ({shown(error)}); install it again")
+            absent = ConfigError(f"a required package cannot be imported ({shown(error)}); install it again")
+            problem = refusal_of(error) or absent
     found["training_works"] = problem is None
     found["problem"] = None if problem is None else str(problem)
     if as_json:

@@ -17,11 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
+from typing_extensions import override
 
 from dude_peft.chat.decode import Finite
 from dude_peft.data.batches import Company, grouped
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.evaluate.answer_cache import AnswerCache, key_of
+from dude_peft.parents import fits
 from dude_peft.show import shown
 from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.processes import count, gathered, rank
@@ -59,6 +61,7 @@ class _Ready(nn.Module):
         """They are."""
 
 
+@fits(uses=("_encode_pair", "_loglikelihood_tokens"))
 class HarnessModel(HFLM):  # type: ignore[misc]
     """A model in memory, for `lm_eval.evaluate`."""
 
@@ -101,6 +104,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self.empty: Items = set()
         """Whose generation has no text."""
 
+    @override
     def loglikelihood(self, requests: list[_Request], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy one) of each continuation; called by the harness."""
         encoded = [self._pair(*request.args) for request in requests]
@@ -122,6 +126,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self._answer([row for _, row in longest], compute)
         return [tuple(self._cache[key]) for key in keys]
 
+    @override
     def generate_until(self, requests: list[_Request], disable_tqdm: bool = True) -> list[str]:
         """The text of each continuation, up to the task's stops; called by the harness."""
         keys = [self._key("generate_until", request) for request in requests]
@@ -161,6 +166,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 self.empty.add((request.task_name, request.doc_id))
         return [str(self._cache[key][0]) for key in keys]
 
+    @override
     def loglikelihood_rolling(self, requests: list[_Request], disable_tqdm: bool = True) -> list[float]:
         """Log-probability in nats of each text; called by the harness."""
         keys = [self._key("loglikelihood_rolling", request) for request in requests]
@@ -174,6 +180,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         return [float(self._cache[key]) for key in keys]
 
     @property
+    @override
     def batch_size(self) -> int:
         """What fits."""
         return self._fits
@@ -251,6 +258,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         listed = of_checkpoint if isinstance(of_checkpoint, list) else [of_checkpoint]
         return {int(token) for token in (*listed, self.eot_token_id) if token is not None}
 
+    @override
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *args, **kwargs)
         # The largest is NaN where any is; -inf alone is how some models rule out tokens.
@@ -261,6 +269,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             )
         return logits
 
+    @override
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         settings["logits_processor"] = LogitsProcessorList([Finite(self._name)])
         out: Tensor = super()._model_generate(context, max_length, stop, **settings)

@@ -40,7 +40,9 @@ def main() -> None:
         outputs = _gguf(request, ids)
     else:
         if kind == "merged":
-            model: Any = _automatic(request["export"]).from_pretrained(request["export"], dtype="auto")
+            model: Any = _automatic(request["export"]).from_pretrained(
+                request["export"], trust_remote_code=False, dtype="auto"
+            )
             ids = _own_ids(request, model.config.get_text_config()) or ids
         else:
             import peft
@@ -65,7 +67,7 @@ def _own_ids(request: dict[str, Any], config: Any) -> list[list[int]]:
         return []
     from transformers import AutoTokenizer
 
-    reader = AutoTokenizer.from_pretrained(request["export"])
+    reader = AutoTokenizer.from_pretrained(request["export"], trust_remote_code=False)
     limit = getattr(config, "max_position_embeddings", None)
     return [reader(prompt)["input_ids"][:limit] for prompt in request["prompts"]]
 
@@ -84,17 +86,19 @@ def _base(base: dict[str, Any]) -> Any:
         options["device_map"] = {"": "cpu"}
         from transformers.quantizers.auto import AutoQuantizationConfig
 
-        stored = transformers.AutoConfig.from_pretrained(base["where"], revision=base["revision"])
+        stored = transformers.AutoConfig.from_pretrained(
+            base["where"], revision=base["revision"], trust_remote_code=False
+        )
         if getattr(stored, "quantization_config", None) is None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization["config"])
-    return _automatic(base["where"], **source).from_pretrained(base["where"], **options)
+    return _automatic(base["where"], **source).from_pretrained(base["where"], trust_remote_code=False, **options)
 
 
 def _automatic(where: str, **options: Any) -> Any:
     """As `init.architecture.automatic_class` has it, which is not for us to import."""
     import transformers
 
-    kind = type(transformers.AutoConfig.from_pretrained(where, **options))
+    kind = type(transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options))
     sees = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if sees and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText

@@ -40,7 +40,7 @@ def _token_ids(tokenizer: str | None, prompts: list[str], config: Any) -> list[l
         return [torch.randint(config.vocab_size, (32,), generator=generator).tolist() for _ in prompts]
     from transformers import AutoTokenizer
 
-    reader = AutoTokenizer.from_pretrained(tokenizer)
+    reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     limit = getattr(config, "max_position_embeddings", None)
     return [reader(prompt)["input_ids"][:limit] for prompt in prompts]
 

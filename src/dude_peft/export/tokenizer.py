@@ -19,7 +19,7 @@ def tokenizer_change(adapter: Path, base: Path) -> str | None:
         return None
     from transformers import AutoTokenizer
 
-    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (adapter, base))
+    ours, theirs = (AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in (adapter, base))
     read: dict[str, Any] = {
         "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
         "chat template": lambda tokenizer: tokenizer.chat_template,

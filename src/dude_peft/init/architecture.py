@@ -41,7 +41,7 @@ def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype:
         ConfigError: it is quantised, or no causal language model.
     """
     try:
-        settings = transformers.AutoConfig.from_pretrained(str(folder))
+        settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises what its readers raise
         raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
     wanted = (getattr(settings, "dtype", None) or stored_dtype) if dtype == "auto" else getattr(torch, dtype)
@@ -73,7 +73,8 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
         )
     try:
         with torch.device("meta"):
-            model: nn.Module = automatic_class(settings).from_config(settings, dtype=dtype)
+            automatic: Any = automatic_class(settings)
+            model: nn.Module = automatic.from_config(settings, trust_remote_code=False, dtype=dtype)
     except DudeError:
         raise
     except Exception as error:

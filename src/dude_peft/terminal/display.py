@@ -11,11 +11,16 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
+from typing_extensions import override
+
+from dude_peft.parents import fits
 
 _LOG_WIDTH = 110
 
 
+@fits()
 class _Console(Console):
+    @override
     def on_broken_pipe(self) -> None:
         """`dude train ... | head` must not end a run: the rest goes nowhere."""
         self.quiet = True

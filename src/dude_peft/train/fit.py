@@ -19,6 +19,7 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
+from dude_peft.parents import require
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
 from dude_peft.train.general import GeneralMeter, general_scores
@@ -30,12 +31,14 @@ from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.probe import Nature
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
-from dude_peft.train.sharding import shard
+from dude_peft.train.sharding import check_sharding, shard
 from dude_peft.train.stop import Stop
 from dude_peft.train.task_scores import TaskScore
 from dude_peft.train.trainer import RunTrainer
 from dude_peft.train.training_rows import Packs, Rows
 from dude_peft.train.training_set import TrainingSet
+
+require(TrainingArguments, "_n_gpu")
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
         strategy: of several processes: ddp, fsdp2 or zero3.
 
     Raises:
-        ConfigError: transformers refuses a setting here, such as an optimizer that is not installed.
+        ConfigError: transformers refuses a setting here, such as an optimizer that is not installed, or is too old.
     """
     section = config.train
     kind, own = _kind(config)
     check_trackers(section)
+    if strategy == "fsdp2" and count() > 1:
+        check_sharding()
     try:
         arguments = kind(
             output_dir=config.output_dir,

@@ -11,10 +11,12 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from typing_extensions import override
 
 from dude_peft.core.divergence import divergence
 from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.errors import NumericsError
+from dude_peft.parents import fits
 from dude_peft.train.objective import judged
 from dude_peft.train.training_set import GeneralTest
 from dude_peft.tuner.untouched import as_base
@@ -56,6 +58,7 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 @dataclass
+@fits()
 class GeneralMeter(TrainerCallback):
     """Measures general rows before training, every eval_steps, and behind the last step; writes lines of metrics."""
 
@@ -75,10 +78,12 @@ class GeneralMeter(TrainerCallback):
         """Takes up what `state` gave."""
         self.test.measured[:] = [dict(line) for line in state]
 
+    @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.test.measured:
             self._measure(0)
 
+    @override
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step, every = int(state.global_step), self.eval_steps
         if step >= state.max_steps or (every is not None and step % every == 0):

@@ -14,8 +14,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from typing_extensions import override
 
 from dude_peft.errors import NumericsError
+from dude_peft.parents import fits
 from dude_peft.train.checkpoint import Checkpoints
 from dude_peft.train.config import EvaluationSection
 from dude_peft.train.movement import movement
@@ -38,6 +40,7 @@ class Best:
 
 
 @dataclass
+@fits()
 class Loop(TrainerCallback):
     """Follows a run and steers it; what of it the next step depends on goes into every checkpoint."""
 
@@ -120,15 +123,18 @@ class Loop(TrainerCallback):
         self.held_out = [(int(step), float(loss)) for step, loss in state["held_out"]]
         self.seconds = float(state["seconds"])
 
+    @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start = self._mark = time.perf_counter()
         self._tokens = self._first_tokens = int(state.num_input_tokens_seen)
         self.restore_losses()
         self.advance(state.global_step)
 
+    @override
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.batches.clear()
 
+    @override
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
@@ -149,6 +155,7 @@ class Loop(TrainerCallback):
         if self.stop.wanted():
             control.should_save = control.should_training_stop = True
 
+    @override
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return

@@ -80,7 +80,7 @@ def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     with _loading("tokenizer", section, where):
-        tokenizer = AutoTokenizer.from_pretrained(where, **_source_options(section, where))
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_source_options(section, where))
     if tokenizer.pad_token_id is None:
         # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -96,7 +96,9 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _loading("configuration of model", section, where):
-        settings: PretrainedConfig = AutoConfig.from_pretrained(where, **_source_options(section, where))
+        settings: PretrainedConfig = AutoConfig.from_pretrained(
+            where, trust_remote_code=False, **_source_options(section, where)
+        )
     return settings
 
 
@@ -128,7 +130,7 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     automatic = automatic_class(load_settings(section, where))
     with _loading("model", section, where):
-        loaded: Any = automatic.from_pretrained(where, output_loading_info=True, **options)
+        loaded: Any = automatic.from_pretrained(where, trust_remote_code=False, output_loading_info=True, **options)
     model: PreTrainedModel
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
@@ -166,14 +168,14 @@ def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dic
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     with _loading("model", section, where):
-        stored = AutoConfig.from_pretrained(where, **_source_options(section, where))
+        stored = AutoConfig.from_pretrained(where, trust_remote_code=False, **_source_options(section, where))
         if getattr(stored, "quantization_config", None) is not None:
             return {"device_map": {"": "cpu"}}
         return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
 
 
 def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
     if section.revision is not None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from typing_extensions import override
 
+from dude_peft.parents import fits
 from dude_peft.tuner.layer import DudeLinear
 
 
@@ -29,12 +31,14 @@ def movement(model: Any) -> dict[str, dict[str, float]]:
     return found
 
 
+@fits()
 class MovementCallback(TrainerCallback):
     """For any Trainer: logs the mean `movement` of all layers at every logging step, and keeps the last in `layers`."""
 
     def __init__(self) -> None:
         self.layers: dict[str, dict[str, float]] = {}
 
+    @override
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
             return

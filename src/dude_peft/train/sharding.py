@@ -9,18 +9,28 @@ from __future__ import annotations
 from typing import Any
 
 from dude_peft.errors import ConfigError
+from dude_peft.parents import require
 from dude_peft.train.processes import count
+
+
+def check_sharding() -> None:
+    """Raises ConfigError where transformers is older than models that manage their own shards."""
+    from transformers import PreTrainedModel, Trainer
+
+    require(PreTrainedModel, "_is_distributed_loading_by_transformers")
+    require(Trainer, "_defer_fsdp_gradient_reduction")
 
 
 def shard(model: Any) -> None:
     """Shards a PEFT model in place over all processes, its frozen weights and its trained tensors alike.
 
     Raises:
-        ConfigError: a quantised base model, whose packed tensors cannot be cut.
+        ConfigError: a quantised base model, whose packed tensors cannot be cut; transformers is older than this.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    check_sharding()
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         raise ConfigError("--launch fsdp2: a quantised base model cannot be sharded; use --launch ddp")

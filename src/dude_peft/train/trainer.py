@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from typing_extensions import override
 
 from dude_peft.errors import NumericsError
+from dude_peft.parents import fits, newer
 from dude_peft.train.checkpoint import OPTIMIZER, RANDOM, Checkpoint
 from dude_peft.train.config import TrainSection
 from dude_peft.train.general import GeneralMeter
@@ -32,6 +34,7 @@ _REMEDY = "nothing was stepped with it: lower train.learning_rate, or use model.
 _MOST_ROWS = 40
 
 
+@fits(uses=("_tr_loss", "_globalstep_last_logged"))
 class RunTrainer(Trainer):
     """The Trainer of `dude train`; `loop` has to be set before `train`."""
 
@@ -40,13 +43,16 @@ class RunTrainer(Trainer):
     resumed: Checkpoint | None = None
     meter: GeneralMeter | None = None
 
-    def _get_train_sampler(self, *_: Any) -> Any:
+    @override
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.loop.order
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.loop.order.begin(int(kwargs["epoch"]))
-        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+    @override
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
+        self.loop.order.begin(int(epoch))
+        super()._run_epoch(model, epoch, *args, **kwargs)  # type: ignore[no-untyped-call]
 
+    @override
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
@@ -55,12 +61,14 @@ class RunTrainer(Trainer):
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
+    @override
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.loop.rows = rows = inputs.pop("rows")
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loop.seen(loss, rows)
         return loss
 
+    @override
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called right before every optimizer step, which is the place to refuse it.
 
@@ -74,6 +82,7 @@ class RunTrainer(Trainer):
         self.loop.grad_norm = float(norm)
         return norm
 
+    @override
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed steps inside its backward pass, so there a bad loss has to be refused here."""
         if isinstance(self.compute_loss_func, MixtureOfLosses):
@@ -101,6 +110,7 @@ class RunTrainer(Trainer):
         where = f", on {_together(names)}" if names else ""
         raise NumericsError(f"{what} at step {step}{where}; {_REMEDY}")
 
+    @override
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Everything that the next step depends on; every process takes part, the first one writes."""
         optimizer, rest = optimizer_state(self.optimizer)
@@ -125,9 +135,11 @@ class RunTrainer(Trainer):
             self.state.global_step, save_adapter, optimizer, random, state, record, self.loop.best_step
         )
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the adapter was loaded, and checked against the base, before the Trainer was made."""
 
+    @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.resumed is not None:
             state = self.resumed.state
@@ -135,6 +147,7 @@ class RunTrainer(Trainer):
             load_optimizer_state(self.optimizer, self.resumed.tensors(OPTIMIZER), state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
 
+    @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.resumed is None:
             return
@@ -146,10 +159,13 @@ class RunTrainer(Trainer):
         own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(index)}
         load_random_state(own, numbers[index])
 
+    @override
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: float16 autocast is not offered."""
 
     @contextmanager
+    @newer
+    @override
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Only the last micro-batch's gradients are sent; transformers' own version asks its loader's settings."""
         model: Any = self.model

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import TrainerCallback
+from typing_extensions import override
 
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError
+from dude_peft.parents import fits
 from dude_peft.train.probe import quiet_router_, trains_cross_entropy
 from dude_peft.train.trainer import RunTrainer
 
@@ -41,7 +43,7 @@ def trl_trainer(
         router: weight of the router's loss, where the model adds one.
 
     Raises:
-        ConfigError: TRL's loss of this model is not the cross-entropy of its logits.
+        ConfigError: TRL lost the labels, or its loss of this model is not the cross-entropy of its logits.
     """
     from datasets import Dataset
 
@@ -51,6 +53,12 @@ def trl_trainer(
         rows = Dataset.from_generator(_rows, gen_kwargs={"examples": examples, "sha256": examples.sha256})
         trainer: RunTrainer = _trainer_class()(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+        )
+    dataset: Any = trainer.train_dataset
+    if "labels" not in dataset.column_names:
+        raise ConfigError(
+            "train.trainer: this TRL drops the labels where it packs, and would train on prompts; "
+            "run: pip install -U 'dude-peft[trl]', or set data.packing: false"
         )
     quiet_router_(model)  # TRL asks for its loss in each forward
     trainer.current_gradient_accumulation_steps = 1
@@ -80,7 +88,9 @@ def _trainer_class() -> Any:
     """Made when it is asked for, since TRL is an extra."""
     from trl.trainer.sft_trainer import SFTTrainer
 
+    @fits()
     class TrlRunTrainer(RunTrainer, SFTTrainer):
+        @override
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
             """TRL's collator keeps no numbers of rows, so faults are named by their step alone."""
             return super().training_step(model, {**inputs, "rows": None}, num_items_in_batch)

@@ -14,11 +14,13 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from pydantic import TypeAdapter
+from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, read_manifest, stamp
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
+from dude_peft.parents import fits
 
 
 class _PeftType(str):
@@ -63,6 +65,7 @@ def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
     return cls
 
 
+@fits()
 @_names_unknown_keys
 @dataclass
 class DudeConfig(PeftConfig):
@@ -175,6 +178,7 @@ class DudeConfig(PeftConfig):
         stock.target_modules, stock.exclude_modules = _sorted(stock.target_modules), _sorted(stock.exclude_modules)
         return stock
 
+    @override
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json for stock PEFT, and the manifest into the tensors beside it.
 
@@ -196,6 +200,7 @@ class DudeConfig(PeftConfig):
         self._base = None
 
     @classmethod
+    @override
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> DudeConfig:
@@ -236,6 +241,7 @@ class DudeConfig(PeftConfig):
                 f"'{where}': the manifest's settings cannot be used ({reason}); copy it again"
             ) from error
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain JSON values."""
         return {f.name: _sorted(getattr(self, f.name)) for f in fields(self)}

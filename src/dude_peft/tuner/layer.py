@@ -10,6 +10,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from typing_extensions import override
 
 from dude_peft.artifact.effective import combined_weight, effective_weight, layer_gain, rows_at_once, rows_of
 from dude_peft.artifact.fingerprint import TensorPrint
@@ -20,6 +21,7 @@ from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.methods.start import Start
+from dude_peft.parents import fits
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
@@ -38,6 +40,7 @@ _CACHED = ("_starts", "_gains")
 _OUTPUT_NOT_KEPT = ("q_proj", "k_proj", "o_proj", "down_proj")
 
 
+@fits(uses=("adapter_layer_names", "other_param_names", "_disable_adapters"))
 class DudeLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer with any number of adapters.
 
@@ -167,6 +170,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         return change.T if frozen.is_transposed(self.get_base_layer()) else change
 
     @property
+    @override
     def weight(self) -> Tensor:
         """What a module that reads the weight itself, instead of calling the layer, has to find: the effective weight.
 
@@ -290,6 +294,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             scaling = self.scaling[adapter_name]
             return norm_change(self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
 
+    @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the effective weight of some adapters into the base layer; `unmerge` restores every bit.
 
@@ -318,20 +323,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 f"base model unquantised, load the adapter there, and merge"
             )
 
-    def unmerge(self, adapter_names: list[str] | None = None) -> None:
-        """Put the base layer's own weight back, the very tensor it was.
-
-        Args:
-            adapter_names: adapters to take out, the others stay merged; None means all.
-        """
-        kept = [] if adapter_names is None else [n for n in self.merged_adapters if n not in adapter_names]
-        if kept:
-            self._put_merged(kept)
-            return
+    @override
+    def unmerge(self) -> None:
+        """Put the base layer's own weight back, the very tensor it was."""
         if self.lora_unmerged_weight is not None:
             self.get_base_layer().weight = self.lora_unmerged_weight
             self.lora_unmerged_weight = None
         self.merged_adapters = []
+
+    def keep_merged(self, adapter_names: list[str]) -> None:
+        """Take all other merged adapters out of the base layer's weight."""
+        kept = [name for name in self.merged_adapters if name in adapter_names]
+        if not kept:
+            self.unmerge()
+        elif kept != self.merged_adapters:
+            self._put_merged(kept)
 
     def _put_merged(self, names: list[str]) -> None:
         """Give the base layer the weight with exactly these adapters merged."""
@@ -377,10 +383,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         for name in self._names(self.active_adapters):
             self.scaling[name] = self.own_scaling[name] if scale is None else self.scaling[name] / scale
 
+    @override
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; what is trained stays as it was (PEFT's own would set requires_grad)."""
         self._disable_adapters = not enabled
 
+    @override
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter.
 
@@ -427,6 +435,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 self._fingerprint = (key, frozen.layer_fingerprint(base))
         return self._fingerprint[1]
 
+    @override
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the adapter to LoRA by its delta weight; not with a magnitude."""
         return adapter_name not in self.lora_dm
@@ -520,6 +529,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
 
+    @override
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype, which would round the frozen start.
         target = device if device is not None else self._base_device()
@@ -528,10 +538,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             if adapter_name in group and not _is_meta(group[adapter_name]):
                 group[adapter_name] = group[adapter_name].to(target)
 
+    @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()
         super()._load_from_state_dict(*args, **kwargs)
 
+    @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.refresh()
         return super()._apply(*args, **kwargs)

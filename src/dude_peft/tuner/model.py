@@ -21,11 +21,13 @@ from peft.utils import (
     ModulesToSaveWrapper,
 )
 from torch import Tensor, nn
+from typing_extensions import override
 
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.methods.start import Start, check_finite
+from dude_peft.parents import fits, require
 from dude_peft.show import quoted, shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose
@@ -54,7 +56,20 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # No folder can have these names on Windows.
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
+require(PeftModel, "_enable_peft_forward_hooks")  # which asks the tuner for one
 
+
+@fits(
+    uses=(
+        "prefix",
+        "tuner_layer_cls",
+        "target_module_mapping",
+        "_check_new_adapter_config",
+        "_prepare_adapter_config",
+        "_check_target_module_exists",
+        "_get_learnable_bias_state_dict",
+    )
+)
 class DudeModel(BaseTuner):
     """The PEFT tuner: finds the target layers, wraps them, and speaks for them when adapters are saved and loaded."""
 
@@ -62,6 +77,7 @@ class DudeModel(BaseTuner):
     tuner_layer_cls = DudeLinear
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    @override
     def inject_adapter(
         self,
         model: nn.Module,
@@ -107,6 +123,7 @@ class DudeModel(BaseTuner):
         for wrapper in self._wrappers():
             wrapper.training = wrapper.original_module.training
 
+    @override
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, and trainable but in inference mode; all others wait.
 
@@ -125,6 +142,7 @@ class DudeModel(BaseTuner):
         else:  # of which PEFT's own has no idea where modules are trained whole
             self._activate([])
 
+    @override
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; where no other one is active, the first of the rest by name becomes active, as a whole.
 
@@ -153,6 +171,7 @@ class DudeModel(BaseTuner):
         if active and active == fallback:
             self.set_requires_grad(fallback, not self.peft_config[fallback[0]].inference_mode)
 
+    @override
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base layers; those that are active beside them stay applied.
 
@@ -171,18 +190,8 @@ class DudeModel(BaseTuner):
             super().merge_adapter(adapter_names, safe_merge)
         except Exception:
             for layer, names in before:
-                if layer.merged_adapters != names:
-                    layer.unmerge([name for name in layer.merged_adapters if name not in names])
+                layer.keep_merged(names)
             raise
-
-    def unmerge_adapter(self, adapter_names: list[str] | None = None) -> None:
-        """Take merged adapters out of the base layers, whose own weights come back bit by bit.
-
-        Args:
-            adapter_names: None means all of them.
-        """
-        for layer in self._layers():
-            layer.unmerge(adapter_names)
 
     def add_weighted_adapter(
         self,
@@ -250,6 +259,7 @@ class DudeModel(BaseTuner):
             layer.put_factors(adapter_name, A, B, dm)
         self.set_requires_grad(adapter_name, False)
 
+    @override
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         trained = [(p, p.requires_grad) for wrapper in self._wrappers() for p in wrapper.parameters()]
         super()._enable_adapter_layers(enabled)
@@ -336,6 +346,7 @@ class DudeModel(BaseTuner):
             )
         return targets
 
+    @override
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -366,6 +377,7 @@ class DudeModel(BaseTuner):
         finally:
             self._places = {}
 
+    @override
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -395,6 +407,7 @@ class DudeModel(BaseTuner):
             unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
         return unloaded
 
+    @override
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own wants a parameter `weight` of the base layer. Ours is made on its device, so a swap is all there
         # is, in every place where the layer object stands.
@@ -411,12 +424,14 @@ class DudeModel(BaseTuner):
             )
         yield
 
+    @override
     def _check_merge_allowed(self) -> None:
         # PEFT warns of tied embeddings here; our merge gives the layer a weight of its own and leaves the tied one.
         for layer in self.modules():
             if isinstance(layer, DudeLinear):
                 layer.check_mergeable()
 
+    @override
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Ours are float32 or better from the start; without autocast PEFT keeps trained tensors in the base's dtype.
         if autocast_adapter_dtype:
@@ -429,6 +444,7 @@ class DudeModel(BaseTuner):
                         group[adapter_name].to(dtype)
 
     @classmethod
+    @override
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -461,11 +477,13 @@ class DudeModel(BaseTuner):
         return tensors
 
     @classmethod
+    @override
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # No key has one. PEFT's own would make `lm_head` of the `lm_head.weight` of an adapter named "weight".
         return key
 
     @classmethod
+    @override
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

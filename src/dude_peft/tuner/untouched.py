@@ -9,6 +9,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from dude_peft.parents import require
+
+require(BaseTunerLayer, "_disable_adapters")
+require(AuxiliaryTrainingWrapper, "_disable_adapters")
+
 
 @contextmanager
 def as_base(model: Any) -> Iterator[None]:
