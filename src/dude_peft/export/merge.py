@@ -26,9 +26,9 @@ from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.base import Base
+from dude_peft.export.combine import Combination
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
-from dude_peft.tuner.combine import Combination
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TOKENIZER = (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dude_peft.export.adapter import SavedAdapter
     from dude_peft.export.base import Base
     from dude_peft.export.check import Difference, Live
-    from dude_peft.tuner.combine import Combination
+    from dude_peft.export.combine import Combination
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 _RECORD = "dude_export.json"
@@ -149,7 +149,7 @@ def merge(
         raise ConfigError("--weight has to be a finite number")
     settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
     with quiet_imports():
-        from dude_peft.tuner.combine import Combination
+        from dude_peft.export.combine import Combination
 
         how = Combination(combination, density, seed)
     return _Export(settings, list(map(str, adapters)), weights, base, gguf_file).run(Target("merged"), how)
@@ -197,9 +197,9 @@ class _Export:
 
             from dude_peft.export.adapter import open_adapter
             from dude_peft.export.base import open_base, source_of
+            from dude_peft.export.combine import Combination
             from dude_peft.export.merge import Weighted
             from dude_peft.export.tokenizer import tokenizer_change
-            from dude_peft.tuner.combine import Combination
         self.dtype = None if self.settings.dtype == "keep" else getattr(torch, self.settings.dtype)
         self.combination = combination or Combination()
         opened = [open_adapter(path) for path in self.adapters]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class Combination:
     density: float | None = None
     seed: int = 0
     majority_sign_method: str = "total"
+    _unnamed: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -49,17 +52,18 @@ class Combination:
         """Whether rows of a weight may be combined one by one."""
         return self.kind == "linear"
 
-    def of(self, deltas: list[Tensor], weights: list[float], layer: str) -> Tensor:
+    def of(self, deltas: list[Tensor], weights: list[float], layer: str | None = None) -> Tensor:
         """The combined change, (out, in) as each of them.
 
         Args:
             deltas: (out, in) W'_i - W0 on the CPU; may be written into.
             weights: w_i.
-            layer: its name, which decides with the seed what dare_* drops.
+            layer: its name, which decides with the seed what dare_* drops; None: the number of the call does.
         """
         if self.by_rows:
             return weighted_sum(deltas, weights)
         options: Any = (self.density,) if not self.kind.endswith("ties") else (self.density, self.majority_sign_method)
+        layer = str(next(self._unnamed)) if layer is None else layer
         digest = hashlib.sha256(f"{self.seed}:{layer}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             # The CPU's generator alone: torch.manual_seed would change those of all devices.
