@@ -12,11 +12,22 @@ The physical limit of a case is the frozen base: `flops` counts its products (fo
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
 from measure import arguments, exponents, finish, interleaved, numbers, set_threads, show
-from subjects import BASELINE, OneLinear, adapt, configurations, layer_step, llama, model_step
+from subjects import (
+    BASELINE,
+    OneLinear,
+    adapt,
+    common_settings,
+    configurations,
+    layer_step,
+    llama,
+    model_step,
+    other_version,
+)
 from subjects import growth as grown
 
 COLUMNS = ["ratio", "ratio_low", "ratio_high", "median_seconds"]
@@ -36,6 +47,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing (model)")
+    parser.add_argument("--against", type=Path, default=None, help="src folder of another version, timed beside ours")
     parser.add_argument("--cases", default=None, help="names to keep, comma-separated")
     settings = parser.parse_args()
     set_threads(settings)
@@ -56,8 +68,7 @@ def model(settings: Any) -> dict[str, Any]:
             length = min(512, tokens)
             ids = torch.randint(settings.vocabulary, (tokens // length, length), device=settings.device)
             steps = {}
-            for name, configuration in _kept(settings, configurations(rank)).items():
-                adapted = adapt(base, configuration()).to(settings.device)
+            for name, adapted in _models(settings, base, rank).items():
                 if settings.checkpointing:
                     adapted.gradient_checkpointing_enable({"use_reentrant": False})
                 steps[name] = model_step(adapted, ids, accumulation=accumulation)
@@ -77,7 +88,7 @@ def layer(settings: Any) -> dict[str, Any]:
         out, in_ = (int(n) for n in shape.split("x"))
         base = OneLinear(in_, out, dtype).to(settings.device)
         for rank in numbers(settings.ranks):
-            models = {n: adapt(base, c()).to(settings.device) for n, c in _kept(settings, configurations(rank)).items()}
+            models = _models(settings, base, rank)
             for tokens, accumulation in itertools.product(numbers(settings.tokens), numbers(settings.accumulation)):
                 x, dy = (torch.randn(tokens, n, device=settings.device).to(dtype) for n in (in_, out))
                 cases = {name: layer_step(m, x, dy, accumulation) for name, m in models.items()}
@@ -114,9 +125,14 @@ def _batch(tokens: int, accumulation: int) -> str:
     return f"{tokens} tokens" if accumulation == 1 else f"{accumulation} x {tokens} tokens"
 
 
-def _kept(settings: Any, cases: dict[str, Any]) -> dict[str, Any]:
-    wanted = None if settings.cases is None else {BASELINE, *settings.cases.split(",")}
-    return {name: case for name, case in cases.items() if wanted is None or name in wanted}
+def _models(settings: Any, base: torch.nn.Module, rank: int) -> dict[str, torch.nn.Module]:
+    cases = configurations(rank)
+    wanted = set(cases) if settings.cases is None else {BASELINE, *settings.cases.split(",")}
+    models = {name: adapt(base, case()) for name, case in cases.items() if name in wanted}
+    if settings.against is not None:
+        with other_version(settings.against) as config:
+            models["DuDe, other version"] = adapt(base, config(**common_settings(rank)))
+    return {name: model.to(settings.device) for name, model in models.items()}
 
 
 if __name__ == "__main__":

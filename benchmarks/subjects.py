@@ -7,9 +7,14 @@ moved a little away from its start, so that no case profits from zeros.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import peft.mapping
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -26,9 +31,14 @@ GROWTH = {
 }
 
 
+def common_settings(r: int) -> dict[str, Any]:
+    """What all adapters have in common."""
+    return {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"}
+
+
 def configurations(r: int) -> dict[str, Callable[[], Any]]:
     """Name of a case -> its adapter's configuration; None is the frozen base."""
-    common: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"}
+    common = common_settings(r)
     return {
         BASELINE: lambda: LoraConfig(**common),
         "DuDe": lambda: DudeConfig(**common),
@@ -40,6 +50,27 @@ def configurations(r: int) -> dict[str, Callable[[], Any]]:
         "our dora": lambda: DudeConfig(**common, method="dora"),
         "our pissa": lambda: DudeConfig(**common, method="pissa"),
     }
+
+
+@contextmanager
+def other_version(source: Path) -> Iterator[Any]:
+    """Within: PEFT's DuDe, and the `DudeConfig` that is given, are those of another source tree (`git worktree add`).
+
+    Models that are made within go on to work with its code, beside ours in the same process.
+    """
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "dude_peft"}
+    tables = (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
+    kept = [dict(table) for table in tables]
+    sys.path.insert(0, str(source))
+    try:
+        yield importlib.import_module("dude_peft").DudeConfig
+    finally:
+        sys.path.remove(str(source))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dude_peft"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+        for table, before in zip(tables, kept, strict=True):
+            table.update(before)
 
 
 def llama(

@@ -244,3 +244,23 @@ def test_heads_of_an_attention_of_torch_are_refused_by_name():
 
     with pytest.raises(ConfigError, match=r"self_attn\.out_proj' is a .* nn\.MultiheadAttention reads"):
         get_peft_model(_encoder(False), DudeConfig(r=3, target_modules=["out_proj"]))
+
+
+def writes():
+    yield lambda w: w.mul_(2)
+    yield lambda w: w.data.mul_(2)
+    yield lambda w: w.data.__setitem__(0, 1.0)
+    yield lambda w: w.__setitem__(slice(-2, None), 0.0)
+    yield lambda w: setattr(w, "data", torch.zeros(3))
+    yield lambda w: nn.init.normal_(w)
+    yield lambda w: w.requires_grad_(True)
+    yield lambda w: w.__iadd__(1)
+
+
+@pytest.mark.parametrize("write", writes())
+def test_a_write_to_what_stands_for_the_weight_is_refused_not_lost(write):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), DudeConfig(r=2, target_modules=["0"]))
+    weight = model.base_model.model[0].weight
+    with torch.no_grad(), pytest.raises(RuntimeError, match="get_base_layer"):
+        write(weight)
+    assert weight.requires_grad_(False) is weight

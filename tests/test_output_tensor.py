@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -377,3 +378,48 @@ def test_what_is_counted_where_the_bytes_cannot_be_asked(way, monkeypatch):
             if isinstance(module, DudeLinear):
                 module.refresh()
         assert torch.equal(found, logits(model))
+
+
+# --- What is not a tensor like any other, said at once ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_derivative_is_refused_not_wrong(method):
+    model, x = adapted(torch.relu, method), rows().requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_layer_whose_output_is_changed_behind_the_graph(dtype):
+    torch._dynamo.reset()
+    found = []
+    for change in (lambda y: y.mul_(2), lambda y: y * 2):
+        model = adapted(lambda y: y, bias=False, dtype=dtype)
+        layer = torch.compile(model.base_model.model.a, backend="aot_eager")
+        change(layer(rows(dtype))).float().square().sum().backward()
+        found.append([p.grad for p in model.base_model.model.a.parameters() if p.requires_grad])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_an_exported_model_takes_its_gain_along():
+    model = adapted(torch.relu).eval()
+    program = torch.export.export(model, (rows(),))
+    want = model(rows())
+    assert not any("dude_peft" in str(node.target) for node in program.graph.nodes)
+    del model
+    torch.testing.assert_close(program.module()(rows()), want, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_layers_take_several_threads():
+    model = adapted(torch.relu).eval()
+    with torch.no_grad():
+        model.merge_adapter()
+        merged = model(rows())
+        with model.disable_adapter():
+            base = model(rows())
+            with ThreadPoolExecutor(4) as pool:
+                outputs = list(pool.map(lambda _: model(rows()), range(200)))
+        assert all(torch.equal(y, base) for y in outputs)
+        assert torch.equal(model(rows()), merged)

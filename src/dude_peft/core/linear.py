@@ -17,6 +17,7 @@ v = y / g; a gain of exactly zero never comes here (`magnitude.py`). Mostly y is
 or the attention behind the layer, and costs nothing. Code behind the layer may change y in place, as with any output;
 the backward notices, and computes v again. A copy of v is kept instead
 - of a layer with a bias, which would have to be taken out of y again, at the cost of its digits;
+- in compiled code, which cannot tell whether its outputs were changed;
 - in float16, whose range y can leave downwards where v does not;
 - in float32, where the caller says that nobody else keeps y: as bfloat16, which is half the memory (COMPACT_TOKENS).
 Without a graph nothing is kept at all.
@@ -30,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from dude_peft.core.compose import compose, spread
 
@@ -97,7 +97,7 @@ def adapted_linear(
         (*, out) in base's dtype. Gradients reach base (or the product's x), x, dA, dB, bias, and gain or dm.
 
     Raises:
-        RuntimeError: a second derivative is asked for (torch's once_differentiable), or the output was changed in
+        RuntimeError: a backward with create_graph=True, or the output was changed in
             place, and there is no frozen_rows.
 
     Source: DuDe section 3, in the deviations of DESIGN section 2.
@@ -169,7 +169,9 @@ class _AdaptedLinear(torch.autograd.Function):
         needs_kept = gain is not None and (ctx.needs_input_grad[8] or ctx.needs_input_grad[11])
         long = COMPACT_TOKENS is not None and seen.numel() >= COMPACT_TOKENS * seen.shape[-1]
         compact = compute == torch.float32 and long
-        wanted = bias is not None or compute == torch.float16 or (compact and not output_kept)
+        # Of compiled code nobody can tell whether its outputs are changed in place behind it.
+        wanted = bias is not None or compute == torch.float16 or torch.compiler.is_compiling()
+        wanted = wanted or (compact and not output_kept)
         keep_v = needs_kept and wanted
         keep = (torch.bfloat16 if compact else compute) if keep_v else None
         inputs = (base_out, x, weight, x_change)
@@ -188,8 +190,17 @@ class _AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "an adapted layer has no second derivative, and a backward with create_graph=True would give a wrong "
+                "one; merge the adapter, or use stock PEFT"
+            )
+        with torch.no_grad():
+            return _AdaptedLinear._backward(ctx, dy)
+
+    @staticmethod
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         seen, weight, u, dA, dB, A0, B0, gain, bias, kept, slope, source = ctx.saved_tensors
         need_base, need_x, _, need_change, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, *_ = (
             ctx.needs_input_grad
@@ -242,8 +253,8 @@ def _watched(y: Tensor) -> tuple[Tensor, Callable[[], bool] | None]:
     Saved as it is, a changed output would be an error of autograd. The alias to be saved has a count of changes of its
     own; the empty tensor shares the output's count, and none of its memory, which checkpointing lets go of.
     """
-    if torch.compiler.is_compiling() or isinstance(y, FakeTensor):
-        return y, None  # compiled code has no operations in place
+    if isinstance(y, FakeTensor):
+        return y, None
     count = y.detach()
     count.data = count.new_empty(0)
     before = count._version

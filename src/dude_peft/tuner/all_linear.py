@@ -19,7 +19,9 @@ from dude_peft.tuner.config import DudeConfig
 
 # A name, or the end of one: `gate`, `router.layer`, `shared_expert_gate`; no `gate_proj`.
 _GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
-_UNFIT, _SEES, _CHOOSES = "cannot be adapted", "no text passes it", "gate or router"
+_UNFIT, _STACKED = "cannot be adapted", "stacked tensors, which cannot be adapted"
+_SEES, _CHOOSES = "no text passes it", "gate or router"
+_SMALL = "smaller than r="
 
 
 def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: DudeConfig) -> tuple[set[str], str]:
@@ -36,6 +38,9 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
     towers = _towers(model)
     kept, small = set(), set()
     left: dict[tuple[str, str], int] = {}
+    for name, part in model.named_modules():
+        if name.rpartition(".")[2] == "experts" and any(p.ndim == 3 for p in part.parameters(recurse=False)):
+            left["experts", _STACKED] = left.get(("experts", _STACKED), 0) + 1
     for name, layer in layers:
         last, tower = name.rpartition(".")[2], next((t for t in towers if name.startswith(f"{t}.")), None)
         rank, _ = config.rank_and_alpha(name)
@@ -46,7 +51,7 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
         elif _is_gate(name, layer):
             group = (last, _CHOOSES)
         elif rank > min(frozen.layer_shape(layer)):
-            group = (last, f"smaller than r={rank}")
+            group = (last, f"{_SMALL}{rank}")
             small.add(name)
         else:
             kept.add(name)
@@ -80,7 +85,10 @@ def _line(left: dict[tuple[str, str], int]) -> str:
     if not left:
         return ""
     parts = [f"{shown(name)} ({count} layer{'s' * (count > 1)}, {why})" for (name, why), count in left.items()]
-    return (
-        f"target_modules='all-linear' leaves out {', '.join(parts)}; name a layer to adapt it, and give a small one "
-        "its r with rank_pattern"
-    )
+    reasons = {why for _, why in left}
+    ways = []
+    if reasons & {_SEES, _CHOOSES}:
+        ways.append("name a layer in target_modules to adapt it")
+    if any(why.startswith(_SMALL) for why in reasons):
+        ways.append("give a small one a smaller r with rank_pattern")
+    return "; ".join([f"target_modules='all-linear' leaves out {', '.join(parts)}", *ways])

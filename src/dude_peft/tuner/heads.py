@@ -15,6 +15,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from dude_peft.errors import ConfigError
@@ -66,6 +67,8 @@ def newly_initialised(model: nn.Module) -> list[str]:
         if module in embeddings:
             continue
         for parameter in module.parameters(recurse=False):
+            if is_lazy(parameter):
+                continue  # torch's lazy layers have no shape yet
             # transformers' own mark: its initialisation leaves alone what carries it.
             if getattr(parameter, "_is_hf_initialized", False):
                 loaded += parameter.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -137,11 +138,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Several active adapters add their changes: y = base + sum_i (y_i - base). Merged ones are in the base layer's
         weight; the others' changes are still those from its own weight.
         """
-        if self.disable_adapters and self.merged:
-            with self.unmerged():
-                return self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
+            return self._own_layer()(x, *args, **kwargs)
         names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -243,10 +241,14 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         assert layer.m0 is not None
         assert layer.dm is not None
         trained = (layer.dA, layer.dB, layer.dm)
+        if torch.compiler.is_exporting():  # to where this layer is not: the formula itself goes along
+            q = self._norm_change(adapter_name, layer)
+            g = gain(layer.m0, layer.dm, q)
+            return g, gain_slope(layer.m0, q).to(g.dtype)
         if torch.compiler.is_compiling():
             slot = self._slots.index(adapter_name)
             return current_gain(self._number, slot, *(tensor.detach() for tensor in trained))
-        state = (self.scaling[adapter_name], *state_of(trained, steps_taken(), self._mode_changes))
+        state = (self.scaling[adapter_name], *state_of(trained, lambda: (steps_taken(), self._mode_changes)))
         cached = self._gains.get(adapter_name)
         if cached is None or cached.state != state:
             # Never tensors of inference mode, also where the first forward is in it: training could not take them.
@@ -262,6 +264,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         layer = self.tensors(adapter_name)
         assert layer.A0 is not None
         assert layer.B0 is not None
+        if torch.compiler.is_exporting():
+            return self._product(layer.A0)
         if torch.compiler.is_compiling():
             return start_product(self._number, self._slots.index(adapter_name), layer.A0, layer.B0)
         state = state_of((layer.A0,))
@@ -459,11 +463,18 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def _beside_merged(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output with some adapters merged and others, `names`, active beside them."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        with self.unmerged():
-            base_out: Tensor = self.base_layer(x, *args, **kwargs)
-            for name in names:
-                y = y + (self._adapt(name, x, base_out) - base_out)
+        base_out: Tensor = self._own_layer()(x, *args, **kwargs)
+        for name in names:
+            y = y + (self._adapt(name, x, base_out) - base_out)
         return y
+
+    def _own_layer(self) -> Any:
+        """The base layer with its own weight: itself, or a twin of a merged one, which other threads may be using."""
+        if self.lora_unmerged_weight is None:
+            return self.base_layer
+        twin = copy.copy(self.get_base_layer())
+        twin._parameters = {**twin._parameters, "weight": self.lora_unmerged_weight}
+        return twin
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -513,8 +524,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return self._product(rows).T
 
     def _product(self, rows: Tensor) -> Tensor:
-        with self.unmerged(), torch.autocast(rows.device.type, enabled=False):
-            return frozen.product(self.get_base_layer(), rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            base = self.get_base_layer() if self.lora_unmerged_weight is None else self._own_layer()
+            return frozen.product(base, rows)
 
     def _names(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.lora_dA]

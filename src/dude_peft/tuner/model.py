@@ -763,7 +763,8 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
     config = Path(getattr(model, "name_or_path", "") or ".") / "config.json"
     if adapted is None or not config.is_file():
         return
-    before, now = json.loads(config.read_text(encoding="utf-8")).get("vocab_size"), model.config.vocab_size
+    before = json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
+    now = model.config.get_text_config().vocab_size
     if before is not None and before != now:
         raise ConfigError(
             f"target '{adapted}' was resized from {before} to {now} tokens, and the new rows are in no file; save the "

@@ -12,9 +12,10 @@ which asks when it runs. Its first argument names the layer: a tensor, so that l
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +26,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def state_of(tensors: Sequence[Tensor], *occasions: int) -> tuple[Any, ...]:
+def state_of(tensors: Sequence[Tensor], occasions: Callable[[], tuple[int, ...]] = tuple) -> tuple[Any, ...]:
     """A value that changes when the tensors have changed.
 
     Args:
         tensors: tensors of a layer.
-        *occasions: counts of events that may have changed tensors outside of the CPU's memory.
+        occasions: counts of events that may have changed tensors outside of the CPU's memory.
 
     Returns:
         What to compare and to keep: it holds the storages, so that no new one can be taken for them.
@@ -40,16 +41,18 @@ def state_of(tensors: Sequence[Tensor], *occasions: int) -> tuple[Any, ...]:
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return ("fake",)
     counted = tuple(_Counted(tensor) for tensor in tensors)
-    return (*occasions, *counted)
+    return (*occasions(), *counted)
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN_TYPES and tensor.device.type == "cpu"
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in _PLAIN_TYPES and tensor.device.type == "cpu" and not wrapped
 
 
 def _hash(tensor: Tensor) -> int:
-    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_64_intdigest(values.numpy().data)
+    # By address: a NumPy array of the memory would forbid FSDP to let go of it for good.
+    values = tensor.detach().contiguous()
+    return xxhash.xxh3_64_intdigest((ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr()))
 
 
 class _Counted:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from dude_peft.core.svd import full_precision_products
 from dude_peft.core.threads import one_thread, single_threaded_pool
+from dude_peft.errors import ConfigError
 from dude_peft.methods.start import Start, start_of
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
@@ -71,6 +72,11 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
     with module.unmerged() if adapted else nullcontext(), torch.no_grad():
         base = module.get_base_layer() if adapted else module
         weight = frozen.plain_weight(base)
+        if weight is not None and weight.is_meta:
+            raise ConfigError(
+                f"the weight of '{name}' is not in memory (meta device or offloaded), and the start follows from its "
+                "values; load the model without offloading, or write the start with `dude init`"
+            )
         W0 = frozen.dense_weight(base)
         if weight is None or weight.dtype != W0.dtype:  # a copy already
             options = replace(options, overwrite=True)

@@ -27,6 +27,14 @@ _FACTS = {
 }
 
 
+_DATA, _REQUIRES_GRAD = (getattr(Tensor, name) for name in ("data", "requires_grad"))
+_MARKS = (Tensor.requires_grad_, _REQUIRES_GRAD.__set__)
+# Beside functions whose names end in one underscore: x[i] = ..., x.data = ..., x += ....
+_WRITES = {"__setitem__", "__set__", "__delitem__"} | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+
+
 def readable(like: Tensor, compute: Callable[[], Tensor], trained: list[Tensor]) -> Tensor:
     """A tensor that stands for a weight, differentiable in what is trained.
 
@@ -69,6 +77,16 @@ class _Readable(Tensor):
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if _writes(func) and isinstance(given[0], _Readable):
+            if func in _MARKS and any(each is False for each in given):
+                return given[0]  # it follows from what is trained, and the base is frozen
+            raise RuntimeError(
+                "layer.weight of an adapted layer follows from its adapter and cannot be written to; write to "
+                "layer.get_base_layer().weight"
+            )
+        if func == _DATA.__get__:
+            return _Readable(args[0], args[0].values)  # not the values: what is written there would be lost
         args, kwargs = tree_map_only(_Readable, _Readable.values, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -77,6 +95,11 @@ class _Readable(Tensor):
         # Called from C++, behind autograd.
         args, kwargs = tree_map_only(_Readable, _Readable.values, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 class _Connected(torch.autograd.Function):
