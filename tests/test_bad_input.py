@@ -254,3 +254,8 @@ def test_a_pattern_that_never_ends_is_refused(changes, words):
         get_peft_model(tiny_llama(), DudeConfig(**{"r": 2, "target_modules": "all-linear", **changes}))
     assert words in str(caught.value)
     assert time.perf_counter() - start < 20
+
+
+def test_a_misspelt_option_of_load_adapter_is_refused():
+    with pytest.raises(ConfigError, match="closest: 'is_trainable'"):
+        load_adapter(make("llama"), "nowhere", is_trainabel=True)

@@ -254,7 +254,7 @@ def _watched(y: Tensor) -> tuple[Tensor, Callable[[], bool] | None]:
     own; the empty tensor shares the output's count, and none of its memory, which checkpointing lets go of.
     """
     if isinstance(y, FakeTensor):
-        return y, None
+        return y.data, None
     count = y.detach()
     count.data = count.new_empty(0)
     before = count._version

@@ -14,8 +14,15 @@ from dude_peft.core.threads import one_thread, single_threaded_pool
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import check_beside
-from dude_peft.tuner.config import DudeConfig
+from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.layer import DudeLinear
+
+# Ours, and those that reach the hub and PEFT's own loading.
+_OPTIONS = (
+    "adapter_name", "is_trainable", "allow_base_mismatch", "revision", "token", "cache_dir", "subfolder",
+    "force_download", "local_files_only", "proxies", "low_cpu_mem_usage", "autocast_adapter_dtype", "torch_device",
+    "ephemeral_gpu_offload", "key_mapping", "max_memory", "device_map", "offload_folder", "offload_dir",
+)  # fmt: skip
 
 
 def load_adapter(
@@ -37,7 +44,7 @@ def load_adapter(
         adapter_name: its name in the model.
         is_trainable: True to go on training, False for inference.
         allow_base_mismatch: accept a base model with other values (outputs are then not those of training).
-        **hub_options: revision, token, cache_dir, subfolder.
+        **hub_options: revision, token, cache_dir, subfolder, and what PEFT's loading takes (low_cpu_mem_usage).
 
     Returns:
         The PeftModel.
@@ -45,8 +52,11 @@ def load_adapter(
     Raises:
         ArtifactError: damaged files, a file that is not ours, a wrong base model.
         NumericsError: NaN or Inf in the adapter.
-        ConfigError: the name is taken, or the model has adapters of another kind.
+        ConfigError: the name is taken, the model has adapters of another kind, or an option does not exist.
     """
+    for name in hub_options:
+        if name not in _OPTIONS:
+            raise ConfigError(f"load_adapter has no option '{name}'; {closest(name, _OPTIONS)}")
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise ConfigError(f"the model has an adapter '{adapter_name}' already; choose another adapter_name")

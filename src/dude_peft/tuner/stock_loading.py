@@ -34,22 +34,17 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
         stock: the configuration that stock PEFT reads.
         layers: names of the adapted layers.
     """
-    if skipped := [name for name in layers if _multiplies_weight(model, name)]:
-        return (
-            f"stock PEFT leaves out the change of '{shown(skipped[0])}' ({len(skipped)} such layers), whose weight the "
-            "model reads itself"
-        )
     settings = getattr(model, "config", None)
     kind = getattr(settings, "model_type", None)
     if kind is None:  # PEFT looks no further either
-        return ""
+        return _left_out(model, layers)
     read = copy.deepcopy(stock)
     try:
         convert_peft_config_for_transformers(read, model=model, conversions=None)
         for name in layers:
             _check_lora_target_modules_mamba(read, model, name.rpartition(".")[2])
     except ValueError as error:
-        reason = str(error).partition(". ")[0]
+        reason = str(error).partition(". ")[0].removeprefix("[PEFT:PeftType.LORA] ")
         return f"stock PEFT refuses this adapter on a {shown(kind)} model ({shown(reason, 200)})"
     lost = [name for name in layers if not check_target_module_exists(read, name)]
     if lost:
@@ -57,7 +52,15 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
             f"stock PEFT does not load this adapter on a {shown(kind)} model: it takes {len(lost)} layers for experts "
             f"(first: '{shown(lost[0])}')"
         )
-    return ""
+    return _left_out(model, layers)
+
+
+def _left_out(model: Any, layers: Collection[str]) -> str:
+    skipped = [name for name in layers if _multiplies_weight(model, name)]
+    if not skipped:
+        return ""
+    count = f"{len(skipped)} such layer{'s' * (len(skipped) > 1)}"
+    return f"stock PEFT leaves out the change of '{shown(skipped[0])}' ({count}), whose weight the model reads itself"
 
 
 def _multiplies_weight(model: Any, layer: str) -> bool:

@@ -20,8 +20,8 @@ def as_base(model: Any) -> Iterator[None]:
     """Within: `model` computes what the untouched base model does in evaluation, without dropout.
 
     Exact as long as no bias of the base is trained. Unlike PEFT's `disable_adapter` it leaves requires_grad alone,
-    which FSDP and DDP look at while they work, and unlike `eval()` it keeps the gain of every layer, which a change of
-    mode would make stale.
+    which FSDP and DDP look at while they work, and unlike `eval()` it leaves the gains alone: on a GPU a change of mode
+    would put them in doubt.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
