@@ -139,7 +139,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         weight; the others' changes are still those from its own weight.
         """
         if self.disable_adapters:
-            return self._own_layer()(x, *args, **kwargs)
+            return self._own_output(x, *args, **kwargs)
         names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -176,8 +176,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         adapter is to be added, and where it is quantised or a shard.
         """
         if self.disable_adapters:
-            with self.unmerged():
-                return super().weight
+            own: Tensor = self._own_layer().weight
+            return own
         base: Any = self.get_base_layer()
         names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
         if not names or frozen.plain_weight(base) is None or frozen.is_sharded(base.weight):
@@ -463,9 +463,17 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def _beside_merged(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output with some adapters merged and others, `names`, active beside them."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        base_out: Tensor = self._own_layer()(x, *args, **kwargs)
+        base_out = self._own_output(x, *args, **kwargs)
         for name in names:
             y = y + (self._adapt(name, x, base_out) - base_out)
+        return y
+
+    def _own_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the base layer with its own weight, merged or not."""
+        if self.merged and "forward" in self.get_base_layer().__dict__:  # accelerate's, which knows this object alone
+            with self.unmerged():
+                return self.base_layer(x, *args, **kwargs)
+        y: Tensor = self._own_layer()(x, *args, **kwargs)
         return y
 
     def _own_layer(self) -> Any:
