@@ -97,6 +97,15 @@ def read_weight(stored: StoredTensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return weight, {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
 
 
+def print_of(stored: StoredTensor, dtype: torch.dtype) -> TensorPrint:
+    """Fingerprint of a tensor as the model has it in memory, a few MiB of it at a time."""
+    digest = xxhash.xxh3_128()
+    for view in chunks(stored):
+        digest.update(torch.frombuffer(view, dtype=DTYPES[stored.dtype]).to(dtype).view(torch.uint8).numpy().data)
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
+
+
 def holds_values(stored: StoredTensor, recorded: TensorPrint) -> bool:
     """Whether a tensor on disk holds the recorded values, in whatever float dtype; `fingerprint.same_values` of it."""
     dtype = getattr(torch, recorded["dtype"], None)

@@ -70,6 +70,7 @@ def write_adapter(
     pieces: Sequence[Piece],
     config_file: Path,
     quantization: dict[str, Any] | None = None,
+    beside: dict[str, TensorPrint] | None = None,
 ) -> None:
     """Write adapter_model.safetensors as `manifest.stamp` does, whole or not at all.
 
@@ -80,10 +81,11 @@ def write_adapter(
         pieces: the tensors with their hashes, in any order; read one at a time.
         config_file: the adapter_config.json that will lie beside it.
         quantization: how the base is quantised, if it is.
+        beside: fingerprints of what else of the base is relied on.
 
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
     """
     hashes = {piece.name: piece.sha256 for piece in pieces}
-    metadata = sealed_metadata(config, base, hashes, config_file, quantization)
+    metadata = sealed_metadata(config, base, hashes, config_file, quantization, beside)
     write_pieces(directory / WEIGHTS_FILE, metadata, pieces)

@@ -14,6 +14,7 @@ import peft
 import torch
 
 from dude_peft.artifact.checkpoint import Checkpoint, is_plain
+from dude_peft.artifact.header import StoredTensor
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.architecture import empty_model, parameter_names
 from dude_peft.init.layer import LayerTask
@@ -21,6 +22,7 @@ from dude_peft.init.layout import layout_of
 from dude_peft.methods import Method
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
+from dude_peft.tuner.beside import relied_on
 from dude_peft.tuner.stock_loading import warn_if_refused
 
 
@@ -33,6 +35,8 @@ class Plan:
     layers: list[LayerTask]
     adapter_bytes: int
     """Size of the tensors that will be written."""
+    beside: dict[str, tuple[StoredTensor, torch.dtype]]
+    """Tensors of the base that the adapter relies on beside the adapted ones, and the model's dtype of each."""
 
 
 def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: DudeConfig, dtype: str, seed: int) -> Plan:
@@ -88,7 +92,9 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
         size += saved_bytes(module, config.spec, r)
     warn_if_refused(model, config.stock(), [task.name for task in layers])
-    return Plan(config, layers, size)
+    found = [(name, tensor) for name, tensor in relied_on(model) if frozen.is_plain(tensor)]
+    beside = {name: (layout.find(name, names_of[id(tensor)]), tensor.dtype) for name, tensor in found}
+    return Plan(config, layers, size, beside)
 
 
 def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:

@@ -217,6 +217,7 @@ def _trusted(parts: Parts, index: int, layer: str) -> Part:
 
 def _assemble(output: Path, plan: Plan, finished: list[Part]) -> None:
     """Write both files as PEFT's `save_pretrained` and our manifest would; adapter_config.json last."""
+    from dude_peft.artifact.checkpoint import print_of
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.stream import write_adapter
 
@@ -227,5 +228,7 @@ def _assemble(output: Path, plan: Plan, finished: list[Part]) -> None:
         plan.config.save_pretrained(temporary)
         config_file = Path(temporary) / _CONFIG
         fields = plan.config._manifest_fields()
-        write_adapter(output, fields, base, [piece for part in finished for piece in part.pieces], config_file)
+        pieces = [piece for part in finished for piece in part.pieces]
+        beside = {name: print_of(stored, dtype) for name, (stored, dtype) in plan.beside.items()}
+        write_adapter(output, fields, base, pieces, config_file, beside=beside)
         replace_file(output / _CONFIG, config_file.read_bytes())

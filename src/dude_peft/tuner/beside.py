@@ -31,7 +31,7 @@ def prints_beside(model: nn.Module, known: Prints) -> Prints:
         known: of an earlier call.
     """
     prints: Prints = {}
-    for name, tensor in _relied_on(model):
+    for name, tensor in relied_on(model):
         if not frozen.is_plain(tensor) or tensor.is_meta:
             continue
         place = (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
@@ -81,7 +81,8 @@ def _holds(tensor: Tensor, seen: TensorPrint) -> bool:
     return tensor.is_meta or not frozen.is_plain(tensor) or same_values(tensor, seen)
 
 
-def _relied_on(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def relied_on(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the base model that its adapters rely on beside the adapted layers."""
     embeddings: list[Any] = embedding_modules(model)
     whole = tuple(f"{name}." for name in (*behind_backbone(model), *newly_initialised(model)))
     seen: set[int] = set()  # tied ones count once
