@@ -93,7 +93,7 @@ class DudeModel(BaseTuner):
                 "digits, '_' and '-'"
             )
         if hasattr(nn.ModuleDict(), adapter_name):  # 'train', 'keys': torch keeps modules beside its own attributes
-            raise ConfigError(f"adapter_name '{adapter_name}' is an attribute of torch's modules; choose another name")
+            raise ConfigError(f"adapter_name '{adapter_name}' is an attribute of torch's modules; choose another one")
         config: Any = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         if config._loading is None:
