@@ -4,15 +4,13 @@ A bfloat16 has 8 significant bits. Round a gain of 1.001 times a bfloat16 value 
 always the value comes back: trained magnitudes, which differ from 1 by about 0.15 %, would do nothing at all. So the
 one rounding at the end adds a threshold to the bits that are dropped, and then drops them:
 
-    outputs:   threshold = leading bits of odd * bits(base) + scrambled(j)     base: what the frozen layer gave
-    weights:   threshold = reversed_bits(i) xor scrambled(j)                   (i, j): the entry's place
+    threshold = leading bits of odd * bits(base) + scrambled(j)     base: what the frozen layer gave; j: output feature
 
 - A value that fits half precision stays as it is, so the start of training is still the base model bit by bit.
 - An output's threshold follows from the frozen layer's output in the same place, not from the row: in decoding every
   token is row 0, and a prompt must give the same bits wherever it stands in a batch. It does not change with what is
   trained, so a small step of the adapter is a small step of the output. Recomputation gives the same bits.
-- A weight is rounded once and for all, and equal entries are common in it. Down every column its thresholds are a
-  digitally shifted van der Corput sequence, spread evenly over any run of rows.
+- Merged weights have thresholds of their own (`weight_rounding.py`): by place, since equal entries are common there.
 
 The price is a rounding error of rms 1/sqrt(3) instead of 1/sqrt(12) units in the last place, without bias. No unbiased
 rounding has less: what rounding to the nearest saves in noise, it loses in the change that it does not deliver.
@@ -26,7 +24,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-_ROWS = 1 << 16  # the sequence of rows starts again after these
 # As int32. A bfloat16 is the upper half of a float32, so of this the lower half counts: 2^16 times the golden ratio,
 # which spreads neighbouring values evenly.
 _ODD = 0x9E379E37 - (1 << 32)
@@ -38,24 +35,12 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in DROPPED_BITS
 
 
-def thresholds(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two halves of the pattern: (rows, 1) and (columns,) int32, to be combined by xor, below 2^dropped bits."""
-    shift = 16 - DROPPED_BITS[dtype]
-    if torch.compiler.is_compiling():
-        t = torch.arange(rows, dtype=torch.int32, device=device) & (_ROWS - 1)
-        return (_reversed_bits(t) >> shift)[:, None], _scrambled(columns, device) >> shift
-    by_row, by_column = _row_table(device, shift), _column_table(columns, device, shift)
-    if rows > _ROWS:
-        by_row = by_row.repeat(-(-rows // _ROWS), 1)
-    return by_row[:rows], by_column
-
-
 def round_dithered_(v: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 v to half precision in place.
 
     Args:
         v: (rows, columns) float32.
-        threshold: (rows, columns) int32, of `content_thresholds`, or the xor of the two halves of `thresholds`.
+        threshold: (rows, columns) int32, of `content_thresholds`.
         dtype: bfloat16 or float16.
 
     Returns:
@@ -89,35 +74,10 @@ def content_thresholds(base: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
     return mixed.bitwise_right_shift_(shift).add_(half)
 
 
-@functools.cache
-def _row_table(device: torch.device, shift: int) -> Tensor:
-    with unset_fake_temporarily():  # kept for all callers: it has values also where the first one has none
-        return (_reversed_bits(torch.arange(_ROWS, dtype=torch.int32, device=device)) >> shift)[:, None]
-
-
-@functools.lru_cache(maxsize=64)
-def _column_table(columns: int, device: torch.device, shift: int) -> Tensor:
-    with unset_fake_temporarily():
-        return _scrambled(columns, device) >> shift
-
-
-def _reversed_bits(t: Tensor) -> Tensor:
-    """The 16 bits of t in reverse order: 0, 1/2, 1/4, 3/4, 1/8, ... in units of 2^16."""
-    t = ((t & 0x5555) << 1) | ((t >> 1) & 0x5555)
-    t = ((t & 0x3333) << 2) | ((t >> 2) & 0x3333)
-    t = ((t & 0x0F0F) << 4) | ((t >> 4) & 0x0F0F)
-    return ((t & 0x00FF) << 8) | ((t >> 8) & 0x00FF)
-
-
 @functools.lru_cache(maxsize=64)
 def _content_table(columns: int, device: torch.device) -> Tensor:
     with unset_fake_temporarily(), torch.inference_mode(False):
         return _mixed(columns, device).to(torch.int32)
-
-
-def _scrambled(columns: int, device: torch.device) -> Tensor:
-    """16 bits for every column that look drawn at random."""
-    return (_mixed(columns, device) & 0xFFFF).to(torch.int32)
 
 
 def _mixed(columns: int, device: torch.device) -> Tensor:
