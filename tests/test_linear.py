@@ -200,9 +200,8 @@ def test_a_product_kept_in_half_precision_costs_the_magnitude_nothing_that_count
 
 def test_second_derivatives_are_refused():
     case = Case(torch.float64)
-    (grad,) = torch.autograd.grad(case.fast().square().sum(), case.dA, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(case.fast().square().sum(), case.dA, create_graph=True)
 
 
 def test_gradcheck():

@@ -11,6 +11,7 @@ collision). An adapter's own tensors, which are small and travel, carry sha256.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterable
 from typing import Any, TypedDict
@@ -63,8 +64,16 @@ def same_values(weight: Tensor, recorded: TensorPrint) -> bool:
     return xxh3_of([weight]) == recorded["xxh3_128"]
 
 
+def memory_of(values: Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, as a buffer that is valid while the tensor lives.
+
+    By address: a NumPy array of the memory would keep FSDP from ever letting go of it.
+    """
+    return (ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr())
+
+
 def _digest(digest: Any, tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        values = tensor.detach().cpu().contiguous()
+        digest.update(memory_of(values))
     return str(digest.hexdigest())

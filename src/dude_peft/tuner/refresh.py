@@ -12,7 +12,6 @@ which asks when it runs. Its first argument names the layer: a tensor, so that l
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,6 +21,8 @@ import torch
 import xxhash
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from dude_peft.artifact.fingerprint import memory_of
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -50,9 +51,8 @@ def _is_readable(tensor: Tensor) -> bool:
 
 
 def _hash(tensor: Tensor) -> int:
-    # By address: a NumPy array of the memory would forbid FSDP to let go of it for good.
     values = tensor.detach().contiguous()
-    return xxhash.xxh3_64_intdigest((ctypes.c_ubyte * values.nbytes).from_address(values.data_ptr()))
+    return xxhash.xxh3_64_intdigest(memory_of(values))
 
 
 class _Counted:
