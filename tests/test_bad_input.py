@@ -64,7 +64,9 @@ def test_a_wrong_setting_is_refused_when_the_config_is_made(settings, parts):
         ("llama", {"target_modules": r".*nothing"}, ("matches no layer", "all-linear")),
         ("llama", {"target_modules": r"(q_proj"}, ("no regular expression",)),
         ("llama", {"exclude_modules": r"(q_proj"}, ("exclude_modules", "no regular expression")),
-        ("llama", {"target_modules": []}, ("matches no layer",)),
+        ("llama", {"target_modules": []}, ("is left to adapt",)),
+        ("llama", {"target_modules": "q_proj"}, ("regular expression", "write ['q_proj']")),
+        ("llama", {"target_modules": "all-linear", "exclude_modules": ".*"}, ("is left to adapt",)),
         ("llama", {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ("matches no layer",)),
         (
             "llama",

@@ -321,10 +321,7 @@ class DudeModel(BaseTuner):
             if name and not set(_INSIDE) & set(name.split(".")) and self._check_target_module_exists(config, name)
         ]
         if not targets:
-            raise ConfigError(
-                f"target_modules={_shown(config.target_modules)} matches no layer of {type(model).__name__} after "
-                f"exclude_modules, modules_to_save and layers_to_transform; 'all-linear' adapts every linear layer"
-            )
+            raise ConfigError(_no_target(config, model, names))
         for name, module in targets:
             layer = _base_of(module)
             if reason := frozen.why_not(layer):
@@ -704,6 +701,24 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
             f"tensors are not supported, adapt the attention and dense layers instead"
         )
     return f"target_modules: '{wanted}' is no module of {type(model).__name__}; {closest(wanted, _last_parts(names))}"
+
+
+def _no_target(config: DudeConfig, model: nn.Module, names: list[str]) -> str:
+    wanted, kind = config.target_modules, type(model).__name__
+    if not wanted:  # all-linear, or PEFT's choice for this model
+        return (
+            f"no linear layer of {kind} is left to adapt after exclude_modules, modules_to_save and "
+            "layers_to_transform; exclude fewer"
+        )
+    if isinstance(wanted, str) and wanted in _last_parts(names):
+        return (
+            f"target_modules='{wanted}' is a regular expression for whole names, and matches none of {kind}'s; "
+            f"write ['{wanted}'] for the modules that end so"
+        )
+    return (
+        f"target_modules={_shown(wanted)} matches no layer of {kind} after exclude_modules, modules_to_save and "
+        "layers_to_transform; 'all-linear' adapts every linear layer"
+    )
 
 
 def _last_parts(names: list[str]) -> list[str]:
