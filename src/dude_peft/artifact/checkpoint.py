@@ -7,7 +7,6 @@ checkpoint is refused within a second.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header, without_duplicates
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 
@@ -139,10 +139,10 @@ def is_plain(stored: StoredTensor) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        places = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
+        places = read_json(path, object_pairs_hook=without_duplicates)["weight_map"]
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise TypeError("weight_map has to map tensor names to file names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ArtifactError(f"{shown(path, 300)} cannot be used ({shown(reason, 200)}); download it again") from error
     for name, file in places.items():

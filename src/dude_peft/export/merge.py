@@ -23,6 +23,7 @@ from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
 from dude_peft.artifact.stream import Piece, write_pieces
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.core.weight_rounding import round_weight
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.base import Base
@@ -290,7 +291,7 @@ def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> 
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype | None, untied: bool) -> None:
-    config = json.loads(source.read_bytes())
+    config = read_json(source)
     for key in ("auto_map", "quantization_config"):
         config.pop(key, None)
     if dtype is not None:

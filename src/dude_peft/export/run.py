@@ -257,9 +257,12 @@ class _Export:
             raise ConfigError(f"{refusal}; use --to merged")
 
     def _check_base(self, base: Base) -> None:
+        from dude_peft.export.adapter import check_names
         from dude_peft.export.merge import check_base, layers_of
 
         self.layers = layers_of(base, self.weighted)
+        for weighted in self.weighted:
+            check_names(weighted.adapter, [name for name, _ in base.model.named_modules() if name])
         with self.display.waiting("checking the base weights"):
             problem = check_base(base, self.layers)
         if problem is None:

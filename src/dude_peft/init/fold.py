@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import check_space, disk_errors, refuse_existing, whole_folder
+from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
 from dude_peft.show import shown
@@ -227,7 +228,7 @@ def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, 
         replace_file(output / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     for path in companions(source):
         replace_file(output / path.name, path.read_bytes())
-    config = json.loads((source / "config.json").read_bytes())
+    config = read_json(source / "config.json")
     config.pop("torch_dtype", None)
     config |= {"dtype": target.dtype, "quantization_config": target.quantization}
     replace_file(output / "config.json", (json.dumps(config, indent=2) + "\n").encode())

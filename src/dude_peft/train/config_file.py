@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.train.config import RunConfig, Section
@@ -66,25 +67,25 @@ def _read_text(path: Path) -> str:
     try:
         path = path.expanduser()
         if path.is_dir():
-            raise ConfigError(f"{path}: is a folder; name the configuration file inside it")
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: is not a regular file; give a YAML file")
-        with path.open("rb") as file:
+            raise ConfigError(f"{shown(path, 300)}: is a folder; name the configuration file inside it")
+        with open_file(path) as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{shown(path, 300)}: no such file; see examples/quickstart.yaml for one") from None
     except ConfigError:
         raise
+    except NoFileError as error:
+        raise ConfigError(f"{shown(path, 300)}: {error.strerror}; give a YAML file") from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{shown(path, 300)}: cannot be read ({reason}); check the path") from None
     if len(raw) > _LARGEST_FILE_BYTES:
         limit = _LARGEST_FILE_BYTES // 1024
-        raise ConfigError(f"{path}: larger than {limit} KiB, which no configuration is; check the path")
+        raise ConfigError(f"{shown(path, 300)}: larger than {limit} KiB, which no configuration is; check the path")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise ConfigError(f"{shown(path, 300)}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
 def _read_yaml(text: str, tree: _Tree, place: Any, *, at: Key = ()) -> Any:

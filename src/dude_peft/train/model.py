@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
@@ -31,6 +32,7 @@ def locate(section: ModelSection) -> str:
 
     Raises:
         ConfigError: a package or folder that does not exist, a missing GGUF file or reader, a name of neither form.
+        ArtifactError: a file in it is none that can be read, or damaged.
     """
     name = section.name_or_path
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
@@ -57,6 +59,7 @@ def locate(section: ModelSection) -> str:
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
         raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
+    check_folder(folder)
     return str(folder.absolute())
 
 

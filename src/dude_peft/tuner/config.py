@@ -18,9 +18,12 @@ from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, read_manifest, stamp
+from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.parents import fits
+from dude_peft.show import shown
+from dude_peft.tuner.patterns import check_patterns
 
 
 class _PeftType(str):
@@ -224,6 +227,11 @@ class DudeConfig(PeftConfig):
                 f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
             )
         config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
+        try:
+            for settings in (vars(config), read_json(directory / CONFIG_FILE)):  # stock PEFT reads the second
+                check_patterns(settings, manifest.base)
+        except (ConfigError, TypeError, AttributeError) as error:  # in a file it is forged: training refuses such ones
+            raise ArtifactError(f"{shown(directory / WEIGHTS_FILE, 300)}: {error}") from error
         config._loading = manifest
         return config
 
@@ -268,10 +276,11 @@ def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, A
         options: revision, token and cache_dir for the hub; others are ignored.
 
     Raises:
-        ArtifactError: it is neither.
+        ArtifactError: it is neither, or a file in it is none that can be read.
     """
     directory = Path(name) / (subfolder or "")
     if directory.is_dir():
+        check_folder(directory)
         return directory
     download = {
         key: (options or {})[key] for key in ("revision", "token", "cache_dir") if (options or {}).get(key) is not None
