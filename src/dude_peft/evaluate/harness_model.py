@@ -90,7 +90,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             advance: called with the number of requests that were answered, and with `total`, of those known so far.
         """
         self._fits = batch_size
-        super().__init__(pretrained=_Ready(model), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        super().__init__(
+            pretrained=_Ready(model),
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            trust_remote_code=False,
+        )
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
         self._company = company
         self._stopped: list[bool] = []

@@ -15,7 +15,7 @@ from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train.config import RunConfig
 from dude_peft.train.folder import check_output_dir
-from dude_peft.train.model import load_settings, load_tokenizer, locate
+from dude_peft.train.model import code_note, load_settings, load_tokenizer, locate
 from dude_peft.train.run_data import glance
 from dude_peft.train.task_scores import ScorerOf, scorer_for
 
@@ -50,6 +50,8 @@ def plan(
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
         where = locate(config.model)
+        if note := code_note(config.model):
+            warnings.append(note)
         check_output_dir(Path(config.output_dir))
         glance(config)
         if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:

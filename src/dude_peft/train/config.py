@@ -78,6 +78,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the frozen weights; `auto` takes the checkpoint's own."""
 
+    trust_remote_code: bool = False
+    """Run the Python code that this model brings along, on this machine and with your rights: the one way to allow it.
+    Read the code first, and name its commit in `revision`. Other commands, and adapters, never run any."""
+
 
 class AdapterSection(Section):
     """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""

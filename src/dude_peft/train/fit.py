@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -152,7 +152,10 @@ def _kind(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
         raise ConfigError("train.trainer: trl is not installed: pip install 'dude-peft[trl]'")
     from trl.trainer.sft_config import SFTConfig
 
-    return SFTConfig, {"packing": config.data.packing, "max_length": config.data.max_length}
+    own: dict[str, Any] = {"packing": config.data.packing, "max_length": config.data.max_length}
+    if "trust_remote_code" in {field.name for field in fields(SFTConfig)}:
+        own["trust_remote_code"] = False  # model and tokenizer are handed over; TRL loads nothing
+    return SFTConfig, own
 
 
 def _several(strategy: str) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def folder_of(name: str) -> Path | None:
     return Path(name) if _exists(name) else None
 
 
+def code_note(section: ModelSection) -> str | None:
+    """What a run says of a model whose own code it runs; None where it runs none."""
+    if not section.trust_remote_code:
+        return None
+    return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs here, with your rights"
+
+
 def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `where` (`locate`), with a padding token that is only ever masked.
 
@@ -83,7 +90,9 @@ def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     with _loading("tokenizer", section, where):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_source_options(section, where))
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
     if tokenizer.pad_token_id is None:
         # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -100,7 +109,7 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
 
     with _loading("configuration of model", section, where):
         settings: PretrainedConfig = AutoConfig.from_pretrained(
-            where, trust_remote_code=False, **_source_options(section, where)
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
         )
     return settings
 
@@ -133,7 +142,9 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     automatic = automatic_class(load_settings(section, where))
     with _loading("model", section, where):
-        loaded: Any = automatic.from_pretrained(where, trust_remote_code=False, output_loading_info=True, **options)
+        loaded: Any = automatic.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, output_loading_info=True, **options
+        )
     model: PreTrainedModel
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
@@ -171,7 +182,9 @@ def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dic
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     with _loading("model", section, where):
-        stored = AutoConfig.from_pretrained(where, trust_remote_code=False, **_source_options(section, where))
+        stored = AutoConfig.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
         if getattr(stored, "quantization_config", None) is not None:
             return {"device_map": {"": "cpu"}}
         return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
@@ -208,6 +221,7 @@ def hub_reachable() -> bool:
 @contextlib.contextmanager
 def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     """Turns what loading raises into one line that says which model, why, and what else works."""
+    from dude_peft.init.architecture import code_refusal
     from dude_peft.train.out_of_memory import is_out_of_memory
 
     try:
@@ -218,6 +232,8 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, the hub client, safetensors and tokenizers each raise their own
         name = shown(section.name_or_path)
+        if refusal := code_refusal(name, error):
+            raise refusal from error
         if is_out_of_memory(error):
             raise ResourceError(
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"

@@ -115,10 +115,12 @@ class _Run:
         config, display = self.config, self.display
         display.say(f"DuDe {__version__}: {config.adapter.method} on {config.model.name_or_path}")
         with self._phase("checks"):
-            from dude_peft.train.model import load_tokenizer, locate
+            from dude_peft.train.model import code_note, load_tokenizer, locate
             from dude_peft.train.run_data import glance
 
             where = locate(config.model)
+            if note := code_note(config.model):
+                self.warn(note)
             if self.folder.earlier is not None:
                 self.folder.earlier.check_config(config.model_dump(mode="json"))
             self._check_rate()

@@ -1,0 +1,197 @@
+"""What comes in from outside, at every door: code, files that are none, patterns, sizes, names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+
+import pytest
+import yaml
+from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
+
+from dude_peft import cli
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own_tiny"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def dude(monkeypatch, capfd):
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        handler = signal.getsignal(signal.SIGINT)
+        monkeypatch.setattr(sys, "argv", ["dude", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def line(error):
+    """The one line of an error."""
+    lines = error.strip().splitlines()
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, rows, the configuration of a run of two steps, and the run."""
+    folder = tmp_path_factory.mktemp("doors")
+    save_tiny(folder / "model")
+    write_rows(folder / "train.jsonl", 8)
+    write_config(folder / "run.yaml", folder, folder / "model", folder / "out")
+    from dude_peft.train.config_file import load_config
+    from dude_peft.train.run import run
+
+    run(load_config(folder / "run.yaml"), quiet=True)
+    return folder
+
+
+def write_config(path, folder, model, output, **changes):
+    settings = {
+        "model": {"name_or_path": str(model), **changes},
+        "adapter": {"r": 2},
+        "data": {"train": str(folder / "train.jsonl"), "max_length": 64},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3},
+        "evaluation": {"enabled": False},
+        "output_dir": str(output),
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_models_own_code_runs_where_the_yaml_says_so_and_nowhere_else(place, tmp_path, dude, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "own"
+    tiny_llama().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    marker = tmp_path / "marker"
+    (model / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n{OWN_CODE}")
+    config = json.loads((model / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own_tiny", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    (model / "config.json").write_text(json.dumps(config))
+    run = write_config(tmp_path / "run.yaml", place, model, tmp_path / "out")
+    for command in (("train", run), ("plan", run), ("init", model, "-o", tmp_path / "start"), ("generate", model, "a")):
+        code, _, error = dude(*command)
+        assert code == 2, error
+        assert "brings Python code of its own, and it was not run" in line(error)
+        assert not marker.exists()
+    write_config(run, place, model, tmp_path / "out", trust_remote_code=True)
+    code, out, error = dude("plan", run)
+    assert code == 0, error
+    assert "Python code of" in out
+    assert marker.exists()
+    code, out, error = dude("train", run)
+    assert code == 0, error
+    assert "model.trust_remote_code: Python code of" in out
+    marker.unlink()
+    adapter = tmp_path / "out" / "adapter"
+    for name in [name for name in sys.modules if "transformers_modules" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    for command in (("generate", adapter, "a"), ("merge", adapter, "-o", tmp_path / "merged"), ("verify", adapter)):
+        code, _, error = dude(*command)
+        assert code == (0 if command[0] == "verify" else 2), error
+        assert not marker.exists()
+
+
+# --- files that are none ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hanging():
+    """A test that waits for a file that never ends is failed after a minute."""
+
+    def ring(*_):
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def irregular(path, kind):
+    """A FIFO, a link to a device or a socket in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        here = os.getcwd()
+        os.chdir(path.parent)  # names of sockets are short
+        try:
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
+def test_a_model_of_no_files_is_refused(place, tmp_path, dude, hanging, kind, name):
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    irregular(model / name, kind)
+    run = write_config(tmp_path / "run.yaml", place, model, tmp_path / "out")
+    commands = [("train", run), ("init", model, "-o", tmp_path / "start"), ("generate", model, "a")]
+    commands += [("data", "check", place / "train.jsonl", "--model", model)]
+    commands += [("merge", place / "out/adapter", "-o", tmp_path / "merged", "--base", model)]
+    for command in commands:
+        code, _, error = dude(*command)
+        assert code == (2 if name == "config.json" else 4), error  # without a config.json it is no model's folder
+        assert name in line(error)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"])
+def test_an_adapter_of_no_files_is_refused(place, tmp_path, dude, hanging, kind, name):
+    adapter = shutil.copytree(place / "out/adapter", tmp_path / "adapter")
+    irregular(adapter / name, kind)
+    for command in (("verify", adapter), ("upload", adapter, "a/b", "--dry-run", tmp_path / "sent")):
+        code, _, error = dude(*command)
+        assert code == 4, error
+        assert name in line(error)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket"])
+def test_rows_prompts_and_settings_of_no_files_are_refused(place, tmp_path, dude, hanging, kind):
+    for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.txt"):
+        irregular(tmp_path / name, kind)
+        code, _, error = dude("data", "check", tmp_path / name, "--model", place / "model")
+        assert (code, "not a regular file" in line(error)) == (3, True), error
+    code, _, error = dude("generate", place / "model", "--file", tmp_path / "rows.txt")
+    assert (code, "not a regular file" in line(error)) == (3, True), error
+    code, _, error = dude("eval", place / "model", "-o", tmp_path / "scores", "--text", tmp_path / "rows.txt")
+    assert code in (2, 3), error
+    irregular(tmp_path / "run.yaml", kind)
+    code, _, error = dude("train", tmp_path / "run.yaml")
+    assert (code, "not a regular file" in line(error)) == (2, True), error
+    irregular(place / "out/report.json.other", kind)
+    assert dude("verify", place / "out/adapter")[0] == 0
