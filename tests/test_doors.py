@@ -10,10 +10,15 @@ import socket
 import sys
 
 import pytest
+import torch
 import yaml
+from models import perturb
+from peft import get_peft_model
+from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
+from transformers import AutoModelForCausalLM
 
-from dude_peft import cli
+from dude_peft import DudeConfig, cli
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,6 +122,58 @@ def test_a_models_own_code_runs_where_the_yaml_says_so_and_nowhere_else(place, t
         assert not marker.exists()
 
 
+def test_a_tokenizers_own_code_in_an_adapters_folder_does_not_run(place, tmp_path, dude, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    adapter, marker = shutil.copytree(place / "out/adapter", tmp_path / "adapter"), tmp_path / "marker"
+    (adapter / "own.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(own))
+    commands = [("verify", adapter, "--base", place / "model"), ("generate", adapter, "a")]
+    for command in [*commands, ("merge", adapter, "-o", tmp_path / "merged")]:
+        code, _, error = dude(*command)
+        assert code == 2, error
+        assert "brings Python code of its own, and it was not run" in line(error)
+        assert not marker.exists()
+
+
+# --- merged and exported files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+def test_a_tied_model_whose_ends_were_trained_is_tied_no_more(tmp_path, dude, trained):
+    model = save_tiny(tmp_path / "model", tie_word_embeddings=True)
+    config = DudeConfig(r=2, target_modules=["q_proj"], modules_to_save=trained, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    code, _, error = dude("merge", tmp_path / "adapter", "-o", tmp_path / "merged")
+    assert code == 0, error
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
+    tensors = load_file(tmp_path / "merged/model.safetensors")
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_templates_go_along_and_code_does_not(place, tmp_path, dude):
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tools.jinja").write_text("{{ messages[0]['content'] }}")
+    (model / "own.py").write_text("raise SystemExit")
+    for name, asks in (("config.json", {"AutoConfig": "own.A"}), ("tokenizer_config.json", {"AutoTokenizer": "own.B"})):
+        content = json.loads((model / name).read_text())  # transformers knows both by itself
+        (model / name).write_text(json.dumps({**content, "auto_map": asks}))
+    adapter = shutil.copytree(place / "out/adapter", tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (adapter / name).unlink()
+    code, out, error = dude("merge", adapter, "-o", tmp_path / "merged", "--base", model, "--no-verify")
+    assert code == 0, error
+    assert "own Python code is not copied (own.py)" in out.replace("\n", " ")
+    merged = tmp_path / "merged"
+    assert (merged / "additional_chat_templates/tools.jinja").read_text() == "{{ messages[0]['content'] }}"
+    assert not (merged / "own.py").exists()
+    assert not any("auto_map" in (merged / name).read_text() for name in ("config.json", "tokenizer_config.json"))
+
+
 # --- files that are none ------------------------------------------------------------------------------------------
 
 
@@ -193,5 +250,12 @@ def test_rows_prompts_and_settings_of_no_files_are_refused(place, tmp_path, dude
     irregular(tmp_path / "run.yaml", kind)
     code, _, error = dude("train", tmp_path / "run.yaml")
     assert (code, "not a regular file" in line(error)) == (2, True), error
-    irregular(place / "out/report.json.other", kind)
-    assert dude("verify", place / "out/adapter")[0] == 0
+    beside = shutil.copytree(place / "out", tmp_path / "out")
+    for name in ("report.json", "config.yaml", "loss.png"):
+        irregular(beside / name, kind)
+    for command in (
+        ("upload", beside / "adapter", "a/b", "--dry-run", tmp_path / "sent"),
+        ("generate", beside / "adapter", "a"),
+    ):
+        code, _, error = dude(*command)
+        assert code == 0, error

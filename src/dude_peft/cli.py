@@ -82,15 +82,10 @@ def train(
     """Fine-tune a language model, and measure it before and after; the same command again goes on."""
     from dude_peft.train.config_file import load_config
 
-    changes = list(overrides or [])
-    if output_dir is not None:
-        # Quoted as YAML text: a folder may be named 2024 or null.
-        quoted = output_dir.replace("'", "''")
-        changes.append(f"output_dir='{quoted}'")
-    if trainer is not None:
-        changes.append(f"train.trainer={trainer}")
-    run_config = load_config(config, changes)
+    run_config = load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
 
+    if processes is not None and strategy is None:
+        raise ConfigError("--processes goes with --launch; add --launch ddp")
     if strategy is not None:
         from dude_peft.train.launch import launch_if_first
 
@@ -125,7 +120,7 @@ def plan(
     """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
     from dude_peft.train.config_file import load_config
 
-    run_config = load_config(config, list(overrides or []))
+    run_config = load_config(config, overrides)
 
     from dude_peft.evaluate.in_training import TasksOfRun
     from dude_peft.plan.run import plan as run_plan

@@ -22,7 +22,6 @@ from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,6 @@ def holds_values(stored: StoredTensor, recorded: TensorPrint) -> bool:
             return False
         digest.update(cast.view(torch.uint8).numpy().data)
     return digest.hexdigest() == recorded["xxh3_128"]
-
-
-def companions(folder: Path) -> list[Path]:
-    """What lies beside a model's weights and goes where they go: tokenizer, chat template, licence; no config.json."""
-
-    def goes_along(path: Path) -> bool:
-        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        wanted = path.suffix in _COMPANIONS and path.name != "config.json" and not path.name.endswith(".index.json")
-        return path.is_file() and (wanted or licence) and not path.name.startswith("adapter_")
-
-    return [path for path in sorted(folder.iterdir()) if goes_along(path)]
 
 
 def is_plain(stored: StoredTensor) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from dude_peft.artifact.checkpoint import Checkpoint, companions, open_checkpoint
-from dude_peft.artifact.durable import replace_file
+from dude_peft.artifact.checkpoint import Checkpoint, open_checkpoint
+from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.dense import densify_
@@ -102,8 +102,7 @@ def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapt
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
             model.save_pretrained(folder)
         if source.gguf_file is None:
-            for path in companions(original):
-                replace_file(folder / path.name, path.read_bytes())
+            copy_files(original, folder, companions(original))
         else:
             load_tokenizer(source, where).save_pretrained(folder)
         del model

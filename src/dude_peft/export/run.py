@@ -272,11 +272,17 @@ class _Export:
         self.display.warn(f"{problem} (allowed: the export is marked)")
 
     def _merge(self, base: Base, folder: Path) -> None:
+        from dude_peft.artifact.companions import own_code
         from dude_peft.export.merge import plan_merge, write_merge
 
         plan = plan_merge(base, self.layers, self.weighted, self.dtype, self.combination)
         total = sum(len(pieces) for pieces in plan.files.values())
         self.display.say(f"{len(self.layers)} layers to merge, {total} tensors, {plan.size / 2**20:,.0f} MiB")
+        if code := own_code(base.folder):
+            self.display.warn(
+                f"the base model's own Python code is not copied ({shown(', '.join(code), 300)}): transformers' own "
+                "classes read the merged model, as they read the base here"
+            )
         with self.display.stage("merging", total) as advance:
             write_merge(plan, base, self.weighted, folder, self.dtype, lambda: advance(1))
 

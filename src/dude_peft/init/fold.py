@@ -206,7 +206,8 @@ def _compute(plan: Plan, form: str, scratch: Path, display: Display) -> tuple[li
 
 def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, scratch: Path, target: _Target) -> None:
     """The quantised model: the checkpoint's own files, with the tensors of target layers replaced."""
-    from dude_peft.artifact.checkpoint import INDEX, companions
+    from dude_peft.artifact.checkpoint import INDEX
+    from dude_peft.artifact.companions import companions, copy_files
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.header import chunks
     from dude_peft.artifact.stream import Piece, write_pieces
@@ -226,10 +227,10 @@ def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, 
         places = {piece.name: file for file, pieces in files.items() for piece in pieces}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         replace_file(output / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    for path in companions(source):
-        replace_file(output / path.name, path.read_bytes())
+    copy_files(source, output, companions(source))
     config = read_json(source / "config.json")
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", "auto_map"):
+        config.pop(key, None)
     config |= {"dtype": target.dtype, "quantization_config": target.quantization}
     replace_file(output / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 

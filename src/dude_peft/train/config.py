@@ -17,12 +17,13 @@ from pydantic_core import PydanticKnownError
 
 from dude_peft.errors import ConfigError
 
-_DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
+"""A number as everybody reads it: in ASCII, without leading zeros, which some take for octal."""
 
 
 def _number_from_text(value: Any) -> Any:
     """YAML 1.1 readers give `1e-4` as text; a decimal number written as text is a number."""
-    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
+    return float(value) if isinstance(value, str) and DECIMAL.fullmatch(value) else value
 
 
 def _expand_home(value: Any) -> Any:

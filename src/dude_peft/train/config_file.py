@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
-from dude_peft.show import shown
-from dude_peft.train.config import RunConfig, Section
+from dude_peft.show import quoted, shown
+from dude_peft.train.config import DECIMAL, RunConfig, Section
 
 _LARGEST_FILE_BYTES = 256 * 1024
 _DEEPEST = 8
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})")
-_FLOAT = re.compile(r"[-+]?((0|[1-9]\d*)\.\d*|\.\d+|(0|[1-9]\d*)(?=[eE]))([eE][-+]?\d{1,4})?")
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, "True": True, "False": False}
 
 Key = tuple[str | int, ...]
@@ -43,17 +43,41 @@ class _Tree:
         return self.places.get(key, f"{self.name}:1")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run that `path` describes, with `overrides` ("train.max_steps=80") written over it.
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, options: Mapping[str, str | None] | None = None
+) -> RunConfig:
+    """The run that `path` describes, with other values written over it.
+
+    Args:
+        path: the YAML file.
+        overrides: "train.max_steps=80": a key, and its value as YAML.
+        options: of the command: a key, and its value as it is; None leaves the key alone.
 
     Raises:
         ConfigError: the file is missing or unreadable, is not plain YAML, or a key or value is wrong.
     """
-    tree = _Tree(name=shown(path, 300))
-    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
+    tree = _read_tree(path)
     for override in overrides or []:
         _apply_override(override, tree)
+    for name, value in (options or {}).items():
+        if value is not None:
+            _write_over(tuple(name.split(".")), value, f"option for {name}", tree)
     return _validate(tree)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """A configuration's values as they are written, none of them checked.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or is not plain YAML.
+    """
+    return _read_tree(path).values
+
+
+def _read_tree(path: str | Path) -> _Tree:
+    tree = _Tree(name=shown(path, 300))
+    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
+    return tree
 
 
 def dump_config(config: RunConfig) -> str:
@@ -184,7 +208,7 @@ def _scalar(text: str) -> Any:
         return _CONSTANTS[text]
     if _INTEGER.fullmatch(text):
         return int(text)
-    if _FLOAT.fullmatch(text):
+    if DECIMAL.fullmatch(text) and not text.lstrip("+-").isdigit():
         return float(text)
     return text
 
@@ -195,11 +219,14 @@ def _apply_override(override: str, tree: _Tree) -> None:
     where = f"--set {shown(override, 120)}"
     if not equals or not all(name.split(".")):
         raise ConfigError(f"{where}: not KEY=VALUE; write for example --set train.max_steps=80")
-    *sections, last = name.split(".")
-    key: Key = (*sections, last)
+    key: Key = tuple(name.split("."))
     for known in [known for known in tree.places if known[: len(key)] == key]:
         del tree.places[known]
-    value = _read_yaml(text, tree, lambda line: where, at=key)
+    _write_over(key, _read_yaml(text, tree, lambda line: where, at=key), where, tree)
+
+
+def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
+    *sections, last = map(str, key)
     tree.places[key] = where
     section = tree.values
     for part in sections:
@@ -207,7 +234,7 @@ def _apply_override(override: str, tree: _Tree) -> None:
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{where}: {part!r} is a value, not a section; see `dude train --help`")
+            raise ConfigError(f"{where}: {quoted(part)} is a value, not a section; see `dude config explain`")
         section = inner
     section[last] = value
 
@@ -255,7 +282,7 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     expected = " or ".join(dict.fromkeys(_expected(each) for each in same))
     came = problem["input"]
     hint = ""
-    if isinstance(came, str) and re.match(r"[-+]?[\d.]", came) and "number" in expected:
+    if isinstance(came, str) and re.match(r"[-+]?[\d.]", came.strip()) and "number" in expected:
         hint = "; write a plain decimal number"
     elif came is None:
         hint = "; give a value, or delete the line"
