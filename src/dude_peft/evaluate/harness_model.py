@@ -23,9 +23,9 @@ from dude_peft.chat.decode import Finite
 from dude_peft.data.batches import Company, grouped
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.evaluate.answer_cache import AnswerCache, key_of
+from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.parents import fits
 from dude_peft.show import shown
-from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.processes import count, gathered, rank
 
 Items = set[tuple[str, int]]

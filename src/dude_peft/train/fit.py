@@ -19,6 +19,7 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
+from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.parents import require
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
@@ -27,7 +28,6 @@ from dude_peft.train.loop import Loop
 from dude_peft.train.mixed_order import MixedOrder
 from dude_peft.train.objective import CausalLoss, MixtureOfLosses
 from dude_peft.train.order import EpochOrder
-from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.probe import Nature
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display

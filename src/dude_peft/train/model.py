@@ -222,7 +222,7 @@ def hub_reachable() -> bool:
 def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     """Turns what loading raises into one line that says which model, why, and what else works."""
     from dude_peft.init.architecture import code_refusal
-    from dude_peft.train.out_of_memory import is_out_of_memory
+    from dude_peft.out_of_memory import is_out_of_memory
 
     try:
         # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
