@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM
 
 from dude_peft import DudeConfig, cli
+from dude_peft.methods import METHODS
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -262,3 +264,163 @@ def test_rows_prompts_and_settings_of_no_files_are_refused(place, tmp_path, dude
     for command in (("upload", "a/b", "--dry-run", tmp_path / "sent"), ("generate", "a", "--max-new-tokens", 2)):
         code, _, error = dude(command[0], beside / "adapter", *command[1:])
         assert code == 0, error
+
+
+# --- names and numbers --------------------------------------------------------------------------------------------
+
+ESCAPE = "\x1b[31mred\n\x9b0m\x07"
+
+
+@pytest.fixture(scope="module")
+def named(place, tmp_path_factory):
+    """The same model, rows and run, an escape sequence and a line break in every name."""
+    folder = tmp_path_factory.mktemp("names") / ESCAPE
+    model = folder / f"model{ESCAPE}"
+    shutil.copytree(place / "model", model)
+    shutil.copy(place / "train.jsonl", folder / f"rows{ESCAPE}.jsonl")
+    shutil.copytree(place / "out/adapter", folder / f"adapter{ESCAPE}")
+    write_config(folder / f"run{ESCAPE}.yaml", place, model, folder / "out")
+    return folder
+
+
+def assert_harmless(text):
+    assert not set(text) & set("\x1b\x9b\x07\r"), text[:2000]
+
+
+def test_nothing_in_a_name_reaches_the_terminal(named, tmp_path, dude, recwarn):
+    e = ESCAPE
+    run, model, adapter, rows = (named / f"{name}{e}{end}" for name, end in (
+        ("run", ".yaml"), ("model", ""), ("adapter", ""), ("rows", ".jsonl")
+    ))  # fmt: skip
+    made = named / f"trained{e}"
+    works = [
+        ("train", run, "--output-dir", made),
+        ("train", run, "--output-dir", made),  # it has ended
+        ("plan", run, "--set", f"data.train={json.dumps(str(rows))}"),
+        ("data", "check", rows, "--model", model, "--test", rows),
+        ("init", model, "-o", named / f"start{e}", "--workers", "1", "--r", 2),
+        ("verify", adapter, "--base", model),
+        ("merge", adapter, "-o", named / f"merged{e}", "--base", model, "--no-verify"),
+        ("export", adapter, "--to", "peft", "-o", named / f"peft{e}", "--base", model, "--no-verify"),
+        ("upload", adapter, "a/b", "--dry-run", named / f"sent{e}"),
+        ("generate", adapter, e, "--base", model, "--max-new-tokens", 2),
+        ("eval", adapter, "-o", named / f"scores{e}", "--base", model, "--text", rows, "--batch-size", 2),
+    ]
+    for command in works:
+        code, out, error = dude(*command)
+        assert code == 0, error
+        assert_harmless(out + error)
+    assert (made / "adapter").is_dir()  # named exactly so, line break and all
+    fails = [
+        (f"no{e}",),
+        ("train", named / f"none{e}.yaml"),
+        ("train", run, "--set", f"train.{e}=1"),
+        ("train", run, "--set", f"train.max_steps={e}"),
+        ("train", run, "--set", f"adapter.method='{e}'"),
+        ("train", run, "--set", f"adapter.target_modules=['{e}']", "--output-dir", tmp_path / "a"),
+        ("train", run, "--set", f'adapter.rank_pattern={{"({e}": 1}}', "--output-dir", tmp_path / "b"),
+        ("train", run, "--trainer", e),
+        ("train", run, "--launch", e),
+        ("train", run, "--output-dir", model),
+        ("plan", run, "--device-memory", e),
+        ("config", "explain", e),
+        ("data", "check", named / f"none{e}", "--model", model),
+        ("data", "check", rows, "--model", f"none{e}"),
+        ("data", "check", rows, "--model", model, "--gguf-file", e),
+        ("data", "check", rows, "--model", model, "--template", e),
+        ("init", f"none{e}", "-o", named / "x"),
+        ("init", model, "-o", run),
+        ("init", model, "-o", named / "x", "--method", e),
+        ("init", model, "-o", named / "x", "--target-modules", e),
+        ("init", model, "-o", named / "x", "--rank-pattern", e),
+        ("init", model, "-o", named / "x", "--dtype", e),
+        ("verify", model),
+        ("verify", named / f"none{e}"),
+        ("merge", adapter, "-o", named / f"merged{e}"),
+        ("merge", adapter, "-o", named / "x", "--base", named / f"none{e}"),
+        ("merge", adapter, "-o", named / "x", "--combination", e),
+        ("merge", adapter, "-o", named / "x", "--dtype", e),
+        ("export", adapter, "--to", e, "-o", named / "x"),
+        ("export", adapter, "--to", f"gguf:{e}", "-o", named / "x"),
+        ("upload", adapter, e),
+        ("upload", adapter, "a/b", "--dry-run", named / f"sent{e}"),
+        ("generate", model, "--file", named / f"none{e}"),
+        ("generate", model, "a", "--template", e),
+        ("generate", model, "a", "-o", model),
+        ("generate", f"none{e}", "a"),
+        ("chat", f"none{e}"),
+        ("eval", model, "-o", named / "x", "--tasks", e),
+        ("eval", model, "-o", named / "x", "--text", f"none{e}"),
+        ("eval", model, "-o", named / "x", "--tasks", "gsm8k", "--data-dir", f"none{e}"),
+        ("eval", model, "-o", named / f"scores{e}", "--text", rows),
+    ]
+    for command in fails:
+        code, out, error = dude(*command)
+        assert code in (2, 3, 4, 6), (command, error)
+        assert_harmless(out + line(error))
+    for warning in recwarn:
+        assert_harmless(str(warning.message))
+
+
+@pytest.mark.parametrize("text", ["０８", "08", "1_0", " 8", "8 ", "٣", "0x8", "1e1"])
+def test_numbers_are_plain_decimals(place, tmp_path, dude, text):
+    run = place / "run.yaml"
+    for command in (
+        ("init", place / "model", "-o", tmp_path / "a", f"--r={text}"),
+        ("init", place / "model", "-o", tmp_path / "a", f"--svd-seed={text}"),
+        ("generate", place / "model", "a", f"--max-new-tokens={text}"),
+        ("train", run, f"--set=train.max_steps='{text}'"),
+        ("plan", run, f"--device-memory={text}GiB"),
+        ("export", place / "out/adapter", "-o", tmp_path / "a", f"--to=lora:{text}"),
+    ):
+        code, _, error = dude(*command)
+        assert code == 2, (command, error)
+        line(error)
+    if text != "1e1":
+        code, _, error = dude("train", run, f"--set=train.learning_rate='{text}'")
+        assert (code, "plain decimal number" in line(error)) == (2, True), error
+        assert dude("init", place / "model", "-o", tmp_path / "a", f"--lora-alpha={text}")[0] == 2
+
+
+# --- what a command says at its end -------------------------------------------------------------------------------
+
+
+def test_commands_tell_the_next_ones_and_they_work(place, tmp_path, dude):
+    run = write_config(tmp_path / "run.yaml", place, place / "model", tmp_path / "a folder")
+    code, out, error = dude("plan", run, "--set", "train.max_steps=1")
+    assert code == 0, error
+    assert out.splitlines()[-2:] == ["next:", f"  dude train {run} --set train.max_steps=1"]
+    code, out, error = dude(*shlex.split(out.splitlines()[-1])[1:])
+    assert code == 0, error
+    chat, evaluate, export = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
+    assert [chat[0], evaluate[0], export[0]] == ["chat", "eval", "export"]
+    assert chat[1] == str(tmp_path / "a folder/adapter")
+    code, _, error = dude(*export, "--no-verify")
+    assert code == 0, error
+    assert (tmp_path / "a folder-merged/model.safetensors").is_file()
+    card = (tmp_path / "a folder/adapter/README.md").read_text()
+    assert "[More Information Needed]" not in card
+    assert "| train\\.max\\_steps | 1 |" in card
+    assert "dude plan CONFIG.yaml" in dude("data", "check", place / "train.jsonl", "--model", place / "model")[1]
+
+
+def test_explain_names_the_methods_and_their_rates(dude):
+    code, out, _ = dude("config", "explain", "adapter.method")
+    assert code == 0
+    assert all(f"{name}: " in out for name in METHODS)
+    assert f"pissa: {METHODS['pissa'].learning_rate:g}" in dude("config", "explain", "train.learning_rate")[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("train.lr", "train.learning_rate"), ("train.batch_size", "train.per_device_train_batch_size"), ("rank", None)],
+)
+def test_an_abbreviated_key_is_understood(place, dude, key, meant):
+    code, _, error = dude("train", place / "run.yaml", "--set", f"{key}=1")
+    assert code == 2
+    assert "closest" in line(error) if meant is None else f"closest: '{meant}'" in line(error)
+
+
+def test_processes_without_launch_is_refused(place, dude):
+    code, _, error = dude("train", place / "run.yaml", "--processes", 2)
+    assert (code, "--processes goes with --launch" in line(error)) == (2, True)

@@ -102,6 +102,7 @@ def train(
         launch_if_first(strategy, processes)
 
     from dude_peft.evaluate.in_training import TasksOfRun
+    from dude_peft.export.card import card_of_run
     from dude_peft.train.run import run
 
     run(
@@ -110,6 +111,7 @@ def train(
         weights_only=weights_only,
         strategy=strategy or "ddp",
         scorer_of=TasksOfRun,
+        card_of=card_of_run,
     )
 
 
@@ -135,7 +137,9 @@ def plan(
     from dude_peft.evaluate.in_training import TasksOfRun
     from dude_peft.plan.run import plan as run_plan
 
-    run_plan(run_config, device_memory=device_memory, as_json=as_json, scorer_of=TasksOfRun)
+    sets = [word for override in overrides or [] for word in ("--set", override)]
+    command = ["train", str(config), *sets]
+    run_plan(run_config, device_memory=device_memory, as_json=as_json, scorer_of=TasksOfRun, command=command)
 
 
 @app.command()
@@ -168,10 +172,12 @@ def config_explain(
     key: Annotated[str | None, typer.Argument(metavar="KEY", help="As train.learning_rate, or a section.")] = None,
 ) -> None:
     """Tell what a key means, what it takes and what it is if left out; without a key, of all of them."""
-    from dude_peft.train.explain import explain
+    from dude_peft.train.explain import choices, explain
 
     for name, values, default, meaning in explain(key):
         typer.echo(f"{name}: {meaning}\n    takes {values}; default {default}")
+    for line in choices(key):
+        typer.echo(f"    {line}")
 
 
 data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)

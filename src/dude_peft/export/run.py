@@ -222,7 +222,7 @@ class _Export:
                 self._record(target, base, folder, made)
             shutil.rmtree(scratch)
         self.display.say(f"{time.perf_counter() - started:.0f} s in all")
-        self.display.say(f"written: {output}")
+        self.display.say(f"written: {shown(output, None)}")
         return output
 
     def _checked_gguf(self, target: Target) -> Target:

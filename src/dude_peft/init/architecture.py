@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from dude_peft.errors import ConfigError, DudeError
-from dude_peft.show import shown
+from dude_peft.show import a_, shown
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
@@ -88,7 +88,7 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_co
     if not own and not any(type(settings) in kind for kind in kinds):
         raise ConfigError(
             f"model {shown(model_name, 300)} is no causal language model that transformers knows, its configuration is "
-            f"a {type(settings).__name__}"
+            f"{a_(type(settings).__name__)}"
         )
     try:
         with torch.device("meta"):

@@ -19,7 +19,7 @@ from dude_peft.artifact.durable import check_space, disk_errors, refuse_existing
 from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
-from dude_peft.show import shown
+from dude_peft.show import a_, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
@@ -119,8 +119,8 @@ def fold(
         _write_adapter(adapter_folder, residual, plan, scratch, base, target)
         shutil.rmtree(scratch)
     display.say(f"{time.perf_counter() - started:.0f} s in all; {summary(errors)}")
-    display.say(f"adapter: {output}")
-    display.say(f"its base, no model of its own: {residual}")
+    display.say(f"adapter: {shown(output, None)}")
+    display.say(f"its base, no model of its own: {shown(residual, None)}")
     return errors
 
 
@@ -175,7 +175,7 @@ def _target(model_name: str, folder: Path, checkpoint: Checkpoint, plan: Plan, f
         if len(names[id(modules[name].weight)]) > 1:
             reason = "its weight is another layer's too"
         elif name not in linear:
-            reason = f"transformers does not quantise a {type(modules[name]).__name__}"
+            reason = f"transformers does not quantise {a_(type(modules[name]).__name__)}"
         elif not should_convert_module(name, kept):
             reason = "transformers keeps layers of this name in full precision, or one that is left out ends like it"
         else:

@@ -95,7 +95,7 @@ def initialise(
     captured = [part.captured for part in finished if part.captured is not None]
     energy = f"; captured energy {100 * statistics.mean(captured):.1f} % on average" if captured else ""
     display.say(f"{time.perf_counter() - started:.0f} s in all, {plan.adapter_bytes / 2**20:,.0f} MiB{energy}")
-    display.say(f"adapter: {output}")
+    display.say(f"adapter: {shown(output, None)}")
     return output
 
 

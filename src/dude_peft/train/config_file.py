@@ -369,12 +369,18 @@ def _siblings(key: Key) -> list[str]:
 def _closest(key: Key) -> str | None:
     """The known key that was probably meant: near in its own section, or the same word in another one."""
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
-    near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6) or _abbreviated(last, _siblings(key))
     if near and last not in near:
         return f"{prefix}.{near[0]}" if prefix else near[0]
     words = {known.rpartition(".")[2]: known for known in _known_keys()}
-    elsewhere = difflib.get_close_matches(last, list(words), n=1, cutoff=0.6)
+    elsewhere = difflib.get_close_matches(last, list(words), n=1, cutoff=0.6) or _abbreviated(last, list(words))
     return words[elsewhere[0]] if elsewhere else None
+
+
+def _abbreviated(word: str, names: list[str]) -> list[str]:
+    """The first name of which `word` is the initials, as lr of learning_rate, or a part, as batch_size."""
+    of_initials = [name for name in names if "_" in name and "".join(part[0] for part in name.split("_")) == word]
+    return (of_initials or [name for name in names if len(word) > 3 and word in name])[:1]
 
 
 def _as_yaml(value: Any) -> str:

@@ -45,6 +45,17 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
     return found
 
 
+def choices(key: str | None) -> list[str]:
+    """A line for each thing that a key chooses among, where the configuration does not list them itself."""
+    if key not in ("adapter.method", "train.learning_rate"):
+        return []
+    from dude_peft.methods import METHODS
+
+    if key == "adapter.method":
+        return [f"{name}: {method.summary} ({method.paper})" for name, method in METHODS.items()]
+    return [f"{name}: {method.learning_rate:g}" for name, method in METHODS.items()]
+
+
 def _standard(node: Any) -> Any:
     """With the limits under JSON schema's own names, which pydantic leaves as they are behind its own validators."""
     if isinstance(node, list):

@@ -81,6 +81,15 @@ def code_note(section: ModelSection) -> str | None:
     return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs here, with your rights"
 
 
+def with_only_gguf(section: ModelSection) -> ModelSection:
+    """The same model; of a folder that holds one GGUF file and no other model, that file."""
+    folder = folder_of(section.name_or_path)
+    if section.gguf_file is not None or folder is None or (folder / "config.json").exists():
+        return section
+    ggufs = [path.name for path in folder.glob("*.gguf")]
+    return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
+
+
 def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `where` (`locate`), with a padding token that is only ever masked.
 

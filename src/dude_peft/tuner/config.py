@@ -22,7 +22,7 @@ from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.parents import fits
-from dude_peft.show import shown
+from dude_peft.show import quoted, shown
 from dude_peft.tuner.patterns import check_patterns
 
 
@@ -262,9 +262,9 @@ class DudeConfig(PeftConfig):
 def closest(name: str, known: Any) -> str:
     """A hint at the closest of the known names."""
     near = difflib.get_close_matches(name, [str(k) for k in known], n=3, cutoff=0.5)
-    return (
-        f"closest: {', '.join(repr(n) for n in near)}" if near else f"known: {', '.join(sorted(map(str, known))[:12])}"
-    )
+    if near:
+        return f"closest: {', '.join(map(quoted, near))}"
+    return f"known: {shown(', '.join(sorted(map(str, known))), None)}"
 
 
 def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, Any] | None = None) -> Path:
