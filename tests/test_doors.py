@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -424,3 +425,73 @@ def test_an_abbreviated_key_is_understood(place, dude, key, meant):
 def test_processes_without_launch_is_refused(place, dude):
     code, _, error = dude("train", place / "run.yaml", "--processes", 2)
     assert (code, "--processes goes with --launch" in line(error)) == (2, True)
+
+
+def test_parquet_rows_have_the_limit_of_jsonl_rows(place, tmp_path, dude):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    large = "x" * (17 << 20)
+    one = pa.table({"prompt": ["a", large], "completion": ["b", "c"]})
+    # A megabyte on the disk, and 340 GB of rows.
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000), pa.array([large]))
+    for number, table in ((2, one), (1, pa.table({"prompt": repeated, "completion": ["c"] * 20_000}))):
+        parquet.write_table(table, tmp_path / "rows.parquet", dictionary_pagesize_limit=1 << 30)
+        code, _, error = dude("data", "check", tmp_path / "rows.parquet", "--model", place / "model")
+        assert code == 3
+        assert f"rows.parquet:{number}: the row is larger than 16 MiB" in line(error)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 1000},
+        {"num_hidden_layers": 10**400},
+        {"hidden_size": 2**40},
+        {"hidden_size": 2**20},
+        {"intermediate_size": 2**24},
+        {"vocab_size": 2**62},
+        {"vocab_size": 2**25},
+        {"num_attention_heads": 2**31},
+        {"head_dim": 2**20},
+        {"max_position_embeddings": 2**70},
+        {"deep": json.loads("[" * 500 + "]" * 500)},
+    ],
+)
+def test_a_configuration_of_absurd_sizes_ends_at_once(place, tmp_path, dude, changes):
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**content, **changes}))
+    run = write_config(tmp_path / "run.yaml", place, model, tmp_path / "out")
+    for command in (("train", run), ("plan", run), ("init", model, "-o", tmp_path / "start"), ("generate", model, "a")):
+        begun = time.perf_counter()
+        code, _, error = dude(*command)
+        assert code == 4, error
+        line(error)
+        assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b"[" * 100_000),
+        ("config.json", b"\xff"),
+        ("tokenizer_config.json", b'{"a":'),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[" * 100_000),
+        ("generation_config.json", b"3"),
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+        ("model.safetensors", b""),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_model_is_damaged_everywhere(place, tmp_path, dude, name, content):
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    (model / name).write_bytes(content)
+    run = write_config(tmp_path / "run.yaml", place, model, tmp_path / "out")
+    checks = [] if name == "model.safetensors" else [("data", "check", place / "train.jsonl", "--model", model)]
+    for command in (("train", run), ("generate", model, "a"), *checks):
+        code, _, error = dude(*command)
+        assert code == 4, error
+        line(error)

@@ -20,6 +20,7 @@ from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.out_of_memory import comes_of_memory
 from dude_peft.show import shown, shown_lines
 from dude_peft.terminal.numbers import integer, number
+from dude_peft.terminal.quiet import require_room
 from dude_peft.version import __version__
 
 
@@ -524,7 +525,10 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII must not end a run
+    light = sys.argv[1:2] in ([], ["config"]) or {"--help", "--version"} & set(sys.argv)
     try:
+        if not light:
+            require_room()
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
         _fail(StoppedError.label, "stopped by Ctrl-C", 128 + signal.SIGINT, debug=False)

@@ -262,7 +262,7 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     key = _real_key(tree, problem["loc"])
     where, name = tree.place(key), _name(key)
     if problem["type"] == "extra_forbidden":
-        closest = _closest(key)
+        closest = closest_key(key)
         hint = f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key))}"
         return f"{where}: key {name} is unknown; {hint}"
     if problem["type"] == "missing":
@@ -366,7 +366,7 @@ def _siblings(key: Key) -> list[str]:
     return _known_keys() if section is None else list(section.model_fields)
 
 
-def _closest(key: Key) -> str | None:
+def closest_key(key: Key) -> str | None:
     """The known key that was probably meant: near in its own section, or the same word in another one."""
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
     near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6) or _abbreviated(last, _siblings(key))

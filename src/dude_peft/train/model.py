@@ -25,6 +25,7 @@ _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ELSEWHERE = "a local folder or package:NAME works without the hub"
 _CONNECT_SECONDS = 3.0
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def locate(section: ModelSection) -> str:
@@ -95,6 +96,7 @@ def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase
 
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
+        ArtifactError: its files are damaged.
     """
     from transformers import AutoTokenizer
 
@@ -113,9 +115,14 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
 
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
+        ArtifactError: it is far from the weights beside it, or these are damaged.
     """
     from transformers import AutoConfig
 
+    from dude_peft.artifact.checkpoint import check_weights
+
+    if os.path.isabs(where) and section.gguf_file is None:
+        check_weights(Path(where))
     with _loading("configuration of model", section, where):
         settings: PretrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
@@ -248,6 +255,10 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
+            raise ArtifactError(
+                f"{what} {name}: its files cannot be used ({reason}); copy or download them again"
+            ) from error
         if os.path.isabs(where):
             raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
         if not hub_reachable():
