@@ -59,14 +59,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def check_weights(folder: Path) -> None:
-    """Look at a folder's safetensors weights, where it has some, before transformers makes room for them.
+def check_weights(folder: Path) -> Checkpoint | None:
+    """A folder's safetensors weights, where it has some, looked at before transformers makes room for them.
 
     Raises:
         ArtifactError: a file is missing or damaged, or config.json is another model's.
     """
     if any((folder / name).exists() for name in (SINGLE, INDEX)):
-        open_checkpoint(folder)
+        return open_checkpoint(folder)
+    return None
 
 
 def _found(folder: Path) -> Checkpoint:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dude_peft.artifact.gguf_header import check_gguf_file
 from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
@@ -61,6 +62,8 @@ def locate(section: ModelSection) -> str:
         hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
         raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
     check_folder(folder)
+    if section.gguf_file is not None:
+        check_gguf_file(folder / section.gguf_file)
     return str(folder.absolute())
 
 
@@ -121,12 +124,16 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
 
     from dude_peft.artifact.checkpoint import check_weights
 
-    if os.path.isabs(where) and section.gguf_file is None:
-        check_weights(Path(where))
+    checkpoint = check_weights(Path(where)) if os.path.isabs(where) and section.gguf_file is None else None
     with _loading("configuration of model", section, where):
         settings: PretrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
         )
+    quantised = getattr(settings, "quantization_config", None)
+    if checkpoint is not None and isinstance(quantised, Mapping):
+        from dude_peft.tuner.patterns import check_quantization
+
+        check_quantization(quantised, (name.rpartition(".")[0] for name in checkpoint.tensors))
     return settings
 
 

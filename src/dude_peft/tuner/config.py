@@ -23,7 +23,7 @@ from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.parents import fits
 from dude_peft.show import quoted, shown
-from dude_peft.tuner.patterns import check_patterns
+from dude_peft.tuner.patterns import check_patterns, check_quantization
 
 
 class _PeftType(str):
@@ -230,6 +230,7 @@ class DudeConfig(PeftConfig):
         try:
             for settings in (vars(config), read_json(directory / CONFIG_FILE)):  # stock PEFT reads the second
                 check_patterns(settings, manifest.base)
+            check_quantization((manifest.quantization or {}).get("config", {}), manifest.base)
         except (ConfigError, TypeError, AttributeError) as error:  # in a file it is forged: training refuses such ones
             raise ArtifactError(f"{shown(directory / WEIGHTS_FILE, 300)}: {error}") from error
         config._loading = manifest

@@ -68,6 +68,42 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str]) -> None:
         _try(risky, names)
 
 
+def check_quantization(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """The same for how a model is quantised: each library keeps patterns of names under keys of its own.
+
+    Args:
+        config: transformers' settings of a quantisation.
+        names: of the modules that they are for.
+
+    Raises:
+        ConfigError: a pattern takes longer than two seconds.
+    """
+    texts = [re.sub(r"^(re|[+-]):", "", text) for text in _texts(config) if len(text) <= _LONGEST_PATTERN]
+    patterns = [_Pattern("quantization_config", text, text) for text in texts if _is_risky(text) and _compiles(text)]
+    if patterns:
+        _try(patterns, [name[:_LONGEST_NAME] for name in names])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple, set)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _compiles(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
 def _patterns_of(config: Mapping[str, Any]) -> Iterator[_Pattern]:
     for key in ("target_modules", "exclude_modules"):
         text = config.get(key)
