@@ -293,7 +293,8 @@ def test_nothing_in_a_name_reaches_the_terminal(named, tmp_path, dude, recwarn):
     run, model, adapter, rows = (named / f"{name}{e}{end}" for name, end in (
         ("run", ".yaml"), ("model", ""), ("adapter", ""), ("rows", ".jsonl")
     ))  # fmt: skip
-    made = named / f"trained{e}"
+    made, text = named / f"trained{e}", named / f"text{e}.txt"
+    text.write_text("some words " * 200)
     works = [
         ("train", run, "--output-dir", made),
         ("train", run, "--output-dir", made),  # it has ended
@@ -305,7 +306,7 @@ def test_nothing_in_a_name_reaches_the_terminal(named, tmp_path, dude, recwarn):
         ("export", adapter, "--to", "peft", "-o", named / f"peft{e}", "--base", model, "--no-verify"),
         ("upload", adapter, "a/b", "--dry-run", named / f"sent{e}"),
         ("generate", adapter, e, "--base", model, "--max-new-tokens", 2),
-        ("eval", adapter, "-o", named / f"scores{e}", "--base", model, "--text", rows, "--batch-size", 2),
+        ("eval", adapter, "-o", named / f"scores{e}", "--base", model, "--text", text, "--batch-size", 2),
     ]
     for command in works:
         code, out, error = dude(*command)
@@ -353,7 +354,7 @@ def test_nothing_in_a_name_reaches_the_terminal(named, tmp_path, dude, recwarn):
         ("eval", model, "-o", named / "x", "--tasks", e),
         ("eval", model, "-o", named / "x", "--text", f"none{e}"),
         ("eval", model, "-o", named / "x", "--tasks", "gsm8k", "--data-dir", f"none{e}"),
-        ("eval", model, "-o", named / f"scores{e}", "--text", rows),
+        ("eval", model, "-o", named / f"scores{e}", "--text", text),
     ]
     for command in fails:
         code, out, error = dude(*command)
@@ -371,7 +372,7 @@ def test_numbers_are_plain_decimals(place, tmp_path, dude, text):
         ("init", place / "model", "-o", tmp_path / "a", f"--svd-seed={text}"),
         ("generate", place / "model", "a", f"--max-new-tokens={text}"),
         ("train", run, f"--set=train.max_steps='{text}'"),
-        ("plan", run, f"--device-memory={text}GiB"),
+        ("plan", run, f"--device-memory={text}{'' if text == '8 ' else 'GiB'}"),
         ("export", place / "out/adapter", "-o", tmp_path / "a", f"--to=lora:{text}"),
     ):
         code, _, error = dude(*command)

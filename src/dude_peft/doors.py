@@ -31,7 +31,12 @@ LARGEST_JSON_BYTES = 64 * _MEGABYTE
 _DEEPEST = 64
 _TEMPLATES = "additional_chat_templates"
 # What transformers, tokenizers and PEFT read of a folder, and how large it may be; weights have checks of their own.
-_READ = {".json": LARGEST_JSON_BYTES, ".jinja": _MEGABYTE, ".model": 64 * _MEGABYTE, ".txt": 64 * _MEGABYTE}
+_READ: dict[str, int | None] = {
+    ".json": LARGEST_JSON_BYTES,
+    ".jinja": _MEGABYTE,
+    ".model": 64 * _MEGABYTE,
+    ".txt": 64 * _MEGABYTE,
+}
 _READ |= dict.fromkeys((".tiktoken", ".safetensors", ".gguf", ".py", ".bin", ".png"))
 _LARGE = {"tokenizer.json": 512 * _MEGABYTE}
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
