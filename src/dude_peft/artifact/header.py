@@ -100,7 +100,7 @@ def chunks(stored: StoredTensor, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[me
     """
     buffer = memoryview(bytearray(min(chunk_bytes, max(1, stored.size))))
     left = stored.size
-    with open(stored.file, "rb", buffering=0) as file:
+    with open_file(stored.file) as file:
         file.seek(stored.offset)
         while left:
             view = buffer[: min(left, len(buffer))]

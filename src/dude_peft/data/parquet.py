@@ -58,9 +58,8 @@ def _records(stream: BufferedReader, name: str) -> Iterator[dict[str, Any]]:
 def _rows_at_once(group: Any, columns: list[str], where: str) -> int:
     """How many rows of a group can be in memory; refuses one whose rows cannot all be as short as rows may be."""
     chunks = [group.column(index) for index in range(group.num_columns)]
-    sizes: list[int] = [
-        chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns
-    ]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    sizes: list[int] = [chunk.total_uncompressed_size for chunk in wanted]
     if sum(sizes) > MAX_LINE_BYTES * max(1, group.num_rows):
         raise _too_large(where)
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, *sizes)))

@@ -109,7 +109,7 @@ def _piece(path: Path, layer: str, name: str, entry: dict[str, Any], start: int,
     first, last = (start + offset for offset in entry["data_offsets"])
 
     def read() -> Iterator[bytes]:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(first)
             yield file.read(last - first)
 
