@@ -103,7 +103,7 @@ def train(
         launch_if_first(strategy, processes)
 
     from dude_peft.evaluate.in_training import TasksOfRun
-    from dude_peft.export.card import card_of_run
+    from dude_peft.export.run_card import card_of_run
     from dude_peft.train.run import run
 
     run(

@@ -16,7 +16,7 @@ import jinja2
 import yaml
 
 from dude_peft.doors import read_json
-from dude_peft.export.adapter import SavedAdapter, open_adapter
+from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.serving import PROGRAMS, serving_matrix
 from dude_peft.show import shown
 from dude_peft.version import __version__
@@ -138,16 +138,6 @@ def model_card(
         serving=serving_matrix(config.spec, ranks or {config.r}),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=False)}---\n\n{body}"
-
-
-def card_of_run(adapter: Path, report: Mapping[str, Any]) -> str:
-    """README.md of the adapter that a run has just saved.
-
-    Args:
-        adapter: its folder.
-        report: what will be in the run's report.json.
-    """
-    return model_card(open_adapter(adapter), report)
 
 
 def report_of(adapter: Path) -> dict[str, Any] | None:

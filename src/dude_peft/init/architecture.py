@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from dude_peft.doors import check_folder
 from dude_peft.errors import ConfigError, DudeError
 from dude_peft.show import a_, shown
 
@@ -21,11 +22,14 @@ def fetch_checkpoint(model: str, revision: str | None = None) -> Path:
 
     Raises:
         ConfigError: it cannot be fetched.
+        ArtifactError: a file in it is damaged.
     """
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client's errors have no common base
         raise ConfigError(f"model {shown(model, 300)} is no folder, and cannot be fetched ({_first(error)})") from error
+    check_folder(folder)
+    return folder
 
 
 def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype: str = "auto") -> Any:

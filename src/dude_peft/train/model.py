@@ -121,11 +121,16 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
         ArtifactError: it is far from the weights beside it, or these are damaged.
     """
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
     from dude_peft.artifact.checkpoint import check_weights
 
     checkpoint = check_weights(Path(where)) if os.path.isabs(where) and section.gguf_file is None else None
     with _loading("configuration of model", section, where):
+        if not os.path.isabs(where) and section.gguf_file is None:
+            # From the hub: fetched, and looked at before it is believed.
+            config = cached_file(where, "config.json", **_source_options(section, where))
+            check_folder(Path(str(config)).parent)
         settings: PretrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
         )

@@ -61,7 +61,7 @@ def run(
         weights_only: start anew from the newest checkpoint's adapter, where the rest of the checkpoint is lost.
         strategy: of several processes (`launch`): ddp, fsdp2 or zero3.
         scorer_of: who scores evaluation.tasks: `dude_peft.evaluate.in_training.TasksOfRun`; without tasks, nobody.
-        card_of: who writes the adapter's README.md: `dude_peft.export.card.card_of_run`; without, it is PEFT's.
+        card_of: who writes the adapter's README.md: `dude_peft.export.run_card.card_of_run`; without, it is PEFT's.
         quiet: print nothing.
 
     Raises:

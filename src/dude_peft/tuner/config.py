@@ -288,10 +288,14 @@ def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, A
     }
     try:
         hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
-        return Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
+        directory = Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
     except Exception as error:  # the hub client's errors have no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"'{name}' is neither a folder nor a hub id that can be fetched ({first})") from error
+        raise ArtifactError(
+            f"'{shown(name, 300)}' is neither a folder nor a hub id that can be fetched ({shown(first, 200)})"
+        ) from error
+    check_folder(directory)
+    return directory
 
 
 def _check(config: DudeConfig) -> None:
