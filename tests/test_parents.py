@@ -258,7 +258,7 @@ print(dude_peft.DudeConfig.__name__)
 
 @pytest.mark.parametrize(("module", "code"), [("peft.tuners.gone", 2), ("no_such_package", 1)])
 def test_the_command_refuses_an_import_that_a_release_no_longer_offers(module, code, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "app", lambda: importlib.import_module(module))
+    monkeypatch.setattr(cli, "app", lambda **_: importlib.import_module(module))
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == code

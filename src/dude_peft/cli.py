@@ -17,8 +17,21 @@ import typer
 from typer.core import TyperGroup
 
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
-from dude_peft.show import shown
+from dude_peft.out_of_memory import comes_of_memory
+from dude_peft.show import shown, shown_lines
+from dude_peft.terminal.numbers import integer, number
+from dude_peft.terminal.quiet import require_room
 from dude_peft.version import __version__
+
+
+def _whole(*names: str, help: str) -> Any:
+    """An option that takes a whole number."""
+    return typer.Option(*names, parser=integer, help=help)
+
+
+def _decimal(*names: str, help: str) -> Any:
+    """An option that takes a number."""
+    return typer.Option(*names, parser=number, help=help)
 
 
 class _Commands(TyperGroup):
@@ -74,29 +87,23 @@ def train(
     strategy: Annotated[
         str | None, typer.Option("--launch", metavar="ddp|fsdp2|zero3", help="Train in several processes.")
     ] = None,
-    processes: Annotated[
-        int | None, typer.Option("--processes", help="With --launch: how many; default: one a GPU.")
-    ] = None,
+    processes: Annotated[int | None, _whole("--processes", help="With --launch: how many; default: one a GPU.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after; the same command again goes on."""
     from dude_peft.train.config_file import load_config
 
-    changes = list(overrides or [])
-    if output_dir is not None:
-        # Quoted as YAML text: a folder may be named 2024 or null.
-        quoted = output_dir.replace("'", "''")
-        changes.append(f"output_dir='{quoted}'")
-    if trainer is not None:
-        changes.append(f"train.trainer={trainer}")
-    run_config = load_config(config, changes)
+    run_config = load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
 
+    if processes is not None and strategy is None:
+        raise ConfigError("--processes goes with --launch; add --launch ddp")
     if strategy is not None:
         from dude_peft.train.launch import launch_if_first
 
         launch_if_first(strategy, processes)
 
     from dude_peft.evaluate.in_training import TasksOfRun
+    from dude_peft.export.run_card import card_of_run
     from dude_peft.train.run import run
 
     run(
@@ -105,6 +112,7 @@ def train(
         weights_only=weights_only,
         strategy=strategy or "ddp",
         scorer_of=TasksOfRun,
+        card_of=card_of_run,
     )
 
 
@@ -125,12 +133,14 @@ def plan(
     """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
     from dude_peft.train.config_file import load_config
 
-    run_config = load_config(config, list(overrides or []))
+    run_config = load_config(config, overrides)
 
     from dude_peft.evaluate.in_training import TasksOfRun
     from dude_peft.plan.run import plan as run_plan
 
-    run_plan(run_config, device_memory=device_memory, as_json=as_json, scorer_of=TasksOfRun)
+    sets = [word for override in overrides or [] for word in ("--set", override)]
+    command = ["train", str(config), *sets]
+    run_plan(run_config, device_memory=device_memory, as_json=as_json, scorer_of=TasksOfRun, command=command)
 
 
 @app.command()
@@ -163,10 +173,12 @@ def config_explain(
     key: Annotated[str | None, typer.Argument(metavar="KEY", help="As train.learning_rate, or a section.")] = None,
 ) -> None:
     """Tell what a key means, what it takes and what it is if left out; without a key, of all of them."""
-    from dude_peft.train.explain import explain
+    from dude_peft.train.explain import choices, explain
 
     for name, values, default, meaning in explain(key):
         typer.echo(f"{name}: {meaning}\n    takes {values}; default {default}")
+    for line in choices(key):
+        typer.echo(f"    {line}")
 
 
 data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)
@@ -180,9 +192,9 @@ def data_check(
     gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
     test: Annotated[str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare.")] = None,
     template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
-    max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 512,
+    max_length: Annotated[int, _whole(help="Tokens a row may have.")] = 512,
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
-    upft: Annotated[int | None, typer.Option(help="Tokens of each answer that are trained, as data.upft.")] = None,
+    upft: Annotated[int | None, _whole(help="Tokens of each answer that are trained, as data.upft.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
@@ -200,19 +212,19 @@ def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with safetensors weights, or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="ADAPTER", help="Folder of the adapter.")],
     method: Annotated[str, typer.Option(help="dude, dora, pissa, lora or rslora.")] = "dude",
-    r: Annotated[int, typer.Option("--r", "-r", help="Rank.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="The change is scaled by lora_alpha / r.")] = 16,
+    r: Annotated[int, _whole("--r", "-r", help="Rank.")] = 16,
+    lora_alpha: Annotated[float, _decimal(help="The change is scaled by lora_alpha / r.")] = 16,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names separated by commas, or a regular expression.")
     ] = "all-linear",
     exclude_modules: Annotated[str | None, typer.Option(help="Names to leave out, written the same way.")] = None,
     rank_pattern: Annotated[str | None, typer.Option(help="Ranks of single layers: '{\"q_proj\": 8}'.")] = None,
     alpha_pattern: Annotated[str | None, typer.Option(help="Alphas of single layers, written the same way.")] = None,
-    svd_tol: Annotated[float, typer.Option(help="Where the SVD stops; 0 takes a full one.")] = 1e-3,
-    svd_seed: Annotated[int, typer.Option(help="Seed of the SVD.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of a random start (lora, dora, rslora).")] = 0,
+    svd_tol: Annotated[float, _decimal(help="Where the SVD stops; 0 takes a full one.")] = 1e-3,
+    svd_seed: Annotated[int, _whole(help="Seed of the SVD.")] = 0,
+    seed: Annotated[int, _whole(help="Seed of a random start (lora, dora, rslora).")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the model in use: auto, float32, bfloat16, float16.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes, one thread each; default: cores, at most 4.")] = None,
+    workers: Annotated[int | None, _whole(help="Processes, one thread each; default: cores, at most 4.")] = None,
     quantize: Annotated[
         str | None, typer.Option(help="nf4 or int8: quantise what the factors leave of each weight, into --residual.")
     ] = None,
@@ -272,7 +284,8 @@ def export(
     dtype: _Dtype = "keep",
     verify: _Verify = True,
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Refuse an export whose mean KL, nats a token, is larger.")
+        float | None,
+        _decimal("--max-kl", help="Refuse an export whose mean KL, nats a token, is larger."),
     ] = None,
     allow_base_mismatch: _Mismatch = False,
     debug: _Debug = False,
@@ -298,13 +311,14 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, on one base model.")],
     output: _Output,
     weight: Annotated[
-        list[float] | None, typer.Option("--weight", help="Of each adapter's change, in order; default: 1.")
+        list[float] | None,
+        _decimal("--weight", help="Of each adapter's change, in order; default: 1."),
     ] = None,
     combination: Annotated[
         str, typer.Option(help="linear, ties, dare_linear, dare_ties or magnitude_prune.")
     ] = "linear",
-    density: Annotated[float | None, typer.Option(help="Share of entries that those but linear keep.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare_* drops.")] = 0,
+    density: Annotated[float | None, _decimal(help="Share of entries that those but linear keep.")] = None,
+    seed: Annotated[int, _whole(help="Of what dare_* drops.")] = 0,
     base: _Base = None,
     gguf_file: _GgufFile = None,
     dtype: _Dtype = "keep",
@@ -363,9 +377,9 @@ _Speaker = Annotated[
     str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder or hub id of either, or package:NAME of a model.")
 ]
 _Template = Annotated[str | None, typer.Option(help="auto, chat or plain; default: as in the training run.")]
-_Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")]
-_TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")]
-_Seed = Annotated[int, typer.Option(help="Of the drawing.")]
+_Temperature = Annotated[float, _decimal(help="0 takes the likeliest token; above, tokens are drawn.")]
+_TopP = Annotated[float, _decimal("--top-p", help="Draw from the likeliest tokens of this probability.")]
+_Seed = Annotated[int, _whole(help="Of the drawing.")]
 
 
 @app.command()
@@ -376,7 +390,7 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer as well.")] = False,
     template: _Template = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+    max_new_tokens: Annotated[int, _whole(help="Tokens of one answer at most.")] = 512,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
     seed: _Seed = 0,
@@ -412,7 +426,7 @@ def generate(
         str | None,
         typer.Option("--file", metavar="DATA", help="Prompts: .txt, one a line, or rows as dude train reads."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="The first prompts of --file only.")] = None,
+    limit: Annotated[int | None, _whole(help="The first prompts of --file only.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.jsonl", help="Default: standard output.")
     ] = None,
@@ -424,10 +438,10 @@ def generate(
     as_rows: Annotated[
         bool, typer.Option("--as-rows", help="Write rows that dude train reads: prompt and completion alone.")
     ] = False,
-    samples: Annotated[int, typer.Option(help="Completions of each prompt, one line each; needs --temperature.")] = 1,
+    samples: Annotated[int, _whole(help="Completions of each prompt, one line each; needs --temperature.")] = 1,
     template: _Template = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one completion at most.")] = 256,
+    batch_size: Annotated[int, _whole(help="Prompts at a time.")] = 8,
+    max_new_tokens: Annotated[int, _whole(help="Tokens of one completion at most.")] = 256,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
     seed: _Seed = 0,
@@ -475,15 +489,14 @@ def evaluate(
         Path | None, typer.Option("--text", metavar="FILE", help="General text: perplexity, and what was forgotten.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", help="Share the questions, a GPU each; default: one process.")
+        int | None,
+        _whole("--processes", help="Share the questions, a GPU each; default: one process."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Questions of each task: a seeded sample, stratified by subject.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample and the intervals.")] = 0,
+    limit: Annotated[int | None, _whole(help="Questions of each task: a seeded sample, stratified by subject.")] = None,
+    seed: Annotated[int, _whole(help="Of the sample and the intervals.")] = 0,
     chat_template: Annotated[bool, typer.Option("--chat", help="Prompts through the chat template.")] = False,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in each prompt; default: each task's own.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time; default: found by itself.")] = None,
+    num_fewshot: Annotated[int | None, _whole(help="Examples in each prompt; default: each task's own.")] = None,
+    batch_size: Annotated[int | None, _whole(help="Sequences at a time; default: found by itself.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace finished results; their answers are used again.")
     ] = False,
@@ -512,42 +525,57 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII must not end a run
+    light = sys.argv[1:2] in ([], ["config"]) or {"--help", "--version"} & set(sys.argv)
     try:
-        app()
+        if not light:
+            require_room()
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
         _fail(StoppedError.label, "stopped by Ctrl-C", 128 + signal.SIGINT, debug=False)
-    except DudeError as error:
-        _fail(error.label, str(error), error.exit_code, debug=debug)
-    except MemoryError:
-        message = "out of memory; lower train.per_device_train_batch_size or use a smaller model"
+    except Exception as error:
+        _end(error, debug=debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(error: Exception, *, debug: bool) -> None:
+    """The line and the exit code of an error."""
+    if not isinstance(error, ResourceError) and comes_of_memory(error):
+        message = "out of memory; use a smaller model or batch (train.per_device_train_batch_size), or another machine"
         _fail(ResourceError.label, message, ResourceError.exit_code, debug=debug)
-    except OSError as error:
+    if isinstance(error, DudeError):
+        _fail(error.label, str(error), error.exit_code, debug=debug)
+    if hasattr(error, "format_message"):  # typer's own: an option or argument that it cannot use
+        _usage(error, debug=debug)
+    if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"the disk is full ({shown(error)}); free some space"
             _fail(ResourceError.label, message, ResourceError.exit_code, debug=debug)
         if error.errno == errno.ENAMETOOLONG:
             message = f"a name is longer than the file system allows: {shown(error.filename, 40)}; use a shorter one"
             _fail(ConfigError.label, message, ConfigError.exit_code, debug=debug)
-        _internal(error, debug=debug)
-    except ImportError as error:
+    if isinstance(error, ImportError):
         from dude_peft.parents import refusal_of
 
         if (refusal := refusal_of(error)) is not None:
             _fail(refusal.label, str(refusal), refusal.exit_code, debug=debug)
-        _internal(error, debug=debug)
-    except Exception as error:
-        _internal(error, debug=debug)
-
-
-def _internal(error: Exception, *, debug: bool) -> None:
     hint = "" if debug else " (run again with --debug for the traceback)"
     _fail(DudeError.label, f"{type(error).__name__}: {error}{hint}", DudeError.exit_code, debug=debug)
+
+
+def _usage(error: Any, *, debug: bool) -> None:
+    context = getattr(error, "ctx", None)
+    command = "dude" if context is None else context.command_path
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        sys.exit(ConfigError.exit_code)
+    message = f"{error.format_message().rstrip('.')}; {command} --help lists what there is"
+    _fail(ConfigError.label, message, ConfigError.exit_code, debug=debug)
 
 
 def _fail(label: str, message: str, code: int, *, debug: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient Ctrl-C must not take the line and the exit code
     if debug:
-        traceback.print_exc()
+        print(shown_lines(traceback.format_exc()), end="", file=sys.stderr)
     # One line whatever the message holds: foreign text must neither break it nor reach the terminal as commands.
     print(f"dude: error[{label}]: {shown(' '.join(message.split()), None)}", file=sys.stderr)
     sys.stderr.flush()

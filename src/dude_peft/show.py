@@ -22,3 +22,8 @@ def quoted(text: object, limit: int = 40) -> str:
 def shown_lines(text: str) -> str:
     """`text` with what `shown` escapes escaped, but newlines, tabs and the spaces of other scripts kept."""
     return "".join(c if c in _HARMLESS else shown(c) for c in text)
+
+
+def a_(noun: str) -> str:
+    """The noun with its article, as in 'an Embedding'."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

@@ -7,7 +7,6 @@ checkpoint is refused within a second.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,17 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header, without_duplicates
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIDES = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "d_model", "n_embd", "n_inner", "d_ff",
+    "ffn_dim", "dim", "head_dim", "num_attention_heads", "num_key_value_heads", "n_head",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         ConfigError: there are no safetensors weights.
-        ArtifactError: a file is missing or damaged, or the index does not fit the files.
+        ArtifactError: a file is missing or damaged, the index does not fit the files, or config.json the weights.
     """
-    if (folder / SINGLE).is_file():
+    checkpoint = _found(folder)
+    if (folder / "config.json").is_file():
+        _check_sizes(folder / "config.json", checkpoint)
+    return checkpoint
+
+
+def check_weights(folder: Path) -> Checkpoint | None:
+    """A folder's safetensors weights, where it has some, looked at before transformers makes room for them.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or config.json is another model's.
+    """
+    if any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return open_checkpoint(folder)
+    return None
+
+
+def _found(folder: Path) -> Checkpoint:
+    if (folder / SINGLE).exists():
         header = read_header(folder / SINGLE)
         return Checkpoint(header.tensors, [SINGLE], [header.identity])
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
         raise ConfigError(
             f"model {shown(folder, 300)}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read, convert "
             "others with save_pretrained"
         )
     places = _read_index(folder / INDEX)
     files = sorted(set(places.values()))
-    if absent := [file for file in files if not (folder / file).is_file()]:
+    if absent := [file for file in files if not (folder / file).exists()]:
         raise ArtifactError(
             f"{shown(folder / absent[0], 300)} is missing ({len(absent)} of {len(files)} shards are); download it again"
         )
@@ -121,17 +144,6 @@ def holds_values(stored: StoredTensor, recorded: TensorPrint) -> bool:
     return digest.hexdigest() == recorded["xxh3_128"]
 
 
-def companions(folder: Path) -> list[Path]:
-    """What lies beside a model's weights and goes where they go: tokenizer, chat template, licence; no config.json."""
-
-    def goes_along(path: Path) -> bool:
-        licence = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        wanted = path.suffix in _COMPANIONS and path.name != "config.json" and not path.name.endswith(".index.json")
-        return path.is_file() and (wanted or licence) and not path.name.startswith("adapter_")
-
-    return [path for path in sorted(folder.iterdir()) if goes_along(path)]
-
-
 def is_plain(stored: StoredTensor) -> bool:
     """Whether the tensor is a float matrix that can be read."""
     return stored.dtype in DTYPES and len(stored.shape) == 2
@@ -139,10 +151,10 @@ def is_plain(stored: StoredTensor) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        places = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
+        places = read_json(path, object_pairs_hook=without_duplicates)["weight_map"]
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise TypeError("weight_map has to map tensor names to file names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ArtifactError(f"{shown(path, 300)} cannot be used ({shown(reason, 200)}); download it again") from error
     for name, file in places.items():
@@ -153,3 +165,20 @@ def _read_index(path: Path) -> dict[str, str]:
                 "use the checkpoint's own index"
             )
     return places
+
+
+def _check_sizes(config: Path, checkpoint: Checkpoint) -> None:
+    """Refuse settings that are far from the weights beside them: a model of such sizes fills the memory, or hours."""
+    try:
+        settings = read_json(config)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{shown(config, 300)} cannot be used ({shown(error, 200)}); download it again") from error
+    largest = max((side for stored in checkpoint.tensors.values() for side in stored.shape), default=0)
+    limits = dict.fromkeys(_LAYERS, len(checkpoint.tensors)) | dict.fromkeys(_SIDES, max(16 * largest, 1 << 16))
+    for part in (settings, *settings.values()):
+        for key, limit in limits.items():
+            if isinstance(part, dict) and isinstance(value := part.get(key), int) and value > limit:
+                raise ArtifactError(
+                    f"{shown(config, 300)}: {key} is {shown(value, 30)}, and the weights beside it hold "
+                    f"{len(checkpoint.tensors)} tensors of sides up to {largest}; they belong to different models"
+                )

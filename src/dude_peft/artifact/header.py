@@ -7,7 +7,6 @@ every tensor has to lie inside the file, one behind the other, with as many byte
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dude_peft.doors import open_file, parse_json
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 
@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
         ArtifactError: the file is no whole safetensors file.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             status = path.stat()
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= min(status.st_size - 8, _LARGEST_BYTES):
@@ -75,15 +75,16 @@ def read_header(path: Path) -> Header:
             raw = file.read(size)
         if raw.count(b",") > _MOST_VALUES:
             raise ValueError(f"its header holds more than {_MOST_VALUES:,} values")
-        content = json.loads(raw, object_pairs_hook=without_duplicates)
+        content = parse_json(raw, object_pairs_hook=without_duplicates)
         if not isinstance(content, dict):
             raise ValueError("its header is no JSON object")
         metadata = content.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no texts")
         tensors = _laid_out(path, content, 8 + size, status.st_size - 8 - size)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"a tensor has no {error}" if isinstance(error, KeyError) else error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason: Any = f"a tensor has no {error}" if isinstance(error, KeyError) else error
+        reason = getattr(error, "strerror", None) or reason
         raise ArtifactError(
             f"{shown(path, 300)} is no whole safetensors file ({shown(reason, 200)}); copy or download it again"
         ) from error
@@ -99,7 +100,7 @@ def chunks(stored: StoredTensor, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[me
     """
     buffer = memoryview(bytearray(min(chunk_bytes, max(1, stored.size))))
     left = stored.size
-    with open(stored.file, "rb", buffering=0) as file:
+    with open_file(stored.file) as file:
         file.seek(stored.offset)
         while left:
             view = buffer[: min(left, len(buffer))]

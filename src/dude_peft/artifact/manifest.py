@@ -20,6 +20,7 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
 from dude_peft.core.threads import single_threaded_pool
+from dude_peft.doors import parse_json, read_json
 from dude_peft.errors import ArtifactError
 from dude_peft.version import __version__
 
@@ -160,7 +161,7 @@ def _missing(directory: Path, wanted: Path) -> str:
 
 def _parse(text: str, path: Path) -> Manifest:
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise ArtifactError(
@@ -179,7 +180,9 @@ def _parse(text: str, path: Path) -> Manifest:
         prints = [*manifest.base.values(), *(manifest.beside or {}).values()]
         if not all(set(entry) == set(TensorPrint.__annotations__) for entry in prints):
             raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except ArtifactError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged ({error}); copy the file again") from error
     return manifest
 
@@ -205,7 +208,7 @@ def _check_names(found: set[str], recorded: set[str], path: Path) -> None:
 def _json_sha256(path: Path) -> str:
     """Hash of the content, not of its layout: whitespace and the order of keys do not count."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
     return _text_sha256(json.dumps(content, sort_keys=True))

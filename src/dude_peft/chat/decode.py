@@ -15,9 +15,9 @@ from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.speaker import Speaker
 from dude_peft.data.batches import grouped, pad_left
 from dude_peft.errors import NumericsError, ResourceError
+from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.parents import fits
 from dude_peft.show import shown
-from dude_peft.train.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
 from dude_peft.chat.typed import is_typed, piped_lines
 from dude_peft.data import Row, Template, load_rows, parse_row, prompt_ids
+from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
 
@@ -105,12 +107,12 @@ def _row(text: str, source: str) -> Row:
 def _lines_of(file: str) -> list[Row]:
     name = shown(file, 300)
     try:
-        with open(file, encoding="utf-8-sig") as stream:
+        with open_file(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
             lines = [(number, line.rstrip("\n")) for number, line in enumerate(stream, start=1)]
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: byte offset {error.start} is not UTF-8 (Latin-1?); save it as UTF-8") from error
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+        raise DataError(f"{name}: cannot be read ({shown(error.strerror)}); check the path") from error
     rows = [_row(line, f"{name}:{number}") for number, line in lines if line.strip()]
     if not rows:
         raise DataError(f"{name}: no prompts (the file is empty or has only blank lines); write one a line")

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dude_peft.artifact.manifest import CONFIG_FILE
 from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
@@ -18,6 +16,7 @@ from dude_peft.export.adapter import SavedAdapter, open_adapter
 from dude_peft.export.base import source_named, source_of
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
+from dude_peft.train.config_file import read_values
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
 from dude_peft.train.record import ADAPTER
 from dude_peft.train.record import CONFIG as RUN_CONFIG
@@ -190,7 +189,7 @@ def _template_of_the_run(adapter: Path) -> str:
     if adapter.absolute().name != ADAPTER:
         return "auto"
     try:
-        kind = yaml.safe_load((adapter.absolute().parent / RUN_CONFIG).read_text("utf-8"))["data"]["template"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        kind = read_values(adapter.absolute().parent / RUN_CONFIG)["data"]["template"]
+    except (ConfigError, KeyError, TypeError):
         return "auto"
     return kind if kind in KINDS else "auto"

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
 
+from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import DataError, DudeError, ResourceError
 from dude_peft.show import quoted, shown
 
@@ -32,13 +33,13 @@ _MAGIC = (
 def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BufferedReader, str]]:
     """The open file and its printable name; errors of the system, then or later, become ours.
 
-    Raises DataError for a path that is missing, a folder or unusable; ResourceError where it cannot be read.
+    Raises DataError for a path that is missing, no regular file or unusable; ResourceError where it cannot be read.
     """
     name = shown(os.fspath(path), limit=None)
     target = Path(os.path.expanduser(path))
     try:
         try:
-            opened = open(target, "rb")  # noqa: SIM115 - the next line closes it
+            opened = open_file(target)
         except ValueError as error:  # a NUL character or half a surrogate pair in the path
             raise DataError(f"{name}: not a usable path ({shown(error)}); check its spelling") from error
         with opened as stream:
@@ -47,6 +48,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BufferedReader, str]]
         raise
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file{_closest(target)}") from error
+    except NoFileError as error:
+        raise DataError(f"{name}: {error.strerror}; write the rows into one") from error
     except IsADirectoryError as error:
         raise DataError(f"{name}: is a folder; name the data file in it") from error
     except OSError as error:

@@ -7,12 +7,14 @@ from io import BufferedReader
 from typing import Any
 
 from dude_peft.data.bad_rows import good_rows
-from dude_peft.data.file_lines import opened
+from dude_peft.data.file_lines import MAX_LINE_BYTES, opened
 from dude_peft.data.formats import Row, check_columns, known_columns, parse_row
 from dude_peft.errors import DataError
 from dude_peft.show import shown
 
 _BATCH_ROWS = 256
+# Of columns in memory at a time: a cell may be as large as its whole column, where the file says it once for all rows.
+_BATCH_BYTES = 2**30
 
 
 def parquet_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
@@ -38,8 +40,30 @@ def _records(stream: BufferedReader, name: str) -> Iterator[dict[str, Any]]:
         file = parquet.ParquetFile(stream)
         columns = [column for column in file.schema_arrow.names if column in known_columns()]
         check_columns(file.schema_arrow.names, f"{name}:")
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False):
-            yield from batch.to_pylist()
+        first = 1
+        for group in range(file.num_row_groups):
+            rows = _rows_at_once(file.metadata.row_group(group), columns, f"{name}:{first}")
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                if batch.nbytes > MAX_LINE_BYTES:
+                    large = (number for number in range(len(batch)) if batch.slice(number, 1).nbytes > MAX_LINE_BYTES)
+                    if (number := next(large, None)) is not None:
+                        raise _too_large(f"{name}:{first + number}")
+                first += len(batch)
+                yield from batch.to_pylist()
     except (ArrowException, UnicodeDecodeError) as error:
         reason = shown(str(error).strip().partition("\n")[0], 120)
         raise DataError(f"{name}: is no readable Parquet file ({reason}); write it again") from error
+
+
+def _rows_at_once(group: Any, columns: list[str], where: str) -> int:
+    """How many rows of a group can be in memory; refuses one whose rows cannot all be as short as rows may be."""
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    sizes: list[int] = [chunk.total_uncompressed_size for chunk in wanted]
+    if sum(sizes) > MAX_LINE_BYTES * max(1, group.num_rows):
+        raise _too_large(where)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, *sizes)))
+
+
+def _too_large(where: str) -> DataError:
+    return DataError(f"{where}: the row is larger than {MAX_LINE_BYTES // 2**20} MiB; cut it into several")

@@ -33,6 +33,7 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.data.encode import Counts, Example
 from dude_peft.data.formats import Row
 from dude_peft.data.rows import row_bytes
+from dude_peft.doors import open_file, read_json
 
 MANIFEST = "manifest.json"
 
@@ -137,7 +138,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
         DamagedStoreError: a file is missing, has another size or other bytes, or the key is another one.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json(folder / MANIFEST)
         body = manifest["body"]
         if manifest["sha256"] != _sha256(body) or body["key"] != key or body["files"].keys() != _COLUMNS.keys():
             raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
@@ -166,7 +167,7 @@ def _sha256(body: dict[str, Any]) -> str:
 
 def _file_hash(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from dude_peft.parents import refusal_of
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
 
@@ -65,6 +66,8 @@ def doctor(*, as_json: bool = False) -> None:
     if problem is not None:
         raise problem
     display.say("training works here")
+    look = ["data", "check", "ROWS.jsonl", "--model", "MODEL"]
+    tell_next(display, look, ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
 
 
 def _first_problem(installed: list[Package]) -> DudeError | None:

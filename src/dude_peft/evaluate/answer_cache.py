@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dude_peft.artifact.durable import disk_errors
+from dude_peft.doors import open_file
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 from dude_peft.train import processes
@@ -47,7 +48,7 @@ class AnswerCache:
 
     def _open(self, path: Path) -> None:
         with disk_errors(path):
-            content = path.read_bytes() if path.is_file() else b""
+            content = _content(path)
             whole = content[: content.rfind(b"\n") + 1]
             try:
                 lines = [json.loads(line) for line in whole.splitlines()]
@@ -101,3 +102,11 @@ def key_of(*parts: Any) -> str:
     """Hash of a request: its task and version, its kind, and its text and settings."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open_file(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""

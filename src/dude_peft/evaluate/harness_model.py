@@ -23,9 +23,9 @@ from dude_peft.chat.decode import Finite
 from dude_peft.data.batches import Company, grouped
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.evaluate.answer_cache import AnswerCache, key_of
+from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.parents import fits
 from dude_peft.show import shown
-from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.processes import count, gathered, rank
 
 Items = set[tuple[str, int]]
@@ -90,7 +90,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             advance: called with the number of requests that were answered, and with `total`, of those known so far.
         """
         self._fits = batch_size
-        super().__init__(pretrained=_Ready(model), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        super().__init__(
+            pretrained=_Ready(model),
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            trust_remote_code=False,
+        )
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
         self._company = company
         self._stopped: list[bool] = []

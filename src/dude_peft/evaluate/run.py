@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
+from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
 from dude_peft.show import quoted, shown
@@ -425,7 +426,7 @@ def _adapter_sha256(speaker: Speaker) -> str | None:
     path = Path(speaker.name) / WEIGHTS_FILE
     if not speaker.adapted or not path.is_file():
         return None
-    with path.open("rb") as file:
+    with open_file(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

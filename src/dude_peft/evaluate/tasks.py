@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dude_peft.doors import read_file
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.local_tasks import GROUPS, GSM8K, LLM_ADAPTERS, WORDMATH, is_local, only, write_tasks
 from dude_peft.show import quoted, shown
+
+_LARGEST_YAML_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def _found(manager: Any, names: list[str]) -> Any:
 def _group_in(file: Path) -> str | None:
     import yaml
 
-    root = yaml.compose(file.read_bytes(), yaml.SafeLoader)  # nothing is constructed: functions stay names
+    # Nothing is constructed: functions stay names.
+    root = yaml.compose(read_file(file, _LARGEST_YAML_BYTES), yaml.SafeLoader)
     keys = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
     return str(keys["group"].value) if "group" in keys and "class" not in keys else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
-from dude_peft.artifact.manifest import WEIGHTS_FILE
+from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
 from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
-from dude_peft.errors import ArtifactError
+from dude_peft.doors import read_json
+from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.config import adapter_folder
+from dude_peft.tuner.patterns import check_patterns
 
 _PREFIX = "base_model.model."
 
@@ -86,6 +88,19 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     assert config._loading is not None
     manifest, tensors = config._loading, read_header(folder / WEIGHTS_FILE).tensors
     return SavedAdapter(folder, config, manifest.base, tensors, manifest.quantization, manifest.beside or {})
+
+
+def check_names(adapter: SavedAdapter, names: Sequence[str]) -> None:
+    """Make sure that the adapter's patterns, ours and stock PEFT's, end on a base model's names.
+
+    Raises:
+        ArtifactError: one does not.
+    """
+    try:
+        for settings in (vars(adapter.config), read_json(adapter.folder / CONFIG_FILE)):
+            check_patterns(settings, names)
+    except ConfigError as error:
+        raise ArtifactError(f"{shown(adapter.folder / WEIGHTS_FILE, 300)}: {error}") from error
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

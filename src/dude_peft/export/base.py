@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from dude_peft.artifact.checkpoint import Checkpoint, companions, open_checkpoint
-from dude_peft.artifact.durable import replace_file
+from dude_peft.artifact.checkpoint import Checkpoint, open_checkpoint
+from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.dense import densify_
@@ -21,7 +21,7 @@ from dude_peft.init.architecture import empty_model, fetch_checkpoint, parameter
 from dude_peft.init.layout import Layout, layout_of
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
-from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
+from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate, with_only_gguf
 from dude_peft.tuner.load import check_base
 
 
@@ -65,11 +65,8 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
 def source_named(name: str, gguf_file: str | None = None, revision: str | None = None) -> ModelSection:
     """The model of a name; in a folder that holds one GGUF file and no other model, that file."""
     folder = folder_of(name)
-    section = ModelSection(name_or_path=name, gguf_file=gguf_file, revision=revision if folder is None else None)
-    if gguf_file is not None or folder is None or (folder / "config.json").is_file():
-        return section
-    ggufs = [path.name for path in folder.glob("*.gguf")]
-    return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
+    revision = revision if folder is None else None
+    return with_only_gguf(ModelSection(name_or_path=name, gguf_file=gguf_file or None, revision=revision))
 
 
 @contextlib.contextmanager
@@ -102,8 +99,7 @@ def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapt
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
             model.save_pretrained(folder)
         if source.gguf_file is None:
-            for path in companions(original):
-                replace_file(folder / path.name, path.read_bytes())
+            copy_files(original, folder, companions(original))
         else:
             load_tokenizer(source, where).save_pretrained(folder)
         del model

@@ -7,7 +7,6 @@ written by a YAML writer. Nothing in a data set or a model's name can add a head
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from dude_peft.doors import read_json
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.serving import PROGRAMS, serving_matrix
 from dude_peft.show import shown
@@ -143,7 +143,7 @@ def model_card(
 def report_of(adapter: Path) -> dict[str, Any] | None:
     """report.json of the run whose folder the adapter lies in; None where there is none that can be read."""
     try:
-        found = json.loads((adapter.parent / "report.json").read_bytes())
+        found = read_json(adapter.parent / "report.json")
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

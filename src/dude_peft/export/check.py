@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.core.divergence import divergence
-from dude_peft.errors import NumericsError, ResourceError
+from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.show import shown
 
 PROMPTS = (
@@ -35,6 +35,7 @@ PROMPTS = (
 _BY_DTYPE = {torch.float32: (1e-6, 1e-8), torch.float16: (1e-3, 1e-5), torch.bfloat16: (5e-3, 1e-4)}
 _BY_QUANTISATION = {"F32": (1e-6, 1e-8), "F16": (1e-3, 1e-4), "BF16": (5e-3, 1e-3), "Q8_0": (5e-2, 5e-2)}
 _COARSE = (0.5, 0.5)
+_OURS = {kind.exit_code: kind for kind in (ConfigError, DataError, ArtifactError, NumericsError, ResourceError)}
 _LOST = 0.2  # of KL(live || base): what training did
 
 
@@ -217,4 +218,6 @@ def _run(command: list[str], request: dict[str, Any], what: str) -> None:
             "memory; use --no-verify here and verify on a larger machine"
         )
     last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "no message")
+    if (kind := _OURS.get(done.returncode)) is not None:
+        raise kind(shown(last, None))
     raise ResourceError(f"{what} could not be loaded and run ({shown(last, 300)})")

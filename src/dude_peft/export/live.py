@@ -89,4 +89,10 @@ def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Mod
 
 
 if __name__ == "__main__":
-    main()
+    from dude_peft.errors import DudeError
+
+    try:
+        main()
+    except DudeError as error:  # `check.py` raises it again
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.artifact.checkpoint import INDEX, companions, holds_values, is_plain
+from dude_peft.artifact.checkpoint import INDEX, holds_values, is_plain
+from dude_peft.artifact.companions import TEMPLATES, companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
 from dude_peft.artifact.stream import Piece, write_pieces
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.core.weight_rounding import round_weight
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.base import Base
@@ -94,12 +96,12 @@ def plan_merge(
     """
     tensors = base.checkpoint.tensors
     written: dict[str, tuple[str, Piece]] = {}  # key -> file, tensor
-    shared: dict[str, StoredTensor] = {}  # other names of tied weights that change
+    shared: dict[str, StoredTensor] = {}  # all names of tied weights that change, each written by itself
     for name, layer in layers.items():
         key, out_dtype = base.layout.key(f"{name}.weight"), dtype or DTYPES[layer.stored.dtype]
         output = Piece(key, _NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
         written[key] = Path(layer.stored.file).name, output
-        shared |= {base.layout.key(other): layer.stored for other in layer.names}
+        shared |= {base.layout.key(other): layer.stored for other in layer.names if len(layer.names) > 1}
     for name, trained, folder in _trained_whole(adapters):
         stored, names = _parameter(base, name)
         if stored.shape != trained.shape:
@@ -109,16 +111,15 @@ def plan_merge(
             )
         key = base.layout.key(name)
         written[key] = Path(stored.file).name, _copied(key, trained, dtype or DTYPES.get(stored.dtype))
-        shared |= {base.layout.key(other): stored for other in names}
-    untied = [key for key in shared if key not in written]
-    for key, stored in {**tensors, **{key: shared[key] for key in untied}}.items():
+        shared |= {base.layout.key(other): stored for other in names if len(names) > 1}
+    for key, stored in {**tensors, **{key: stored for key, stored in shared.items() if key not in written}}.items():
         if key not in written:
             written[key] = Path(stored.file).name, _copied(key, stored, dtype)
     files: dict[str, list[Piece]] = {file: [] for file in base.checkpoint.files}
     for file, output in written.values():
         files[file].append(output)
     size = sum(output.size for _, output in written.values())
-    return MergePlan(files, bool(untied), len(layers), size)
+    return MergePlan(files, bool(shared), len(layers), size)
 
 
 def write_merge(
@@ -280,22 +281,27 @@ def _copied(key: str, stored: StoredTensor, dtype: torch.dtype | None) -> Piece:
 
 def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> None:
     """Configuration, tokenizer, chat template and licence of the base; an adapter's own tokenizer comes first."""
-    for path in companions(base):
-        replace_file(folder / path.name, path.read_bytes())
+    copy_files(base, folder, companions(base))
     own = adapters[0].adapter.folder
     if len(adapters) == 1 and (own / "tokenizer_config.json").is_file():
-        for name in _TOKENIZER:
-            if (own / name).is_file():
-                replace_file(folder / name, (own / name).read_bytes())
+        copy_files(own, folder, [name for name in companions(own) if name in _TOKENIZER or name.startswith(TEMPLATES)])
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype | None, untied: bool) -> None:
-    config = json.loads(source.read_bytes())
+    config = read_json(source)
     for key in ("auto_map", "quantization_config"):
         config.pop(key, None)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     if untied:
-        config["tie_word_embeddings"] = False
+        _untie(config)
     replace_file(target, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Say at every place that the two matrices are two: readers of a model in parts ask the part."""
+    config["tie_word_embeddings"] = False
+    for part in config.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            _untie(part)

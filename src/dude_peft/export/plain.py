@@ -10,6 +10,7 @@ from dude_peft.artifact.header import chunks
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
 from dude_peft.artifact.stock import EXTRA_A0, EXTRA_DM, EXTRA_M0
 from dude_peft.artifact.stream import Piece, write_pieces
+from dude_peft.doors import read_json
 from dude_peft.export.adapter import SavedAdapter
 
 _OURS = tuple(f".{name}" for name in (EXTRA_A0, EXTRA_M0, EXTRA_DM))
@@ -28,7 +29,7 @@ def write_stock(adapter: SavedAdapter, folder: Path, base_model: str) -> None:
         for name, stored in adapter.tensors.items()
         if not name.endswith(_OURS)
     ]
-    config = json.loads((adapter.folder / CONFIG_FILE).read_bytes())
+    config = read_json(adapter.folder / CONFIG_FILE)
     config["base_model_name_or_path"] = base_model
     write_pieces(folder / WEIGHTS_FILE, {"format": "pt"}, pieces)
     replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -48,7 +48,7 @@ def parse_target(text: str) -> Target:
         ConfigError: it is none of these.
     """
     kind, colon, detail = text.partition(":")
-    if kind == "lora" and re.fullmatch(r"\d{1,6}|auto", detail):
+    if kind == "lora" and re.fullmatch(r"[1-9][0-9]{0,5}|auto", detail):
         return Target(kind, None if detail == "auto" else int(detail))
     if kind == "gguf" and (detail or not colon):
         return Target(kind, quantisation=detail or "F16")
@@ -222,7 +222,7 @@ class _Export:
                 self._record(target, base, folder, made)
             shutil.rmtree(scratch)
         self.display.say(f"{time.perf_counter() - started:.0f} s in all")
-        self.display.say(f"written: {output}")
+        self.display.say(f"written: {shown(output, None)}")
         return output
 
     def _checked_gguf(self, target: Target) -> Target:
@@ -257,9 +257,12 @@ class _Export:
             raise ConfigError(f"{refusal}; use --to merged")
 
     def _check_base(self, base: Base) -> None:
+        from dude_peft.export.adapter import check_names
         from dude_peft.export.merge import check_base, layers_of
 
         self.layers = layers_of(base, self.weighted)
+        for weighted in self.weighted:
+            check_names(weighted.adapter, [name for name, _ in base.model.named_modules() if name])
         with self.display.waiting("checking the base weights"):
             problem = check_base(base, self.layers)
         if problem is None:
@@ -269,11 +272,17 @@ class _Export:
         self.display.warn(f"{problem} (allowed: the export is marked)")
 
     def _merge(self, base: Base, folder: Path) -> None:
+        from dude_peft.artifact.companions import own_code
         from dude_peft.export.merge import plan_merge, write_merge
 
         plan = plan_merge(base, self.layers, self.weighted, self.dtype, self.combination)
         total = sum(len(pieces) for pieces in plan.files.values())
         self.display.say(f"{len(self.layers)} layers to merge, {total} tensors, {plan.size / 2**20:,.0f} MiB")
+        if code := own_code(base.folder):
+            self.display.warn(
+                f"the base model's own Python code is not copied ({shown(', '.join(code), 300)}): transformers' own "
+                "classes read the merged model, as they read the base here"
+            )
         with self.display.stage("merging", total) as advance:
             write_merge(plan, base, self.weighted, folder, self.dtype, lambda: advance(1))
 

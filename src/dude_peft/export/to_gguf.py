@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
 
 from dude_peft.artifact.durable import refuse_existing, staging, sync
+from dude_peft.doors import open_file, read_json
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.export.llama_tools import find_converter, find_quantiser
 from dude_peft.show import shown
@@ -98,7 +98,7 @@ def _programs(name: str, llama_cpp: Path | None) -> tuple[list[str], list[str] |
 
 def _stored_type(model: Path) -> str:
     """The narrowest type that keeps every weight as it is stored, for the file that is quantised afterwards."""
-    config = json.loads((model / "config.json").read_bytes())
+    config = read_json(model / "config.json")
     return {"bfloat16": "BF16", "float16": "F16"}.get(config.get("dtype", config.get("torch_dtype")), "F32")
 
 
@@ -111,7 +111,7 @@ def _check_tokenizer(model: Path) -> None:
     path = model / "tokenizer.json"
     if (model / "tokenizer.model").is_file() or not path.is_file():
         return
-    inner = json.loads(path.read_bytes()).get("model") or {}
+    inner = read_json(path, 1 << 29).get("model") or {}
     if inner.get("type") == "BPE" and inner.get("byte_fallback") and inner.get("merges"):
         raise ConfigError(
             "llama.cpp would split texts otherwise than this model's tokenizer, whose scores are missing; put the base "
@@ -134,7 +134,7 @@ def _run(what: str, command: list[str], made: Path) -> None:
 
 def _is_gguf(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(len(_MAGIC)) == _MAGIC
     except FileNotFoundError:
         return False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dude_peft.train.config import ModelSection
+
 _CONFIG = "tokenizer_config.json"
 
 
@@ -14,12 +16,17 @@ def tokenizer_change(adapter: Path, base: Path) -> str | None:
     Args:
         adapter: its folder, which holds the tokenizer of its training if `dude train` wrote it.
         base: folder of the base model.
+
+    Raises:
+        ConfigError: one of them cannot be loaded.
     """
     if not all((folder / _CONFIG).is_file() for folder in (adapter, base)):
         return None
-    from transformers import AutoTokenizer
+    from dude_peft.train.model import load_tokenizer
 
-    ours, theirs = (AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in (adapter, base))
+    ours, theirs = (
+        load_tokenizer(ModelSection(name_or_path=str(folder)), str(folder.absolute())) for folder in (adapter, base)
+    )
     read: dict[str, Any] = {
         "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
         "chat template": lambda tokenizer: tokenizer.chat_template,

@@ -46,12 +46,12 @@ def upload(
     if folder is not None:
         with whole_folder(folder) as target:
             _gather(opened.folder, target)
-        display.say(f"written: {folder}")
+        display.say(f"written: {shown(folder, None)}")
         return str(folder)
     with tempfile.TemporaryDirectory() as temporary:
         _gather(opened.folder, Path(temporary))
         address = _send(Path(temporary), repository, private)
-    display.say(f"uploaded: {address}")
+    display.say(f"uploaded: {shown(address, None)}")
     return address
 
 

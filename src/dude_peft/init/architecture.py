@@ -10,8 +10,9 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from dude_peft.doors import check_folder
 from dude_peft.errors import ConfigError, DudeError
-from dude_peft.show import shown
+from dude_peft.show import a_, shown
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
@@ -21,11 +22,14 @@ def fetch_checkpoint(model: str, revision: str | None = None) -> Path:
 
     Raises:
         ConfigError: it cannot be fetched.
+        ArtifactError: a file in it is damaged.
     """
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client's errors have no common base
         raise ConfigError(f"model {shown(model, 300)} is no folder, and cannot be fetched ({_first(error)})") from error
+    check_folder(folder)
+    return folder
 
 
 def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype: str = "auto") -> Any:
@@ -43,18 +47,36 @@ def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype:
     try:
         settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises what its readers raise
+        if refusal := code_refusal(shown(model_name, 300), error):
+            raise refusal from error
         raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
     wanted = (getattr(settings, "dtype", None) or stored_dtype) if dtype == "auto" else getattr(torch, dtype)
     return model_of(settings, model_name, wanted)
 
 
-def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
+def code_refusal(model: str, error: Exception) -> ConfigError | None:
+    """What to say where transformers wants to run Python code that a model brings along; None for another error.
+
+    Args:
+        model: its name, fit for a message.
+        error: of transformers.
+    """
+    if "trust_remote_code" not in str(error):
+        return None
+    return ConfigError(
+        f"model {model} brings Python code of its own, and it was not run; only dude train and dude plan run it, where "
+        "the YAML says model.trust_remote_code: true"
+    )
+
+
+def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The causal language model of a configuration that is read already, all parameters on the meta device.
 
     Args:
         settings: transformers' configuration of the model.
         model_name: as the user gave it; recorded as the model's name.
         dtype: of the parameters.
+        trust_remote_code: whether the model's own Python code may run.
 
     Raises:
         ConfigError: it is quantised, or no causal language model.
@@ -66,18 +88,21 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype) -> Any:
             f"model {shown(model_name, 300)} is quantised ({shown(method)}): give the unquantised checkpoint"
         )
     kinds = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    if not any(type(settings) in kind for kind in kinds):
+    own = trust_remote_code and "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
+    if not own and not any(type(settings) in kind for kind in kinds):
         raise ConfigError(
             f"model {shown(model_name, 300)} is no causal language model that transformers knows, its configuration is "
-            f"a {type(settings).__name__}"
+            f"{a_(type(settings).__name__)}"
         )
     try:
         with torch.device("meta"):
             automatic: Any = automatic_class(settings)
-            model: nn.Module = automatic.from_config(settings, trust_remote_code=False, dtype=dtype)
+            model: nn.Module = automatic.from_config(settings, trust_remote_code=trust_remote_code, dtype=dtype)
     except DudeError:
         raise
     except Exception as error:
+        if refusal := code_refusal(shown(model_name, 300), error):
+            raise refusal from error
         raise ConfigError(
             f"model {shown(model_name, 300)} is no causal language model that transformers knows ({_first(error)})"
         ) from error

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import check_space, disk_errors, refuse_existing, whole_folder
+from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
-from dude_peft.show import shown
+from dude_peft.show import a_, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
@@ -118,8 +119,8 @@ def fold(
         _write_adapter(adapter_folder, residual, plan, scratch, base, target)
         shutil.rmtree(scratch)
     display.say(f"{time.perf_counter() - started:.0f} s in all; {summary(errors)}")
-    display.say(f"adapter: {output}")
-    display.say(f"its base, no model of its own: {residual}")
+    display.say(f"adapter: {shown(output, None)}")
+    display.say(f"its base, no model of its own: {shown(residual, None)}")
     return errors
 
 
@@ -174,7 +175,7 @@ def _target(model_name: str, folder: Path, checkpoint: Checkpoint, plan: Plan, f
         if len(names[id(modules[name].weight)]) > 1:
             reason = "its weight is another layer's too"
         elif name not in linear:
-            reason = f"transformers does not quantise a {type(modules[name]).__name__}"
+            reason = f"transformers does not quantise {a_(type(modules[name]).__name__)}"
         elif not should_convert_module(name, kept):
             reason = "transformers keeps layers of this name in full precision, or one that is left out ends like it"
         else:
@@ -205,7 +206,8 @@ def _compute(plan: Plan, form: str, scratch: Path, display: Display) -> tuple[li
 
 def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, scratch: Path, target: _Target) -> None:
     """The quantised model: the checkpoint's own files, with the tensors of target layers replaced."""
-    from dude_peft.artifact.checkpoint import INDEX, companions
+    from dude_peft.artifact.checkpoint import INDEX
+    from dude_peft.artifact.companions import companions, copy_files
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.header import chunks
     from dude_peft.artifact.stream import Piece, write_pieces
@@ -225,10 +227,10 @@ def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, 
         places = {piece.name: file for file, pieces in files.items() for piece in pieces}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         replace_file(output / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    for path in companions(source):
-        replace_file(output / path.name, path.read_bytes())
-    config = json.loads((source / "config.json").read_bytes())
-    config.pop("torch_dtype", None)
+    copy_files(source, output, companions(source))
+    config = read_json(source / "config.json")
+    for key in ("torch_dtype", "auto_map"):
+        config.pop(key, None)
     config |= {"dtype": target.dtype, "quantization_config": target.quantization}
     replace_file(output / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
+from dude_peft.doors import parse_json
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 
@@ -34,7 +34,7 @@ def pattern(option: str, text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):

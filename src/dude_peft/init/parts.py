@@ -20,6 +20,7 @@ import safetensors.torch
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stream import Piece
+from dude_peft.doors import open_file, read_json
 from dude_peft.init.layer import LayerStart
 
 FOLDER = ".dude-init"
@@ -72,7 +73,8 @@ class Parts:
         """The part of a layer, or None where there is none that can be trusted."""
         path = self._path(index)
         try:
-            data = path.read_bytes()
+            with open_file(path) as file:
+                data = file.read()
         except OSError:
             return None
         if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
@@ -99,7 +101,7 @@ class Parts:
 def settings_found(output: Path) -> str | None:
     """Hash of the settings of the unfinished init in a folder; None where there is none that can be taken up."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((output / FOLDER / _SETTINGS).read_bytes())["settings"])
+        return str(read_json(output / FOLDER / _SETTINGS)["settings"])
     return None
 
 
@@ -107,7 +109,7 @@ def _piece(path: Path, layer: str, name: str, entry: dict[str, Any], start: int,
     first, last = (start + offset for offset in entry["data_offsets"])
 
     def read() -> Iterator[bytes]:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(first)
             yield file.read(last - first)
 

@@ -20,7 +20,7 @@ from dude_peft.init.architecture import empty_model, parameter_names
 from dude_peft.init.layer import LayerTask
 from dude_peft.init.layout import layout_of
 from dude_peft.methods import Method
-from dude_peft.show import shown
+from dude_peft.show import a_, shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
 from dude_peft.tuner.beside import relied_on
 from dude_peft.tuner.stock_loading import warn_if_refused
@@ -67,7 +67,7 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         base: Any = module.get_base_layer()
         if frozen.plain_weight(base) is None:
             raise ConfigError(
-                f"target '{module.layer_name}' is a {type(base).__name__}, whose weight is no plain matrix; leave it "
+                f"target '{module.layer_name}' is {a_(type(base).__name__)}, whose weight is no plain matrix; leave it "
                 "out with --exclude-modules, or initialise in memory with get_peft_model"
             )
         stored = layout.find(f"{module.layer_name}.weight", names_of[id(base.weight)])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import check_space, disk_errors
+from dude_peft.doors import check_folder
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -94,7 +95,7 @@ def initialise(
     captured = [part.captured for part in finished if part.captured is not None]
     energy = f"; captured energy {100 * statistics.mean(captured):.1f} % on average" if captured else ""
     display.say(f"{time.perf_counter() - started:.0f} s in all, {plan.adapter_bytes / 2**20:,.0f} MiB{energy}")
-    display.say(f"adapter: {output}")
+    display.say(f"adapter: {shown(output, None)}")
     return output
 
 
@@ -159,11 +160,13 @@ def checkpoint_folder(model: str) -> Path:
 
     Raises:
         ConfigError: it is no model's folder, or cannot be fetched.
+        ArtifactError: a file in it is none that can be read, or damaged.
     """
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model {shown(model, 300)} holds no config.json; give the folder that holds the model")
+        check_folder(folder)
         return folder
     if folder.exists() or folder.is_absolute() or model.startswith("."):
         raise ConfigError(f"model {shown(model, 300)} is no folder; give a model's folder or a hub id OWNER/NAME")

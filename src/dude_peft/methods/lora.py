@@ -3,4 +3,12 @@
 from dude_peft.methods.method import Method
 from dude_peft.methods.splits import zero_split
 
-LORA = Method("lora", zero_split, principal=False, magnitude=False, learning_rate=2e-4, paper="arXiv 2106.09685")
+LORA = Method(
+    "lora",
+    zero_split,
+    principal=False,
+    magnitude=False,
+    learning_rate=2e-4,
+    summary="A random, B zero, no magnitude",
+    paper="arXiv 2106.09685",
+)

@@ -58,6 +58,8 @@ class Method:
     LoRA at 2e-4 (arXiv 2602.04998). Methods are compared at each one's best rate, never at one rate for all."""
     rank_stabilized: bool = False
     """True for s = alpha / sqrt(r), False for s = alpha / r."""
+    summary: str = ""
+    """One line for people."""
     paper: str = ""
 
     def scaling(self, r: int, lora_alpha: float) -> float:

@@ -10,5 +10,6 @@ RSLORA = Method(
     magnitude=False,
     learning_rate=2e-4,
     rank_stabilized=True,
+    summary="LoRA with the scaling lora_alpha / sqrt(r), for large ranks",
     paper="arXiv 2312.03732",
 )

@@ -32,7 +32,9 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
             f"model {shown(config.model.name_or_path, 300)} is quantised, whose memory dude plan cannot count; "
             "plan the unquantised model, which needs more"
         )
-    model = model_of(settings, config.model.name_or_path, _dtype(config, settings, where))
+    model = model_of(
+        settings, config.model.name_or_path, _dtype(config, settings, where), config.model.trust_remote_code
+    )
     model.requires_grad_(False)
     adapter = DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM")
     return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)

@@ -12,7 +12,7 @@ import torch
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -48,7 +48,7 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: it is none of these, or zero.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text)
     if match is None or not float(match[1]):
         raise ConfigError(f"--device-memory {quoted(text)} is no size; write it as 80GiB or 24GB")
     base = 1024 if match[3] else 1000

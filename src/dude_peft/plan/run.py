@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train.config import RunConfig
 from dude_peft.train.folder import check_output_dir
-from dude_peft.train.model import load_settings, load_tokenizer, locate
+from dude_peft.train.model import code_note, load_settings, load_tokenizer, locate, with_only_gguf
 from dude_peft.train.run_data import glance
 from dude_peft.train.task_scores import ScorerOf, scorer_for
 
@@ -32,6 +35,7 @@ def plan(
     device_memory: str | None = None,
     as_json: bool = False,
     scorer_of: ScorerOf | None = None,
+    command: Sequence[str] = (),
 ) -> Plan:
     """Shows what the run will need, as a table or as JSON.
 
@@ -40,6 +44,7 @@ def plan(
         device_memory: of the GPU that will train ("80GiB"); default: this machine's.
         as_json: print one JSON object and nothing else.
         scorer_of: who would score evaluation.tasks, as for the run itself.
+        command: words behind `dude` that start the run; told at the end where it fits.
 
     Raises:
         ConfigError: a setting, model or target that the run would refuse.
@@ -49,7 +54,10 @@ def plan(
     display = Display(quiet=as_json)
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
+        config = config.model_copy(update={"model": with_only_gguf(config.model)})
         where = locate(config.model)
+        if note := code_note(config.model):
+            warnings.append(note)
         check_output_dir(Path(config.output_dir))
         glance(config)
         if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
@@ -70,6 +78,8 @@ def plan(
     else:
         made.show(display)
     _refuse_what_does_not_fit(made)
+    if command and not as_json:
+        tell_next(display, command)
     return made
 
 
@@ -132,6 +142,6 @@ def _refuse_what_does_not_fit(made: Plan) -> None:
         raise ResourceError(f"training needs {size(need)} of memory, {made.device.name} has {size(have)}; {todo}")
     if made.disk.adapter > made.disk.free:
         raise ResourceError(
-            f"output_dir {made.config.output_dir}: the adapter takes {size(made.disk.adapter)}, the disk has "
-            f"{size(made.disk.free)} free; free some space"
+            f"output_dir {shown(made.config.output_dir, 300)}: the adapter takes {size(made.disk.adapter)}, the disk "
+            f"has {size(made.disk.free)} free; free some space"
         )

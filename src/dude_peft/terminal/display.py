@@ -14,6 +14,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from dude_peft.parents import fits
+from dude_peft.show import shown, shown_lines
 
 _LOG_WIDTH = 110
 
@@ -29,7 +30,10 @@ class _Console(Console):
 
 
 class Display:
-    """Writes to standard output, or to standard error beside results; `Display(quiet=True)` writes nothing."""
+    """Writes to standard output, or to standard error beside results; `Display(quiet=True)` writes nothing.
+
+    Nothing that passes here is obeyed by a terminal; names in a line are `shown` as well, which keeps them on it.
+    """
 
     def __init__(self, *, quiet: bool = False, stderr: bool = False) -> None:
         self.console = _Console(quiet=quiet, stderr=stderr, highlight=False, emoji=False, markup=False)
@@ -39,11 +43,11 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(shown_lines(text)), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that should be noticed."""
-        self.console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+        self.console.print(Text(shown_lines(f"warning: {text}"), style="yellow"), soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
@@ -51,7 +55,7 @@ class Display:
 
         The note stands below the bar; a total that becomes known on the way replaces the first one.
         """
-        start = time.perf_counter()
+        start, name = time.perf_counter(), shown(name, None)
         if not self.live:
             yield lambda count, note="", total=None: None
         else:
@@ -60,7 +64,7 @@ class Display:
 
             def advance(count: int, note: str = "", total: int | None = None) -> None:
                 bar.update(task, advance=count, total=total)
-                line.plain = note
+                line.plain = shown(note, None)
 
             with Live(Group(bar, line), console=self.console, transient=True):
                 yield advance
@@ -69,8 +73,8 @@ class Display:
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
         """A part of the run whose length nobody knows: a spinner at a terminal, a line with its time at the end."""
-        start = time.perf_counter()
-        with self.console.status(name) if self.live else contextlib.nullcontext():
+        start, name = time.perf_counter(), shown(name, None)
+        with self.console.status(Text(name)) if self.live else contextlib.nullcontext():
             yield
         self.say(f"{name}: {time.perf_counter() - start:.1f} s")
 
@@ -78,7 +82,7 @@ class Display:
         from rich import progress
 
         return progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 
 
 def show_facts(display: Display, title: str, facts: Sequence[tuple[str, str]]) -> None:
     """Prints the facts under their title."""
+    title = shown(title, None)
+    facts = [(shown(name, None), shown(value, None)) for name, value in facts]
     if not display.live:
         display.say(title)
         for name, value in facts:

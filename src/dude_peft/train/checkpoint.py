@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import check_space, disk_errors, sync, whole_folder
+from dude_peft.doors import open_file, read_json
 from dude_peft.errors import ArtifactError, DudeError
 from dude_peft.show import shown
 from dude_peft.version import __version__
@@ -296,7 +297,7 @@ def _check(path: Path, step: int) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -308,12 +309,10 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        if path.stat().st_size > _LARGEST_JSON_BYTES:
-            raise ArtifactError(f"{shown(path, 300)} is too large to be ours")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _LARGEST_JSON_BYTES)
     except FileNotFoundError as error:
         raise ArtifactError(f"{shown(path, 300)} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{shown(path, 300)} is damaged") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{shown(path, 300)} is damaged")

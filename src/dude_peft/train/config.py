@@ -17,12 +17,13 @@ from pydantic_core import PydanticKnownError
 
 from dude_peft.errors import ConfigError
 
-_DECIMAL = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
+"""A number as everybody reads it: in ASCII, without leading zeros, which some take for octal."""
 
 
 def _number_from_text(value: Any) -> Any:
     """YAML 1.1 readers give `1e-4` as text; a decimal number written as text is a number."""
-    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
+    return float(value) if isinstance(value, str) and DECIMAL.fullmatch(value) else value
 
 
 def _expand_home(value: Any) -> Any:
@@ -77,6 +78,10 @@ class ModelSection(Section):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the frozen weights; `auto` takes the checkpoint's own."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that this model brings along, on this machine and with your rights: the one way to allow it.
+    Read the code first, and name its commit in `revision`. Other commands, and adapters, never run any."""
 
 
 class AdapterSection(Section):

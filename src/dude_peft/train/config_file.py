@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
-from dude_peft.show import shown
-from dude_peft.train.config import RunConfig, Section
+from dude_peft.show import quoted, shown
+from dude_peft.train.config import DECIMAL, RunConfig, Section
 
 _LARGEST_FILE_BYTES = 256 * 1024
 _DEEPEST = 8
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})")
-_FLOAT = re.compile(r"[-+]?((0|[1-9]\d*)\.\d*|\.\d+|(0|[1-9]\d*)(?=[eE]))([eE][-+]?\d{1,4})?")
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, "True": True, "False": False}
 
 Key = tuple[str | int, ...]
@@ -42,17 +43,41 @@ class _Tree:
         return self.places.get(key, f"{self.name}:1")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run that `path` describes, with `overrides` ("train.max_steps=80") written over it.
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, options: Mapping[str, str | None] | None = None
+) -> RunConfig:
+    """The run that `path` describes, with other values written over it.
+
+    Args:
+        path: the YAML file.
+        overrides: "train.max_steps=80": a key, and its value as YAML.
+        options: of the command: a key, and its value as it is; None leaves the key alone.
 
     Raises:
         ConfigError: the file is missing or unreadable, is not plain YAML, or a key or value is wrong.
     """
-    tree = _Tree(name=shown(path, 300))
-    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
+    tree = _read_tree(path)
     for override in overrides or []:
         _apply_override(override, tree)
+    for name, value in (options or {}).items():
+        if value is not None:
+            _write_over(tuple(name.split(".")), value, f"option for {name}", tree)
     return _validate(tree)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """A configuration's values as they are written, none of them checked.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or is not plain YAML.
+    """
+    return _read_tree(path).values
+
+
+def _read_tree(path: str | Path) -> _Tree:
+    tree = _Tree(name=shown(path, 300))
+    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
+    return tree
 
 
 def dump_config(config: RunConfig) -> str:
@@ -66,25 +91,25 @@ def _read_text(path: Path) -> str:
     try:
         path = path.expanduser()
         if path.is_dir():
-            raise ConfigError(f"{path}: is a folder; name the configuration file inside it")
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: is not a regular file; give a YAML file")
-        with path.open("rb") as file:
+            raise ConfigError(f"{shown(path, 300)}: is a folder; name the configuration file inside it")
+        with open_file(path) as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{shown(path, 300)}: no such file; see examples/quickstart.yaml for one") from None
     except ConfigError:
         raise
+    except NoFileError as error:
+        raise ConfigError(f"{shown(path, 300)}: {error.strerror}; give a YAML file") from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{shown(path, 300)}: cannot be read ({reason}); check the path") from None
     if len(raw) > _LARGEST_FILE_BYTES:
         limit = _LARGEST_FILE_BYTES // 1024
-        raise ConfigError(f"{path}: larger than {limit} KiB, which no configuration is; check the path")
+        raise ConfigError(f"{shown(path, 300)}: larger than {limit} KiB, which no configuration is; check the path")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise ConfigError(f"{shown(path, 300)}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
 def _read_yaml(text: str, tree: _Tree, place: Any, *, at: Key = ()) -> Any:
@@ -183,7 +208,7 @@ def _scalar(text: str) -> Any:
         return _CONSTANTS[text]
     if _INTEGER.fullmatch(text):
         return int(text)
-    if _FLOAT.fullmatch(text):
+    if DECIMAL.fullmatch(text) and not text.lstrip("+-").isdigit():
         return float(text)
     return text
 
@@ -194,11 +219,14 @@ def _apply_override(override: str, tree: _Tree) -> None:
     where = f"--set {shown(override, 120)}"
     if not equals or not all(name.split(".")):
         raise ConfigError(f"{where}: not KEY=VALUE; write for example --set train.max_steps=80")
-    *sections, last = name.split(".")
-    key: Key = (*sections, last)
+    key: Key = tuple(name.split("."))
     for known in [known for known in tree.places if known[: len(key)] == key]:
         del tree.places[known]
-    value = _read_yaml(text, tree, lambda line: where, at=key)
+    _write_over(key, _read_yaml(text, tree, lambda line: where, at=key), where, tree)
+
+
+def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
+    *sections, last = map(str, key)
     tree.places[key] = where
     section = tree.values
     for part in sections:
@@ -206,7 +234,7 @@ def _apply_override(override: str, tree: _Tree) -> None:
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{where}: {part!r} is a value, not a section; see `dude train --help`")
+            raise ConfigError(f"{where}: {quoted(part)} is a value, not a section; see `dude config explain`")
         section = inner
     section[last] = value
 
@@ -234,7 +262,7 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     key = _real_key(tree, problem["loc"])
     where, name = tree.place(key), _name(key)
     if problem["type"] == "extra_forbidden":
-        closest = _closest(key)
+        closest = closest_key(key)
         hint = f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key))}"
         return f"{where}: key {name} is unknown; {hint}"
     if problem["type"] == "missing":
@@ -254,7 +282,7 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     expected = " or ".join(dict.fromkeys(_expected(each) for each in same))
     came = problem["input"]
     hint = ""
-    if isinstance(came, str) and re.match(r"[-+]?[\d.]", came) and "number" in expected:
+    if isinstance(came, str) and re.match(r"[-+]?[\d.]", came.strip()) and "number" in expected:
         hint = "; write a plain decimal number"
     elif came is None:
         hint = "; give a value, or delete the line"
@@ -338,15 +366,21 @@ def _siblings(key: Key) -> list[str]:
     return _known_keys() if section is None else list(section.model_fields)
 
 
-def _closest(key: Key) -> str | None:
+def closest_key(key: Key) -> str | None:
     """The known key that was probably meant: near in its own section, or the same word in another one."""
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
-    near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6) or _abbreviated(last, _siblings(key))
     if near and last not in near:
         return f"{prefix}.{near[0]}" if prefix else near[0]
     words = {known.rpartition(".")[2]: known for known in _known_keys()}
-    elsewhere = difflib.get_close_matches(last, list(words), n=1, cutoff=0.6)
+    elsewhere = difflib.get_close_matches(last, list(words), n=1, cutoff=0.6) or _abbreviated(last, list(words))
     return words[elsewhere[0]] if elsewhere else None
+
+
+def _abbreviated(word: str, names: list[str]) -> list[str]:
+    """The first name of which `word` is the initials, as lr of learning_rate, or a part, as batch_size."""
+    of_initials = [name for name in names if "_" in name and "".join(part[0] for part in name.split("_")) == word]
+    return (of_initials or [name for name in names if len(word) > 3 and word in name])[:1]
 
 
 def _as_yaml(value: Any) -> str:

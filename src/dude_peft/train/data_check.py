@@ -16,9 +16,10 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.train.config import ModelSection
-from dude_peft.train.model import load_tokenizer, locate
+from dude_peft.train.model import load_tokenizer, locate, with_only_gguf
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
@@ -46,7 +47,7 @@ def check(
     if not model:
         raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
     display = Display()
-    section = ModelSection(name_or_path=model, gguf_file=gguf_file or None)
+    section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
     where = locate(section)
     shapes = _shapes(source)
     with quiet_imports():
@@ -71,6 +72,7 @@ def check(
     for index in sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]:
         display.say(f"\nexample {index + 1}, {made.source(index)}; {_legend(display)}:")
         display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
+    tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
 
 
 def _shapes(source: str) -> list[str]:

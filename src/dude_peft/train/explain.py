@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted
 from dude_peft.train.config import RunConfig
+from dude_peft.train.config_file import closest_key
 
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 
@@ -37,12 +37,24 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
     found = [row for row in rows if row[0] == key or row[0].startswith((f"{key}.", f"{key}[]"))]
     if not found:
         names = [row[0] for row in rows]
-        near = difflib.get_close_matches(key, [*names, *(name.rpartition(".")[2] for name in names)], n=1, cutoff=0.5)
+        word = key.rpartition(".")[2]
         # A key without its section is meant wherever it stands.
-        places = [name for name in names if near and (name == near[0] or name.endswith(f".{near[0]}"))]
-        hint = f"closest: {', '.join(places)}" if places else "dude config explain lists them all"
+        places = [name for name in names if name.rpartition(".")[2] == word]
+        closest = places or [name for name in [closest_key(tuple(key.split(".")))] if name is not None]
+        hint = f"closest: {', '.join(closest)}" if closest else "dude config explain lists them all"
         raise ConfigError(f"there is no key {quoted(key)}; {hint}")
     return found
+
+
+def choices(key: str | None) -> list[str]:
+    """A line for each thing that a key chooses among, where the configuration does not list them itself."""
+    if key not in ("adapter.method", "train.learning_rate"):
+        return []
+    from dude_peft.methods import METHODS
+
+    if key == "adapter.method":
+        return [f"{name}: {method.summary} ({method.paper})" for name, method in METHODS.items()]
+    return [f"{name}: {method.learning_rate:g}" for name, method in METHODS.items()]
 
 
 def _standard(node: Any) -> Any:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +19,7 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
+from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.parents import require
 from dude_peft.train.checkpoint import Checkpoint, Checkpoints
 from dude_peft.train.config import RunConfig, TrainSection
@@ -27,7 +28,6 @@ from dude_peft.train.loop import Loop
 from dude_peft.train.mixed_order import MixedOrder
 from dude_peft.train.objective import CausalLoss, MixtureOfLosses
 from dude_peft.train.order import EpochOrder
-from dude_peft.train.out_of_memory import is_out_of_memory
 from dude_peft.train.probe import Nature
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
@@ -152,7 +152,10 @@ def _kind(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
         raise ConfigError("train.trainer: trl is not installed: pip install 'dude-peft[trl]'")
     from trl.trainer.sft_config import SFTConfig
 
-    return SFTConfig, {"packing": config.data.packing, "max_length": config.data.max_length}
+    own: dict[str, Any] = {"packing": config.data.packing, "max_length": config.data.max_length}
+    if "trust_remote_code" in {field.name for field in fields(SFTConfig)}:
+        own["trust_remote_code"] = False  # model and tokenizer are handed over; TRL loads nothing
+    return SFTConfig, own
 
 
 def _several(strategy: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import hidden_name, replace_file, sync, whole_folder
+from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 from dude_peft.train.checkpoint import Checkpoints
@@ -209,7 +210,7 @@ class RunFolder:
     def read_before(self) -> Score | None:
         """What was measured before training; None where it has to be measured again."""
         try:
-            return score_from(json.loads((self.path / BEFORE).read_text(encoding="utf-8")))
+            return score_from(read_json(self.path / BEFORE))
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

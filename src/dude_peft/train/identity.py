@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.show import shown
 
@@ -88,7 +89,7 @@ def read_identity(folder: Path) -> Identity | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content["format_version"]
         if version == FORMAT_VERSION:
             found = Identity(**content)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dude_peft.artifact.gguf_header import check_gguf_file
+from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
@@ -24,6 +26,7 @@ _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ELSEWHERE = "a local folder or package:NAME works without the hub"
 _CONNECT_SECONDS = 3.0
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def locate(section: ModelSection) -> str:
@@ -31,6 +34,7 @@ def locate(section: ModelSection) -> str:
 
     Raises:
         ConfigError: a package or folder that does not exist, a missing GGUF file or reader, a name of neither form.
+        ArtifactError: a file in it is none that can be read, or damaged.
     """
     name = section.name_or_path
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
@@ -57,6 +61,9 @@ def locate(section: ModelSection) -> str:
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
         raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
+    check_folder(folder)
+    if section.gguf_file is not None:
+        check_gguf_file(folder / section.gguf_file)
     return str(folder.absolute())
 
 
@@ -71,16 +78,35 @@ def folder_of(name: str) -> Path | None:
     return Path(name) if _exists(name) else None
 
 
+def code_note(section: ModelSection) -> str | None:
+    """What a run says of a model whose own code it runs; None where it runs none."""
+    if not section.trust_remote_code:
+        return None
+    return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs here, with your rights"
+
+
+def with_only_gguf(section: ModelSection) -> ModelSection:
+    """The same model; of a folder that holds one GGUF file and no other model, that file."""
+    folder = folder_of(section.name_or_path)
+    if section.gguf_file is not None or folder is None or (folder / "config.json").exists():
+        return section
+    ggufs = [path.name for path in folder.glob("*.gguf")]
+    return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
+
+
 def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `where` (`locate`), with a padding token that is only ever masked.
 
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
+        ArtifactError: its files are damaged.
     """
     from transformers import AutoTokenizer
 
     with _loading("tokenizer", section, where):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **_source_options(section, where))
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
     if tokenizer.pad_token_id is None:
         # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -92,13 +118,27 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
 
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
+        ArtifactError: it is far from the weights beside it, or these are damaged.
     """
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
+    from dude_peft.artifact.checkpoint import check_weights
+
+    checkpoint = check_weights(Path(where)) if os.path.isabs(where) and section.gguf_file is None else None
     with _loading("configuration of model", section, where):
+        if not os.path.isabs(where) and section.gguf_file is None:
+            # From the hub: fetched, and looked at before it is believed.
+            config = cached_file(where, "config.json", **_source_options(section, where))
+            check_folder(Path(str(config)).parent)
         settings: PretrainedConfig = AutoConfig.from_pretrained(
-            where, trust_remote_code=False, **_source_options(section, where)
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
         )
+    quantised = getattr(settings, "quantization_config", None)
+    if checkpoint is not None and isinstance(quantised, Mapping):
+        from dude_peft.tuner.patterns import check_quantization
+
+        check_quantization(quantised, (name.rpartition(".")[0] for name in checkpoint.tensors))
     return settings
 
 
@@ -130,7 +170,9 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     automatic = automatic_class(load_settings(section, where))
     with _loading("model", section, where):
-        loaded: Any = automatic.from_pretrained(where, trust_remote_code=False, output_loading_info=True, **options)
+        loaded: Any = automatic.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, output_loading_info=True, **options
+        )
     model: PreTrainedModel
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
@@ -168,7 +210,9 @@ def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dic
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     with _loading("model", section, where):
-        stored = AutoConfig.from_pretrained(where, trust_remote_code=False, **_source_options(section, where))
+        stored = AutoConfig.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
         if getattr(stored, "quantization_config", None) is not None:
             return {"device_map": {"": "cpu"}}
         return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
@@ -205,7 +249,8 @@ def hub_reachable() -> bool:
 @contextlib.contextmanager
 def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     """Turns what loading raises into one line that says which model, why, and what else works."""
-    from dude_peft.train.out_of_memory import is_out_of_memory
+    from dude_peft.init.architecture import code_refusal
+    from dude_peft.out_of_memory import is_out_of_memory
 
     try:
         # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
@@ -215,11 +260,17 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, the hub client, safetensors and tokenizers each raise their own
         name = shown(section.name_or_path)
+        if refusal := code_refusal(name, error):
+            raise refusal from error
         if is_out_of_memory(error):
             raise ResourceError(
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
+            raise ArtifactError(
+                f"{what} {name}: its files cannot be used ({reason}); copy or download them again"
+            ) from error
         if os.path.isabs(where):
             raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
         if not hub_reachable():

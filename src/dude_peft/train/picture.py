@@ -43,7 +43,7 @@ def loss_curve(
             axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross-entropy of the answer (nats a token)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.margins(y=0.15)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -22,8 +22,8 @@ from dude_peft.data.batches import Company, pad_left, pad_right
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.trial import distance, text_ids, traceless, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DudeError
+from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.show import shown
-from dude_peft.train.out_of_memory import is_out_of_memory
 
 _FACTOR = 4
 _TRIFLE_AHEAD, _TRIFLE_PADDING, _TRIFLE_SHARED = 0.05, 0.01, 0.05

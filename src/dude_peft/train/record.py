@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 
@@ -76,7 +76,7 @@ class RunReport:
             ArtifactError: it is damaged.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             scores = {
                 name: None if content[name] is None else score_from(content[name]) for name in ("before", "after")
             }

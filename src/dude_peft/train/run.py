@@ -8,8 +8,9 @@ processes the first one shows and writes; all load, measure and train: a sharded
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from dude_peft.train.config_file import dump_config
 from dude_peft.train.environment import environment, hardware, versions
 from dude_peft.train.folder import RunFolder, save_adapter
 from dude_peft.train.identity import Identity
+from dude_peft.train.model import with_only_gguf
 from dude_peft.train.picture import check_picture, loss_curve
 from dude_peft.train.record import ADAPTER, CONFIG, PICTURE, SCORES, Answer, RunReport, Score
 from dude_peft.train.task_scores import ScorerOf, TaskScorer, scorer_for
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from dude_peft.train.fit import Fit
     from dude_peft.train.run_data import HeldOut, RunData
 
+CardOf = Callable[[Path, dict[str, Any]], str]
+"""The model card of an adapter, from its folder and the run's report."""
+
 _GGUF_NOTE = "the base weights are a GGUF file's, dequantised"
 
 
@@ -43,6 +48,7 @@ def run(
     weights_only: bool = False,
     strategy: str = "ddp",
     scorer_of: ScorerOf | None = None,
+    card_of: CardOf | None = None,
     quiet: bool = False,
 ) -> RunReport:
     """Fine-tunes as `config` says and fills `config.output_dir`, the adapter among it only if all went well.
@@ -55,6 +61,7 @@ def run(
         weights_only: start anew from the newest checkpoint's adapter, where the rest of the checkpoint is lost.
         strategy: of several processes (`launch`): ddp, fsdp2 or zero3.
         scorer_of: who scores evaluation.tasks: `dude_peft.evaluate.in_training.TasksOfRun`; without tasks, nobody.
+        card_of: who writes the adapter's README.md: `dude_peft.export.run_card.card_of_run`; without, it is PEFT's.
         quiet: print nothing.
 
     Raises:
@@ -68,10 +75,12 @@ def run(
     """
     check_picture()
     resolved = config.resolved()
+    resolved = resolved.model_copy(update={"model": with_only_gguf(resolved.model)})
     folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
     try:
         scorer = scorer_for(resolved.evaluation, scorer_of)
-        this = _Run(resolved, folder, weights_only, strategy, scorer, quiet=quiet or not processes.is_first())
+        silent = quiet or not processes.is_first()
+        this = _Run(resolved, folder, weights_only, strategy, scorer, card_of, quiet=silent)
         with gathered_warnings(this.warn), this.stop.listening():
             return this.go()
     finally:
@@ -86,6 +95,7 @@ class _Run:
         weights_only: bool,
         strategy: str,
         scorer: TaskScorer | None,
+        card_of: CardOf | None,
         *,
         quiet: bool,
     ) -> None:
@@ -97,6 +107,7 @@ class _Run:
         self.weights_only = weights_only
         self.strategy = strategy
         self.scorer = scorer
+        self.card_of = card_of
         self.display = Display(quiet=quiet)
         self.stop = Stop(self.display.warn)
         self.seconds: dict[str, float] = {}
@@ -113,12 +124,14 @@ class _Run:
     def go(self) -> RunReport:
         begun = time.perf_counter()
         config, display = self.config, self.display
-        display.say(f"DuDe {__version__}: {config.adapter.method} on {config.model.name_or_path}")
+        display.say(f"DuDe {__version__}: {config.adapter.method} on {shown(config.model.name_or_path, 300)}")
         with self._phase("checks"):
-            from dude_peft.train.model import load_tokenizer, locate
+            from dude_peft.train.model import code_note, load_tokenizer, locate
             from dude_peft.train.run_data import glance
 
             where = locate(config.model)
+            if note := code_note(config.model):
+                self.warn(note)
             if self.folder.earlier is not None:
                 self.folder.earlier.check_config(config.model_dump(mode="json"))
             self._check_rate()
@@ -155,6 +168,8 @@ class _Run:
         tasks = self._score_tasks()
         self.seconds["total"] = round(time.perf_counter() - begun, 2)
         report = self._report(data, fitted, before, after, tasks)
+        if self.card_of is not None and self.folder.writes:
+            self.folder.write(f"{ADAPTER}/README.md", self.card_of(self.folder.path / ADAPTER, asdict(report)))
         self.folder.write_report(report)
 
         if before and after:
@@ -165,7 +180,8 @@ class _Run:
             f"{fitted.steps} steps, {fitted.tokens:,} tokens, {fitted.tokens_per_second:,.0f} tokens/s in training; "
             f"{self.seconds['total']:.0f} s in all"
         )
-        display.say(f"adapter: {self.folder.path / ADAPTER}")
+        display.say(f"adapter: {shown(self.folder.path / ADAPTER, None)}")
+        self._tell_next()
         return report
 
     def _check_rate(self) -> None:
@@ -194,9 +210,10 @@ class _Run:
         report = self.folder.finished()
         if report is not None:
             self.display.say(
-                f"this run has ended: {report.steps} steps, adapter {self.folder.path / ADAPTER}; nothing is left "
-                "to do (--overwrite starts anew)"
+                f"this run has ended: {report.steps} steps, adapter {shown(self.folder.path / ADAPTER, None)}; nothing "
+                "is left to do (--overwrite starts anew)"
             )
+            self._tell_next()
         return report
 
     def _find_checkpoint(self) -> None:
@@ -375,7 +392,7 @@ class _Run:
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.loss)] if before else []
         held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
-        title = f"{config.adapter.method}, r = {config.adapter.r}, on {config.model.name_or_path}"
+        title = f"{config.adapter.method}, r = {config.adapter.r}, on {shown(config.model.name_or_path)}"
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
 
     def _score_tasks(self) -> dict[str, Any] | None:
@@ -419,6 +436,25 @@ class _Run:
             warnings=self.warnings,
             best_step=fitted.best_step,
             tasks=tasks,
+        )
+
+    def _tell_next(self) -> None:
+        """The commands that take the adapter up."""
+        from dude_peft.terminal.next_steps import tell_next
+
+        model, adapter = self.config.model, str(self.folder.path / ADAPTER)
+        if model.trust_remote_code:
+            self.display.say(
+                "note: only dude train and dude plan run a model's own code; in Python, load the base model with "
+                "transformers, and the adapter with dude_peft.load_adapter"
+            )
+            return
+        base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]
+        tell_next(
+            self.display,
+            ["chat", adapter, *base],
+            ["eval", adapter, *base, "--tasks", "gsm8k", "-o", f"{self.folder.path}-scores"],
+            ["export", adapter, *base, "--to", "merged", "-o", f"{self.folder.path}-merged"],
         )
 
     def warn(self, text: str) -> None:

@@ -18,9 +18,12 @@ from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, read_manifest, stamp
+from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.parents import fits
+from dude_peft.show import quoted, shown
+from dude_peft.tuner.patterns import check_patterns, check_quantization
 
 
 class _PeftType(str):
@@ -224,6 +227,12 @@ class DudeConfig(PeftConfig):
                 f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
             )
         config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
+        try:
+            for settings in (vars(config), read_json(directory / CONFIG_FILE)):  # stock PEFT reads the second
+                check_patterns(settings, manifest.base)
+            check_quantization((manifest.quantization or {}).get("config", {}), manifest.base)
+        except (ConfigError, TypeError, AttributeError) as error:  # in a file it is forged: training refuses such ones
+            raise ArtifactError(f"{shown(directory / WEIGHTS_FILE, 300)}: {error}") from error
         config._loading = manifest
         return config
 
@@ -254,9 +263,9 @@ class DudeConfig(PeftConfig):
 def closest(name: str, known: Any) -> str:
     """A hint at the closest of the known names."""
     near = difflib.get_close_matches(name, [str(k) for k in known], n=3, cutoff=0.5)
-    return (
-        f"closest: {', '.join(repr(n) for n in near)}" if near else f"known: {', '.join(sorted(map(str, known))[:12])}"
-    )
+    if near:
+        return f"closest: {', '.join(map(quoted, near))}"
+    return f"known: {shown(', '.join(sorted(map(str, known))), None)}"
 
 
 def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, Any] | None = None) -> Path:
@@ -268,20 +277,25 @@ def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, A
         options: revision, token and cache_dir for the hub; others are ignored.
 
     Raises:
-        ArtifactError: it is neither.
+        ArtifactError: it is neither, or a file in it is none that can be read.
     """
     directory = Path(name) / (subfolder or "")
     if directory.is_dir():
+        check_folder(directory)
         return directory
     download = {
         key: (options or {})[key] for key in ("revision", "token", "cache_dir") if (options or {}).get(key) is not None
     }
     try:
         hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
-        return Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
+        directory = Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
     except Exception as error:  # the hub client's errors have no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"'{name}' is neither a folder nor a hub id that can be fetched ({first})") from error
+        raise ArtifactError(
+            f"'{shown(name, 300)}' is neither a folder nor a hub id that can be fetched ({shown(first, 200)})"
+        ) from error
+    check_folder(directory)
+    return directory
 
 
 def _check(config: DudeConfig) -> None:

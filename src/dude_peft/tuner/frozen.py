@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values, xxh3_of
 from dude_peft.core.magnitude import rows_product
+from dude_peft.show import a_
 from dude_peft.tuner.behaviour import Behaviour, behaviour_of, has_more_tensors
 from dude_peft.tuner.behaviour import is_transposed as is_transposed
 from dude_peft.tuner.behaviour import layer_shape as layer_shape
@@ -44,17 +45,17 @@ def why_not(layer: nn.Module) -> str | None:
     """
     kind = type(layer).__name__
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return f"is a {kind}, whose weight nn.MultiheadAttention reads without calling the layer: stock PEFT drops it"
+        return f"is {a_(kind)}, whose weight nn.MultiheadAttention reads without calling the layer: stock PEFT drops it"
     if not isinstance(layer, (nn.Linear, Conv1D)):
         sized = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
         if not sized or "Linear" not in kind:
-            return f"is a {kind}, which is not a linear layer"
+            return f"is {a_(kind)}, which is not a linear layer"
     if (
         type(layer).forward not in _KNOWN_FORWARDS
         and has_plain_weight(layer)
         and behaviour_of(layer) is Behaviour.OTHER
     ):
-        return f"is a {kind}, whose output is no linear map of rows of {layer_shape(layer)[1]} features plus its bias"
+        return f"is {a_(kind)}, whose output is no linear map of rows of {layer_shape(layer)[1]} features plus its bias"
     return None
 
 

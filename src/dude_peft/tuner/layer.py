@@ -23,6 +23,7 @@ from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Split
 from dude_peft.methods.start import Start
 from dude_peft.parents import fits
+from dude_peft.show import a_
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
@@ -323,7 +324,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if frozen.plain_weight(base) is None:
             raise ConfigError(
-                f"'{self.layer_name}' is a {type(base).__name__}, its weight cannot take a merge; load the "
+                f"'{self.layer_name}' is {a_(type(base).__name__)}, its weight cannot take a merge; load the "
                 f"base model unquantised, load the adapter there, and merge"
             )
 

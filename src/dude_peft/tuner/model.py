@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.magnitude import row_norm
+from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.parents import fits, require
@@ -42,7 +43,7 @@ from dude_peft.tuner.heads import (
     warn_of_drawn,
 )
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
-from dude_peft.tuner.patterns import check_pattern
+from dude_peft.tuner.patterns import check_patterns
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
 from dude_peft.tuner.weighted import plan_sum
@@ -108,7 +109,7 @@ class DudeModel(BaseTuner):
                 f"target_modules is not set, and PEFT has no choice of its own for {type(model).__name__}; "
                 "'all-linear' adapts every linear layer"
             ) from error
-        _check_patterns(model, config)
+        check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
             self._leave_out(model, config)
@@ -744,17 +745,6 @@ def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
     return not wanted or _layer_index(name, config) in wanted
 
 
-def _check_patterns(model: nn.Module, config: DudeConfig) -> None:
-    names = [name for name, _ in model.named_modules() if name]
-    for key in ("target_modules", "exclude_modules"):
-        expression = getattr(config, key)
-        if isinstance(expression, str):
-            check_pattern(key, expression, names)
-    for key in ("rank_pattern", "alpha_pattern"):
-        for expression in getattr(config, key) or ():
-            check_pattern(key, expression, names, around=r"(.*\.)?({})$")
-
-
 def _check_layers(config: DudeConfig, names: list[str]) -> None:
     there = {index for name in names if (index := _layer_index(name, config)) is not None}
     if missing := sorted(_wanted_layers(config) - there):
@@ -778,7 +768,7 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
     config = Path(getattr(model, "name_or_path", "") or ".") / "config.json"
     if adapted is None or not config.is_file():
         return
-    before = json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
+    before = read_json(config).get("vocab_size")
     now = model.config.get_text_config().vocab_size
     if before is not None and before != now:
         raise ConfigError(

@@ -1,0 +1,24 @@
+"""What to do next, as commands that a shell takes as they stand."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+
+
+def tell_next(display: Display, *commands: Sequence[str]) -> None:
+    """Prints commands, each given as the words behind `dude`."""
+    display.say("next:")
+    for words in commands:
+        display.say(f"  dude {' '.join(map(_word, words))}")
+
+
+def _word(text: str) -> str:
+    """Quoted where a shell wants it; what a terminal would obey is escaped as shells escape it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    inner = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{shown(inner, None)}'"

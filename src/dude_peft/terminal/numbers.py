@@ -1,0 +1,29 @@
+"""Numbers on the command line: ASCII decimals without leading zeros, as everybody reads them.
+
+Python's `int` also takes other scripts' digits, underscores and blanks, and 010, which is eight elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+from dude_peft.show import quoted
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
+_NUMBER = re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?|inf|nan)")
+
+
+def integer(text: str | int) -> int:
+    """A whole number as it is typed; typer.BadParameter for anything else."""
+    if isinstance(text, str) and not _INTEGER.fullmatch(text):
+        raise typer.BadParameter(f"{quoted(text)} is no whole number; write plain digits without leading zeros")
+    return int(text)
+
+
+def number(text: str | float) -> float:
+    """A decimal number as it is typed; typer.BadParameter for anything else."""
+    if isinstance(text, str) and not _NUMBER.fullmatch(text):
+        raise typer.BadParameter(f"{quoted(text)} is no decimal number; write plain digits without leading zeros")
+    return float(text)
