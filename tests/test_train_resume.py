@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import save_tiny, write_rows
 
+from dude_peft.artifact.sealed import sealed, unsealed
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError, StoppedError
 from dude_peft.train import trainer as trainer_module
+from dude_peft.train.checkpoint import FORMAT_VERSION
 from dude_peft.train.config import RunConfig
 from dude_peft.train.lock import RunLock
 from dude_peft.train.run import run
@@ -264,10 +266,10 @@ def test_another_base_model_is_refused(halfway, places, tmp_path):
 
 def test_another_environment_is_warned_of(halfway, tmp_path):
     path = tmp_path / "out/run.json"
-    identity = json.loads(path.read_text())
+    identity = unsealed(json.loads(path.read_text()))
     identity["environment"]["versions"]["torch"] = "2.0.0"
     identity["environment"]["hardware"]["threads"] = 77
-    path.write_text(json.dumps(identity))
+    path.write_text(json.dumps(sealed(identity)))
     report = start(halfway)
     told = [warning for warning in report.warnings if "not where the run began" in warning]
     assert len(told) == 1
@@ -327,7 +329,7 @@ def test_a_checkpoint_of_another_format_and_a_renamed_one_are_refused(halfway, t
         start(halfway)
     for path in folder.glob("step-*"):
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION}))
     newest = max(folder.glob("step-*"))
     newest.rename(folder / "step-00000020")  # as if it were further on
     report = start(halfway)

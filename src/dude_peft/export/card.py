@@ -7,7 +7,6 @@ written by a YAML writer. Nothing in a data set or a model's name can add a head
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,12 @@ from typing import Any
 import jinja2
 import yaml
 
+from dude_peft.artifact.sealed import read_json, unsealed
+from dude_peft.errors import ArtifactError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.serving import PROGRAMS, serving_matrix
 from dude_peft.show import shown
+from dude_peft.train.record import REPORT
 from dude_peft.version import __version__
 
 CARD = "README.md"
@@ -141,12 +143,20 @@ def model_card(
 
 
 def report_of(adapter: Path) -> dict[str, Any] | None:
-    """report.json of the run whose folder the adapter lies in; None where there is none that can be read."""
+    """report.json of the run whose folder the adapter lies in; None where there is none, or a foreign one.
+
+    Raises:
+        ArtifactError: it is a run's, and was changed.
+    """
+    path = adapter.parent / REPORT
     try:
-        found = json.loads((adapter.parent / "report.json").read_bytes())
-    except (OSError, ValueError):
+        found = read_json(path)
+    except ArtifactError:
         return None
-    return found if isinstance(found, dict) else None
+    try:
+        return unsealed(found) if "sha256" in found else found  # early versions did not seal theirs
+    except ValueError as error:
+        raise ArtifactError(f"{shown(path, 300)} is damaged; restore it, or move it away") from error
 
 
 def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:
