@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from dude_peft.artifact.sealed import read_json, unsealed
-from dude_peft.errors import ArtifactError
+from dude_peft.artifact.sealed import read_json, read_sealed
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.serving import PROGRAMS, serving_matrix
 from dude_peft.show import shown
@@ -143,20 +142,16 @@ def model_card(
 
 
 def report_of(adapter: Path) -> dict[str, Any] | None:
-    """report.json of the run whose folder the adapter lies in; None where there is none, or a foreign one.
+    """report.json of the run whose folder the adapter lies in; None where there is none.
 
     Raises:
-        ArtifactError: it is a run's, and was changed.
+        ArtifactError: it is not as it was written.
     """
-    path = adapter.parent / REPORT
-    try:
-        found = read_json(path)
-    except ArtifactError:
+    path, remedy = adapter.parent / REPORT, "restore it, or move it away"
+    if not path.exists():
         return None
-    try:
-        return unsealed(found) if "sha256" in found else found  # early versions did not seal theirs
-    except ValueError as error:
-        raise ArtifactError(f"{shown(path, 300)} is damaged; restore it, or move it away") from error
+    sealed = "sha256" in read_json(path, remedy)  # early versions did not seal theirs
+    return read_sealed(path, remedy) if sealed else read_json(path, remedy)
 
 
 def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:
