@@ -109,8 +109,8 @@ def measured(settings: argparse.Namespace, objective: str, seed: int, folder: Pa
         "domain": report.after.loss,
         "general_before": general[0]["loss"],
         "general": general[-1]["loss"],
-        "kl_before": general[0]["kl"],
-        "kl": general[-1]["kl"],
+        "kl_before": general[0]["kl_base_tuned"],
+        "kl": general[-1]["kl_base_tuned"],
         "training_seconds": report.seconds["training"],
         "tokens": report.tokens,
     }

@@ -183,8 +183,8 @@ def test_a_plain_model_has_no_base_and_a_text_its_perplexity(place, tmp_path):
     assert tuned.text is not None
     assert plain.text.base_loss is None
     assert tuned.text.base_loss == pytest.approx(plain.text.loss, abs=1e-6)
-    assert tuned.text.kl is not None
-    assert tuned.text.kl > 0
+    assert tuned.text.kl_tuned_base is not None
+    assert tuned.text.kl_tuned_base > 0
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     ids = AutoTokenizer.from_pretrained(place / "model")(text.read_text())["input_ids"]
     step = len(ids) // 16

@@ -91,7 +91,7 @@ def test_scores_on_the_way_and_at_the_end(place, done):
     }
     results = json.loads((output / "scores" / "results.json").read_text())
     assert as_json(report.tasks["measures"]) == results["measures"]
-    assert report.tasks["text"]["kl"] > 0
+    assert report.tasks["text"]["kl_tuned_base"] > 0
     last = on_the_way[-1]["tasks"]
     for measure in results["measures"]:
         assert measure["base"] is not None
@@ -237,7 +237,7 @@ def test_two_processes_answer_as_one(place, tmp_path):
     assert results["provenance"]["answers"] == one.provenance["answers"]
     assert results["measures"] == as_json(one.measures)
     assert results["text"]["loss"] == pytest.approx(one.text.loss, abs=1e-6)
-    assert results["text"]["kl"] == pytest.approx(one.text.kl, abs=1e-6)
+    assert results["text"]["kl_tuned_base"] == pytest.approx(one.text.kl_tuned_base, abs=1e-6)
     for name in TASKS:
         ours, theirs = (
             [json.loads(line) for line in (tmp_path / o / "samples" / f"{name}.jsonl").read_text().splitlines()]

@@ -16,6 +16,7 @@ import torch
 import transformers
 from models import logits, make, perturb, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_llama
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.fingerprint import fingerprint, same_values
@@ -413,3 +414,18 @@ def test_adapters_are_swapped_over_one_base(trained):
     model.set_adapter("a")
     assert torch.equal(logits(model), trained("dude")[1])
     assert torch.equal(logits(model.unload()), plain)
+
+
+@pytest.mark.parametrize("where", ["lora_dB", "lora_dm", "modules_to_save"])
+def test_no_adapter_with_nan_is_saved_by_anyone(tmp_path, where):
+    """save_pretrained is where Trainer, TRL and users' own loops end up."""
+    model = get_peft_model(
+        tiny_llama(), DudeConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    )
+    name, weight = next((n, p) for n, p in model.named_parameters() if where in n and p.requires_grad)
+    with torch.no_grad():
+        weight.view(-1)[3] = torch.inf
+    with pytest.raises(NumericsError, match="holds NaN or Inf and is not saved"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not list(tmp_path.rglob("*.safetensors")), name
+    assert not list(tmp_path.rglob("*.json"))

@@ -209,8 +209,8 @@ def test_judged_tokens_are_predicted_by_the_token_before():
 def test_what_is_measured_on_general_rows_is_the_formula():
     model = adapted()
     perturb(model)
-    loss, distance = general_scores(model, GENERAL, pad_id=257, batch_size=2)
-    ce, kl, tokens = 0.0, 0.0, 0
+    found = general_scores(model, GENERAL, pad_id=257, batch_size=2)
+    ce, kl, reverse, tokens = 0.0, 0.0, 0.0, 0
     for example in GENERAL:
         ids = torch.tensor([example["input_ids"]])
         with torch.no_grad():
@@ -219,8 +219,11 @@ def test_what_is_measured_on_general_rows_is_the_formula():
                 log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         ce -= float(log_q.gather(1, ids[0, 1:, None]).sum())
         kl += float((log_p.exp() * (log_p - log_q)).sum())
+        reverse += float((log_q.exp() * (log_q - log_p)).sum())
         tokens += len(log_q)
-    assert (loss, distance) == pytest.approx((ce / tokens, kl / tokens), rel=1e-5)
+    wanted = {"loss": ce / tokens, "kl_base_tuned": kl / tokens, "kl_tuned_base": reverse / tokens}
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert abs(kl - reverse) > 1e-3 * kl  # two numbers, not one under two names
 
 
 # --- the order ----------------------------------------------------------------------------------------------------
@@ -314,13 +317,11 @@ def test_the_domain_is_learned_and_the_rest_stays_nearer_to_the_base(settings, t
     for report in (plain, mixed):
         measured = report.data["general_test"]["measured"]
         assert [line["step"] for line in measured] == [0, 3, 6, 8]
-        assert measured[0]["kl"] == 0
+        assert measured[0]["kl_base_tuned"] == measured[0]["kl_tuned_base"] == 0
         assert report.after.loss < report.before.loss
-        written = [line for line in metrics(report.config["output_dir"]) if "general_kl" in line]
-        assert [(line["step"], line["general_loss"], line["general_kl"]) for line in written] == [
-            (line["step"], line["loss"], line["kl"]) for line in measured
-        ]
-    kl = [report.data["general_test"]["measured"][-1]["kl"] for report in (plain, mixed)]
+        written = [line for line in metrics(report.config["output_dir"]) if "general_loss" in line]
+        assert [{key.removeprefix("general_"): value for key, value in line.items()} for line in written] == measured
+    kl = [report.data["general_test"]["measured"][-1]["kl_base_tuned"] for report in (plain, mixed)]
     assert kl[1] < 0.7 * kl[0]
     saved = json.loads((tmp_path / "out/report.json").read_text())
     assert saved["data"]["general_test"]["measured"] == mixed.data["general_test"]["measured"]
@@ -346,7 +347,7 @@ def test_accumulation_and_checkpointing_take_the_same_steps(settings, tmp_path, 
 def test_autocast_and_packing_train_as_well(settings, train, data):
     report = start(settings, train=train, data=data)
     assert report.after.loss < report.before.loss
-    assert 0 < report.data["general_test"]["measured"][-1]["kl"] < 0.1
+    assert 0 < report.data["general_test"]["measured"][-1]["kl_base_tuned"] < 0.1
 
 
 def test_an_interrupted_run_goes_on_bit_by_bit(settings, tmp_path, monkeypatch):

@@ -97,6 +97,66 @@ def test_a_bad_number_stops_before_the_step_and_names_the_rows(settings, monkeyp
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
 
 
+@pytest.mark.parametrize("where", ["weight", "exp_avg", "exp_avg_sq", "lr"])
+def test_no_bad_number_reaches_a_checkpoint(settings, monkeypatch, where):
+    """Poison behind step 4, of which no loss has heard: the checkpoint of step 3 is the newest, and the run goes on."""
+    original = loop_module.Loop.on_step_end
+
+    def poisoned(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **rest):
+        if state.global_step == 4:
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            with torch.no_grad():
+                if where == "weight":
+                    weight.view(-1)[0] = torch.nan
+                elif where == "lr":
+                    optimizer.param_groups[0]["lr"] = float("inf")
+                else:
+                    optimizer.state[weight][where].view(-1)[-1] = torch.inf
+        return original(self, args, state, control, model=model, lr_scheduler=lr_scheduler, **rest)
+
+    monkeypatch.setattr(loop_module.Loop, "on_step_end", poisoned)
+    with pytest.raises(NumericsError, match="holds NaN or Inf behind step 4; nothing of it was written"):
+        start(settings, train={"save_steps": 1})
+    monkeypatch.undo()
+    out = Path(settings["output_dir"])
+    assert max(path.name for path in (out / "checkpoints").iterdir()) == "step-00000003"
+    assert start(settings, train={"save_steps": 1}).steps == 8
+    for path in out.rglob("*.safetensors"):
+        assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+@pytest.mark.parametrize(
+    "train",
+    [{"learning_rate": 1e20}, {"learning_rate": 1e38}, {"learning_rate": 1e38, "optim": "adafactor"},
+     {"loraplus_lr_ratio": 1e38}],
+    ids=str,
+)  # fmt: skip
+def test_the_last_step_is_looked_at_like_every_other(settings, train, trainer):
+    if trainer == "trl":
+        pytest.importorskip("trl")
+        if train != {"learning_rate": 1e20}:
+            pytest.skip("the same look")
+    one = {"max_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant", "trainer": trainer}
+    with pytest.raises(NumericsError, match=r"step 1.*lower train\.learning_rate"):
+        start(settings, train=one | train, evaluation={"enabled": False}, data={"test": None})
+    out = Path(settings["output_dir"])
+    assert {path.name for path in out.iterdir()} <= {"run.json", "metrics.jsonl"}
+
+
+def test_looking_takes_no_part_of_a_step(settings, monkeypatch):
+    """Only where something is written, and behind the last step."""
+    from dude_peft.train.trainer import RunTrainer
+
+    looked = []
+    original = RunTrainer.check_sound
+    monkeypatch.setattr(
+        RunTrainer, "check_sound", lambda self, *a: (looked.append(self.state.global_step), original(self, *a))[1]
+    )
+    start(settings, train={"save_steps": 5})
+    assert looked == [5, 8]
+
+
 def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, monkeypatch):
     """A real allocation that the CPU refuses, in step 4."""
     from dude_peft.train.trainer import RunTrainer
@@ -157,6 +217,73 @@ def test_training_ends_early_and_stays_ended(settings, monkeypatch):
     (out / "report.json").unlink()  # as if killed behind the end of training
     again = start(settings, evaluation=evaluation)
     assert (again.steps, again.best_step) == (6, 2)
+
+
+def test_the_threshold_ends_training_and_chooses_no_adapter(settings, monkeypatch):
+    """Each a little better: too little for patience, and the last one is the best all the same."""
+    losses = iter([0.5, 0.49, 0.48, 0.4])
+    original = loop_module.Loop._measure_loss
+
+    def scripted(self, step, model):
+        self.held_out_loss = lambda: next(losses)
+        return original(self, step, model)
+
+    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+    evaluation = {"eval_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 0.05}
+    report = start(settings, evaluation=evaluation)
+    assert (report.steps, report.best_step) == (6, 6)
+
+
+def test_small_gains_that_add_up_are_a_gain(settings, monkeypatch):
+    losses = iter([0.5, 0.48, 0.44, 0.43])
+    original = loop_module.Loop._measure_loss
+
+    def scripted(self, step, model):
+        self.held_out_loss = lambda: next(losses)
+        return original(self, step, model)
+
+    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+    evaluation = {"eval_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 0.05}
+    report = start(settings, evaluation=evaluation)
+    assert (report.steps, report.best_step) == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"])
+@pytest.mark.parametrize("warm", [0.05, 3, 0])
+def test_no_step_of_a_warm_up_has_no_rate(settings, kind, warm):
+    """Step k of w has k / (w + 1) of the rate; afterwards it is transformers' schedule."""
+    from transformers import get_scheduler
+
+    start(
+        settings, train={"lr_scheduler_type": kind, "warmup_steps": warm, "logging_steps": 1},
+        evaluation={"enabled": False}, data={"test": None},
+    )  # fmt: skip
+    rates = [line["learning_rate"] / 0.01 for line in lines(settings) if "learning_rate" in line]
+    steps = {0.05: 1, 3: 3, 0: 0}[warm]
+    assert rates[:steps] == pytest.approx([step / (steps + 1) for step in range(1, steps + 1)])
+    if kind == "inverse_sqrt":  # its fall depends on the warm-up's length, which is a step longer
+        assert max(rates) == pytest.approx(1)
+        return
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=steps, num_training_steps=8)
+    wanted = []
+    for _ in range(8):
+        wanted.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[steps:] == pytest.approx(wanted[steps:])
+
+
+def test_the_time_that_is_left_counts_the_last_evaluation(settings, monkeypatch, capsys):
+    import time
+
+    from dude_peft.train import score
+
+    original = score.complete
+    monkeypatch.setattr(score, "complete", lambda *a, **k: (time.sleep(2), original(*a, **k))[1])
+    run(RunConfig(**settings))
+    last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 8/8"))
+    assert int(last.rpartition("ETA ")[2].split()[0]) >= 2
 
 
 def test_measuring_changes_no_training(settings, tmp_path):

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_rows
 
+from dude_peft.artifact.sealed import folder_facts, seal_folder, sealed, unsealed
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError, StoppedError
 from dude_peft.train import trainer as trainer_module
+from dude_peft.train.checkpoint import FORMAT_VERSION, Checkpoints
 from dude_peft.train.config import RunConfig
 from dude_peft.train.lock import RunLock
 from dude_peft.train.run import run
@@ -264,10 +266,10 @@ def test_another_base_model_is_refused(halfway, places, tmp_path):
 
 def test_another_environment_is_warned_of(halfway, tmp_path):
     path = tmp_path / "out/run.json"
-    identity = json.loads(path.read_text())
+    identity = unsealed(json.loads(path.read_text()))
     identity["environment"]["versions"]["torch"] = "2.0.0"
     identity["environment"]["hardware"]["threads"] = 77
-    path.write_text(json.dumps(identity))
+    path.write_text(json.dumps(sealed(identity)))
     report = start(halfway)
     told = [warning for warning in report.warnings if "not where the run began" in warning]
     assert len(told) == 1
@@ -304,6 +306,71 @@ def test_a_damaged_checkpoint_is_skipped_and_named(halfway, whole, tmp_path, nam
     assert found == whole
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "manifest.json", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "one bit", "another run's"])
+def test_a_damaged_best_adapter_is_not_gone_on_with(places, whole, tmp_path, monkeypatch, name, damage):
+    """Cut right behind the checkpoint that it goes with: the one before has none yet, and finds it again."""
+    wanted = settings(places, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        cut_at(7, patch)
+        with pytest.raises(_CutError):
+            start(wanted)
+    best = tmp_path / "out/checkpoints/best-00000007"
+    if damage == "another run's":
+        tensors = load_file(best / "trained.safetensors")
+        Checkpoints(tmp_path / "other").save_best(
+            7, lambda folder: shutil.copytree(best / "adapter", folder), {n: t + 1 for n, t in tensors.items()}
+        )
+        shutil.rmtree(best)
+        (tmp_path / "other/best-00000007").rename(best)
+    elif damage == "missing":
+        (best / name).unlink()
+    else:
+        data = bytearray((best / name).read_bytes())
+        data[len(data) // 2] ^= 4
+        (best / name).write_bytes(data)
+    report = start(wanted)
+    assert any("checkpoint skipped: " in told and "best-00000007" in told for told in report.warnings)
+    assert result(tmp_path / "out") == whole
+
+
+def test_a_run_whose_best_adapter_is_lost_says_so_before_it_trains(halfway, tmp_path):
+    path = tmp_path / "out/checkpoints/best-00000007/trained.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 0x40
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"best-00000007/trained\.safetensors is damaged"):
+        start(halfway)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_checkpoint_with_nan_is_passed_over(halfway, whole, tmp_path, name):
+    """As an earlier version may have left one: every hash agrees, and a number is none."""
+    newest = max((tmp_path / "out/checkpoints").glob("step-*"))
+    tensors = load_file(newest / name)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, newest / name)
+    facts, _ = folder_facts(newest)
+    seal_folder(newest, facts)
+    report = start(halfway)
+    assert any(
+        "checkpoint skipped: " in told and f"{name} holds NaN or Inf" in told and "going on from step-00000008" in told
+        for told in report.warnings
+    )
+    assert result(tmp_path / "out") == whole
+
+
+def test_of_adapters_alone_the_newest_sound_one_is_taken(halfway, tmp_path):
+    folder = tmp_path / "out/checkpoints"
+    for path in folder.glob("step-*"):
+        (path / "random.safetensors").unlink()
+    weights = max(folder.glob("step-*")) / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    report = start(halfway, weights_only=True)
+    assert any("adapter skipped: " in told for told in report.warnings)
+    assert any("only the adapter of step-00000008" in told for told in report.warnings)
+
+
 def test_without_a_whole_checkpoint_the_file_is_named_and_the_adapter_can_be_saved(halfway, tmp_path):
     out = tmp_path / "out"
     for path in (out / "checkpoints").glob("step-*"):
@@ -327,7 +394,7 @@ def test_a_checkpoint_of_another_format_and_a_renamed_one_are_refused(halfway, t
         start(halfway)
     for path in folder.glob("step-*"):
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+        (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION}))
     newest = max(folder.glob("step-*"))
     newest.rename(folder / "step-00000020")  # as if it were further on
     report = start(halfway)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dude_peft.core.finite import is_finite
 from dude_peft.errors import ArtifactError, NumericsError
 
 # PEFT itself writes the magnitude without ".weight", and reads both; transformers' load_adapter reads this one alone.
@@ -133,8 +134,7 @@ def from_stock(
             raise ArtifactError(
                 f"tensor '{where}.{name}' has dtype {tensor.dtype}, a float is wanted; save the adapter again"
             )
-        # The sum is the quicker look; it may overflow where no entry does.
-        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise NumericsError(
                 f"tensor '{where}.{name}' holds NaN or Inf; training diverged, use an earlier checkpoint"
             )

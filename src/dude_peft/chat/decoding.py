@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 _LARGEST_COUNT = 10**9
+# Beyond these, logits over the temperature leave float32; long before, drawing is taking the likeliest, or any token.
+_COLDEST, _HOTTEST = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Decoding:
         """Raises ConfigError for what cannot work."""
         if not 1 <= self.max_new_tokens <= _LARGEST_COUNT:
             raise ConfigError(f"--max-new-tokens {self.max_new_tokens}: give a whole number of tokens from 1")
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature != 0 and not _COLDEST <= self.temperature <= _HOTTEST:
             raise ConfigError(
-                f"--temperature {self.temperature}: give a number from 0 (the likeliest token), often 0.7"
+                f"--temperature {self.temperature}: give 0 (the likeliest token) or a number from {_COLDEST:g} to "
+                f"{_HOTTEST:g}, often 0.7"
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p}: give a probability above 0, up to 1")

@@ -17,6 +17,7 @@ from dude_peft.export.base import source_named, source_of
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 from dude_peft.train.config_file import read_values
+from dude_peft.train.identity import recorded_config
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
 from dude_peft.train.record import ADAPTER
 from dude_peft.train.record import CONFIG as RUN_CONFIG
@@ -185,11 +186,13 @@ def _plain(model: Any) -> Any:
 
 
 def _template_of_the_run(adapter: Path) -> str:
-    """What `dude train` was told of the template, from the configuration beside the adapter."""
+    """What `dude train` was told of the template, from run.json beside the adapter, else from config.yaml there."""
     if adapter.absolute().name != ADAPTER:
         return "auto"
+    folder = adapter.absolute().parent
     try:
-        kind = read_values(adapter.absolute().parent / RUN_CONFIG)["data"]["template"]
+        config = recorded_config(folder) or read_values(folder / RUN_CONFIG)
+        kind = config["data"]["template"]
     except (ConfigError, KeyError, TypeError):
         return "auto"
     return kind if kind in KINDS else "auto"

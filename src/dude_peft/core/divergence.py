@@ -33,9 +33,12 @@ def target_loss(logits: Tensor, places: Tensor, labels: Tensor, base: Tensor) ->
     return found
 
 
-def divergence(base: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(base) || softmax(logits)) of each row, (K, V) -> (K,), in nats; what p rules out adds nothing."""
-    log_p, log_q = _log_softmax(base), _log_softmax(logits)
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(P || Q) of each row, P = softmax(p) and Q = softmax(q): (K, V) -> (K,), in nats.
+
+    What P rules out adds nothing. Wherever a direction is recorded, its name is kl_P_Q, as in kl_base_tuned.
+    """
+    log_p, log_q = _log_softmax(p), _log_softmax(q)
     # Where p = 0 the term is 0 times something infinite; NaN shall stay NaN.
     return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
 

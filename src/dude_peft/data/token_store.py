@@ -30,6 +30,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dude_peft.artifact.durable import replace_file
+from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.encode import Counts, Example
 from dude_peft.data.formats import Row
 from dude_peft.data.rows import row_bytes
@@ -122,7 +123,9 @@ class TokenWriter:
             file.close()
         files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
         body = {"key": key, "files": files, "counts": asdict(counts), "sha256": self._digest.hexdigest()}
-        replace_file(self._folder / MANIFEST, json.dumps({"sha256": _sha256(body), "body": body}).encode("ascii"))
+        replace_file(
+            self._folder / MANIFEST, json.dumps({"sha256": content_sha256(body), "body": body}).encode("ascii")
+        )
 
     def _write(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
@@ -140,7 +143,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
     try:
         manifest = read_json(folder / MANIFEST)
         body = manifest["body"]
-        if manifest["sha256"] != _sha256(body) or body["key"] != key or body["files"].keys() != _COLUMNS.keys():
+        if manifest["sha256"] != content_sha256(body) or body["key"] != key or body["files"].keys() != _COLUMNS.keys():
             raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
         for name, (size, digest) in body["files"].items():
             if (folder / name).stat().st_size != size or _file_hash(folder / name) != digest:
@@ -159,10 +162,6 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
 
 def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
-
-
-def _sha256(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def _file_hash(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 A JSON-lines file. Its first line says of what: the model's fingerprint and all else that answers depend on. Each other
 line is one batch, {request's hash: answer}, written at once: after a kill a batch is there whole or not at all, and the
-resumed run computes the same batches with the same numbers. Of several processes the first one reads and writes the
+resumed run computes the same batches with the same numbers. Every line carries its own hash and, in it, the file's
+name: a changed line, or one of another file, is refused. Of several processes the first one reads and writes the
 file; the others are told what is in it.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dude_peft.artifact.durable import disk_errors
+from dude_peft.artifact.sealed import sealed, unsealed
 from dude_peft.doors import open_file
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
@@ -33,7 +35,7 @@ class AnswerCache:
             settings: what the answers depend on; those of the file that are kept from an earlier run win.
 
         Raises:
-            ArtifactError: the file is damaged elsewhere than in its last line.
+            ArtifactError: the file is damaged elsewhere than in its last line, or is another model's.
             ResourceError: it cannot be written.
         """
         self._path = path
@@ -51,12 +53,12 @@ class AnswerCache:
             content = _content(path)
             whole = content[: content.rfind(b"\n") + 1]
             try:
-                lines = [json.loads(line) for line in whole.splitlines()]
+                lines = [self._content(unsealed(json.loads(line))) for line in whole.splitlines()]
                 if lines:
                     self.settings = {**self.settings, **lines[0]}
                 for batch in lines[1:]:
                     self._answers |= batch
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ArtifactError(
                     f"{shown(path, 300)} is damaged; remove it, and its answers are computed again"
                 ) from error
@@ -91,9 +93,15 @@ class AnswerCache:
         if self._file is not None:
             self._file.close()
 
+    def _content(self, line: dict[str, Any]) -> dict[str, Any]:
+        if line["of"] != self._path.stem:
+            raise ValueError("a line of another file")
+        return dict(line["content"])
+
     def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        # ASCII: whatever a model wrote comes back as it was, lone surrogates too.
+        self._file.write(json.dumps(sealed({"of": self._path.stem, "content": line})).encode("ascii") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

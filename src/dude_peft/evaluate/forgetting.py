@@ -1,7 +1,8 @@
 """What fine-tuning cost elsewhere: loss on general text, and how far the predictions moved from the base model's.
 
 loss  = mean over tokens of -log p(token | before), in nats; perplexity = exp(loss)
-KL    = mean over positions of KL(tuned || base) = sum_v p_tuned(v) (log p_tuned(v) - log p_base(v)), in nats
+kl_tuned_base = mean over positions of KL(tuned || base) = sum_v p_tuned(v) (log p_tuned(v) - log p_base(v)), in nats
+kl_base_tuned = the other direction, KL(base || tuned): large where the tuned model no longer says what the base says
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dude_peft.core.divergence import divergence
 from dude_peft.data.file_lines import opened
 from dude_peft.errors import DataError, NumericsError
 from dude_peft.evaluate.intervals import Comparison, bootstrap_mean, compare
@@ -47,9 +49,12 @@ class TextScore:
     base_perplexity: float | None = None
     comparison: Comparison | None = None
     """Of the blocks' losses; lower is better."""
-    kl: float | None = None
+    kl_tuned_base: float | None = None
     """KL(tuned || base), nats a token."""
-    kl_interval: tuple[float, float] | None = None
+    kl_tuned_base_interval: tuple[float, float] | None = None
+    kl_base_tuned: float | None = None
+    """KL(base || tuned), nats a token."""
+    kl_base_tuned_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,24 @@ def score_text(speaker: Speaker, text: Text) -> TextScore:
         scores[number] = _block_scores(speaker, blocks[number])
     every = {number: score for of_one in gathered(scores) for number, score in of_one.items()}
     losses, *others = map(list, zip(*(every[number] for number in range(len(blocks))), strict=True))
+    if not all(math.isfinite(value) for values in (losses, *others) for value in values):
+        raise NumericsError(
+            f"{shown(speaker.name, 300)}: the loss on {shown(text.file, 300)}, or the KL there, is infinite; the model "
+            "rules out what the text or its base says, check the model's files"
+        )
     loss = sum(losses) / len(losses)
     score: dict[str, Any] = {}
     if others:
-        base_losses, kls = others
+        base_losses, tuned_base, base_tuned = others
         base_loss = sum(base_losses) / len(base_losses)
         score = {
             "base_loss": base_loss,
-            "base_perplexity": math.exp(base_loss),
+            "base_perplexity": _perplexity(base_loss),
             "comparison": compare(losses, base_losses, higher_is_better=False),
-            "kl": sum(kls) / len(kls),
-            "kl_interval": bootstrap_mean(kls),
+            "kl_tuned_base": sum(tuned_base) / len(tuned_base),
+            "kl_tuned_base_interval": bootstrap_mean(tuned_base),
+            "kl_base_tuned": sum(base_tuned) / len(base_tuned),
+            "kl_base_tuned_interval": bootstrap_mean(base_tuned),
         }
     return TextScore(
         file=text.file,
@@ -110,22 +122,30 @@ def score_text(speaker: Speaker, text: Text) -> TextScore:
         tokens=len(blocks) * (len(blocks[0]) - 1),
         loss=loss,
         interval=bootstrap_mean(losses),
-        perplexity=math.exp(loss),
+        perplexity=_perplexity(loss),
         **score,
     )
 
 
 def _block_scores(speaker: Speaker, ids: list[int]) -> tuple[float, ...]:
-    """(loss,), and under an adapter (loss, the base's, KL)."""
+    """(loss,), and under an adapter (loss, the base's, KL(tuned || base), KL(base || tuned))."""
     row = torch.tensor([ids], device=speaker.model.device)
     tuned = _log_probabilities(speaker, row)
     if not speaker.adapted:
         return (_loss(tuned, row),)
     with speaker.as_base():
         base = _log_probabilities(speaker, row)
-    # A token that the model rules out (log 0) adds nothing, whatever the base thinks of it.
-    terms = torch.where(tuned > -torch.inf, tuned.exp() * (tuned - base), 0)
-    return _loss(tuned, row), _loss(base, row), float(terms.sum(-1).mean())
+    distances = (float(divergence(p, q).mean()) for p, q in ((tuned, base), (base, tuned)))
+    return _loss(tuned, row), _loss(base, row), *distances
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise NumericsError(
+            f"the loss on general text is {loss:.0f} nats a token, and its perplexity no number; the training diverged"
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -81,11 +81,13 @@ def _between(interval: tuple[float, float] | None) -> str:
 def _text(text: TextScore) -> list[tuple[str, str]]:
     loss = f"{text.loss:.4f} nats a token{_between(text.interval)}, perplexity {text.perplexity:.2f}"
     tokens = f"{text.tokens:,} tokens of {text.file}"
-    if text.base_loss is None or text.comparison is None or text.kl is None:
+    if text.base_loss is None or text.comparison is None or text.kl_tuned_base is None:
         return [("general text, loss", f"{loss}; {tokens}")]
     base = f"base {text.base_loss:.4f}, perplexity {text.base_perplexity:.2f}"
-    moved = f"{text.kl:.4f} nats a token{_between(text.kl_interval)}"
+    moved = f"{text.kl_tuned_base:.4f} nats a token{_between(text.kl_tuned_base_interval)}"
+    lost = f"{text.kl_base_tuned:.4f} nats a token{_between(text.kl_base_tuned_interval)}"
     return [
         ("forgetting, loss on general text", f"{loss}; {base}; {_difference(text.comparison, 1)}; {tokens}"),
         ("forgetting, KL(tuned || base) there", moved),
+        ("forgetting, KL(base || tuned) there", lost),
     ]

@@ -15,10 +15,11 @@ from typing import Any
 import jinja2
 import yaml
 
-from dude_peft.doors import read_json
+from dude_peft.artifact.sealed import read_json, read_sealed
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.serving import PROGRAMS, serving_matrix
 from dude_peft.show import shown
+from dude_peft.train.record import REPORT
 from dude_peft.version import __version__
 
 CARD = "README.md"
@@ -141,12 +142,16 @@ def model_card(
 
 
 def report_of(adapter: Path) -> dict[str, Any] | None:
-    """report.json of the run whose folder the adapter lies in; None where there is none that can be read."""
-    try:
-        found = read_json(adapter.parent / "report.json")
-    except (OSError, ValueError):
+    """report.json of the run whose folder the adapter lies in; None where there is none.
+
+    Raises:
+        ArtifactError: it is not as it was written.
+    """
+    path, remedy = adapter.parent / REPORT, "restore it, or move it away"
+    if not path.exists():
         return None
-    return found if isinstance(found, dict) else None
+    sealed = "sha256" in read_json(path, remedy)  # early versions did not seal theirs
+    return read_sealed(path, remedy) if sealed else read_json(path, remedy)
 
 
 def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:

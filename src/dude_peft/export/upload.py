@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.errors import ArtifactError, ConfigError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
@@ -57,6 +57,7 @@ def upload(
 
 def _gather(adapter: Path, target: Path) -> None:
     """The adapter's two files, its tokenizer if it has one, the loss curve, the card."""
+    from dude_peft.artifact.sealed import file_sha256
     from dude_peft.export.adapter import open_adapter
     from dude_peft.export.card import CARD, model_card, report_of
 
@@ -66,6 +67,9 @@ def _gather(adapter: Path, target: Path) -> None:
     picture = adapter.parent / "loss.png"
     report = report_of(adapter.absolute())
     if report is not None and picture.is_file():
+        wanted = (report.get("files") or {}).get(picture.name)
+        if wanted is not None and file_sha256(picture) != wanted:
+            raise ArtifactError(f"{shown(picture, 300)} is damaged; restore it, or move it away")
         shutil.copyfile(picture, target / picture.name)
     card = model_card(open_adapter(target), report, picture=(target / picture.name).is_file())
     (target / CARD).write_text(card, encoding="utf-8")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, Group
@@ -50,17 +51,22 @@ class Display:
         self.console.print(Text(shown_lines(f"warning: {text}"), style="yellow"), soft_wrap=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+    def stage(self, name: str, total: int, behind_seconds: float = 0.0) -> Iterator[Callable[..., None]]:
         """A part of the run; yields `advance(count, note="", total=None)`: a bar, or a line at its end.
 
         The note stands below the bar; a total that becomes known on the way replaces the first one.
+
+        Args:
+            name: of the part.
+            total: what is done when it ends.
+            behind_seconds: what comes behind it and belongs to the time that is left.
         """
         start, name = time.perf_counter(), shown(name, None)
         if not self.live:
             yield lambda count, note="", total=None: None
         else:
             bar, line = self._bar(), Text(no_wrap=True, overflow="ellipsis")
-            task = bar.add_task(name, total=total)
+            task = bar.add_task(name, total=total, behind_seconds=behind_seconds)
 
             def advance(count: int, note: str = "", total: int | None = None) -> None:
                 bar.update(task, advance=count, total=total)
@@ -87,6 +93,24 @@ class Display:
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
             progress.TextColumn("ETA"),
-            progress.TimeRemainingColumn(),
+            _time_left(),
             console=self.console,
         )
+
+
+def _time_left() -> Any:
+    """Rich's column, and what its task says comes behind it; made here, since rich.progress is slow to import."""
+    from rich import progress
+
+    class TimeLeft(progress.ProgressColumn):
+        max_refresh = 0.5
+
+        @override
+        def render(self, task: progress.Task) -> Text:
+            left = task.time_remaining
+            if left is None:
+                return Text("-:--:--", style="progress.remaining")
+            total = int(left + float(task.fields["behind_seconds"]))
+            return Text(str(timedelta(seconds=total)), style="progress.remaining")
+
+    return TimeLeft()

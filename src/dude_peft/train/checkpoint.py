@@ -6,45 +6,55 @@
         random.safetensors      the random number generators, under PROCESS.NAME
         state.json              everything else: schedule, step, counters, half-summed losses
         trainer_state.json      transformers' own record of the same step
-        manifest.json           size and sha256 of every file; written last
-    checkpoints/best-00000040/  adapter/ with the lowest held-out loss so far, and trained.safetensors for loading it
+        manifest.json           size and sha256 of every file, and which best adapter goes with it; written last
+    checkpoints/best-00000040/  the best adapter so far: adapter/, trained.safetensors for loading it, manifest.json
 
-A checkpoint is written beside, flushed, and renamed. Older ones go only when the new one is on the disk. torch is
-imported when tensors are read or written, since the folder of a run is looked at before.
+A checkpoint is written beside, flushed, and renamed. Older ones go only when the new one is on the disk. One whose
+files, best adapter or numbers are not sound is passed over for the one before. torch is imported when tensors are read
+or written, since the folder of a run is looked at before.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import check_space, disk_errors, sync, whole_folder
-from dude_peft.doors import open_file, read_json
-from dude_peft.errors import ArtifactError, DudeError
+from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest
+from dude_peft.artifact.sealed import MANIFEST, check_folder, folder_facts, read_json, seal_folder
+from dude_peft.errors import ArtifactError, DudeError, NumericsError
 from dude_peft.show import shown
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
-ADAPTER, OPTIMIZER, RANDOM, STATE, TRAINER_STATE, MANIFEST = (
-    "adapter", "optimizer.safetensors", "random.safetensors", "state.json", "trainer_state.json", "manifest.json"
+FORMAT_VERSION = 2  # 1: best adapters without a manifest
+ADAPTER, OPTIMIZER, RANDOM, STATE, TRAINER_STATE = (
+    "adapter", "optimizer.safetensors", "random.safetensors", "state.json", "trainer_state.json"
 )  # fmt: skip
 TRAINED = "trained.safetensors"
+_WEIGHTS = f"{ADAPTER}/{WEIGHTS_FILE}"
 _STEP = re.compile(r"step-(\d{8})")
 _BEST = re.compile(r"best-(\d{8})")
 _DAMAGED, _HIDDEN = "damaged-", ".dude-"
-_LARGEST_JSON_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class BestAdapter:
+    """Which of the best adapters goes with a checkpoint."""
+
+    step: int
+    seal: str
+    """Hash of its manifest."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +67,12 @@ class Checkpoint:
     @functools.cached_property
     def state(self) -> dict[str, Any]:
         """Content of state.json."""
-        found: dict[str, Any] = _read_json(self.path / STATE)
+        found: dict[str, Any] = read_json(self.path / STATE)
         return found
 
     def trainer_state(self) -> dict[str, Any]:
         """Content of trainer_state.json."""
-        found: dict[str, Any] = _read_json(self.path / TRAINER_STATE)
+        found: dict[str, Any] = read_json(self.path / TRAINER_STATE)
         return found
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -90,7 +100,7 @@ class Checkpoints:
         random: dict[str, Tensor],
         state: dict[str, Any],
         trainer_state: dict[str, Any],
-        best: int | None,
+        best: BestAdapter | None,
     ) -> Checkpoint:
         """Writes the checkpoint of `step`, then lets older ones go.
 
@@ -101,7 +111,7 @@ class Checkpoints:
             random: tensors of the random number generators.
             state: everything else, as JSON.
             trainer_state: transformers' record.
-            best: step of the best adapter so far; others are let go.
+            best: the best adapter so far; others are let go.
 
         Raises:
             ResourceError: the disk or a permission does not allow it; the older ones stay, nothing is left beside them.
@@ -120,11 +130,11 @@ class Checkpoints:
                 save_file(random, folder / RANDOM)
                 _write_json(folder / STATE, state)
                 _write_json(folder / TRAINER_STATE, trainer_state)
-                _write_manifest(folder, step)
+                seal_folder(folder, _facts(step) | {"best": None if best is None else asdict(best)})
         self._rotate(best)
         return Checkpoint(path, step)
 
-    def save_best(self, step: int, save_adapter: Callable[[Path], None], trained: dict[str, Tensor]) -> None:
+    def save_best(self, step: int, save_adapter: Callable[[Path], None], trained: dict[str, Tensor]) -> BestAdapter:
         """Keeps the adapter of `step`; the one before it goes with the next checkpoint, which no longer needs it.
 
         Raises:
@@ -133,37 +143,46 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         path = self.best(step)
-        if path.exists():
-            return  # a resumed run comes here again, with the same weights
+        # A resumed run comes here again, from a checkpoint before this step: no checkpoint needs what lies here.
+        _remove(path)
         with disk_errors(path):
             self.folder.mkdir(exist_ok=True)
             with whole_folder(path) as folder:
                 save_adapter(folder / ADAPTER)
                 save_file(trained, folder / TRAINED)
+                seal = seal_folder(folder, _facts(step))
+        return BestAdapter(step, seal)
 
     def best(self, step: int) -> Path:
         """Folder of the best adapter, found at `step`."""
         return self.folder / f"best-{step:08d}"
 
-    def load_best(self, step: int) -> dict[str, Tensor]:
+    def load_best(self, step: int, seal: str | None = None) -> dict[str, Tensor]:
         """The trained tensors of the best adapter, found at `step`.
 
+        Args:
+            step: names it.
+            seal: hash of its manifest, where it is known.
+
         Raises:
-            ArtifactError: they are damaged.
+            ArtifactError: they are damaged, or another run's.
+            NumericsError: NaN or Inf in them.
         """
         from safetensors.torch import load_file
 
-        path = self.best(step) / TRAINED
+        path = self.best(step)
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{shown(path, 300)} is damaged; add --overwrite to start anew") from error
+            _check_best(path, step, seal)
+            return load_file(path / TRAINED)
+        except (ArtifactError, OSError, SafetensorError) as error:
+            what = str(error) if isinstance(error, ArtifactError) else f"{shown(path / TRAINED, 300)} is damaged"
+            raise ArtifactError(f"{what}; add --overwrite to start anew") from error
 
     def newest(self, tell: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where there never was one.
+        """The newest checkpoint that is whole, its numbers finite; None where there never was one.
 
         Args:
-            tell: hears of every newer one that is not whole.
+            tell: hears of every newer one that is not.
 
         Raises:
             ArtifactError: there are some, and none is whole.
@@ -171,8 +190,8 @@ class Checkpoints:
         faults = []
         for path, step in self._steps():
             try:
-                _check(path, step)
-            except (DudeError, OSError, ValueError) as error:
+                self._check(path, step)
+            except (DudeError, OSError, ValueError, SafetensorError) as error:
                 faults.append(" ".join(str(error).split()))
                 continue
             for fault in faults:
@@ -180,21 +199,35 @@ class Checkpoints:
             return Checkpoint(path, step)
         if faults:
             raise ArtifactError(
-                f"no checkpoint of this run is whole: {faults[0]}; add --weights-only to go on from an adapter alone, "
+                f"no checkpoint of this run is sound: {faults[0]}; add --weights-only to go on from an adapter alone, "
                 "or --overwrite to start anew"
             )
         return None
 
-    def newest_adapter(self) -> Path:
-        """The newest checkpoint's adapter, whatever the rest of it is like; whether it is whole is for its loader.
+    def newest_adapter(self, tell: Callable[[str], None]) -> Path:
+        """The newest checkpoint's adapter that is whole, its numbers finite, whatever the rest of it is like.
+
+        Args:
+            tell: hears of every newer one that is not.
 
         Raises:
             ArtifactError: there is none.
         """
+        faults = []
         for path, _ in self._steps():
-            if (path / ADAPTER / "adapter_model.safetensors").is_file():
-                return path / ADAPTER
-        raise ArtifactError(f"{shown(self.folder, 300)} holds no adapter to go on from; leave --weights-only out")
+            try:
+                read_manifest(path / ADAPTER)
+                _check_finite(path / _WEIGHTS)
+            except DudeError as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                tell(f"adapter skipped: {fault}")
+            return path / ADAPTER
+        why = f" ({faults[0]})" if faults else ""
+        raise ArtifactError(
+            f"{shown(self.folder, 300)} holds no adapter to go on from{why}; add --overwrite to start anew"
+        )
 
     def clear(self) -> None:
         """Removes every checkpoint, finished or not, and nothing else."""
@@ -223,13 +256,26 @@ class Checkpoints:
         steps = [(path, int(match[1])) for path, match in found if match and path.is_dir() and not path.is_symlink()]
         return sorted(steps, key=lambda each: each[1], reverse=True)
 
-    def _rotate(self, best: int | None) -> None:
+    def _check(self, path: Path, step: int) -> None:
+        """Raises a DudeError for a checkpoint that is not what was written, or from which no run should go on."""
+        facts, _ = _check_facts(path, step)
+        check_folder(path, (_WEIGHTS, OPTIMIZER, RANDOM, STATE, TRAINER_STATE))
+        for name in (_WEIGHTS, OPTIMIZER):
+            _check_finite(path / name)
+        try:
+            best = None if facts["best"] is None else BestAdapter(**facts["best"])
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{shown(path / MANIFEST, 300)} is damaged") from error
+        if best is not None:
+            _check_best(self.best(best.step), best.step, best.seal)
+
+    def _rotate(self, best: BestAdapter | None) -> None:
         for path, _ in self._steps()[max(self.keep, 2) :]:
             _remove(path)
         if best is not None:
             for path in list(self.folder.iterdir()):
                 match = _BEST.fullmatch(path.name)
-                if match and int(match[1]) != best:
+                if match and int(match[1]) != best.step:
                     _remove(path)
 
     def _set_aside(self, path: Path) -> None:
@@ -256,64 +302,44 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+def _facts(step: int) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "dude_version": __version__, "step": step}
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in _files(folder)
-    }
-    content = {"format_version": FORMAT_VERSION, "dude_version": __version__, "step": step, "files": files}
-    _write_json(folder / MANIFEST, content)
-
-
-def _check(path: Path, step: int) -> None:
-    """Raises ArtifactError for a checkpoint that is not, byte for byte, what was written."""
-    manifest = _read_json(path / MANIFEST)
-    try:
-        version, recorded, files = manifest["format_version"], manifest["step"], dict(manifest["files"])
-        wanted = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{shown(path / MANIFEST, 300)} is damaged") from error
-    if version != FORMAT_VERSION:
+def _check_facts(path: Path, step: int) -> tuple[dict[str, Any], str]:
+    """(facts, hash) of a manifest of this format and step. Raises ArtifactError for any other one."""
+    version = read_json(path / MANIFEST).get("format_version")
+    if version != FORMAT_VERSION:  # those of other versions may be sealed otherwise
         raise ArtifactError(
             f"{shown(path, 300)} has checkpoint format {shown(version)}, dude-peft {__version__} reads "
             f"{FORMAT_VERSION}: finish the run with the version that wrote it"
         )
-    if recorded != step:
-        raise ArtifactError(f"{shown(path, 300)} holds step {shown(recorded)}; it was renamed")
-    for needed in (f"{ADAPTER}/adapter_model.safetensors", OPTIMIZER, RANDOM, STATE, TRAINER_STATE):
-        if needed not in wanted:
-            raise ArtifactError(f"{shown(path / MANIFEST, 300)} does not list {needed}")
-    for name, (size, digest) in wanted.items():
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise ArtifactError(f"{shown(file, 300)} is missing")
-        if file.stat().st_size != size or _sha256(file) != digest:
-            raise ArtifactError(f"{shown(file, 300)} is damaged")
+    facts, seal = folder_facts(path)
+    if facts["step"] != step:
+        raise ArtifactError(f"{shown(path, 300)} holds step {shown(facts['step'])}; it was renamed")
+    return facts, seal
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _check_best(path: Path, step: int, seal: str | None) -> None:
+    """Raises ArtifactError or NumericsError for a best adapter that is not the one that was kept."""
+    _, found = _check_facts(path, step)
+    if seal not in (None, found):
+        raise ArtifactError(f"{shown(path, 300)} is another run's")
+    check_folder(path, (TRAINED,))
+    _check_finite(path / TRAINED)
+
+
+def _check_finite(path: Path) -> None:
+    """Raises NumericsError for a safetensors file with NaN or Inf."""
+    from safetensors import safe_open
+
+    from dude_peft.core.finite import first_not_finite
+
+    with safe_open(path, framework="pt") as file:
+        name = first_not_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
+    if name is not None:
+        raise NumericsError(f"{shown(path, 300)} holds NaN or Inf, in {shown(name)}")
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        content = read_json(path, _LARGEST_JSON_BYTES)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{shown(path, 300)} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{shown(path, 300)} is damaged") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{shown(path, 300)} is damaged")
-    return content

@@ -241,7 +241,7 @@ class TrainSection(Section):
     """Forward passes in one optimizer step."""
 
     warmup_steps: NonNegative = 0.05
-    """Steps of linear warm-up; below 1 a share of all steps."""
+    """Steps of linear warm-up; below 1 a share of all steps. The first step has a rate too: 1 / (these steps + 1)."""
 
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         "cosine"
@@ -351,7 +351,7 @@ class EvaluationSection(Section):
     """Training ends after this many measurements of metric_for_best_model without a better one."""
 
     early_stopping_threshold: NonNegative = 0.0
-    """By how much a better one has to be better."""
+    """By how much a better one has to be better for patience to begin anew; the best adapter does not depend on it."""
 
     load_best_model_at_end: bool = True
     """Where metric_for_best_model is measured on the way: its best adapter is the result, otherwise the last one."""

@@ -32,6 +32,7 @@ from dude_peft.train.probe import Nature
 from dude_peft.train.processes import count
 from dude_peft.train.progress import Display
 from dude_peft.train.sharding import check_sharding, shard
+from dude_peft.train.start import probe
 from dude_peft.train.stop import Stop
 from dude_peft.train.task_scores import TaskScore
 from dude_peft.train.trainer import RunTrainer
@@ -55,6 +56,8 @@ class Fit:
     """(step, held-out loss), where it was measured on the way."""
     best_step: int | None
     """Step of the best evaluation.metric_for_best_model, where it was measured on the way."""
+    best_seal: str | None
+    """Hash of its manifest, where this process knows it."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,6 +82,8 @@ class Surroundings:
     nature: Nature
     """Of the model, by `nature_of`."""
     task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
+    behind_seconds: float = 0.0
+    """What the evaluation behind the last step is expected to take."""
 
 
 def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArguments:
@@ -216,6 +221,7 @@ def fit(
         held_out_loss=around.held_out_loss,
         task_scores=around.task_scores,
         movement_steps=section.movement_steps,
+        behind_seconds=around.behind_seconds,
     )
     meter = _meter_of(model, examples, config, around, loop)
     if resumed is not None:
@@ -232,6 +238,7 @@ def fit(
         return _result(loop, resumed.step, tokens, examples, config)
     trainer.remove_callback(PrinterCallback)
     trainer.loop, trainer.section, trainer.resumed, trainer.meter = loop, section, resumed, meter
+    trainer.check_output = functools.partial(_check_output, model, examples, int(around.tokenizer.pad_token_id))
     loop.restore_losses = trainer.restore_losses
     uses_cache = getattr(model.config, "use_cache", None)
     model.config.use_cache = False  # keys and values of a training forward are never read again
@@ -239,11 +246,16 @@ def fit(
     try:
         with (
             around.metrics(kept) as loop.metrics,
-            around.display.stage("training", total) as loop.advance,
+            around.display.stage("training", total, around.behind_seconds) as loop.advance,
             around.stop.training(),
         ):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
     except (RuntimeError, MemoryError) as error:
+        if "without overflow" in str(error):  # torch's word for a Python number that its own type cannot hold
+            raise NumericsError(
+                f"a step's factor is too large for the weights' dtype at step {trainer.state.global_step + 1}; "
+                "lower train.learning_rate, or what multiplies it"
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise ResourceError(
@@ -256,7 +268,8 @@ def fit(
     around.stop.after(f"behind step {step} of {total}, which is saved; the same command goes on from there")
     if step < total:
         around.stop.raise_if_wanted()
-    _check_weights(model)
+    if loop.looked != step:
+        trainer.check_sound()
     return _result(loop, step, int(trainer.state.num_input_tokens_seen), examples, config)
 
 
@@ -275,7 +288,8 @@ def _result(loop: Loop, step: int, tokens: int, examples: TrainingSet, config: R
         test = examples.general_test
         kept = loop.best_step if config.evaluation.load_best_model_at_end else None
         loop.display.general(test.measured[0], test.after(kept))
-    return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step)
+    seal = None if loop.best.kept is None else loop.best.kept.seal
+    return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step, seal)
 
 
 def _trainer(
@@ -341,7 +355,8 @@ def _meter_of(
     )
 
 
-def _check_weights(model: Any) -> None:
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
-            raise NumericsError(f"{name} is not finite after training; lower train.learning_rate")
+def _check_output(model: Any, examples: TrainingSet, pad_id: int, step: int) -> None:
+    """One forward of the head of two rows: huge weights are finite, and what they compute is not."""
+    fault = f"the adapted model's output is NaN or Inf behind step {step}; nothing of it was written, "
+    probe(model, examples, pad_id, f"{fault}lower train.learning_rate")
+    model.train()

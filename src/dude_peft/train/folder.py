@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import hidden_name, replace_file, sync, whole_folder
-from dude_peft.doors import read_json
-from dude_peft.errors import ConfigError, DudeError, ResourceError
+from dude_peft.artifact.sealed import file_sha256, read_sealed, sealed
+from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.show import shown
 from dude_peft.train.checkpoint import Checkpoints
 from dude_peft.train.identity import NAME as RUN
@@ -26,7 +26,9 @@ from dude_peft.train.record import (
     ADAPTER,
     BEFORE,
     CHECKPOINTS,
+    CONFIG,
     METRICS,
+    PICTURE,
     RECOVERED,
     REPORT,
     SCORES,
@@ -181,7 +183,9 @@ class RunFolder:
                 return
             with path.open("r+", encoding="utf-8", buffering=1) as file:
                 file.truncate(min(kept, path.stat().st_size))
-                file.seek(0, os.SEEK_END)
+                # Nothing of it is read: what happened to a line stays with that line.
+                if file.seek(0, os.SEEK_END) < kept:
+                    file.write("\n")
                 yield file
 
     @contextlib.contextmanager
@@ -203,15 +207,25 @@ class RunFolder:
             if self.writes:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def write_before(self, before: Score) -> None:
-        """Keeps what was measured before training, for a start after an interruption."""
-        self.write(BEFORE, json.dumps(asdict(before), ensure_ascii=False, allow_nan=False) + "\n")
+    def write_before(self, before: Score, seconds: float) -> None:
+        """Keeps what was measured before training, and how long that took, for a start after an interruption."""
+        content = sealed({"score": asdict(before), "seconds": seconds})
+        self.write(BEFORE, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def read_before(self) -> Score | None:
-        """What was measured before training; None where it has to be measured again."""
+    def read_before(self, tell: Callable[[str], None]) -> tuple[Score, float] | None:
+        """What `write_before` kept; None where it has to be measured again, which gives the same.
+
+        Args:
+            tell: hears of a damaged file.
+        """
+        path = self.path / BEFORE
+        if not path.is_file():
+            return None
         try:
-            return score_from(read_json(self.path / BEFORE))
-        except (OSError, ValueError, TypeError, KeyError):
+            content = read_sealed(path)
+            return score_from(content["score"]), float(content["seconds"])
+        except (ArtifactError, TypeError, KeyError, ValueError):
+            tell(f"{shown(path, 300)} is damaged; what it held is measured again")
             return None
 
     def write(self, name: str, content: str | bytes) -> Path:
@@ -265,10 +279,16 @@ class RunFolder:
 
     def write_report(self, report: RunReport) -> Path:
         """Writes report.json; last of all files, so that its presence means a finished run."""
-        path = self.write(REPORT, json.dumps(asdict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        content = sealed(asdict(report))
+        path = self.write(REPORT, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         if self.writes:
             (self.path / BEFORE).unlink(missing_ok=True)
         return path
+
+    def listed(self) -> dict[str, str]:
+        """sha256 of the files beside the adapter, for the report."""
+        there = [self.path / name for name in (CONFIG, METRICS, PICTURE)]
+        return {path.name: file_sha256(path) for path in there if path.is_file()}
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:

@@ -1,4 +1,8 @@
-"""What a run does to general ability: the loss on held-out general rows, and how far they have moved from the base."""
+"""What a run does to general ability: the loss on held-out general rows, and how far they have moved from the base.
+
+kl_base_tuned = KL(base || tuned): what the base says, and the tuned model no longer does; objective mol lowers it
+kl_tuned_base = KL(tuned || base): what the tuned model says, and the base would not
+"""
 
 from __future__ import annotations
 
@@ -33,10 +37,10 @@ def general_scores(
     pad_id: int,
     batch_size: int,
     company: Company = "any",
-) -> tuple[float, float]:
-    """Mean cross-entropy, and mean KL(base || tuned), in nats over all judged tokens; every token counts the same."""
+) -> dict[str, float]:
+    """`loss`, `kl_base_tuned`, `kl_tuned_base`: means in nats over all judged tokens; every token counts the same."""
     model.eval()
-    loss, distance, tokens = 0.0, 0.0, 0
+    sums, tokens = {"loss": 0.0, "kl_base_tuned": 0.0, "kl_tuned_base": 0.0}, 0
     lengths = [len(example["input_ids"]) for example in examples]
     for indices in grouped(lengths, batch_size, company):
         batch = pad_right([examples[index] for index in indices], pad_id)
@@ -47,10 +51,11 @@ def general_scores(
             base = model(**batch, use_cache=False).logits.flatten(0, 1)[places]
         size = max(1, _CHUNK // tuned.shape[1])
         for mine, its, wanted in _chunks(size, tuned, base, labels):
-            loss += float(torch.nn.functional.cross_entropy(mine.float(), wanted, reduction="sum"))
-            distance += float(divergence(its, mine).sum())
+            sums["loss"] += float(torch.nn.functional.cross_entropy(mine.float(), wanted, reduction="sum"))
+            sums["kl_base_tuned"] += float(divergence(its, mine).sum())
+            sums["kl_tuned_base"] += float(divergence(mine, its).sum())
         tokens += len(places)
-    return loss / max(tokens, 1), distance / max(tokens, 1)
+    return {name: total / max(tokens, 1) for name, total in sums.items()}
 
 
 def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -63,7 +68,7 @@ class GeneralMeter(TrainerCallback):
     """Measures general rows before training, every eval_steps, and behind the last step; writes lines of metrics."""
 
     test: GeneralTest
-    scores: Callable[[], tuple[float, float]]
+    scores: Callable[[], dict[str, float]]
     """`general_scores` of the model in training."""
     eval_steps: int | None
     metrics: Callable[[], TextIO | None]
@@ -91,13 +96,17 @@ class GeneralMeter(TrainerCallback):
             model.train()
 
     def _measure(self, step: int) -> None:
-        loss, distance = self.scores()
-        if not (math.isfinite(loss) and math.isfinite(distance)):
-            raise NumericsError(
-                f"on data.general_test, loss {loss} and KL {distance} at step {step}; lower train.learning_rate"
-            )
-        self.test.measured.append({"step": step, "loss": loss, "kl": distance})
+        scores = self.scores()
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"on data.general_test, {name} is {value} at step {step}; lower train.learning_rate"
+                )
+        self.test.measured.append({"step": step, **scores})
         file = self.metrics()
         if file is not None:
-            file.write(json.dumps({"step": step, "general_loss": loss, "general_kl": distance}) + "\n")
-        self.say(f"step {step}  general loss {loss:.4f}  KL to the base {distance:.2e}")
+            file.write(json.dumps({"step": step, **{f"general_{name}": v for name, v in scores.items()}}) + "\n")
+        self.say(
+            f"step {step}  general loss {scores['loss']:.4f}  KL(base || tuned) {scores['kl_base_tuned']:.2e}  "
+            f"KL(tuned || base) {scores['kl_tuned_base']:.2e}"
+        )

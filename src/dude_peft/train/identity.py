@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dude_peft.doors import read_json
+from dude_peft.artifact.sealed import read_json, read_sealed, sealed, unsealed
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.show import shown
 
 NAME = "run.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without a seal
 # What a run shows and keeps, but does not compute with.
 _FREE = {
     "output_dir", "evaluation.samples", "train.save_steps", "train.save_total_limit", "train.report_to",
@@ -44,7 +44,7 @@ class Identity:
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(sealed(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
     def check_config(self, now: dict[str, Any]) -> None:
         """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
@@ -88,19 +88,27 @@ def read_identity(folder: Path) -> Identity | None:
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
         return None
+    remedy = "add --overwrite to start anew"
+    content = read_json(path, remedy)
     try:
-        content = read_json(path)
-        version = content["format_version"]
-        if version == FORMAT_VERSION:
-            found = Identity(**content)
+        if content["format_version"] == FORMAT_VERSION:
+            found = Identity(**unsealed(content))
             if all(isinstance(part, dict) for part in (found.config, found.data, found.environment)):
                 return found
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ArtifactError(f"{shown(path, 300)} is damaged; add --overwrite to start anew") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{shown(path, 300)} is damaged; {remedy}") from error
     raise ArtifactError(
         f"{shown(path, 300)} is of a run that this version cannot go on with; finish it with the version that began "
         "it, or add --overwrite to start anew"
     )
+
+
+def recorded_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run in a folder; None where there is no run.json that is as it was written."""
+    try:
+        return dict(read_sealed(folder / NAME)["config"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

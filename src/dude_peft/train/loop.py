@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from dude_peft.errors import NumericsError
 from dude_peft.parents import fits
-from dude_peft.train.checkpoint import Checkpoints
+from dude_peft.train.checkpoint import BestAdapter, Checkpoints
 from dude_peft.train.config import EvaluationSection
 from dude_peft.train.movement import movement
 from dude_peft.train.order import EpochOrder
@@ -30,13 +30,17 @@ from dude_peft.train.task_scores import TaskScore, chosen_score
 
 @dataclass
 class Best:
-    """The best evaluation.metric_for_best_model so far."""
+    """The best evaluation.metric_for_best_model so far, and since when it has not been better by much."""
 
     value: float = math.inf
     """The lower the better: the held-out loss, or a score with its sign turned."""
     step: int | None = None
+    mark: float = math.inf
+    """What a value has to be better than by early_stopping_threshold, for patience to begin anew."""
     worse: int = 0
     """Evaluations since then."""
+    kept: BestAdapter | None = None
+    """Where its adapter is, in the process that writes."""
 
 
 @dataclass
@@ -74,6 +78,10 @@ class Loop(TrainerCallback):
     grad_norm: float = 0.0
     seconds: float = 0.0
     """Spent in the loop by earlier processes of this run."""
+    behind_seconds: float = 0.0
+    """What the evaluation behind the last step will take, by the one before the first."""
+    looked: int = 0
+    """Step whose numbers were looked at last."""
 
     def __post_init__(self) -> None:
         self._start = self._mark = time.perf_counter()
@@ -104,10 +112,9 @@ class Loop(TrainerCallback):
         if self.metrics is not None:
             self.metrics.flush()
             size = self.metrics.tell()
-        best = None if self.best.step is None else [self.best.value, self.best.step, self.best.worse]
         return {
             "metrics_bytes": size,
-            "best": best,
+            "best": None if self.best.step is None else asdict(self.best),
             "ended": self.ended,
             "curve": self.curve,
             "held_out": self.held_out,
@@ -117,7 +124,8 @@ class Loop(TrainerCallback):
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what `state` gave."""
         if state["best"] is not None:
-            self.best = Best(*state["best"])
+            kept = state["best"]["kept"]
+            self.best = Best(**state["best"] | {"kept": None if kept is None else BestAdapter(**kept)})
         self.ended = bool(state["ended"])
         self.curve = [(int(step), float(loss)) for step, loss in state["curve"]]
         self.held_out = [(int(step), float(loss)) for step, loss in state["held_out"]]
@@ -176,7 +184,7 @@ class Loop(TrainerCallback):
         self.curve.append((line["step"], line["loss"]))
         if not self.display.live:
             done = state.global_step
-            left = self.elapsed / done * (state.max_steps - done)
+            left = self.elapsed / done * (state.max_steps - done) + self.behind_seconds
             self.display.say(
                 f"step {done}/{state.max_steps}  loss {line['loss']:.3f}  lr {line['learning_rate']:.2e}  "
                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s  "
@@ -211,17 +219,20 @@ class Loop(TrainerCallback):
         return scores
 
     def _judge(self, value: float, step: int, control: Any, model: Any) -> None:
-        """Keeps the adapter if it is the best so far, and ends training if none has been for long."""
-        if value < self.best.value - self.evaluation.early_stopping_threshold:
-            self.best = Best(value, step)
+        """Keeps the adapter if it is the best so far, and ends training if none has been much better for long."""
+        best = self.best
+        if value < best.value:
+            best.value, best.step = value, step
             if self.evaluation.load_best_model_at_end:
                 save_adapter, trained = self.adapter_writer(model), trained_state(model)
                 if self.checkpoints is not None:
-                    self.checkpoints.save_best(step, save_adapter, trained)
+                    best.kept = self.checkpoints.save_best(step, save_adapter, trained)
+        if value < best.mark - self.evaluation.early_stopping_threshold:
+            best.mark, best.worse = value, 0
             return
-        self.best.worse += 1
+        best.worse += 1
         patience = self.evaluation.early_stopping_patience
-        if patience is not None and self.best.worse >= patience:
+        if patience is not None and best.worse >= patience:
             self.ended = True
             self.display.say(f"stopping early: no better {metric_name(self.evaluation)} in {patience} evaluations")
             control.should_save = control.should_log = control.should_training_stop = True

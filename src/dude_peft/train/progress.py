@@ -37,7 +37,8 @@ class Display(display.Display):
             table.add_column(column, justify="right")
         change = f"{after['loss'] - before['loss']:+.3f}"
         table.add_row("loss (nats a token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}", change)
-        table.add_row("KL to the base model", f"{before['kl']:.4f}", f"{after['kl']:.4f}", "")
+        for title, name in (("KL(base || tuned)", "kl_base_tuned"), ("KL(tuned || base)", "kl_tuned_base")):
+            table.add_row(title, f"{before[name]:.4f}", f"{after[name]:.4f}", "")
         self.console.print(table)
 
     def samples(self, before: tuple[Answer, ...], after: tuple[Answer, ...]) -> None:

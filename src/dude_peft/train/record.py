@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dude_peft.doors import read_json
+from dude_peft.artifact.sealed import read_sealed
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 
@@ -67,6 +67,8 @@ class RunReport:
     """Step of the adapter that was kept, where evaluation.metric_for_best_model was measured on the way."""
     tasks: dict[str, Any] | None = None
     """What evaluation.tasks found, `measures` and `text`, as in scores/results.json."""
+    files: dict[str, str] | None = None
+    """sha256 of what else the run wrote beside its adapter, by name."""
 
     @classmethod
     def read(cls, path: Path) -> RunReport:
@@ -75,14 +77,15 @@ class RunReport:
         Raises:
             ArtifactError: it is damaged.
         """
+        remedy = "restore it, or add --overwrite to start anew"
+        content = read_sealed(path, remedy)
         try:
-            content = read_json(path)
             scores = {
                 name: None if content[name] is None else score_from(content[name]) for name in ("before", "after")
             }
             return cls(**{**content, **scores})
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ArtifactError(f"{shown(path, 300)} is damaged; add --overwrite to start anew") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{shown(path, 300)} is damaged; {remedy}") from error
 
 
 def score_from(content: dict[str, Any]) -> Score:

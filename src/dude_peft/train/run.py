@@ -7,6 +7,7 @@ processes the first one shows and writes; all load, measure and train: a sharded
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.train import processes
@@ -153,14 +154,9 @@ class _Run:
         self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
 
-        before = processes.from_first(None if self.resumed is None else self.folder.read_before())
-        if before is None:
-            with self.model.disable_adapter():
-                before = self._score("before", data.held_out)
-            if before is not None:
-                self.folder.write_before(before)
+        before, behind_seconds = self._before(data.held_out)
         self.stop.raise_if_wanted()
-        fitted = self._train(data, arguments)
+        fitted = self._train(data, arguments, behind_seconds)
         after = self._score("after", data.held_out)
         data.verify_unchanged()
         with self._phase("saving"):
@@ -183,6 +179,19 @@ class _Run:
         display.say(f"adapter: {shown(self.folder.path / ADAPTER, None)}")
         self._tell_next()
         return report
+
+    def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
+        """What the base model knows of the held-out rows, and how many seconds it took to find out."""
+        found = None if self.resumed is None else self.folder.read_before(self.warn)
+        kept = processes.from_first(found)
+        if kept is not None:
+            return kept
+        with self.model.disable_adapter():
+            before = self._score("before", held_out)
+        seconds = self.seconds.get("evaluation_before", 0.0)
+        if before is not None:
+            self.folder.write_before(before, seconds)
+        return before, seconds
 
     def _check_rate(self) -> None:
         from dude_peft.methods import METHODS
@@ -219,7 +228,7 @@ class _Run:
     def _find_checkpoint(self) -> None:
         """Where training goes on, told apart before the model is loaded; the first process decides for all."""
         if self.folder.earlier is not None and self.weights_only:
-            self.start = self.folder.checkpoints.newest_adapter()
+            self.start = self.folder.checkpoints.newest_adapter(self.warn)
             self.warn(f"only the adapter of {self.start.parent.name} is taken up: optimizer and schedule start anew")
         elif self.folder.earlier is not None:
             self.resumed = self.folder.checkpoints.newest(self.warn)
@@ -312,7 +321,7 @@ class _Run:
             told = ", ".join(changes)
             self.warn(f"this is not where the run began ({told}): its numbers may differ in the last bits")
 
-    def _train(self, data: RunData, arguments: Any) -> Fit:
+    def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
         from dude_peft.train.fit import Surroundings, fit
         from dude_peft.train.loop import metric_name
         from dude_peft.train.state import load_trained_state
@@ -331,6 +340,7 @@ class _Run:
             task_scores=None
             if scorer is None
             else lambda: scorer.score(self.model, self.tokenizer, self.folder.path / SCORES),
+            behind_seconds=behind_seconds,
         )
         with self._phase("training"):
             fitted = fit(self.model, data.train, arguments, self.config, around, self.strategy)
@@ -338,7 +348,7 @@ class _Run:
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:
             self.display.say(f"{metric_name(self.config.evaluation)} was best at step {best}: that adapter is kept")
-            load_trained_state(self.model, self.folder.checkpoints.load_best(best))
+            load_trained_state(self.model, self.folder.checkpoints.load_best(best, fitted.best_seal))
         return fitted
 
     def _held_out_loss(self, held_out: HeldOut) -> float:
@@ -379,6 +389,8 @@ class _Run:
             Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
+        if not math.isfinite(loss):
+            raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
         right = sum(answer.right for answer in answers)
         return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers)
 
@@ -436,6 +448,7 @@ class _Run:
             warnings=self.warnings,
             best_step=fitted.best_step,
             tasks=tasks,
+            files=self.folder.listed(),
         )
 
     def _tell_next(self) -> None:

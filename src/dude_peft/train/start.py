@@ -83,8 +83,19 @@ def keep_fingerprints(model: Any) -> None:
 
 
 @torch.inference_mode()
-def probe(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> Tensor:
-    """Logits (rows, tokens, vocabulary) of `model` on the head of the first rows.
+def probe(
+    model: Any,
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    pad_id: int,
+    fault: str = "the pretrained model's own output is not finite; use model.dtype: float32 or bfloat16",
+) -> Tensor:
+    """Logits (tokens, vocabulary) of `model` on the head of the first rows.
+
+    Args:
+        model: adapted or not; it is in evaluation mode afterwards.
+        examples: tokenised.
+        pad_id: fills the shorter row.
+        fault: what is said where they are not finite.
 
     Raises:
         NumericsError: they are not finite.
@@ -98,7 +109,7 @@ def probe(model: Any, examples: Sequence[Mapping[str, Sequence[int]]], pad_id: i
     logits = logits[batch["attention_mask"].bool()]
     # -inf alone is how some models rule out tokens; the largest is NaN where any is.
     if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-        raise NumericsError("the pretrained model's own output is not finite; use model.dtype: float32 or bfloat16")
+        raise NumericsError(fault)
     return logits
 
 

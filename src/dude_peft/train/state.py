@@ -153,6 +153,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor; any other one as it is."""
+    if hasattr(tensor, "ds_id"):
+        share: Tensor = vars(tensor)["ds_tensor"]  # DeepSpeed's own
+        return share
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
 def sharded_as(tensor: Tensor, parameter: Tensor) -> Tensor:
     """`tensor` cut as `parameter` is, if it is sharded and of the same shape; otherwise as it is."""
     mesh = getattr(parameter, "device_mesh", None)

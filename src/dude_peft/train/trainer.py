@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from typing_extensions import override
 
 from dude_peft.errors import NumericsError
@@ -22,6 +23,7 @@ from dude_peft.train.groups import parameter_groups
 from dude_peft.train.loop import Loop
 from dude_peft.train.objective import CausalLoss, MixtureOfLosses
 from dude_peft.train.processes import gathered, summed
+from dude_peft.train.soundness import check_numbers
 from dude_peft.train.state import (
     load_optimizer_state,
     load_random_state,
@@ -42,6 +44,8 @@ class RunTrainer(Trainer):
     section: TrainSection
     resumed: Checkpoint | None = None
     meter: GeneralMeter | None = None
+    check_output: Callable[[int], None]
+    """Raises NumericsError where what the model computes behind a step is not finite."""
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -60,6 +64,27 @@ class RunTrainer(Trainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
+
+    @override
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of transformers, its own first step left out, whose rate is 0 where there is a warm-up.
+
+        Of a warm-up of w steps, step k has k / (w + 1) of the rate; later steps have what transformers gives them.
+        """
+        if self.lr_scheduler is None:
+            warm = self.args.get_warmup_steps(num_training_steps)
+            skipped = int(warm > 0 and self.args.lr_scheduler_type != "constant")
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer or self.optimizer,  # type: ignore[arg-type]  # there is one by now
+                num_warmup_steps=warm + skipped,
+                num_training_steps=num_training_steps + skipped,
+            )
+            if skipped:
+                with warnings.catch_warnings():  # torch: the optimizer has not stepped yet
+                    warnings.simplefilter("ignore")
+                    self.lr_scheduler.step()
+        return self.lr_scheduler
 
     @override
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -114,8 +139,9 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Everything that the next step depends on; every process takes part, the first one writes."""
         optimizer, rest = optimizer_state(self.optimizer)
-        parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
         scheduler: Any = self.lr_scheduler
+        self.check_sound(optimizer, [rest, scheduler.state_dict()])
+        parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
         save_adapter = self.loop.adapter_writer(self.model)
         self.store_flos()
         if not self.args.should_save:
@@ -132,8 +158,19 @@ class RunTrainer(Trainer):
         }
         assert self.loop.checkpoints is not None
         self.loop.checkpoints.save(
-            self.state.global_step, save_adapter, optimizer, random, state, record, self.loop.best_step
+            self.state.global_step, save_adapter, optimizer, random, state, record, self.loop.best.kept
         )
+
+    def check_sound(self, optimizer: dict[str, Tensor] | None = None, rest: Any = None) -> None:
+        """Looks at numbers that the next step would have met, and the last one's, which no step follows.
+
+        Raises:
+            NumericsError: NaN or Inf, in all processes.
+        """
+        step = int(self.state.global_step)
+        check_numbers(self.model, step, optimizer, rest)
+        self.check_output(step)
+        self.loop.looked = step
 
     @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -15,7 +15,10 @@ class GeneralTest:
 
     examples: TokenSet
     measured: list[dict[str, float]] = field(default_factory=list)
-    """{step, loss, kl} of each time, nats a token; report.json holds this list. The first is the base model."""
+    """{step, loss, kl_base_tuned, kl_tuned_base} of each time, nats a token; report.json holds this list.
+
+    The first is the base model.
+    """
 
     def after(self, kept: int | None) -> dict[str, float]:
         """What was measured of the adapter that the run keeps: that of step `kept`, or the last one."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
+from dude_peft.core.finite import first_not_finite, is_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
@@ -451,7 +452,7 @@ class DudeModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Stock tensors of every layer, by their names in the file.
+        """Stock tensors of every layer, by their names in the file; refuses NaN and Inf, whoever saves.
 
         The file says rank and alpha alone, so a scaling that was set by hand is folded into B and B0.
         """
@@ -465,6 +466,7 @@ class DudeModel(BaseTuner):
             for name, tensor in to_stock(state, own).items():
                 tensors[f"{module_name}.{name}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
+        _refuse_not_finite(tensors, state_dict, adapter_name)
         config._base = base
         config._quantization = _quantization_of(model)
         base_model = _base_model(model)
@@ -596,6 +598,17 @@ def _from_state_dict(
     return type(own)(**found)
 
 
+def _refuse_not_finite(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Raises NumericsError before a file is written that no loader would take."""
+    whole = ((name, tensor) for name, tensor in state.items() if f".modules_to_save.{adapter_name}." in name)
+    found = first_not_finite([*tensors.items(), *whole])
+    if found is not None:
+        raise NumericsError(
+            f"adapter tensor {quoted(found.removeprefix(_PEFT_PREFIX), 200)} holds NaN or Inf and is not saved; "
+            "training diverged, lower the learning rate and go on from an earlier checkpoint"
+        )
+
+
 def _scaled(state: LayerTensors, factor: float) -> LayerTensors:
     """The state whose change `dB A + B0 dA` is `factor` times that of another."""
     if factor == 1:
@@ -672,7 +685,7 @@ def _check_whole(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
                 f"adapter tensor {where} is {list(tensor.shape)}, the model's {list(there.shape)}: load it on a model "
                 f"of the same sizes (num_labels; for added tokens call model.resize_token_embeddings({len(tensor)}))"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise NumericsError(f"tensor {where} holds NaN or Inf; training diverged, use an earlier checkpoint")
         own = alone or there.is_meta or ".modules_to_save." in name
         if not own and not torch.equal(tensor.to(there), there):
