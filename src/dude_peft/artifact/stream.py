@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.durable import replace_file
-from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import byte_count
-from dude_peft.artifact.manifest import WEIGHTS_FILE, sealed_metadata, sorted_header
+from dude_peft.artifact.manifest import WEIGHTS_FILE, BaseRecord, sealed_metadata, sorted_header
 
 
 @dataclass(frozen=True)
@@ -66,26 +65,22 @@ def write_pieces(
 def write_adapter(
     directory: Path,
     config: dict[str, Any],
-    base: dict[str, TensorPrint],
+    base: BaseRecord,
     pieces: Sequence[Piece],
     config_file: Path,
-    quantization: dict[str, Any] | None = None,
-    beside: dict[str, TensorPrint] | None = None,
 ) -> None:
     """Write adapter_model.safetensors as `manifest.stamp` does, whole or not at all.
 
     Args:
         directory: where it goes.
         config: fields of DudeConfig.
-        base: fingerprints of the adapted base weights.
+        base: what is remembered of the base model.
         pieces: the tensors with their hashes, in any order; read one at a time.
         config_file: the adapter_config.json that will lie beside it.
-        quantization: how the base is quantised, if it is.
-        beside: fingerprints of what else of the base is relied on.
 
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
     """
     hashes = {piece.name: piece.sha256 for piece in pieces}
-    metadata = sealed_metadata(config, base, hashes, config_file, quantization, beside)
+    metadata = sealed_metadata(config, base, hashes, config_file)
     write_pieces(directory / WEIGHTS_FILE, metadata, pieces)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.artifact.checkpoint import INDEX, companions, holds_values, is_plain
+from dude_peft.artifact.checkpoint import INDEX, companions, is_plain, loads_as
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
@@ -29,6 +29,7 @@ from dude_peft.export.base import Base
 from dude_peft.export.combine import Combination
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.same_base import settings_fault
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TOKENIZER = (
@@ -178,16 +179,29 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
 
 
 def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
-    """Every adapter against the weights on disk, before anything is written; the error to raise, if they differ."""
+    """Every adapter against the base on disk, before anything is written; the error to raise, if it is another one.
+
+    What transformers makes of several tensors when it loads the model (stacked experts) can be told in memory alone.
+    """
     if base.quantization is not None:
         return base.problem
-    asked = [(layer.stored, change.adapter, name) for name, layer in layers.items() for change, _ in layer.changes]
-    parameters = {name for names in base.names.values() for name in names}
-    for adapter in {id(adapter): adapter for _, adapter, _ in asked}.values():
-        asked += [(_parameter(base, name)[0], adapter, name) for name in adapter.beside if name in parameters]
+    asked = [
+        (layer.stored, change.adapter, name, change.adapter.base[name])
+        for name, layer in layers.items()
+        for change, _ in layer.changes
+    ]
+    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    for adapter in {id(adapter): adapter for _, adapter, *_ in asked}.values():
+        if fault := settings_fault(base.model.config, adapter.record):
+            return ArtifactError(f"adapter {shown(adapter.folder, 300)} {fault}; give the base model it was trained on")
+        for name, seen in adapter.record.beside.items():
+            names = base.names[id(parameters[name])] if name in parameters else [name]
+            stored = base.layout.whole(names)
+            if stored is not None and not seen["dtype"].startswith("opaque:"):
+                asked.append((stored, adapter, name, seen))
     with single_threaded_pool(len(asked)) as pool:
-        held = list(pool.map(lambda one: holds_values(one[0], {**one[1].base, **one[1].beside}[one[2]]), asked))
-    wrong = [(adapter, name) for (_, adapter, name), holds in zip(asked, held, strict=True) if not holds]
+        held = list(pool.map(lambda one: loads_as(one[0], one[3]), asked))
+    wrong = [(adapter, name) for (_, adapter, name, _), holds in zip(asked, held, strict=True) if not holds]
     if not wrong:
         return None
     adapter, name = wrong[0]
