@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dude_peft.artifact.manifest import CONFIG_FILE
+from dude_peft.artifact.manifest import CONFIG_FILE, TOKENIZER_FILES
 from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
 from dude_peft.export.adapter import SavedAdapter, open_adapter
@@ -25,8 +25,6 @@ from dude_peft.train.record import CONFIG as RUN_CONFIG
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company
     from dude_peft.terminal.display import Display
-
-_TOKENIZER_FILES = ["*token*", "vocab*", "merges*", "*.model", "chat_template*"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _fetch_tokenizer(name: str) -> None:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
+        snapshot_download(name, allow_patterns=list(TOKENIZER_FILES))
     except Exception as error:  # the hub client's errors have no common base
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         raise ConfigError(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -17,12 +17,16 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.dense import densify_
+from dude_peft.export.rounded import narrower_dtype, write_rounded
 from dude_peft.init.architecture import empty_model, fetch_checkpoint, parameter_names
 from dude_peft.init.layout import Layout, layout_of
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
 from dude_peft.tuner.same_base import check_base
+
+
+_DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ def open_base(
     if source.gguf_file is None:
         original = Path(where) if Path(where).is_dir() else fetch_checkpoint(where, source.revision)
         if quantization is None:
-            opened = _opened(source, original)
-            narrower = _narrower(source, opened.checkpoint) if rounded else None
+            opened, trained_on = _opened(source, original), adapters[0].record
+            narrower = narrower_dtype(opened.layout, trained_on) if rounded else None
             if narrower is not None:
                 folder.mkdir()
-                write_rounded(opened, folder, narrower)
+                write_rounded(original, opened.checkpoint, opened.layout, trained_on, narrower, folder)
                 opened = _opened(source, folder)
             yield opened
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from dude_peft.data.tokenizer_parts import tokenizer_parts
 
 _CONFIG = "tokenizer_config.json"
 
@@ -19,12 +20,7 @@ def tokenizer_change(adapter: Path, base: Path) -> str | None:
         return None
     from transformers import AutoTokenizer
 
-    ours, theirs = (AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in (adapter, base))
-    read: dict[str, Any] = {
-        "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
-        "chat template": lambda tokenizer: tokenizer.chat_template,
-        "end token": lambda tokenizer: tokenizer.eos_token,
-        "first token": lambda tokenizer: tokenizer.bos_token,
-    }
-    changed = [what for what, of in read.items() if of(ours) != of(theirs)]
-    return ", ".join(changed) or None
+    ours, theirs = (
+        tokenizer_parts(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)) for folder in (adapter, base)
+    )
+    return ", ".join(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)) or None
