@@ -2,9 +2,9 @@
 
 Whatever is not known to be beside the point counts. Left out are: where the files are and what wrote them, in which
 dtype and by which kernels the model runs, what its outputs hold beside the logits, numbers of generation and of
-initialisation, names of labels, and sizes and ties, which the tensors tell. A setting that only one side has comes from another
-version of transformers, or from a file that carries more than the model reads, and tells nothing; inside a group of
-settings (how positions are rotated, say) it does, under one version.
+initialisation, names of labels, and sizes and ties, which the tensors tell. A setting that only one side has comes from
+another version of transformers, or from a file that carries more than the model reads, and tells nothing; inside a
+group of settings (how positions are rotated, say) it does, under one version.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ ABOUT_FILES = {"_name_or_path", "name_or_path", "transformers_version", "base_mo
 _BESIDE_THE_POINT = {
     *ABOUT_FILES, "architectures", "auto_map", "torch_dtype", "dtype", "quantization_config",
     "attn_implementation", "experts_implementation", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward",
-    "return_dict", "use_return_dict", "torchscript", "output_attentions", "output_hidden_states", "output_router_logits",
-    "router_aux_loss_coef", "problem_type", "id2label", "label2id", "num_labels", "vocab_size", "tie_word_embeddings",
-    "task_specific_params", "tokenizer_class", "prefix", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id",
+    "return_dict", "use_return_dict", "torchscript", "output_attentions", "output_hidden_states",
+    "output_router_logits", "router_aux_loss_coef", "problem_type", "id2label", "label2id", "num_labels", "vocab_size", "tie_word_embeddings",
+    "task_specific_params", "tokenizer_class", "prefix", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "cls_token_id",
     "mask_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
     "max_length", "initializer_range", "initializer_factor", "initializer_std", "rescale_every",
 }  # fmt: skip
@@ -68,9 +69,10 @@ def _differences(
         one, other = before.get(name), here.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
             yield from _differences(one, other, f"{place}{name}.", same_version)
-        elif name in before and name in here or place and same_version:
-            if not _same(one, other):
-                yield f"{place}{name}", one, other
+            continue
+        known = (name in before and name in here) or (bool(place) and same_version)
+        if known and not _same(one, other):
+            yield f"{place}{name}", one, other
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.checkpoint import INDEX, SINGLE
+from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.header import DTYPES, StoredTensor, byte_count, chunks
 from dude_peft.artifact.manifest import WEIGHTS_FILE, BaseRecord, sealed_metadata, sorted_header
 from dude_peft.errors import NumericsError

@@ -16,7 +16,7 @@ _OF_THE_LAST_CALL = ("truncation", "padding")  # left behind by it, whatever it 
 
 
 def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
-    """sha256 of each part of a tokenizer, by its name: vocabulary, merges, normalizer, special tokens, chat template..."""
+    """sha256 of each part of a tokenizer, by its name: vocabulary, merges, normalizer, chat template..."""
     parts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special tokens": tokenizer.special_tokens_map,

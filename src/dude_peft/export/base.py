@@ -25,7 +25,6 @@ from dude_peft.train.config import ModelSection
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate
 from dude_peft.tuner.same_base import check_base
 
-
 _DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)
 
 

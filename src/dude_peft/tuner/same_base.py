@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dude_peft.artifact.base_settings import base_settings, other_settings
 from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values
@@ -20,6 +21,7 @@ from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.beside import relied_on
 from dude_peft.tuner.heads import newly_initialised
 from dude_peft.tuner.layer import DudeLinear
 
@@ -112,6 +114,12 @@ def _other_tensors(base: nn.Module, recorded: BaseRecord, path: str) -> _Fault |
             "drawn anew; outputs that depend on it are not those of training",
             stacklevel=4,
         )
+    if unknown := [name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers]:
+        warnings.warn(
+            f"adapter '{path}': {len(unknown)} weights of the base are packed or sharded, and are not compared with those "
+            f"of the training (first: '{shown(unknown[0], 200)}')",
+            stacklevel=4,
+        )
     wrong = [name for name in other if name not in drawn]
     if not wrong:
         return None
@@ -120,6 +128,14 @@ def _other_tensors(base: nn.Module, recorded: BaseRecord, path: str) -> _Fault |
         f"{len(beside)} such tensors)",
         "load it on the model it was trained on, or name it in modules_to_save",
     )
+
+
+def _not_comparable(base: nn.Module) -> list[str]:
+    return [
+        name
+        for name, tensor in relied_on(base)
+        if isinstance(tensor, nn.Parameter) and not (frozen.is_plain(tensor) or tensor.is_meta or is_lazy(tensor))
+    ]
 
 
 def _plain_name(name: str) -> str:
