@@ -134,13 +134,9 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
             seed=data.seed,
             advance=advance,
         )
-        told = {
-            "sha256": found.sha256,
-            "tokens_sha256": found.tokens_sha256,
-            "examples": len(found),
-            "duplicates": found.duplicates,
-        }
-        record[name] = told | asdict(found.counts)
+        hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
+        told = {"examples": len(found), "duplicates": found.duplicates}
+        record[name] = hashes | told | asdict(found.counts)
         warnings.extend(f"data.{name}: {line}" for line in found.counts.losses(data.max_length))
         return found
 

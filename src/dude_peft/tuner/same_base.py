@@ -1,4 +1,4 @@
-"""Whether a model is the one that an adapter was trained on, as a function: every weight, and every setting that counts.
+"""Whether a model is the one that an adapter was trained on, as a function: every weight and setting that counts.
 
 The one place that tells it of a model in memory; `export/merge.py` asks the same of a checkpoint on the disk. A base
 that is wider than the adapter's (float32 for a run in bfloat16) is another function, and is told apart.
@@ -116,8 +116,8 @@ def _other_tensors(base: nn.Module, recorded: BaseRecord, path: str) -> _Fault |
         )
     if unknown := [name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers]:
         warnings.warn(
-            f"adapter '{path}': {len(unknown)} weights of the base are packed or sharded, and are not compared with those "
-            f"of the training (first: '{shown(unknown[0], 200)}')",
+            f"adapter '{path}': {len(unknown)} weights of the base are packed or sharded, and are not compared with "
+            f"those of the training (first: '{shown(unknown[0], 200)}')",
             stacklevel=4,
         )
     wrong = [name for name in other if name not in drawn]
