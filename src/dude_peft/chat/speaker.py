@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dude_peft.artifact.manifest import CONFIG_FILE, TOKENIZER_FILES
+from dude_peft.artifact.manifest import CONFIG_FILE
 from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
 from dude_peft.export.adapter import SavedAdapter, open_adapter
@@ -139,24 +139,9 @@ def _hub_has_adapter(name: str) -> bool:
 
 def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | None) -> Any:
     """The adapter's own, which it was trained with, or the model's."""
-    if saved is not None and folder_of(name) is None:
-        _fetch_tokenizer(name)
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
         return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
     return load_tokenizer(source, where)
-
-
-def _fetch_tokenizer(name: str) -> None:
-    """Get an adapter's tokenizer from the hub, beside its other files; its repository may have none."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(name, allow_patterns=list(TOKENIZER_FILES))
-    except Exception as error:  # the hub client's errors have no common base
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
-        raise ConfigError(
-            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
-        ) from error
 
 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
-from dude_peft.artifact.manifest import WEIGHTS_FILE, BaseRecord, check_tokenizer
+from dude_peft.artifact.manifest import TOKENIZER_FILES, WEIGHTS_FILE, BaseRecord, check_tokenizer
 from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
-from dude_peft.errors import ArtifactError
+from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.config import adapter_folder
@@ -92,9 +92,22 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     manifest = config._loading
     assert manifest is not None
     if not Path(path).is_dir():
-        adapter_folder(str(path), files=tuple(manifest.files or ()))
+        _fetch_tokenizer(str(path))
     check_tokenizer(folder, manifest, complete=True)
     return SavedAdapter(folder, config, manifest.record, read_header(folder / WEIGHTS_FILE).tensors)
+
+
+def _fetch_tokenizer(name: str) -> None:
+    """Get an adapter's tokenizer from the hub, beside its other files; its repository may have none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, allow_patterns=list(TOKENIZER_FILES))
+    except Exception as error:  # the hub client's errors have no common base
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        raise ConfigError(
+            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
+        ) from error
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

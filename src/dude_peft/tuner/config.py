@@ -292,16 +292,13 @@ def closest(name: str, known: Any) -> str:
     )
 
 
-def adapter_folder(
-    name: str, subfolder: str | None = None, options: dict[str, Any] | None = None, files: tuple[str, ...] = ()
-) -> Path:
-    """The adapter's folder; from the hub, its two files are fetched first.
+def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, Any] | None = None) -> Path:
+    """The adapter's folder; from the hub, both files are fetched first.
 
     Args:
         name: folder or hub id.
         subfolder: folder inside it.
         options: revision, token and cache_dir for the hub; others are ignored.
-        files: others that are fetched too.
 
     Raises:
         ArtifactError: it is neither.
@@ -313,8 +310,7 @@ def adapter_folder(
         key: (options or {})[key] for key in ("revision", "token", "cache_dir") if (options or {}).get(key) is not None
     }
     try:
-        for file in (CONFIG_FILE, *files):
-            hf_hub_download(name, file, subfolder=subfolder, **download)
+        hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
         return Path(hf_hub_download(name, WEIGHTS_FILE, subfolder=subfolder, **download)).parent
     except Exception as error:  # the hub client's errors have no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
