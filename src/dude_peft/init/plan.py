@@ -103,9 +103,9 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
     warn_if_refused(model, config.stock(), [task.name for task in layers])
     beside = {}
     for name, tensor in relied_on(model):
-        stored = layout.whole(names_of.get(id(tensor), [name]))
-        if stored is not None and frozen.is_plain(tensor):
-            beside[name] = stored, tensor.dtype
+        place = layout.whole(names_of.get(id(tensor), [name]))
+        if place is not None and frozen.is_plain(tensor):
+            beside[name] = place, tensor.dtype
     return Plan(config, layers, size, beside, base_settings(model.config))
 
 
