@@ -344,7 +344,7 @@ def test_a_failed_write_leaves_the_old_file(copied, monkeypatch):
     before = (copied / WEIGHTS).read_bytes()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no space left")))
     with pytest.raises(OSError, match="no space"):
-        module.stamp(copied, {}, {})
+        module.stamp(copied, {}, module.BaseRecord({}))
     assert (copied / WEIGHTS).read_bytes() == before
     assert sorted(p.name for p in copied.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 

@@ -129,19 +129,12 @@ def print_of(stored: StoredTensor, dtype: torch.dtype) -> TensorPrint:
     return {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
 
 
-def holds_values(stored: StoredTensor, recorded: TensorPrint) -> bool:
-    """Whether a tensor on disk holds the recorded values, in whatever float dtype; `fingerprint.same_values` of it."""
+def loads_as(stored: StoredTensor, recorded: TensorPrint) -> bool:
+    """Whether a tensor on disk, loaded in the recorded dtype, has the recorded values."""
     dtype = getattr(torch, recorded["dtype"], None)
     if list(stored.shape) != recorded["shape"] or not isinstance(dtype, torch.dtype) or stored.dtype not in DTYPES:
         return False
-    digest = xxhash.xxh3_128()
-    for view in chunks(stored):
-        chunk = torch.frombuffer(view, dtype=DTYPES[stored.dtype])
-        cast = chunk.to(dtype)
-        if cast is not chunk and not torch.equal(cast.to(chunk.dtype), chunk):
-            return False
-        digest.update(cast.view(torch.uint8).numpy().data)
-    return digest.hexdigest() == recorded["xxh3_128"]
+    return print_of(stored, dtype) == recorded
 
 
 def is_plain(stored: StoredTensor) -> bool:

@@ -2,15 +2,15 @@
 
 The directory is a stock PEFT adapter (adapter_config.json + adapter_model.safetensors). The manifest sits in the header
 of the safetensors file, where stock readers do not look, so one file carries it all: the DuDe configuration, the
-sha256 of every tensor, the fingerprint of the base weights, and the sha256 of adapter_config.json, so that a changed or
-foreign half of the pair is noticed.
+sha256 of every tensor, what the base model was (`BaseRecord`), and the sha256 of adapter_config.json and of the
+tokenizer's files, so that a changed or foreign part of the folder is noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,43 @@ from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.doors import parse_json, read_json
 from dude_peft.errors import ArtifactError
+from dude_peft.show import shown
 from dude_peft.version import __version__
 
-FORMAT_VERSION = 3  # 1: base weights hashed with sha256; 2: the magnitude under a name that transformers does not read
+# 1: base weights hashed with sha256; 2: the magnitude under a name that transformers does not read; 3: of the base only
+# the adapted weights and embeddings, no tokenizer.
+FORMAT_VERSION = 4
+_READ = (3, FORMAT_VERSION)
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
-_SHARES = 16
+_SHARES, _BLOCK_BYTES = 16, 1 << 20
+FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+TOKENIZER_FILES = (
+    "*token*.json", "chat_template*", "*.jinja", "additional_chat_templates/*", "vocab*", "merges*", "*.model",
+    "*.tiktoken", "*.spm",
+)  # fmt: skip
+"""What transformers may read a tokenizer from."""
 _KEY, _SEAL = "dude", "dude_sha256"
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What an adapter remembers of the base model that it was trained on."""
+
+    layers: dict[str, TensorPrint]
+    """Name of every adapted module -> fingerprint of its weight."""
+    beside: dict[str, TensorPrint] = field(default_factory=dict)
+    """Name of every other tensor that the model computes with -> its fingerprint."""
+    settings: dict[str, Any] | None = None
+    """The model's configuration, as far as it decides what the model computes (`base_settings.py`)."""
+    quantization: dict[str, Any] | None = None
+    """How it was quantised: `config`, transformers' own settings, and `dtype` of the rest; None: not."""
+
+    @property
+    def dtype(self) -> str | None:
+        """The one dtype of all adapted weights; None where they have several, or are packed."""
+        dtypes = {seen["dtype"] for seen in self.layers.values()}
+        return dtypes.pop() if len(dtypes) == 1 and dtypes <= FLOATS else None
 
 
 @dataclass(frozen=True)
@@ -44,19 +74,23 @@ class Manifest:
     config_sha256: str
     """sha256 of adapter_config.json's content."""
     quantization: dict[str, Any] | None = None
-    """How the base model was quantised: `config`, transformers' own settings, and `dtype` of the rest; None: not."""
     beside: dict[str, TensorPrint] | None = None
-    """Name of every tensor of the base model that is relied on beside the adapted ones -> its fingerprint."""
+    settings: dict[str, Any] | None = None
+    files: dict[str, str] | None = None
+    """Name of every file of the tokenizer beside it -> sha256; None: nothing is known of them."""
     format_version: int = FORMAT_VERSION
     dude_version: str = __version__
+
+    @property
+    def record(self) -> BaseRecord:
+        """What it says of the base model."""
+        return BaseRecord(self.base, self.beside or {}, self.settings, self.quantization)
 
 
 def stamp(
     directory: Path,
     config: dict[str, Any],
-    base: dict[str, TensorPrint],
-    quantization: dict[str, Any] | None = None,
-    beside: dict[str, TensorPrint] | None = None,
+    base: BaseRecord,
     left_out: tuple[str, ...] = (),
 ) -> None:
     """Write the manifest into an adapter directory that PEFT has just saved.
@@ -67,9 +101,7 @@ def stamp(
     Args:
         directory: holds adapter_model.safetensors and adapter_config.json.
         config: fields of DudeConfig.
-        base: fingerprints of the adapted base weights.
-        quantization: how the base is quantised, if it is.
-        beside: fingerprints of what else the adapter relies on; those of saved tensors are left out.
+        base: what is remembered of the base model; what is said of saved tensors is left out.
         left_out: beginnings of the names of tensors that PEFT put into the file and no loader needs.
 
     Raises:
@@ -79,40 +111,94 @@ def stamp(
     tensors = safetensors.torch.load_file(path)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(left_out)}
     hashes = {name: sha256_of([tensor]) for name, tensor in tensors.items()}
-    beside = {name: seen for name, seen in (beside or {}).items() if f"{_PREFIX}{name}" not in tensors}
-    metadata = sealed_metadata(config, base, hashes, directory / CONFIG_FILE, quantization, beside)
+    saved = {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in tensors}
+    # Of tied matrices PEFT saves one, and both go with it.
+    tied = [base.beside[name] for name in saved & base.beside.keys() if len(base.beside[name]["shape"]) > 1]
+    beside = {name: seen for name, seen in base.beside.items() if name not in saved and seen not in tied}
+    metadata = sealed_metadata(config, replace(base, beside=beside), hashes, directory / CONFIG_FILE)
     replace_file(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
 
 
 def sealed_metadata(
     config: dict[str, Any],
-    base: dict[str, TensorPrint],
+    base: BaseRecord,
     tensors: dict[str, str],
     config_file: Path,
-    quantization: dict[str, Any] | None = None,
-    beside: dict[str, TensorPrint] | None = None,
 ) -> dict[str, str]:
     """Metadata of an adapter file: the manifest and its hash.
 
     Args:
         config: fields of DudeConfig.
-        base: fingerprints of the adapted base weights.
+        base: what is remembered of the base model.
         tensors: name of every tensor in the file -> sha256 of its values.
         config_file: the adapter_config.json that goes with it.
-        quantization: how the base is quantised, if it is.
-        beside: fingerprints of what else the adapter relies on.
     """
-    manifest = Manifest(config, base, tensors, _json_sha256(config_file), quantization, beside or None)
+    digest = _json_sha256(config_file)
+    return _sealed(
+        Manifest(config, base.layers, tensors, digest, base.quantization, base.beside or None, base.settings)
+    )
+
+
+def _sealed(manifest: Manifest) -> dict[str, str]:
     fields = {name: value for name, value in asdict(manifest).items() if value is not None}
     text = json.dumps(fields, sort_keys=True)
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
+
+
+def cover_tokenizer(directory: Path) -> None:
+    """Enter the tokenizer's files that lie beside a saved adapter into its manifest.
+
+    Raises:
+        OSError: the directory cannot be written; the file that was there stays.
+    """
+    path = directory / WEIGHTS_FILE
+    manifest = _parse(read_header(path).metadata[_KEY], path)
+    files = {name: _file_sha256(directory / name) for name in tokenizer_files(directory)}
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = _sealed(replace(manifest, files=files))
+    replace_file(path, sorted_header(header) + data[8 + size :])
+
+
+def tokenizer_files(directory: Path) -> list[str]:
+    """Names of the files in a folder that transformers would read a tokenizer from, templates included."""
+    paths = [path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)]
+    return sorted({path.relative_to(directory).as_posix() for path in paths if not path.is_dir()})
+
+
+def check_tokenizer(directory: Path, manifest: Manifest, *, complete: bool = False) -> None:
+    """The tokenizer's files in an adapter's folder against the manifest, where that knows of them.
+
+    Args:
+        directory: of the adapter.
+        manifest: its own.
+        complete: a file that is absent is refused as well; a hub's cache may hold only some.
+
+    Raises:
+        ArtifactError: one was changed, added, or is missing.
+    """
+    if manifest.files is None:
+        return
+    found = set(tokenizer_files(directory))
+    if added := sorted(found - set(manifest.files)):
+        raise ArtifactError(f"{shown(directory / added[0], 300)} was not saved with this adapter; remove it")
+    for name, digest in manifest.files.items():
+        if name not in found:
+            if complete:
+                raise ArtifactError(f"{shown(directory / name, 300)} is missing; copy the tokenizer again")
+        elif not (directory / name).is_file() or _file_sha256(directory / name) != digest:
+            raise ArtifactError(
+                f"{shown(directory / name, 300)}: the tokenizer's file was changed after saving; copy it again"
+            )
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Manifest of an adapter directory, with every tensor and the configuration checked against it.
 
     Raises:
-        ArtifactError: a file is missing, damaged, edited, from another format version, or not ours.
+        ArtifactError: a file is missing, damaged, edited, from another format version, or not ours; of the tokenizer's
+            files, those that are there count.
     """
     path = directory / WEIGHTS_FILE
     for wanted in (path, directory / CONFIG_FILE):
@@ -142,6 +228,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(
             f"'{directory / CONFIG_FILE}' was changed after saving, or belongs to another adapter; restore it"
         )
+    check_tokenizer(directory, manifest)
     return manifest
 
 
@@ -163,7 +250,7 @@ def _parse(text: str, path: Path) -> Manifest:
     try:
         fields = parse_json(text)
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in _READ:
             raise ArtifactError(
                 f"'{path}' has adapter format {version}, this is dude-peft {__version__} with format {FORMAT_VERSION}; "
                 + (
@@ -175,6 +262,10 @@ def _parse(text: str, path: Path) -> Manifest:
         manifest = Manifest(**fields)
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
             raise TypeError("config, base and tensors have to be objects")
+        if not all(isinstance(part, dict) for part in (manifest.settings, manifest.files) if part is not None):
+            raise TypeError("settings and files have to be objects")
+        if any(name.startswith("/") or ".." in name or "\\" in name for name in manifest.files or ()):
+            raise TypeError("files have to lie in the folder")
         if not _is_quantization(manifest.quantization):
             raise TypeError("quantization has to have a config and a float dtype")
         prints = [*manifest.base.values(), *(manifest.beside or {}).values()]
@@ -190,8 +281,7 @@ def _parse(text: str, path: Path) -> Manifest:
 def _is_quantization(found: Any) -> bool:
     if found is None:
         return True
-    known = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
-    return isinstance(found, dict) and isinstance(found.get("config"), dict) and found.get("dtype") in known
+    return isinstance(found, dict) and isinstance(found.get("config"), dict) and found.get("dtype") in FLOATS
 
 
 def _check_names(found: set[str], recorded: set[str], path: Path) -> None:
@@ -212,6 +302,14 @@ def _json_sha256(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
     return _text_sha256(json.dumps(content, sort_keys=True))
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _text_sha256(text: str) -> str:

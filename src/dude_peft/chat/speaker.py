@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from dude_peft.data.batches import Company
     from dude_peft.terminal.display import Display
 
-_TOKENIZER_FILES = ["*token*", "vocab*", "merges*", "*.model", "chat_template*"]
-
 
 @dataclass(frozen=True)
 class Speaker:
@@ -141,24 +139,9 @@ def _hub_has_adapter(name: str) -> bool:
 
 def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | None) -> Any:
     """The adapter's own, which it was trained with, or the model's."""
-    if saved is not None and folder_of(name) is None:
-        _fetch_tokenizer(name)
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
         return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
     return load_tokenizer(source, where)
-
-
-def _fetch_tokenizer(name: str) -> None:
-    """Get an adapter's tokenizer from the hub, beside its other files; its repository may have none."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
-    except Exception as error:  # the hub client's errors have no common base
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
-        raise ConfigError(
-            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
-        ) from error
 
 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
@@ -19,6 +18,7 @@ from typing import Any
 
 from dude_peft.artifact.durable import disk_errors, whole_folder
 from dude_peft.data.cache_folder import cache_folder
+from dude_peft.data.clock import seen_by
 from dude_peft.data.encode import Encoder
 from dude_peft.data.formats import Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
@@ -27,6 +27,7 @@ from dude_peft.data.stamp import stamp_of
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import Stored, TokenSet
 from dude_peft.data.token_store import DamagedStoreError, TokenStore, TokenWriter, open_store
+from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
@@ -79,6 +80,7 @@ def prepare(
         "format": _FORMAT,
         "tokenizer": _tokenizer_sha256(tokenizer),
         "template": [template.kind, template.source],
+        "moment": seen_by(template.source),
         "max_length": max_length,
         "train_on": train_on,
         "upft": upft,
@@ -162,16 +164,5 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
     import tokenizers
     import transformers
 
-    digest = hashlib.sha256()
-    more = [tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
-    versions = [tokenizers.__version__, transformers.__version__]
-    digest.update(json.dumps([type(tokenizer).__name__, more, versions], sort_keys=True, default=str).encode("ascii"))
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # left behind by the last call, whatever it asked for
-        digest.update(json.dumps(state, sort_keys=True).encode("ascii"))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            for path in sorted(tokenizer.save_pretrained(folder)):
-                digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
+    content = [tokenizer_parts(tokenizer), tokenizers.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()

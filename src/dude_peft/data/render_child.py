@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from datetime import datetime
 from typing import Any
 
 _SPARE_BYTES = 2**30
@@ -19,8 +20,8 @@ _LONGEST_SECONDS = 60
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...]}; each conversation is
-    answered by one line, {"text"} or {"fault"}.
+    A request is {"template", "tokens", "now", "conversations": [[messages, add_generation_prompt], ...]}; each
+    conversation is answered by one line, {"text"} or {"fault"}.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -40,6 +41,7 @@ def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]]
             conversations=[messages],
             chat_template=request["template"],
             add_generation_prompt=generate,
+            strftime_now=datetime.fromisoformat(request["now"]).strftime,
             **request["tokens"],
         )
         text = str(texts[0])

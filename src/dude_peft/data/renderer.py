@@ -16,6 +16,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dude_peft.data.clock import moment
 from dude_peft.errors import ResourceError
 
 RENDER_SECONDS = 10.0
@@ -45,7 +46,7 @@ class _Renderer:
 
     def render(self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
         """The text of each conversation in order; raises RenderError at the first that fails."""
-        request = {"template": template, "tokens": dict(tokens), "conversations": conversations}
+        request = {"template": template, "tokens": dict(tokens), "conversations": conversations, "now": moment()}
         answers: list[dict[str, str]] = []
         with self._lock:
             self._start()

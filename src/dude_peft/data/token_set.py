@@ -36,6 +36,8 @@ class TokenSet(Sequence[dict[str, list[int]]]):
     """What became of the rows of all sources; tokens, trained_tokens and ended of the examples of this set."""
     sha256: str
     """What it was made of, in order: of one source `rows.data_sha256`, of a mixture its sources' and the choice."""
+    tokens_sha256: str
+    """What became of it: the token ids and masks of its sources, and the choice."""
 
     def __init__(self, sources: Sequence[Stored], chosen: Sequence[NDArray[np.int64]]) -> None:
         """`chosen`: of each source the examples taken, in order, repeats allowed."""
@@ -46,7 +48,8 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         self.lengths = self._gathered("lengths")
         self.counts = self._counted()
         whole = len(sources) == 1 and np.array_equal(self._index, np.arange(sizes[0]))
-        self.sha256 = sources[0].store.sha256 if whole else self._mixed_sha256()
+        self.sha256 = sources[0].store.sha256 if whole else self._mixed_sha256("sha256")
+        self.tokens_sha256 = self._mixed_sha256("tokens_sha256")
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -116,8 +119,9 @@ class TokenSet(Sequence[dict[str, list[int]]]):
             ended=int(self._gathered("ended").sum()),
         )
 
-    def _mixed_sha256(self) -> str:
-        digest = hashlib.sha256(json.dumps([source.store.sha256 for source in self._sources]).encode("ascii"))
+    def _mixed_sha256(self, of: str) -> str:
+        hashes = [getattr(source.store, of) for source in self._sources]
+        digest = hashlib.sha256(json.dumps(hashes).encode("ascii"))
         digest.update(self._index.astype("<i8").tobytes())
         return digest.hexdigest()
 

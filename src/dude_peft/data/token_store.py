@@ -66,6 +66,8 @@ class TokenStore:
     counts: Counts
     sha256: str
     """`rows.data_sha256` of all rows read, dropped ones included."""
+    tokens_sha256: str
+    """Of the token ids of all examples, their masks and their bounds."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -151,7 +153,8 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
         columns: dict[str, NDArray[Any]] = {
             name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _COLUMNS.items()
         }
-        return TokenStore(columns, Counts(**body["counts"]), body["sha256"])
+        tokens = content_sha256({name: body["files"][name] for name in ("ids", "trained", "starts")})
+        return TokenStore(columns, Counts(**body["counts"]), body["sha256"], tokens)
     except FileNotFoundError:
         if folder.exists():
             raise DamagedStoreError(f"{folder}: files are missing") from None

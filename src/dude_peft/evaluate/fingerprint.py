@@ -7,10 +7,9 @@ from typing import Any
 
 import xxhash
 
+from dude_peft.artifact.base_settings import ABOUT_FILES
 from dude_peft.artifact.fingerprint import xxh3_of
-
-# Where a model lies and what wrote it: no part of what it computes.
-_ABOUT_FILES = {"_name_or_path", "name_or_path", "transformers_version", "base_model_name_or_path", "revision"}
+from dude_peft.data.tokenizer_parts import tokenizer_parts
 
 
 def model_fingerprint(model: Any) -> str:
@@ -26,7 +25,7 @@ def config_fingerprint(model: Any) -> str:
     """Hexadecimal XXH3 (128 bits) of the configs of model and adapter, and of the attention that runs."""
     adapter = getattr(model, "active_peft_config", None)
     configs = [model.config.to_dict(), {} if adapter is None else adapter.to_dict()]
-    known = [{key: value for key, value in config.items() if key not in _ABOUT_FILES} for config in configs]
+    known = [{key: value for key, value in config.items() if key not in ABOUT_FILES} for config in configs]
     attention = getattr(model.config, "_attn_implementation", None)
     text = json.dumps([*known, attention], sort_keys=True, default=_plain)
     return xxhash.xxh3_128_hexdigest(text.encode())
@@ -37,8 +36,6 @@ def _plain(value: Any) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hexadecimal XXH3 (128 bits) of vocabulary, added tokens, template, merging rules and largest length."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    text = f"{rules}\n{tokenizer.special_tokens_map}\n{tokenizer.chat_template}\n{tokenizer.model_max_length}"
-    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "backslashreplace"))
+    """Hexadecimal XXH3 (128 bits) of every part of a tokenizer, its template and its largest length."""
+    text = json.dumps([tokenizer_parts(tokenizer), tokenizer.model_max_length], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))

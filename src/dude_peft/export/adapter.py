@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
-from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
+from dude_peft.artifact.manifest import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, BaseRecord, check_tokenizer
 from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
@@ -30,13 +30,19 @@ class SavedAdapter:
 
     folder: Path
     config: DudeConfig
-    base: dict[str, TensorPrint]
-    """Name of every adapted layer -> fingerprint of its base weight."""
+    record: BaseRecord
+    """What it remembers of its base model."""
     tensors: dict[str, StoredTensor]
-    quantization: dict[str, Any] | None
-    """How its base was quantised, if it was."""
-    beside: dict[str, TensorPrint]
-    """Name of every other tensor of the base that it relies on -> its fingerprint."""
+
+    @property
+    def base(self) -> dict[str, TensorPrint]:
+        """Name of every adapted layer -> fingerprint of its base weight."""
+        return self.record.layers
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How its base was quantised, if it was."""
+        return self.record.quantization
 
     def scaling(self, layer: str) -> float:
         """S of one layer."""
@@ -81,13 +87,29 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     """The adapter in a folder or on the hub, every byte checked against its manifest.
 
     Raises:
-        ArtifactError: a file is missing, damaged, edited, or not ours.
+        ArtifactError: a file is missing, damaged, edited, or not ours, the tokenizer's among them.
     """
     folder = adapter_folder(str(path))
     config = DudeConfig.from_pretrained(str(folder))
-    assert config._loading is not None
-    manifest, tensors = config._loading, read_header(folder / WEIGHTS_FILE).tensors
-    return SavedAdapter(folder, config, manifest.base, tensors, manifest.quantization, manifest.beside or {})
+    manifest = config._loading
+    assert manifest is not None
+    if not Path(path).is_dir():
+        _fetch_tokenizer(str(path))
+    check_tokenizer(folder, manifest, complete=True)
+    return SavedAdapter(folder, config, manifest.record, read_header(folder / WEIGHTS_FILE).tensors)
+
+
+def _fetch_tokenizer(name: str) -> None:
+    """Get an adapter's tokenizer from the hub, beside its other files; its repository may have none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, allow_patterns=list(TOKENIZER_FILES))
+    except Exception as error:  # the hub client's errors have no common base
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        raise ConfigError(
+            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
+        ) from error
 
 
 def check_names(adapter: SavedAdapter, names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -17,12 +17,15 @@ from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.dense import densify_
+from dude_peft.export.rounded import narrower_dtype, write_rounded
 from dude_peft.init.architecture import empty_model, fetch_checkpoint, parameter_names
 from dude_peft.init.layout import Layout, layout_of
 from dude_peft.show import shown
 from dude_peft.train.config import ModelSection
 from dude_peft.train.model import folder_of, load_model, load_tokenizer, locate, with_only_gguf
-from dude_peft.tuner.load import check_base
+from dude_peft.tuner.same_base import check_base
+
+_DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Base:
 
 
 def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) -> ModelSection:
-    """Which base model an adapter means, or the user says.
+    """Which base model an adapter means, or the user says, in the dtype that the adapter was trained on.
 
     Raises:
         ConfigError: neither tells.
@@ -59,7 +62,9 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
     name = name or adapter.config.base_model_name_or_path
     if not name:
         raise ConfigError(f"adapter {shown(adapter.folder, 300)} names no base model; give it with --base")
-    return source_named(name, gguf_file, adapter.config.revision)
+    source = source_named(name, gguf_file, adapter.config.revision)
+    dtype = adapter.record.dtype
+    return source.model_copy(update={"dtype": dtype}) if dtype in _DTYPES else source
 
 
 def source_named(name: str, gguf_file: str | None = None, revision: str | None = None) -> ModelSection:
@@ -70,13 +75,16 @@ def source_named(name: str, gguf_file: str | None = None, revision: str | None =
 
 
 @contextlib.contextmanager
-def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapter]) -> Iterator[Base]:
+def open_base(
+    source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapter], *, rounded: bool = True
+) -> Iterator[Base]:
     """The base model as a plain checkpoint; what is not (GGUF, quantised) is written out in `scratch` for the time.
 
     Args:
         source: where it comes from.
         scratch: a folder that is there.
         adapters: trained on it; what they say of its quantisation is done again.
+        rounded: write it out as well where the adapters were trained on it in a narrower dtype.
 
     Raises:
         ConfigError: it cannot be found, or is no causal language model.
@@ -88,7 +96,13 @@ def open_base(source: ModelSection, scratch: Path, adapters: Sequence[SavedAdapt
     if source.gguf_file is None:
         original = Path(where) if Path(where).is_dir() else fetch_checkpoint(where, source.revision)
         if quantization is None:
-            yield _opened(source, original)
+            opened, trained_on = _opened(source, original), adapters[0].record
+            narrower = narrower_dtype(opened.layout, trained_on) if rounded else None
+            if narrower is not None:
+                folder.mkdir()
+                write_rounded(original, opened.checkpoint, opened.layout, trained_on, narrower, folder)
+                opened = _opened(source, folder)
+            yield opened
             return
     try:
         model = load_model(source, where, quantization)
@@ -112,7 +126,7 @@ def _compare(model: nn.Module, adapters: Sequence[SavedAdapter]) -> ArtifactErro
     """A quantised model with what the adapters recorded, which only it can tell; the error to raise."""
     try:
         for adapter in adapters:
-            check_base(model, adapter.base, str(adapter.folder))
+            check_base(model, adapter.record, str(adapter.folder))
     except ArtifactError as error:
         return error
     return None

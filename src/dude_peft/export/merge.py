@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.artifact.checkpoint import INDEX, holds_values, is_plain
+from dude_peft.artifact.checkpoint import is_plain, loads_as
 from dude_peft.artifact.companions import TEMPLATES, companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
-from dude_peft.artifact.stream import Piece, write_pieces
+from dude_peft.artifact.stream import NAMES, Piece, stored_piece, write_checkpoint
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.doors import read_json
@@ -31,8 +31,8 @@ from dude_peft.export.base import Base
 from dude_peft.export.combine import Combination
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.same_base import settings_fault
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
@@ -99,7 +99,7 @@ def plan_merge(
     shared: dict[str, StoredTensor] = {}  # all names of tied weights that change, each written by itself
     for name, layer in layers.items():
         key, out_dtype = base.layout.key(f"{name}.weight"), dtype or DTYPES[layer.stored.dtype]
-        output = Piece(key, _NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
+        output = Piece(key, NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
         written[key] = Path(layer.stored.file).name, output
         shared |= {base.layout.key(other): layer.stored for other in layer.names if len(layer.names) > 1}
     for name, trained, folder in _trained_whole(adapters):
@@ -110,11 +110,12 @@ def plan_merge(
                 "trained on a model with other embeddings; resize and save that base model first"
             )
         key = base.layout.key(name)
-        written[key] = Path(stored.file).name, _copied(key, trained, dtype or DTYPES.get(stored.dtype))
+        written[key] = Path(stored.file).name, stored_piece(key, trained, dtype or DTYPES.get(stored.dtype))
         shared |= {base.layout.key(other): stored for other in names if len(names) > 1}
-    for key, stored in {**tensors, **{key: stored for key, stored in shared.items() if key not in written}}.items():
+    untied = [key for key in shared if key not in written]
+    for key, stored in {**tensors, **{key: shared[key] for key in untied}}.items():
         if key not in written:
-            written[key] = Path(stored.file).name, _copied(key, stored, dtype)
+            written[key] = Path(stored.file).name, stored_piece(key, stored, dtype)
     files: dict[str, list[Piece]] = {file: [] for file in base.checkpoint.files}
     for file, output in written.values():
         files[file].append(output)
@@ -137,12 +138,7 @@ def write_merge(
         NumericsError: a merged weight overflows its dtype.
     """
     check_space(folder, plan.size, folder.parent)
-    for file, outputs in plan.files.items():
-        write_pieces(folder / file, {"format": "pt"}, outputs, done)
-    if len(plan.files) > 1 or next(iter(plan.files)) != "model.safetensors":
-        places = {output.name: file for file, outputs in plan.files.items() for output in outputs}
-        index = {"metadata": {"total_size": plan.size}, "weight_map": dict(sorted(places.items()))}
-        replace_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    write_checkpoint(folder, plan.files, done)
     _copy_companions(base.folder, folder, adapters)
     _write_config(base.folder / "config.json", folder / "config.json", dtype, plan.untied)
 
@@ -179,16 +175,29 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
 
 
 def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
-    """Every adapter against the weights on disk, before anything is written; the error to raise, if they differ."""
+    """Every adapter against the base on disk, before anything is written; the error to raise, if it is another one.
+
+    What transformers makes of several tensors when it loads the model (stacked experts) can be told in memory alone.
+    """
     if base.quantization is not None:
         return base.problem
-    asked = [(layer.stored, change.adapter, name) for name, layer in layers.items() for change, _ in layer.changes]
-    parameters = {name for names in base.names.values() for name in names}
-    for adapter in {id(adapter): adapter for _, adapter, _ in asked}.values():
-        asked += [(_parameter(base, name)[0], adapter, name) for name in adapter.beside if name in parameters]
+    asked = [
+        (layer.stored, change.adapter, name, change.adapter.base[name])
+        for name, layer in layers.items()
+        for change, _ in layer.changes
+    ]
+    parameters = dict(base.model.named_parameters(remove_duplicate=False))
+    for adapter in {id(adapter): adapter for _, adapter, *_ in asked}.values():
+        if fault := settings_fault(base.model.config, adapter.record):
+            return ArtifactError(f"adapter {shown(adapter.folder, 300)} {fault}; give the base model it was trained on")
+        for name, seen in adapter.record.beside.items():
+            names = base.names[id(parameters[name])] if name in parameters else [name]
+            stored = base.layout.whole(names)
+            if stored is not None and not seen["dtype"].startswith("opaque:"):
+                asked.append((stored, adapter, name, seen))
     with single_threaded_pool(len(asked)) as pool:
-        held = list(pool.map(lambda one: holds_values(one[0], {**one[1].base, **one[1].beside}[one[2]]), asked))
-    wrong = [(adapter, name) for (_, adapter, name), holds in zip(asked, held, strict=True) if not holds]
+        held = list(pool.map(lambda one: loads_as(one[0], one[3]), asked))
+    wrong = [(adapter, name) for (_, adapter, name, _), holds in zip(asked, held, strict=True) if not holds]
     if not wrong:
         return None
     adapter, name = wrong[0]
@@ -261,22 +270,6 @@ def _rounded(merged: Tensor, dtype: torch.dtype, first_row: int, name: str) -> T
             f"the merged weight of '{shown(name)}' overflows {dtype}; choose --dtype bfloat16 or float32"
         )
     return rounded
-
-
-def _copied(key: str, stored: StoredTensor, dtype: torch.dtype | None) -> Piece:
-    source = DTYPES.get(stored.dtype)
-    if dtype is None or source is None or dtype == source:
-        return Piece(key, stored.dtype, stored.shape, lambda: chunks(stored))
-
-    def cast() -> Iterator[Any]:
-        for view in chunks(stored):
-            values = torch.frombuffer(view, dtype=source)
-            changed = values.to(dtype)
-            if not bool(torch.isfinite(changed).all()) and bool(torch.isfinite(values).all()):
-                raise NumericsError(f"'{shown(key)}' overflows {dtype}; choose --dtype bfloat16 or float32")
-            yield changed.view(torch.uint8).numpy().data
-
-    return Piece(key, _NAMES[dtype], stored.shape, cast)
 
 
 def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> None:

@@ -337,8 +337,9 @@ class _Export:
         live = self._live(base, scratch)
         source = base.source
         origin: dict[str, Any] = {"where": locate(source), "gguf_file": source.gguf_file, "revision": source.revision}
-        # GGUF: as `load_model` has it.
-        origin["dtype"] = base.dtype if source.gguf_file is None else "float32"
+        # The adapter's; of an adapter on several, the checkpoint's own, or what `load_model` makes of a GGUF file.
+        own = None if source.dtype == "auto" else source.dtype
+        origin["dtype"] = base.dtype or own or (None if source.gguf_file is None else "float32")
         origin["quantization"] = base.quantization
         with self.display.waiting("running the export in a fresh process"):
             found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)

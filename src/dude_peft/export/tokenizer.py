@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.train.config import ModelSection
 
 _CONFIG = "tokenizer_config.json"
@@ -25,13 +25,7 @@ def tokenizer_change(adapter: Path, base: Path) -> str | None:
     from dude_peft.train.model import load_tokenizer
 
     ours, theirs = (
-        load_tokenizer(ModelSection(name_or_path=str(folder)), str(folder.absolute())) for folder in (adapter, base)
+        tokenizer_parts(load_tokenizer(ModelSection(name_or_path=str(folder)), str(folder.absolute())))
+        for folder in (adapter, base)
     )
-    read: dict[str, Any] = {
-        "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
-        "chat template": lambda tokenizer: tokenizer.chat_template,
-        "end token": lambda tokenizer: tokenizer.eos_token,
-        "first token": lambda tokenizer: tokenizer.bos_token,
-    }
-    changed = [what for what, of in read.items() if of(ours) != of(theirs)]
-    return ", ".join(changed) or None
+    return ", ".join(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)) or None

@@ -101,7 +101,7 @@ def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file
     with (
         display.waiting("comparing the base weights"),
         tempfile.TemporaryDirectory() as scratch,
-        open_base(source_of(opened, base, gguf_file), Path(scratch), [opened]) as found,
+        open_base(source_of(opened, base, gguf_file), Path(scratch), [opened], rounded=False) as found,
     ):
         problem = check_base(found, layers_of(found, [Weighted(opened)]))
         changed = tokenizer_change(opened.folder, found.folder)

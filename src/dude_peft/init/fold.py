@@ -240,10 +240,13 @@ def _write_adapter(
 ) -> None:
     """The adapter's two files, as PEFT's `save_pretrained` and our manifest would write them."""
     from dude_peft.artifact.durable import replace_file
-    from dude_peft.artifact.manifest import CONFIG_FILE
+    from dude_peft.artifact.manifest import CONFIG_FILE, BaseRecord
     from dude_peft.artifact.stream import write_adapter
     from dude_peft.tuner import DudeConfig
 
+    quantization = {"config": target.quantization, "dtype": target.dtype}
+    record = BaseRecord(base, plan.prints_beside(), plan.settings, quantization)
+    plan.config._base = record  # whose layers its patterns are written for
     config = DudeConfig(**{**plan.config._manifest_fields(), "method": _FOLDED[plan.config.method]})
     config.base_model_name_or_path, config.inference_mode = str(residual), True
     pieces = [
@@ -254,8 +257,7 @@ def _write_adapter(
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         config.save_pretrained(temporary)
         config_file = Path(temporary) / CONFIG_FILE
-        quantization = {"config": target.quantization, "dtype": target.dtype}
-        write_adapter(output, config._manifest_fields(), base, pieces, config_file, quantization)
+        write_adapter(output, config._manifest_fields(), record, pieces, config_file)
         replace_file(output / CONFIG_FILE, config_file.read_bytes())
 
 

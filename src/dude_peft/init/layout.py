@@ -59,6 +59,10 @@ class Layout:
             "layout"
         )
 
+    def whole(self, names: list[str]) -> StoredTensor | None:
+        """The stored tensor that a parameter or buffer of these names is; None where it is made of several."""
+        return next((self.places[name] for name in names if name in self.places), None)
+
     def key(self, name: str) -> str:
         """The name of a parameter in the file: that of its tensor, or the one that transformers would save it under."""
         return self.places[name].name if name in self.places else self.names.saved(name)

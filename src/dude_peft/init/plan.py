@@ -13,7 +13,9 @@ from typing import Any
 import peft
 import torch
 
-from dude_peft.artifact.checkpoint import Checkpoint, is_plain
+from dude_peft.artifact.base_settings import base_settings
+from dude_peft.artifact.checkpoint import Checkpoint, is_plain, print_of
+from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import StoredTensor
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.architecture import empty_model, parameter_names
@@ -37,6 +39,13 @@ class Plan:
     """Size of the tensors that will be written."""
     beside: dict[str, tuple[StoredTensor, torch.dtype]]
     """Tensors of the base that the adapter relies on beside the adapted ones, and the model's dtype of each."""
+    settings: dict[str, Any] | None
+    """The model's, as `BaseRecord` has them."""
+
+    def prints_beside(self) -> dict[str, TensorPrint]:
+        """Fingerprints of `beside`, each tensor read once."""
+        prints = {place: print_of(*place) for place in set(self.beside.values())}
+        return {name: prints[place] for name, place in self.beside.items()}
 
 
 def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: DudeConfig, dtype: str, seed: int) -> Plan:
@@ -92,9 +101,12 @@ def make_plan(model_name: str, folder: Path, checkpoint: Checkpoint, config: Dud
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
         size += saved_bytes(module, config.spec, r)
     warn_if_refused(model, config.stock(), [task.name for task in layers])
-    found = [(name, tensor) for name, tensor in relied_on(model) if frozen.is_plain(tensor)]
-    beside = {name: (layout.find(name, names_of[id(tensor)]), tensor.dtype) for name, tensor in found}
-    return Plan(config, layers, size, beside)
+    beside = {}
+    for name, tensor in relied_on(model):
+        place = layout.whole(names_of.get(id(tensor), [name]))
+        if place is not None and frozen.is_plain(tensor):
+            beside[name] = place, tensor.dtype
+    return Plan(config, layers, size, beside, base_settings(model.config))
 
 
 def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:

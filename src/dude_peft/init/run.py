@@ -183,6 +183,7 @@ def _settings_hash(plan: Plan, identity: list[list[Any]], dtype: str, seed: int)
         "format": _FORMAT,
         "versions": [__version__, torch.__version__],
         "config": plan.config.to_dict(),
+        "layers": [[task.name, task.r, task.scaling] for task in plan.layers],  # the order of patterns decides them
         "checkpoint": identity,
         "dtype": dtype,
         "seed": None if plan.config.spec.principal else seed,
@@ -220,18 +221,17 @@ def _trusted(parts: Parts, index: int, layer: str) -> Part:
 
 def _assemble(output: Path, plan: Plan, finished: list[Part]) -> None:
     """Write both files as PEFT's `save_pretrained` and our manifest would; adapter_config.json last."""
-    from dude_peft.artifact.checkpoint import print_of
     from dude_peft.artifact.durable import replace_file
+    from dude_peft.artifact.manifest import BaseRecord
     from dude_peft.artifact.stream import write_adapter
 
-    base = {part.layer: part.base for part in finished}
+    base = BaseRecord({part.layer: part.base for part in finished}, plan.prints_beside(), plan.settings)
     plan.config.inference_mode = True  # PEFT's own way to save
     with tempfile.TemporaryDirectory(dir=output / _PARTS) as temporary:
         plan.config._base = base
+        fields = plan.config._manifest_fields()
         plan.config.save_pretrained(temporary)
         config_file = Path(temporary) / _CONFIG
-        fields = plan.config._manifest_fields()
         pieces = [piece for part in finished for piece in part.pieces]
-        beside = {name: print_of(stored, dtype) for name, (stored, dtype) in plan.beside.items()}
-        write_adapter(output, fields, base, pieces, config_file, beside=beside)
+        write_adapter(output, fields, base, pieces, config_file)
         replace_file(output / _CONFIG, config_file.read_bytes())

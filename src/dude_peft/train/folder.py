@@ -252,6 +252,8 @@ class RunFolder:
         Raises:
             ResourceError: the disk or a permission does not allow it.
         """
+        from dude_peft.artifact.manifest import cover_tokenizer, tokenizer_files
+
         target = self.path / ADAPTER
         if not self.writes:
             return target
@@ -261,11 +263,15 @@ class RunFolder:
             try:
                 save_adapter(model, temporary, state)
                 tokenizer.save_pretrained(str(temporary))
+                cover_tokenizer(temporary)
                 for file in temporary.rglob("*"):
                     sync(file)
                 sync(temporary)
                 if target.is_dir() and not target.is_symlink():
-                    # Overwriting: our files replace their namesakes, whatever else lies there stays.
+                    # Overwriting: our files replace their namesakes, whatever else lies there stays, except what would
+                    # be read as a part of the tokenizer.
+                    for name in set(tokenizer_files(target)) - set(tokenizer_files(temporary)):
+                        (target / name).unlink()
                     for file in sorted(temporary.iterdir()):
                         os.replace(file, target / file.name)
                     temporary.rmdir()

@@ -7,7 +7,8 @@ is refused with the difference, another machine or version is allowed with a war
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class Identity:
     """sha256 of each set of rows, in order."""
     environment: dict[str, Any]
     """What bit-exactness depends on: versions, device, threads, processes."""
+    tokens: dict[str, str] = field(default_factory=dict)
+    """sha256 of what each set of rows became, token ids and masks; of runs of older versions nothing is known."""
+    moment: str = ""
+    """When it began: the date that its chat template writes."""
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
@@ -69,6 +74,16 @@ class Identity:
                     f"then, {_cut(now.get(name))} now); put them back, choose another output_dir, or add --overwrite"
                 )
 
+    def check_tokens(self, now: dict[str, str]) -> None:
+        """Raises DataError where the same rows have become other tokens than those of the run."""
+        for name in self.tokens:
+            if self.tokens[name] != now.get(name):
+                raise DataError(
+                    f"data.{name}: the rows are those that this run began with, but they become other tokens now: the "
+                    "model's tokenizer or chat template was changed; put it back, choose another output_dir, or add "
+                    "--overwrite"
+                )
+
     def differences(self, now: dict[str, Any]) -> list[str]:
         """What of the environment is not as it was."""
         before, after = _flat(self.environment), _flat(now)
@@ -93,7 +108,8 @@ def read_identity(folder: Path) -> Identity | None:
     try:
         if content["format_version"] == FORMAT_VERSION:
             found = Identity(**unsealed(content))
-            if all(isinstance(part, dict) for part in (found.config, found.data, found.environment)):
+            if all(isinstance(part, dict) for part in (found.config, found.data, found.environment, found.tokens)):
+                _ = datetime.fromisoformat(found.moment) if found.moment else None
                 return found
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{shown(path, 300)} is damaged; {remedy}") from error

@@ -203,12 +203,16 @@ class _Run:
             self.warn(warning)
 
     def _read(self, world_size: int) -> RunData:
+        from dude_peft.data.clock import moment, set_moment
         from dude_peft.train.run_data import read
 
+        earlier = self.folder.earlier
+        set_moment(processes.from_first(moment() if earlier is None else earlier.moment or moment()))
         with self.display.waiting("reading the rows"):
             data = read(self.config, self.tokenizer)
-        if self.folder.earlier is not None:
-            self.folder.earlier.check_data(data.sha256)
+        if earlier is not None:
+            earlier.check_data(data.sha256)
+            earlier.check_tokens(data.tokens_sha256)
         for warning in data.warnings:
             self.warn(warning)
         if len(data.train) < world_size:
@@ -313,10 +317,13 @@ class _Run:
 
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""
+        from dude_peft.data.clock import moment
+
         self.folder.checkpoints.keep = self.config.train.save_total_limit
         now = environment(self.model.device, world_size, self.strategy)
         if self.resumed is None:
-            self.folder.begin(Identity(self.config.model_dump(mode="json"), data.sha256, now), self.start)
+            identity = Identity(self.config.model_dump(mode="json"), data.sha256, now, data.tokens_sha256, moment())
+            self.folder.begin(identity, self.start)
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
             told = ", ".join(changes)
             self.warn(f"this is not where the run began ({told}): its numbers may differ in the last bits")

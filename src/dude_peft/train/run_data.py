@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,6 +50,14 @@ class RunData:
     def sha256(self) -> dict[str, str]:
         """Hash of each set."""
         return {name: part["sha256"] for name, part in self.record.items() if isinstance(part, dict)}
+
+    @property
+    def tokens_sha256(self) -> dict[str, str]:
+        """Hash of what each set became: token ids and masks, and the ids of the questions that are answered."""
+        found = {name: part["tokens_sha256"] for name, part in self.record.items() if isinstance(part, dict)}
+        if self.held_out is not None:
+            found["questions"] = hashlib.sha256(json.dumps(self.held_out.prompts).encode("ascii")).hexdigest()
+        return found
 
     @property
     def longest(self) -> int:
@@ -124,8 +134,9 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
             seed=data.seed,
             advance=advance,
         )
-        told = {"sha256": found.sha256, "examples": len(found), "duplicates": found.duplicates}
-        record[name] = told | asdict(found.counts)
+        hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
+        told = {"examples": len(found), "duplicates": found.duplicates}
+        record[name] = hashes | told | asdict(found.counts)
         warnings.extend(f"data.{name}: {line}" for line in found.counts.losses(data.max_length))
         return found
 

@@ -13,6 +13,7 @@ from dude_peft.data.packing import packs_apart
 from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.train.config import RunConfig
 from dude_peft.train.probe import Nature, check_causal
+from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear
 
 _ROWS, _TOKENS = 2, 64
@@ -76,7 +77,9 @@ def check_packs(model: Any) -> None:
 
 
 def keep_fingerprints(model: Any) -> None:
-    """Has every adapted layer hash its base weight now, before the weight is cut into shards."""
+    """Has all of the base model hashed now, before it is cut into shards."""
+    for config in model.peft_config.values():
+        config._beside = prints_beside(model.get_base_model(), config._beside)
     for module in model.modules():
         if isinstance(module, DudeLinear):
             module.base_fingerprint()

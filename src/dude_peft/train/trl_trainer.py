@@ -50,7 +50,7 @@ def trl_trainer(
     if "router_aux_loss_coef" in {field.name for field in dataclasses.fields(arguments)}:
         arguments.router_aux_loss_coef = router  # else TRL adds one to every mixture of experts
     with contextlib.redirect_stderr(io.StringIO()):  # bars
-        rows = Dataset.from_generator(_rows, gen_kwargs={"examples": examples, "sha256": examples.sha256})
+        rows = Dataset.from_generator(_rows, gen_kwargs={"examples": examples, "sha256": examples.tokens_sha256})
         trainer: RunTrainer = _trainer_class()(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
         )

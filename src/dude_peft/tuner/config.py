@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -17,13 +18,13 @@ from pydantic import TypeAdapter
 from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, read_manifest, stamp
+from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, BaseRecord, Manifest, read_manifest, stamp
 from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.parents import fits
 from dude_peft.show import quoted, shown
-from dude_peft.tuner.patterns import check_patterns, check_quantization
+from dude_peft.tuner.patterns import check_patterns, check_quantization, exactly, in_any_order, overlapping
 
 
 class _PeftType(str):
@@ -42,6 +43,7 @@ class _PeftType(str):
 
 
 DUDE_TYPE = _PeftType("DUDE")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 # Keys of PEFT's LoraConfig that people bring along -> what does the same here.
 _INSTEAD = {
     "trainable_token_indices": "train added tokens with the whole embedding, as modules_to_save=['embed_tokens']",
@@ -115,14 +117,19 @@ class DudeConfig(PeftConfig):
         # PEFT hands this attribute to its own tuners only; ours has no parameters to target.
         self.target_parameters = None
         self._loading: Manifest | None = None
-        self._base: dict[str, TensorPrint] | None = None
-        self._quantization: dict[str, Any] | None = None
+        self._base: BaseRecord | None = None
         self._beside: dict[str, tuple[tuple[int, int], TensorPrint]] = {}
         self._left_out: tuple[str, ...] = ()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, range, set, frozenset)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        for name in _PATTERNS:
+            setattr(self, name, getattr(self, name) or {})
         _check(self)
 
     @property
@@ -148,13 +155,14 @@ class DudeConfig(PeftConfig):
         into alpha, because some servers ignore its flag.
         """
         double = 2 if self.spec.principal else 1
-        rank_pattern: dict[str, int] = {name: double * r for name, r in self.rank_pattern.items()}
-        alpha_pattern: dict[str, float] = {name: double * alpha for name, alpha in self.alpha_pattern.items()}
+        rank_pattern: dict[str, int] = {name: double * r for name, r in self._in_any_order("rank_pattern").items()}
+        alphas = self._in_any_order("alpha_pattern")
+        alpha_pattern: dict[str, float] = {name: double * alpha for name, alpha in alphas.items()}
         lora_alpha = double * self.lora_alpha
         if self.spec.rank_stabilized:
             lora_alpha *= math.sqrt(self.r)
             # alpha' = alpha sqrt(r) depends on both patterns, so they are written out layer by layer.
-            own = {name: self.rank_and_alpha(name) for name in self._base or {}}
+            own = {exactly(name): self.rank_and_alpha(name) for name in self._layers()}
             own = {name: pair for name, pair in own.items() if pair != (self.r, self.lora_alpha)}
             rank_pattern = {name: r for name, (r, _) in own.items()}
             alpha_pattern = {name: alpha * math.sqrt(r) for name, (r, alpha) in own.items()}
@@ -196,8 +204,7 @@ class DudeConfig(PeftConfig):
         if self._base is None:
             return
         if (directory / WEIGHTS_FILE).is_file():
-            beside = {name: seen for name, (_, seen) in self._beside.items()}
-            stamp(directory, self._manifest_fields(), self._base, self._quantization, beside, self._left_out)
+            stamp(directory, self._manifest_fields(), self._base, self._left_out)
         elif (directory / WEIGHTS_NAME).is_file():
             raise ArtifactError(f"'{directory / WEIGHTS_NAME}' is a pickle; save with safe_serialization=True")
         self._base = None
@@ -234,6 +241,7 @@ class DudeConfig(PeftConfig):
         except (ConfigError, TypeError, AttributeError) as error:  # in a file it is forged: training refuses such ones
             raise ArtifactError(f"{shown(directory / WEIGHTS_FILE, 300)}: {error}") from error
         config._loading = manifest
+        config._warn_of_lost_order(directory)
         return config
 
     @classmethod
@@ -257,7 +265,30 @@ class DudeConfig(PeftConfig):
 
     def _manifest_fields(self) -> dict[str, Any]:
         once = {"modules_to_save": _unique(self.modules_to_save)}
-        return {**self.to_dict(), **once, "peft_type": DUDE_TYPE.value}
+        patterns = {name: self._in_any_order(name) for name in _PATTERNS}
+        return {**self.to_dict(), **once, **patterns, "peft_type": DUDE_TYPE.value}
+
+    def _in_any_order(self, key: str) -> dict[str, Any]:
+        """rank_pattern or alpha_pattern as files keep it."""
+        return in_any_order(getattr(self, key), self._layers())
+
+    def _layers(self) -> list[str]:
+        """Names of the adapted layers, as far as a model or a file has told them."""
+        if self._base is not None:
+            return list(self._base.layers)
+        return [] if self._loading is None else list(self._loading.base)
+
+    def _warn_of_lost_order(self, directory: Path) -> None:
+        """Files of before format 4 have the patterns sorted, whatever their order was in training."""
+        for key in _PATTERNS:
+            if found := overlapping(getattr(self, key), self._layers()):
+                layer, (one, other, *_) = found
+                warnings.warn(
+                    f"adapter {shown(directory, 300)}: {quoted(one)} and {quoted(other)} of its {key} both match "
+                    f"{quoted(layer, 100)}, and the file has lost which came first in training; the layer's scale may "
+                    "be another one",
+                    stacklevel=4,
+                )
 
 
 def closest(name: str, known: Any) -> str:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.core.threads import one_thread, single_threaded_pool
-from dude_peft.errors import ArtifactError, ConfigError
-from dude_peft.tuner import frozen
-from dude_peft.tuner.beside import check_beside
+from dude_peft.core.threads import one_thread
+from dude_peft.errors import ConfigError
 from dude_peft.tuner.config import DudeConfig, closest
-from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.same_base import check_base
 
 # Ours, and those that reach the hub and PEFT's own loading.
 _OPTIONS = (
@@ -66,8 +62,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert config._loading is not None
-    check_base(base, config._loading.base, str(path), allow_base_mismatch)
-    check_beside(base, config._loading.beside or {}, str(path), allow_base_mismatch)
+    check_base(base, config._loading.record, str(path), allow_base_mismatch)
     if not isinstance(model, PeftModel):
         with one_thread():  # hundreds of small copies
             return PeftModel.from_pretrained(
@@ -82,55 +77,3 @@ def load_adapter(
     if is_trainable:
         model.set_requires_grad(adapter_name)
     return model
-
-
-def check_base(base: nn.Module, recorded: dict[str, TensorPrint], path: str, allow_mismatch: bool = False) -> None:
-    """Compare a model in memory with the base weights that an adapter was trained on.
-
-    Args:
-        base: the base model, adapted or not.
-        recorded: fingerprints by layer, from the manifest.
-        path: of the adapter, for messages.
-        allow_mismatch: warn of other values instead of refusing them.
-
-    Raises:
-        ArtifactError: layers, shapes or values are others.
-    """
-    modules = dict(base.named_modules())
-    absent = [name for name in recorded if name not in modules or not frozen.is_supported(_base_layer(modules[name]))]
-    if absent:
-        raise ArtifactError(
-            f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} has not (first: '{absent[0]}'); "
-            f"load it on the base model it was trained on"
-        )
-    for name, expected in recorded.items():
-        module = modules[name]
-        shape = frozen.layer_shape(_base_layer(module))
-        if sorted(shape) != sorted(expected["shape"]):
-            raise ArtifactError(
-                f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training; "
-                f"load it on the base model it was trained on"
-            )
-    with single_threaded_pool(len(recorded)) as pool:  # hashing lets other threads run
-        held = pool.map(lambda name: _holds(modules[name], recorded[name]), recorded)
-        wrong = [name for name, holds in zip(recorded, held, strict=True) if not holds]
-    if not wrong:
-        return
-    count = f"{len(wrong)} of {len(recorded)} differ (first: '{wrong[0]}')"
-    message = f"adapter '{path}' was trained on other base weights: {count}"
-    if not allow_mismatch:
-        raise ArtifactError(f"{message}; load the base model it was trained on, or pass allow_base_mismatch=True")
-    warnings.warn(f"{message}; outputs will not be those of training", stacklevel=3)
-
-
-def _base_layer(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, DudeLinear) else module
-
-
-def _holds(module: nn.Module, expected: TensorPrint) -> bool:
-    if isinstance(module, DudeLinear):
-        if module.base_fingerprint() == expected:
-            return True
-        with module.unmerged():
-            return frozen.holds(module.get_base_layer(), expected)
-    return frozen.holds(module, expected)

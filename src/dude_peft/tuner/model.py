@@ -23,6 +23,8 @@ from peft.utils import (
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dude_peft.artifact.base_settings import base_settings
+from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
 from dude_peft.core.finite import first_not_finite, is_finite
 from dude_peft.core.magnitude import row_norm
@@ -44,7 +46,7 @@ from dude_peft.tuner.heads import (
     warn_of_drawn,
 )
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
-from dude_peft.tuner.patterns import check_patterns
+from dude_peft.tuner.patterns import check_patterns, exactly
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
 from dude_peft.tuner.weighted import plan_sum
@@ -244,8 +246,8 @@ class DudeModel(BaseTuner):
             method="dora" if total.magnitude else "lora",
             r=r,
             lora_alpha=r,
-            rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-            alpha_pattern={name: rank for name, rank in ranks.items() if rank != r},
+            rank_pattern={exactly(name): rank for name, rank in ranks.items() if rank != r},
+            alpha_pattern={exactly(name): rank for name, rank in ranks.items() if rank != r},
             target_modules=sorted(ranks),
             exclude_modules=None,
             layers_to_transform=None,
@@ -467,10 +469,11 @@ class DudeModel(BaseTuner):
                 tensors[f"{module_name}.{name}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
         _refuse_not_finite(tensors, state_dict, adapter_name)
-        config._base = base
-        config._quantization = _quantization_of(model)
         base_model = _base_model(model)
         config._beside = prints_beside(base_model, config._beside)
+        beside = {name: seen for name, (_, seen) in config._beside.items()}
+        settings = base_settings(getattr(base_model, "config", None))
+        config._base = BaseRecord(base, beside, settings, _quantization_of(model))
         config._left_out = tuple(_needless(model, config))
         warn_if_refused(base_model, config.stock(), base)
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))

@@ -1,8 +1,11 @@
-"""Regular expressions of a configuration: valid, and quick on the names they are for.
+"""Regular expressions of a configuration: valid, quick on the names they are for, and the same in every order.
 
 A repetition inside a repeated group, as in `(a+)+b`, can keep the matcher busy for years, a row of repetitions for
 hours, and nothing can interrupt it. Whatever has more than one repetition is tried first in a process that can be
 ended. Every door passes here: `get_peft_model`, `load_adapter`, `dude init`, and all that read an adapter's files.
+
+Where two patterns match one layer, the first of the dictionary counts, here as in PEFT. JSON files are written with
+sorted keys, by PEFT too, so what goes into a file has to mean the same in any order.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from peft.utils.other import get_pattern_key
 
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
@@ -20,6 +25,7 @@ from dude_peft.show import quoted, shown
 _LONGEST_SECONDS = 2.0
 _LONGEST_PATTERN, _LONGEST_NAME, _MOST_MATCHES = 100_000, 1_000, 4_000_000
 _MEMORY_BYTES = 1 << 30
+_Value = TypeVar("_Value", int, float)
 _TRIAL = f"""
 import json, re, sys
 try:
@@ -154,3 +160,37 @@ def _try(patterns: list[_Pattern], names: list[str]) -> None:
         f"{guilty.key}={quoted(guilty.text)} takes longer than {_LONGEST_SECONDS:.0f} s on this model's names; write "
         "it without a repetition inside a repeated group"
     )
+
+
+def exactly(name: str) -> str:
+    """The pattern that PEFT matches with the layer of this name and with no other one."""
+    return f"^{re.escape(name)}"
+
+
+def overlapping(patterns: dict[str, _Value], names: Iterable[str]) -> tuple[str, list[str]] | None:
+    """A layer on which the order of the patterns decides, and those that match it; None where there is none."""
+    if len(set(patterns.values())) < 2:
+        return None
+    for name in names:
+        keys = _matching(patterns, name)
+        if len({patterns[key] for key in keys}) > 1:
+            return name, keys
+    return None
+
+
+def in_any_order(patterns: dict[str, _Value], names: Collection[str]) -> dict[str, _Value]:
+    """The patterns as they are, or layer by layer where their order decides: the same values, sorted or not.
+
+    Args:
+        patterns: rank_pattern or alpha_pattern; the first that matches a layer counts.
+        names: the adapted layers.
+    """
+    if overlapping(patterns, names) is None:
+        return patterns
+    first = {name: get_pattern_key(list(patterns), name) for name in names}
+    return {exactly(name): patterns[key] for name, key in first.items() if key in patterns}
+
+
+def _matching(patterns: Iterable[str], name: str) -> list[str]:
+    """Those that match a layer, as `peft.utils.other.get_pattern_key` tells."""
+    return [key for key in patterns if get_pattern_key([key], name) == key]
