@@ -359,7 +359,8 @@ def test_nothing_in_a_name_reaches_the_terminal(named, tmp_path, dude, recwarn):
     for command in fails:
         code, out, error = dude(*command)
         assert code in (2, 3, 4, 6), (command, error)
-        assert_harmless(out + line(error))
+        assert_harmless(out + error)
+        assert error.strip().splitlines()[-1].startswith("dude: error[")  # notes of generate stand before it
     for warning in recwarn:
         assert_harmless(str(warning.message))
 

@@ -48,7 +48,7 @@ def parse_target(text: str) -> Target:
         ConfigError: it is none of these.
     """
     kind, colon, detail = text.partition(":")
-    if kind == "lora" and re.fullmatch(r"[1-9][0-9]{0,5}|auto", detail):
+    if kind == "lora" and re.fullmatch(r"0|[1-9][0-9]{0,5}|auto", detail):
         return Target(kind, None if detail == "auto" else int(detail))
     if kind == "gguf" and (detail or not colon):
         return Target(kind, quantisation=detail or "F16")

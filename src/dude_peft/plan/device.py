@@ -12,7 +12,7 @@ import torch
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted
 
-_SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)(?: (?=[KMGTB]))?([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -121,7 +121,7 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
         ArtifactError: it is far from the weights beside it, or these are damaged.
     """
     from transformers import AutoConfig
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     from dude_peft.artifact.checkpoint import check_weights
 
