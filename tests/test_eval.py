@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -361,6 +362,31 @@ def test_a_finished_evaluation_is_refused_and_computed_from_its_answers(place, t
     assert again.measures == first.measures
     assert first.provenance["answers"]["model"] == {"computed": 36, "found": 0, "batch_size": 8}
     assert again.provenance["answers"]["model"] == {"computed": 0, "found": 36, "batch_size": 8}
+
+
+@pytest.mark.parametrize("damage", ["an answer", "the settings", "a line of another file"])
+def test_changed_answers_are_refused(place, tmp_path, damage):
+    """JSON that reads well and says something else."""
+    options = EvalOptions(("mmlu_anatomy",), place / "data")
+    evaluate(str(place / "model"), options, tmp_path / "o")
+    path = next((tmp_path / "o" / "answers").glob("*.jsonl"))
+    lines = path.read_text().splitlines()
+    if damage == "an answer":
+        lines[1] = lines[1].replace("-", "-1", 1)
+    elif damage == "the settings":
+        lines[0] = lines[0].replace('"batch_size": 8', '"batch_size": 9')
+    else:
+        path = path.rename(path.with_name(f"model-{'0' * 32}.jsonl"))
+        options = dataclasses.replace(options, batch_size=3)
+        evaluate(str(place / "model"), options, tmp_path / "other")
+        path.replace(tmp_path / "o/answers" / next((tmp_path / "other/answers").glob("*.jsonl")).name)
+        path = next((tmp_path / "o" / "answers").glob("*.jsonl"))
+    if damage != "a line of another file":
+        path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ArtifactError, match="is damaged; remove it, and its answers are computed again"):
+        evaluate(str(place / "model"), options, tmp_path / "o", overwrite=True)
+    path.unlink()
+    evaluate(str(place / "model"), options, tmp_path / "o", overwrite=True)
 
 
 def test_another_model_finds_no_answers(place, tmp_path):

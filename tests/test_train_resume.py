@@ -306,8 +306,10 @@ def test_a_damaged_checkpoint_is_skipped_and_named(halfway, whole, tmp_path, nam
     assert found == whole
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "manifest.json", "adapter/adapter_model.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "one bit", "another run's"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("trained.safetensors", "one bit"), ("manifest.json", "missing"), ("trained.safetensors", "another run's")],
+)
 def test_a_damaged_best_adapter_is_not_gone_on_with(places, whole, tmp_path, monkeypatch, name, damage):
     """Cut right behind the checkpoint that it goes with: the one before has none yet, and finds it again."""
     wanted = settings(places, tmp_path / "out")
