@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 _SPARE_BYTES = 2**30
@@ -23,12 +24,16 @@ def main() -> None:
     A request is {"template", "tokens", "now", "conversations": [[messages, add_generation_prompt], ...]}; each
     conversation is answered by one line, {"text"} or {"fault"}.
     """
+    from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        now = datetime.fromisoformat(request["now"])
+        # Templates ask transformers' `strftime_now`, which asks this; there is no other way to tell it the time.
+        chat_template_utils.datetime = SimpleNamespace(now=lambda now=now: now)  # type: ignore[attr-defined]
         for messages, generate in request["conversations"]:
             print(json.dumps(_answer(render_jinja_template, request, messages, generate)), flush=True)
 
@@ -41,7 +46,6 @@ def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]]
             conversations=[messages],
             chat_template=request["template"],
             add_generation_prompt=generate,
-            strftime_now=datetime.fromisoformat(request["now"]).strftime,
             **request["tokens"],
         )
         text = str(texts[0])
