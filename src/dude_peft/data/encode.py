@@ -57,6 +57,8 @@ class Counts:
     """Those of the dropped rows of whose answer a part, but not the end, would have fitted."""
     shortened: int = 0
     """Conversations of which only the first turns fit; the others are left out."""
+    spelling: int = 0
+    """Rows that spell special tokens, as text or, where that is allowed, as the tokens."""
     last_only: int = 0
     """Conversations whose earlier answers could not be trained, because of the chat template."""
     tokens: int = 0
@@ -112,13 +114,20 @@ class EncodedSet:
 def prompt_ids(row: Row, template: Template, tokenizer: Any) -> list[int]:
     """The ids that generation starts from: the prefix, id for id, of the row's training example.
 
-    Raises DataError for plain text, which asks nothing, and what `Template.pieces` raises.
+    Raises DataError for plain text, which asks nothing; ConfigError where the template writes nothing before the
+    answer; and what `Template.pieces` raises.
     """
     if row.is_text:
         raise DataError(f"{row.source}: plain text asks nothing that could be answered; set evaluation.enabled: false")
     begin = _begin(tokenizer) if template.kind == "plain" else []
-    (pieces,) = _tokenised(template.prompts([row]), tokenizer)
-    return [*begin, *itertools.chain.from_iterable(pieces)]
+    (pieces,) = _tokenised([row], template.prompts([row]), template, tokenizer)
+    ids = [*begin, *itertools.chain.from_iterable(pieces)]
+    if not ids:
+        raise ConfigError(
+            f"{row.source}: the template writes nothing before the answer, and a model needs at least one token; "
+            "use template: plain"
+        )
+    return ids
 
 
 def encode(
@@ -186,8 +195,9 @@ class Encoder:
         """
         for batch in _batches(rows):
             pieces = self.template.pieces(batch)
-            tokenised = _tokenised([each.texts for each in pieces], self.tokenizer)
+            tokenised = _tokenised(batch, pieces, self.template, self.tokenizer)
             for row, each, ids in zip(batch, pieces, tokenised, strict=True):
+                self.counts.spelling += bool(each.spelt)
                 made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids)
                 self._count(made)
                 yield row, made
@@ -294,11 +304,26 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _tokenised(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[list[list[int]]]:
-    """Ids of each row's pieces, each piece tokenised apart, in one call."""
-    texts = [text for texts in rows for text in texts]
-    if not texts:
-        return [[] for _ in rows]
+def _tokenised(
+    rows: Sequence[Row], pieces: Sequence[Pieces], template: Template, tokenizer: Any
+) -> list[list[list[int]]]:
+    """Ids of each row's pieces, each piece tokenised apart; in one call, but for those that hide something."""
+    control = template.control
+    texts = [text for each in pieces if each.hidden is None for text in each.texts]
+    ids = iter(_ids_of(texts, tokenizer) if texts else [])
+    tokenised = []
+    for row, each in zip(rows, pieces, strict=True):
+        own = []
+        for text, revealed in zip(each.texts, each.revealed, strict=True):
+            ordinary = list(next(ids)) if each.hidden is None else None
+            if ordinary is None or not control.heard(text, ordinary):
+                ordinary = control.ids(revealed, control.spans(text), row.source)
+            own.append(ordinary)
+        tokenised.append(own)
+    return tokenised
+
+
+def _ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -307,8 +332,8 @@ def _tokenised(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[list[lis
         return_attention_mask=False,
         verbose=False,  # no warning about its model_max_length: ours is checked
     )
-    ids = iter(encoded["input_ids"])
-    return [[list(next(ids)) for _ in texts] for texts in rows]
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def _begin(tokenizer: Any) -> list[int]:

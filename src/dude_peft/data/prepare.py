@@ -30,7 +30,7 @@ from dude_peft.data.token_store import DamagedStoreError, TokenStore, TokenWrite
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever the same rows would become other examples, or the files other files."""
 
 _BUSY_SECONDS = 0.2
@@ -78,7 +78,7 @@ def prepare(
     settings = {
         "format": _FORMAT,
         "tokenizer": _tokenizer_sha256(tokenizer),
-        "template": [template.kind, template.source],
+        "template": [template.kind, template.source, template.special_tokens],
         "max_length": max_length,
         "train_on": train_on,
         "upft": upft,

@@ -6,6 +6,8 @@ learns to stop. What stands before an answer is exactly what generation starts f
 not true of an earlier turn (Qwen3's drops the thoughts of all but the last answer), or which writes no end behind it,
 leaves the row with one prompt and one answer, the last.
 
+What a message says is text, also where it spells a special token (`control_tokens.py`).
+
 The plain template, for models without a chat template (the system part only where there is one; turns repeat):
 
     ### System:
@@ -22,10 +24,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dude_peft.data.control_tokens import ControlTokens, Hidden
 from dude_peft.data.formats import PASSAGE, Message, Row
 from dude_peft.data.renderer import RenderError, render
 from dude_peft.errors import ConfigError, DataError
@@ -47,18 +50,30 @@ class Pieces:
     """Prompt and answer in turn, ending with an answer; one piece, all trained, of plain text."""
     whole: bool = True
     """False where earlier answers cannot be told apart, so that only the last one is a piece."""
+    hidden: Hidden | None = None
+    """What the texts hide; None where they are as they will be tokenised."""
+    spelt: str = ""
+    """A special token that the row spells; empty for none."""
+
+    @property
+    def revealed(self) -> tuple[str, ...]:
+        """The texts with nothing hidden."""
+        return self.texts if self.hidden is None else tuple(map(self.hidden.reveal, self.texts))
 
 
 class Template:
     """Writes rows as text by the tokenizer's chat template (`chat`), the plain one (`plain`), or `auto`, chat if there.
 
-    Raises ConfigError for an unknown kind, a tokenizer without an end token, or `chat` without a chat template.
+    Raises ConfigError for an unknown kind, a tokenizer without an end token, `chat` without a chat template, or another
+    word for `special_tokens` than `text` and `allow`.
     """
 
     kind: str
     """`chat` or `plain`: what `auto` became."""
+    special_tokens: str
+    """What a special token in a message is: `text`, or the token itself (`allow`)."""
 
-    def __init__(self, tokenizer: Any, kind: str = "auto") -> None:
+    def __init__(self, tokenizer: Any, kind: str = "auto", special_tokens: str = "text") -> None:
         if kind not in KINDS:
             raise ConfigError(f"template is {quoted(kind)}; use {', '.join(KINDS)}")
         self._tokenizer = tokenizer
@@ -73,6 +88,13 @@ class Template:
             )
         self.kind = kind if kind != "auto" else "chat" if has_chat else "plain"
         self._specials = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
+        self.special_tokens = special_tokens
+        ControlTokens(tokenizer, special_tokens)  # a wrong word is told now
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokens that the template may write and messages may not. Raises what `source` raises."""
+        return ControlTokens(self._tokenizer, self.special_tokens, chat_template=self.source)
 
     @cached_property
     def source(self) -> str:
@@ -109,44 +131,79 @@ class Template:
 
         Raises what `pieces` does.
         """
-        *prompt, completion = self.pieces([row])[0].texts
+        *prompt, completion = self.pieces([row])[0].revealed
         return "".join(prompt), completion
 
     def prompt_text(self, row: Row) -> str:
         """The text that generation starts from: all messages but the last, and the opening of the answer."""
-        return "".join(self.prompts([row])[0])
+        return "".join(self.prompts([row])[0].revealed)
 
     def pieces(self, rows: Sequence[Row]) -> list[Pieces]:
         """Each row as prompts and answers.
 
         Raises ConfigError where the chat template fails, does not begin a conversation with its own prompt or leaves
-        the answer out; DataError where a message spells out an end token.
+        the answer out; DataError where it changes a message that spells a special token, or, where `special_tokens`
+        allows these, where a message spells an end token.
         """
         return self._pieces(rows, with_answer=True)
 
-    def prompts(self, rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    def prompts(self, rows: Sequence[Row]) -> list[Pieces]:
         """The pieces of each conversation before its last answer, which may be anything."""
-        return [pieces.texts for pieces in self._pieces(rows, with_answer=False)]
+        return self._pieces(rows, with_answer=False)
 
     def _pieces(self, rows: Sequence[Row], *, with_answer: bool) -> list[Pieces]:
         for row in rows:
             self._refuse_ends(row, row.messages if with_answer else row.prompt)
-        if self.kind == "plain":
-            return [self._text(row) if row.is_text else self._plain(row, with_answer) for row in rows]
+        veils = [self.control.hide(row) for row in rows]
+        if self.kind == "chat":
+            return self._by_chat_template(rows, veils, with_answer)
+        return [
+            self._piece(row, veil, self._plain(row if veil is None else veil.row, with_answer))
+            for row, veil in zip(rows, veils, strict=True)
+        ]
+
+    def _piece(self, row: Row, veil: Hidden | None, pieces: Pieces) -> Pieces:
+        return replace(pieces, hidden=veil, spelt=self.control.spelt(row) if veil is None else veil.token)
+
+    def _by_chat_template(
+        self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool
+    ) -> list[Pieces]:
+        """Rows with something hidden are rendered as they are, too: only where both agree is known what is whose."""
+        asked = [each for row, veil in zip(rows, veils, strict=True) for each in (row, veil and veil.row) if each]
+        wanted = [self._wanted(row, with_answer) for row in asked]
+        texts = iter(self._rendered(list(itertools.chain.from_iterable(wanted))))
+        written = iter([[next(texts) for _ in each] for each in wanted])
+        made = []
+        for row, veil in zip(rows, veils, strict=True):
+            own = next(written)
+            hidden = own if veil is None else next(written)
+            if veil is not None and [veil.reveal(text) for text in hidden] != own:
+                if veil.token:
+                    raise DataError(
+                        f"{row.source}: a message spells the special token {quoted(veil.token)}, and the chat template "
+                        f"of {self._name} changes the message; remove it, or use template: plain"
+                    )
+                veil, hidden = None, own
+            said = row if veil is None else veil.row
+            pieces = self._text(said) if row.is_text else self._chat(said, iter(hidden), with_answer)
+            made.append(self._piece(row, veil, pieces))
+        return made
+
+    def _wanted(self, row: Row, with_answer: bool) -> list[_Wanted]:
         wanted: list[_Wanted] = []
-        for row in rows:
-            for place in _answers(row):
-                wanted.append((row, row.messages[:place], True))
-                if with_answer or place < len(row.messages) - 1:
-                    wanted.append((row, row.messages[: place + 1], False))
-        texts = iter(self._rendered(wanted))
-        return [self._text(row) if row.is_text else self._chat(row, texts, with_answer) for row in rows]
+        for place in _answers(row):
+            wanted.append((row, row.messages[:place], True))
+            if with_answer or place < len(row.messages) - 1:
+                wanted.append((row, row.messages[: place + 1], False))
+        return wanted
 
     def _text(self, row: Row) -> Pieces:
         closed = row.messages[0].role == PASSAGE or row.answer.rstrip().endswith(self._eos)
         return Pieces((row.answer if closed else row.answer + self._eos,))
 
     def _plain(self, row: Row, with_answer: bool) -> Pieces:
+        if row.is_text:
+            return self._text(row)
         texts: list[str] = []
         prompt = ""
         answers = _answers(row)
@@ -218,11 +275,11 @@ class Template:
         return max((token for token in self._specials if text.endswith(token)), key=len, default="")
 
     def _refuse_ends(self, row: Row, messages: Sequence[Message]) -> None:
-        # It would become the real token: an end in the middle of the text, or two at the end.
+        # Where texts may spell tokens it would become the real one: an end in the middle, or two at the end.
         if row.is_text:
             return  # where an end token parts documents
         for end in {self._eos, self.turn_end}:
-            if any(end in message.content for message in messages):
+            if end not in self.control and any(end in message.content for message in messages):
                 raise DataError(
                     f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it, "
                     "the template adds it"
