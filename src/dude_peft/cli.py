@@ -169,6 +169,19 @@ def config_explain(
         typer.echo(f"{name}: {meaning}\n    takes {values}; default {default}")
 
 
+_Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="OURS=THEIRS", help="What the data calls a column, as data.columns; repeat it."),
+]
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in pairs or [])
+    if len(found) < len(pairs or []):
+        raise ConfigError("--column: the same name is given twice; keep one")
+    return found
+
+
 data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -178,7 +191,11 @@ def data_check(
     source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A file, builtin:word-problems, or a hub id.")],
     model: Annotated[str, typer.Option("--model", metavar="M", help="Whose tokenizer reads it; as in dude train.")],
     gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
-    test: Annotated[str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare.")] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare, or a share: 0.1.")
+    ] = None,
+    columns: _Columns = None,
+    seed: Annotated[int, typer.Option(help="Which rows a share takes, as data.seed.")] = 0,
     template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
     max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 512,
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
@@ -188,7 +205,7 @@ def data_check(
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
     from dude_peft.train.data_check import check
 
-    how = {"template": template, "train_on": train_on}
+    how: dict[str, Any] = {"template": template, "train_on": train_on, "columns": _columns(columns), "seed": seed}
     try:
         check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, upft=upft, **how)
     except KeyboardInterrupt:
@@ -413,6 +430,7 @@ def generate(
         typer.Option("--file", metavar="DATA", help="Prompts: .txt, one a line, or rows as dude train reads."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The first prompts of --file only.")] = None,
+    columns: _Columns = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.jsonl", help="Default: standard output.")
     ] = None,
@@ -442,6 +460,7 @@ def generate(
             prompts or [],
             file=file,
             limit=limit,
+            columns=_columns(columns),
             output=output,
             overwrite=overwrite,
             base=base,

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.chat.decoding import Decoding
-from dude_peft.chat.prompts import as_json, encode_prompts, read_prompts
+from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
 from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.show import shown
@@ -33,6 +33,7 @@ def generate(
     *,
     file: str | None = None,
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     base: str | None = None,
@@ -57,6 +58,7 @@ def generate(
         prompts: the prompts; without any, and without `file`, they come from standard input, one a line.
         file: a .txt file with one prompt a line, or a data set as `load_rows` reads it.
         limit: number of prompts of the file.
+        columns: what the file calls its columns, as data.columns.
         output: file that is written whole or not at all; None is standard output.
         overwrite: replace an output that is there.
         base: base model of the adapter; None takes its own.
@@ -90,7 +92,7 @@ def generate(
     if raw and template is not None:
         raise ConfigError("--raw and --template; give one of them")
     _check_output(output, overwrite)
-    rows = [row for row in read_prompts(prompts, file, limit) for _ in range(samples)]
+    rows = [row for row in read_prompts(prompts, file, limit, columns) for _ in range(samples)]
     with quiet_imports():
         from dude_peft.chat.decode import decode_all
         from dude_peft.chat.speaker import open_speaker
@@ -100,10 +102,13 @@ def generate(
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
         if base_too and not speaker.adapted:
             raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter on one; leave it out")
+        written = None if raw else speaker.template(template)
+        for line in left_out(rows, written):
+            notes.warn(line)
         ids = encode_prompts(
             rows,
             speaker.tokenizer,
-            None if raw else speaker.template(template),
+            written,
             vocabulary=speaker.model.get_input_embeddings().weight.shape[0],
             positions=speaker.positions,
             new=max_new_tokens,
@@ -127,9 +132,12 @@ def generate(
 def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
     """A training row; None where `data.train` would refuse it: an empty answer, a NUL character."""
     text, prompt = completion.text.strip(), as_json(row)
-    record = {"prompt": prompt, "completion": text}
-    if not isinstance(prompt, str):
-        record = {"messages": [*prompt, {"role": "assistant", "content": text}]}
+    record: dict[str, Any] = {"prompt": prompt, "completion": text}
+    if not isinstance(prompt, str) or row.tools:
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        record = {"messages": [*asked, {"role": "assistant", "content": text}]}
+    if row.tools:
+        record["tools"] = json.loads(row.tools)
     try:
         parse_row(record, row.source)
     except DataError:
@@ -139,6 +147,8 @@ def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
 
 def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": as_json(row)}
+    if row.tools:
+        record["tools"] = json.loads(row.tools)
     for prefix, completion in zip(("", "base_"), completions, strict=False):
         record[f"{prefix}completion"] = completion.text if raw else completion.text.strip()
         record[f"{prefix}finish"] = completion.finish

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from dude_peft.chat.typed import is_typed, piped_lines
 from dude_peft.data import Row, Template, load_rows, parse_row, prompt_ids
+from dude_peft.data.columns import Columns
+from dude_peft.data.formats import Reading
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
 
 
-def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) -> list[Row]:
-    """Rows whose prompt is wanted; the answer in them is not looked at.
+def read_prompts(
+    arguments: Sequence[str], file: str | None, limit: int | None, columns: Mapping[str, str] | None = None
+) -> list[Row]:
+    """Rows whose prompt is wanted; the answer in them is not looked at, and need not be there.
 
     Args:
         arguments: prompts themselves.
         file: a .txt file with one prompt a line, or anything that `load_rows` reads.
         limit: number of prompts of a file; None takes all.
+        columns: what the file calls its columns, as data.columns.
 
     Raises:
         ConfigError: no prompts, or two sources of them.
@@ -31,7 +37,9 @@ def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) 
     if arguments:
         return [_row(text, f"prompt {number}") for number, text in enumerate(arguments, start=1)]
     if file is not None:
-        return _lines_of(file)[:limit] if PurePath(file).suffix.lower() == ".txt" else load_rows(file, limit=limit)
+        if PurePath(file).suffix.lower() == ".txt":
+            return _lines_of(file)[:limit]
+        return load_rows(file, limit=limit, reading=Reading(Columns(columns), questions=True))
     rows = [] if is_typed() else [_row(text, f"standard input:{number}") for number, text in piped_lines()]
     if not rows:
         raise ConfigError("no prompts; give them as arguments, with --file, or one a line on standard input")
@@ -39,10 +47,18 @@ def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) 
 
 
 def as_json(row: Row) -> Any:
-    """The prompt as the output names it: its text, or its messages where there are several."""
-    if len(row.prompt) == 1:
+    """The prompt as the output names it: its text, or its messages where there are several, or more than texts."""
+    if [(message.role, message.more) for message in row.prompt] == [("user", "")]:
         return row.prompt[0].content
-    return [{"role": message.role, "content": message.content} for message in row.prompt]
+    return [message.as_dict() if message.trained else {**message.as_dict(), "weight": 0} for message in row.prompt]
+
+
+def left_out(rows: Sequence[Row], template: Template | None) -> list[str]:
+    """One line for what of the rows is not in the prompts; none where all is, or where `template` is None."""
+    counts: Counter[str] = Counter()
+    for row, unwritten in zip(rows, template.unwritten(rows, with_answer=False) if template else (), strict=False):
+        counts.update((*row.left_out, *unwritten))
+    return [f"left out: {', '.join(f'{name} (of {count} rows)' for name, count in counts.items())}"] if counts else []
 
 
 def raw_ids(row: Row, tokenizer: Any) -> list[int]:
@@ -51,8 +67,9 @@ def raw_ids(row: Row, tokenizer: Any) -> list[int]:
     Raises:
         DataError: the prompt is a conversation.
     """
-    if len(row.prompt) != 1:
-        raise DataError(f"{row.source}: {len(row.prompt)} messages, and --raw takes one text; leave --raw out")
+    if len(row.prompt) != 1 or row.tools:
+        what = f"{len(row.prompt)} messages{' and tools' if row.tools else ''}"
+        raise DataError(f"{row.source}: {what}, and --raw takes one text; leave --raw out")
     ids = list(tokenizer(row.prompt[0].content, verbose=False)["input_ids"])
     # Some tokenizers close every text with the end token; a prompt goes on.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -7,7 +7,8 @@ whatever spells a control token in what it wrote is its own. For the tokenizer t
 template's tokens stand there in spellings that no text has (`respelt.py`).
 
 Control tokens are the special ones, and of the other added tokens those that the chat template writes (<think>,
-<tool_response>). The latter remain tokens in the assistant's own messages, which is where models write them.
+<tool_response>). The latter remain tokens in the assistant's own messages, which is where models write them, and so do
+special ones of that kind: marks of thoughts and tool calls that the chat template writes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Spans = Sequence[tuple[int, int]]
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
 _MARKUP = re.compile(r"[^\w\s]\S*[^\w\s]")
+_OWN = re.compile("think|thought|reason|tool_call", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class ControlTokens:
         # Words and white space can be added tokens too; these are no markup.
         markup = {token.content for token in added if _MARKUP.fullmatch(token.content)}
         self._names = special | {name for name in markup if name in chat_template}
-        self._special, self._any = _pattern(special), _pattern(self._names)
+        own = {name for name in special if _OWN.search(name) and name in chat_template}
+        self._special, self._any = _pattern(special - own), _pattern(self._names)
         self._beginnings = {name[:n] for name in self._names for n in range(1, len(name))}
         self._ends = {name[n:] for name in self._names for n in range(1, len(name))}
         self._longest = max(map(len, self._names), default=0)
@@ -102,12 +105,8 @@ class ControlTokens:
 
         hidden = replace(
             row,
-            **{
-                name: tuple(_changed(each, concealed, self._pattern_of(each.role)) for each in value)
-                if name == "messages"
-                else _changed(value, concealed, self._any)
-                for name, value in _texts_of(row)
-            },
+            messages=tuple(_changed(each, concealed, self._pattern_of(each.role)) for each in row.messages),
+            tools=_changed(row.tools, concealed, self._any),
         )
         return Hidden(hidden, self.spelt(row), {private: character for character, private in table.items()})
 
@@ -198,7 +197,8 @@ def _pattern(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _texts_of(row: Row) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in vars(row).items() if name not in ("source", "shape"))
+    yield "messages", row.messages
+    yield "tools", row.tools
 
 
 def _strings(value: Any) -> Iterator[str]:

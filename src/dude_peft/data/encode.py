@@ -28,6 +28,8 @@ from dude_peft.show import quoted
 TRAIN_ON = ("answers", "last_answer", "all")
 """What is learned of a conversation: all answers, only the last, or every token, the prompts' too."""
 
+_MOST_NAMES = 12
+_MOST_COUNTED = 200  # rows may have a new name each
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 4 * 2**20
 
@@ -67,6 +69,10 @@ class Counts:
     """Tokens with a label."""
     ended: int = 0
     """Examples that end with a learned end token."""
+    used: dict[str, int] = field(default_factory=dict)
+    """Columns, and keys of messages, with the number of rows that were made of them."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """The same of those that nobody reads, or that the template does not write."""
     longest: int = 0
     """Tokens of the longest row, dropped ones included: the max_length that would keep all. Blocks of text for text."""
     largest_id: int = 0
@@ -75,6 +81,10 @@ class Counts:
     def losses(self, max_length: int) -> list[str]:
         """One line for each way in which rows or answers are not trained; empty where all are."""
         lines = []
+        if self.left_out:
+            listed = [f"{name} ({count} of {self.rows} rows)" for name, count in self.left_out.items()]
+            more = f" and {len(listed) - _MOST_NAMES} more" if len(listed) > _MOST_NAMES else ""
+            lines.append(f"left out: {', '.join(listed[:_MOST_NAMES])}{more}")
         if self.dropped:
             lines.append(
                 f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
@@ -200,6 +210,9 @@ class Encoder:
                 self.counts.spelling += bool(each.spelt)
                 made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids)
                 self._count(made)
+                _add(self.counts.used, row.used)
+                unwritten = (f"{what}, which the template does not write" for what in each.unwritten)
+                _add(self.counts.left_out, (*row.left_out, *unwritten))
                 yield row, made
 
     def check_any(self, made: int, name: str = "") -> None:
@@ -215,6 +228,7 @@ class Encoder:
         if self.template.kind == "plain":  # a chat template writes its own special tokens
             ids = [[*self._begin, *ids[0]], *ids[1:]]
         counts = self.counts
+        learned = self._learned(row, pieces, len(ids))
         lengths = [len(part) for part in ids]
         kept = [self._beginning(part) for part in ids]
 
@@ -226,7 +240,7 @@ class Encoder:
         counts.last_only += self.train_on == "answers" and not pieces.whole
         if needed(used) > self.max_length and self.train_on == "answers":
             # An even number of pieces ends with an answer.
-            fitting = [n for n in range(2, used, 2) if needed(n) <= self.max_length]
+            fitting = [n for n in range(2, used, 2) if learned[n - 1] and needed(n) <= self.max_length]
             if fitting:
                 counts.shortened += 1
                 used = fitting[-1]
@@ -236,15 +250,26 @@ class Encoder:
             return []
         # Labels come from the pieces' lengths, never from comparing ids with the pad token: where pad is the end token
         # (the common choice, and SmolLM2's own), that would mask the end and it would never be learned.
-        last = used - 1
         trained: list[bool] = []
         for place, part in enumerate(ids[:used]):
-            learned = self.train_on == "all" or (place == last if self.train_on == "last_answer" else place % 2 == 1)
-            trained += [learned] * kept[place] + [False] * (len(part) - kept[place])
+            trained += [learned[place]] * kept[place] + [False] * (len(part) - kept[place])
         trained[0] = False
         if not any(trained):
             raise DataError(f"{row.source}: the answer has no token before its end for upft to train; remove the row")
         return [Example([*itertools.chain.from_iterable(ids[:used])][: needed(used)], trained[: needed(used)])]
+
+    def _learned(self, row: Row, pieces: Pieces, count: int) -> list[bool]:
+        """Of each piece whether it is learned, by train_on and by what the row excludes."""
+        if self.train_on == "last_answer":
+            return [place == count - 1 for place in range(count)]
+        excluded = sum(not message.trained for message in row.messages)
+        if self.train_on == "all" and excluded != pieces.learned.count(False):
+            raise DataError(
+                f"{row.source}: a message is excluded from the loss that train_on: all cannot tell apart; "
+                "use train_on: answers"
+            )
+        answers = iter(pieces.learned)
+        return [next(answers) if place % 2 else self.train_on == "all" for place in range(count)]
 
     def _beginning(self, part: list[int]) -> int:
         """How many tokens of an answer are learned: all, or `upft`, but none of its end."""
@@ -296,12 +321,18 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         batch.append(row)
-        size += sum(len(message.content) for message in row.messages)
+        size += sum(len(message.content) + len(message.more) for message in row.messages) + len(row.tools)
         if len(batch) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _add(counted: dict[str, int], names: Iterable[str]) -> None:
+    for name in names:
+        if name in counted or len(counted) < _MOST_COUNTED:
+            counted[name] = counted.get(name, 0) + 1
 
 
 def _tokenised(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dude_peft.data.columns import PREFERENCE, REASONING, STANDARD, Columns, Record, is_nothing
+from dude_peft.data.columns import PREFERENCE, STANDARD, Columns, Record, is_nothing
 from dude_peft.data.message import PASSAGE, TEXT, Message, json_text, read_message, reasoning, text_of, tools_text
 from dude_peft.data.suggest import closest, mapping_for
 from dude_peft.errors import DataError
@@ -210,7 +210,7 @@ class _Reader:
         learned = [place for place in _answers(messages) if messages[place].trained]
         if not learned:
             raise DataError(
-                f"{self.source}: every answer in '{name}' is excluded from the loss (weight, train, loss); remove the row"
+                f"{self.source}: '{name}' excludes every answer from the loss (weight, train, loss); remove the row"
             )
         if learned[-1] < len(messages) - 1:
             self.left_out[f"{shown(name, 60)}[] behind the last answer that is learned"] = None
@@ -296,7 +296,9 @@ class Reading:
             there = next(record.name(key) for key in shape.keys if key in record)
             near = closest(record.name(missing[0]), [name for name in record.names() if name != there])
             known = {record.name(key) for key in shape.keys}
-            meant = f"closest: data.columns: {{{missing[0]}: {shown(near, 40)}}}" if near and near not in known else None
+            meant = (
+                f"closest: data.columns: {{{missing[0]}: {shown(near, 40)}}}" if near and near not in known else None
+            )
             found = mapping_for(record.names(), record.values()) if meant is None else None
             hint = meant or (f"closest: {found}" if found else FORMATS_HINT)
             return f"'{there}' without '{record.name(missing[0])}'; {hint}"

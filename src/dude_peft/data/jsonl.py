@@ -92,9 +92,7 @@ def _parse_line(raw: bytes, line: int, offset: int, name: str, reading: Reading)
     return _parse_value(value, where, reading)
 
 
-def jsonl_rows(
-    path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING
-) -> Iterator[Row]:
+def jsonl_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING) -> Iterator[Row]:
     """The rows of a JSON-lines file in order, at most `limit`, one at a time; blank lines are skipped.
 
     Raises DataError naming file:line of the first bad line and the numbers of up to 20 more, or saying that the file is
@@ -106,9 +104,7 @@ def jsonl_rows(
         yield from good_rows(_line_attempts(stream, name, reading), unit="lines", limit=limit, empty=empty)
 
 
-def _line_attempts(
-    stream: BufferedReader, name: str, reading: Reading
-) -> Iterator[tuple[int, Callable[[], Row]]]:
+def _line_attempts(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tuple[int, Callable[[], Row]]]:
     begun = False
     for line, offset, raw in lines(stream, name):
         if not raw.strip():
@@ -123,9 +119,7 @@ def _line_attempts(
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def json_rows(
-    path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING
-) -> Iterator[Row]:
+def json_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING) -> Iterator[Row]:
     """The rows of a .json file: one array of objects, or JSON lines under that name.
 
     A row's source is the line on which it begins; its number in the array, from 1, where others share that line.

@@ -1,10 +1,12 @@
-"""A message of a conversation: who speaks, what is said, what else a chat template may write of it, whether it is learned.
+"""A message of a conversation: who speaks, what is said, and what else a data set tells of it.
 
     role, content                 or ShareGPT's from, value; the roles are system, user, assistant and tool
     name, tool_call_id            as they are
     tool_calls                    [{"function": {"name", "arguments"}}, ...]; also function_call, OpenAI's or ShareGPT's
     reasoning_content             the thoughts before an answer; also thinking, reasoning
     weight, train, loss, ...      0 or false: the message is not learned (OpenAI; axolotl; ms-swift, LLaMA-Factory)
+
+What stands beside role and content is for the chat template to write.
 """
 
 from __future__ import annotations
@@ -145,7 +147,9 @@ def _is_trained(record: Record, key: str, source: str) -> bool:
         if (value := record.get(name)) is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise DataError(f"{source}: {key}.{name} is {quoted(value)}; write 1 or true to learn it, 0 or false not to")
+            raise DataError(
+                f"{source}: {key}.{name} is {quoted(value)}; write 1 or true to learn it, 0 or false not to"
+            )
         trained = trained and bool(value)
     if _DETAIL in record and not is_nothing(record.peek(_DETAIL)):
         raise DataError(f"{source}: {key}.{_DETAIL} excludes parts of a message; only whole ones can be: split it")

@@ -16,9 +16,7 @@ _BATCH_ROWS = 256
 _READING = Reading()
 
 
-def parquet_rows(
-    path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING
-) -> Iterator[Row]:
+def parquet_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING) -> Iterator[Row]:
     """The rows of a Parquet file; of columns that no row can be made of only the names are read.
 
     Raises DataError for a damaged file, columns of no known shape and bad rows (the first in full, the numbers of up to
@@ -27,15 +25,12 @@ def parquet_rows(
     with opened(path) as (stream, name):
         records = enumerate(_records(stream, name, reading), start=1)
         attempts = (
-            (number, partial(reading.row, record, f"{name}:{number}", unread))
-            for number, (record, unread) in records
+            (number, partial(reading.row, record, f"{name}:{number}", unread)) for number, (record, unread) in records
         )
         yield from good_rows(attempts, unit="rows", limit=limit, empty=f"{name}: no rows; choose another file")
 
 
-def _records(
-    stream: BufferedReader, name: str, reading: Reading
-) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Each record, and the names of the columns that are not read."""
     try:
         from pyarrow import ArrowException, parquet

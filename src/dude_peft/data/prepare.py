@@ -13,14 +13,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from dude_peft.artifact.durable import disk_errors, whole_folder
 from dude_peft.data.cache_folder import cache_folder
+from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Encoder
-from dude_peft.data.formats import Row
+from dude_peft.data.formats import Reading, Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
 from dude_peft.data.rows import data_sha256, local_file, stream_rows
 from dude_peft.data.stamp import stamp_of
@@ -30,7 +32,7 @@ from dude_peft.data.token_store import DamagedStoreError, TokenStore, TokenWrite
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised whenever the same rows would become other examples, or the files other files."""
 
 _BUSY_SECONDS = 0.2
@@ -47,6 +49,7 @@ def prepare(
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
+    columns: Mapping[str, str] | None = None,
     cache: Path | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenSet:
@@ -62,6 +65,7 @@ def prepare(
         split: of sources that name none themselves.
         limit: of one source, its first rows; of a mixture, the number of its examples. None takes all.
         seed: of a built-in set, and of what a mixture takes of each source.
+        columns: what the source calls its columns (`columns.Columns`); an entry's own stand in their place.
         cache: the folder of the cache; None is `cache_folder()`.
         advance: called with the number of rows that were just tokenised.
 
@@ -71,9 +75,12 @@ def prepare(
         ResourceError: the cache cannot be written.
     """
     if isinstance(source, (str, os.PathLike)):
-        parts, total = [Part(os.fspath(source), split, limit)], None
+        parts, total = [Part(os.fspath(source), split, limit, columns=columns)], None
     else:
-        parts, total = entries_of(source, split), limit
+        parts = [
+            each if each.columns is not None else replace(each, columns=columns) for each in entries_of(source, split)
+        ]
+        total = limit
     root = cache or cache_folder()
     settings = {
         "format": _FORMAT,
@@ -102,10 +109,11 @@ def _stored(
     advance: Callable[[int], None],
 ) -> Stored:
     path = local_file(part.source)
+    reading = Reading(Columns(part.columns))
     name = shown(part.source, None) if path is not None else f"{shown(part.source)}[{shown(part.split)}]"
 
     def rows() -> Iterator[Row]:
-        return stream_rows(part.source, split=part.split, limit=part.rows, seed=seed)
+        return stream_rows(part.source, split=part.split, limit=part.rows, seed=seed, reading=reading)
 
     stamp = None if path is None else stamp_of(path)
     if stamp is not None:
@@ -113,7 +121,7 @@ def _stored(
         content = [stamp.sha256, PurePath(part.source).suffix.lower(), part.rows]
     else:
         content = [data_sha256(rows())]
-    key = {**settings, "content": content}
+    key = {**settings, "content": content, "columns": reading.columns.mapping}
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
@@ -127,7 +135,7 @@ def _stored(
                 stamp.verify(name)
             writer.finish(key, this.counts)
 
-    return Stored(name, _cached(root / "tokens", key, fill), stamp)
+    return Stored(name, _cached(root / "tokens", key, fill), stamp, reading.columns)
 
 
 def _cached(root: Path, key: dict[str, Any], fill: Callable[[Path], None]) -> TokenStore:

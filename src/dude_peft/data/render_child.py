@@ -19,7 +19,7 @@ _LONGEST_SECONDS = 60
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...]}; each conversation is
+    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt, tools], ...]}; each is
     answered by one line, {"text"} or {"fault"}.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -28,16 +28,19 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        for messages, generate in request["conversations"]:
-            print(json.dumps(_answer(render_jinja_template, request, messages, generate)), flush=True)
+        for messages, generate, tools in request["conversations"]:
+            print(json.dumps(_answer(render_jinja_template, request, messages, generate, tools)), flush=True)
 
 
-def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]], generate: bool) -> dict[str, str]:
+def _answer(
+    render: Any, request: dict[str, Any], messages: list[dict[str, Any]], generate: bool, tools: list[Any]
+) -> dict[str, str]:
     # Where the parent is gone, nobody else ends a template that hangs: the signal does, in the middle of anything.
     _alarm(_LONGEST_SECONDS)
     try:
         texts, _ = render(
             conversations=[messages],
+            tools=tools or None,
             chat_template=request["template"],
             add_generation_prompt=generate,
             **request["tokens"],

@@ -25,8 +25,8 @@ _START_SECONDS = 120.0
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from dude_peft.data.render_child import main; main()"
 
 
-Conversation = tuple[Sequence[Mapping[str, str]], bool]
-"""Messages with role and content, and whether the opening of an answer is added."""
+Conversation = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Any]]
+"""Messages with role and content, whether the opening of an answer is added, and the tools."""
 
 
 class RenderError(Exception):
@@ -43,8 +43,10 @@ class _Renderer:
         self._child: Any = None
         self._lines: queue.Queue[bytes] = queue.Queue()
 
-    def render(self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
-        """The text of each conversation in order; raises RenderError at the first that fails."""
+    def render(
+        self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]
+    ) -> list[dict[str, str]]:
+        """{"text"} or {"fault"} of each conversation in order; RenderError where one takes too much."""
         request = {"template": template, "tokens": dict(tokens), "conversations": conversations}
         answers: list[dict[str, str]] = []
         with self._lock:
@@ -61,10 +63,7 @@ class _Renderer:
                 if isinstance(error, OSError):
                     raise RenderError("its process died; does it need much memory?", len(answers)) from error
                 raise
-        for index, answer in enumerate(answers):
-            if "fault" in answer:
-                raise RenderError(answer["fault"], index)
-        return [answer["text"] for answer in answers]
+        return answers
 
     def _start(self) -> None:
         if self._child is not None and self._child.poll() is None:
@@ -125,4 +124,13 @@ def render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Con
         RenderError: the template failed, took longer than RENDER_SECONDS or wanted more than 1 GiB.
         ResourceError: no process can be started.
     """
-    return _RENDERER.render(template, tokens, conversations)
+    answers = _RENDERER.render(template, tokens, conversations)
+    for index, answer in enumerate(answers):
+        if "fault" in answer:
+            raise RenderError(answer["fault"], index)
+    return [answer["text"] for answer in answers]
+
+
+def try_render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str | None]:
+    """The same with None for a conversation at which the template fails; RenderError where one takes too much."""
+    return [answer.get("text") for answer in _RENDERER.render(template, tokens, conversations)]

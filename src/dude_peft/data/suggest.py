@@ -10,13 +10,18 @@ from typing import Any
 from dude_peft.show import shown
 
 _MEANT = {
-    "prompt": "prompt query question input instruction request problem user human customer source ask src".split(),
-    "completion": "completion response reply answer output target solution assistant agent bot tgt".split(),
-    "messages": "messages conversations conversation dialog dialogue chat turns thread".split(),
-    "role": "role from speaker author sender who actor".split(),
-    "content": "content value text message body utterance said".split(),
-    "text": "text body document passage content article".split(),
-}
+    "prompt": (
+        "prompt", "query", "question", "input", "instruction", "request", "problem", "user", "human", "customer",
+        "source", "ask", "src",
+    ),
+    "completion": (
+        "completion", "response", "reply", "answer", "output", "target", "solution", "assistant", "agent", "bot", "tgt",
+    ),
+    "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns", "thread"),
+    "role": ("role", "from", "speaker", "author", "sender", "who", "actor"),
+    "content": ("content", "value", "text", "message", "body", "utterance", "said"),
+    "text": ("text", "body", "document", "passage", "content", "article"),
+}  # fmt: skip
 _PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 
 

@@ -158,6 +158,11 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
         raise DamagedStoreError(f"{folder}: {error}") from error
 
 
+def question_hash(row: Row) -> int:
+    """What the column `prompts` has of a conversation."""
+    return int.from_bytes(_hash(asked_bytes(row)), "little")
+
+
 def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
 

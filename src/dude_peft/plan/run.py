@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.train.config import RunConfig
+from dude_peft.train.config import RunConfig, ShareSection
 from dude_peft.train.folder import check_output_dir
 from dude_peft.train.model import load_settings, load_tokenizer, locate
 from dude_peft.train.run_data import glance
@@ -117,7 +117,8 @@ def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
     from dude_peft.plan.rows import count_rows, is_local
 
     data = config.data
-    if config.evaluation.enabled and data.test is not None and is_local(data.test):
+    held_out = None if isinstance(data.test, ShareSection) else data.test
+    if config.evaluation.enabled and held_out is not None and is_local(held_out):
         count_rows(data, tokenizer, model, held_out=True)  # for its errors
     return count_rows(data, tokenizer, model) if is_local(data.train) else None
 
