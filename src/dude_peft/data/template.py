@@ -189,8 +189,8 @@ class Template:
                     self._written.add((what, bool(rows[number].tools)))
             elif what == CALLS:
                 raise ConfigError(
-                    f"{rows[number].source}: the template does not write an answer's tool calls; use a model whose chat "
-                    "template does, or remove the row"
+                    f"{rows[number].source}: the template does not write an answer's tool calls; use a model whose "
+                    "chat template does, or remove the row"
                 )
             else:
                 found[number].append(what)
