@@ -66,7 +66,8 @@ class ControlTokens:
         special = {name for name in special if len(name) > 1}
         # Words and white space can be added tokens too; these are no markup.
         markup = {token.content for token in added if _MARKUP.fullmatch(token.content)}
-        self._names = special | {name for name in markup if name in chat_template}
+        declared = set(getattr(tokenizer, "chat_control_tokens", None) or ())
+        self._names = special | {name for name in markup if name in chat_template or name in declared}
         self._special, self._any = _pattern(special), _pattern(self._names)
         self._beginnings = {name[:n] for name in self._names for n in range(1, len(name))}
         self._ends = {name[n:] for name in self._names for n in range(1, len(name))}
@@ -124,18 +125,25 @@ class ControlTokens:
         ordinary = list(self._tokenizer(text, add_special_tokens=framed, verbose=False)["input_ids"])
         if self.allowed or (self.spans(text) == list(meant) and self.heard(text, ordinary, framed=framed)):
             return ordinary
-        apart = self._apart
-        if apart is None:
+        found = self.apart(text, meant, framed=framed)
+        if found is None or found.count(self._tokenizer.unk_token_id) > ordinary.count(self._tokenizer.unk_token_id):
             raise self._unwritable(text, where)
+        return found
+
+    def apart(self, text: str, meant: Spans, *, framed: bool = False) -> list[int] | None:
+        """The ids of the respelt tokenizer; None where there is none, or it does not find what is meant."""
+        if self._respelt is None:
+            return None
         parts, at = list[str](), 0
         for start, stop in meant:
             parts += [text[at:start], self._unheard[text[start:stop]]]
             at = stop
-        found: list[int] = apart.encode("".join([*parts, text[at:]]), add_special_tokens=framed).ids
-        unknown = self._tokenizer.unk_token_id
-        if found.count(unknown) > ordinary.count(unknown):
-            raise self._unwritable(text, where)
-        return found
+        encoded = self._respelt.encode("".join([*parts, text[at:]]), add_special_tokens=framed)
+        ids: list[int] = encoded.ids
+        expected = [self._tokenizer.convert_tokens_to_ids(text[start:stop]) for start, stop in meant]
+        expected = [token for token in expected if token in self._control_ids]
+        inner = [token for token, frame in zip(ids, encoded.special_tokens_mask, strict=True) if not frame]
+        return ids if [token for token in inner if token in self._control_ids] == expected else None
 
     def heard(self, text: str, ids: Sequence[int], *, framed: bool = False) -> bool:
         """Whether the tokenizer found no control tokens but those that the text spells, letter by letter.
@@ -167,10 +175,11 @@ class ControlTokens:
     def _unheard(self) -> dict[str, str]:
         """A spelling of each control token that no text has."""
         secret = secrets.token_hex(16)
-        return {name: f"{secret}-{number}-" for number, name in enumerate(sorted(self._names))}
+        # Their first and last characters remain: some tokens are only found between spaces, or beside certain others.
+        return {name: f"{name[0]}{secret}-{number}{name[-1]}" for number, name in enumerate(sorted(self._names))}
 
     @cached_property
-    def _apart(self) -> Tokenizer | None:
+    def _respelt(self) -> Tokenizer | None:
         return respelt(self._tokenizer.backend_tokenizer, self._unheard) if self._tokenizer.is_fast else None
 
     def _texts(self, row: Row) -> Iterator[tuple[str, re.Pattern[str]]]:

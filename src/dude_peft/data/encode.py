@@ -92,6 +92,16 @@ class Counts:
             )
         return lines
 
+    def spellings(self, special_tokens: str) -> list[str]:
+        """One line where rows spell special tokens; `special_tokens` is what these are (`Template`)."""
+        if not self.spelling:
+            return []
+        one = self.spelling == 1
+        rows = f"{self.spelling} of {self.rows} rows {'spells' if one else 'spell'} special tokens"
+        if special_tokens == "allow":
+            return [f"{rows}, and they are these tokens there (special_tokens: allow)"]
+        return [f"{rows}, which are plain text there; special_tokens: allow makes tokens of them"]
+
 
 @dataclass(frozen=True)
 class EncodedSet:
@@ -145,7 +155,7 @@ def encode(
     `vocab_size` is the number of rows of the model's embedding: an id beyond it is refused; None checks nothing.
 
     Raises:
-        DataError: no rows, none that fits, a token the model does not have, a message that spells an end token.
+        DataError: no rows, none that fits, a token the model does not have, and what `Template.pieces` raises.
         ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
     encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)

@@ -34,7 +34,7 @@ _KEYS = {
 class TasksOfRun:
     """The `TaskScorer` of a run."""
 
-    def __init__(self, settings: EvaluationSection) -> None:
+    def __init__(self, settings: EvaluationSection, special_tokens: str = "text") -> None:
         """Nothing is read yet.
 
         Raises:
@@ -51,6 +51,7 @@ class TasksOfRun:
                 chat=settings.tasks_chat,
                 num_fewshot=settings.tasks_num_fewshot,
                 text=None if settings.tasks_text is None else Path(settings.tasks_text),
+                special_tokens=special_tokens,
             )
         except (ConfigError, DataError) as error:
             raise _in_keys(error) from error

@@ -32,6 +32,7 @@ def check(
     gguf_file: str | None = None,
     test: str | None = None,
     template: str = "auto",
+    special_tokens: str = "text",
     max_length: int = 512,
     train_on: str = "answers",
     upft: int | None = None,
@@ -51,7 +52,7 @@ def check(
     shapes = _shapes(source)
     with quiet_imports():
         tokenizer = load_tokenizer(section, where)
-    written = Template(tokenizer, template)
+    written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
     with display.waiting("reading"):
         made = prepare(source, written, tokenizer, upft=upft, **options)
@@ -60,10 +61,10 @@ def check(
     display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
     for line in _numbers(made, max_length):
         display.say(line)
-    for line in made.counts.losses(max_length):
+    for line in [*made.counts.losses(max_length), *made.counts.spellings(special_tokens)]:
         display.warn(line)
     if held_out is not None:
-        for line in held_out.counts.losses(max_length):
+        for line in [*held_out.counts.losses(max_length), *held_out.counts.spellings(special_tokens)]:
             display.warn(f"held-out: {line}")
         count = overlap(made, held_out)
         line = f"{count} of {len(held_out)} held-out examples ask what a training example asks"
