@@ -38,6 +38,7 @@ def generate(
     base: str | None = None,
     gguf_file: str | None = None,
     template: str | None = None,
+    special_tokens: str | None = None,
     raw: bool = False,
     base_too: bool = False,
     as_rows: bool = False,
@@ -62,6 +63,7 @@ def generate(
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
         template: auto, chat or plain; None takes the training's.
+        special_tokens: what one is that a text spells, text or, by allow, the token; None takes the training's.
         raw: take the prompts as they are, without a template.
         base_too: add the base model's completion: base_completion, base_finish.
         as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. A completion
@@ -103,8 +105,8 @@ def generate(
         ids = encode_prompts(
             rows,
             speaker.tokenizer,
-            None if raw else speaker.template(template),
-            vocabulary=speaker.model.get_input_embeddings().weight.shape[0],
+            speaker.control(special_tokens) if raw else speaker.template(template, special_tokens),
+            vocabulary=speaker.vocabulary,
             positions=speaker.positions,
             new=max_new_tokens,
         )

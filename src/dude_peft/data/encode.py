@@ -164,7 +164,7 @@ def encode(
     examples = []
     for row, made in encoder.examples(rows):
         for example in made:
-            _check_ids(row, example.ids, tokenizer, vocab_size)
+            check_ids(row.source, example.ids, tokenizer, vocab_size)
             mask = [1] * len(example.ids)
             examples.append({"input_ids": example.ids, "attention_mask": mask, "labels": example.labels})
     counts = encoder.counts
@@ -354,12 +354,13 @@ def _begin(tokenizer: Any) -> list[int]:
     return ids[: next(starts, 0)]
 
 
-def _check_ids(row: Row, ids: list[int], tokenizer: Any, vocab_size: int | None) -> None:
+def check_ids(where: str, ids: Sequence[int], tokenizer: Any, vocab_size: int | None) -> None:
+    """Raises DataError, beginning with `where`, for a token that a model of so many entries does not have."""
     if vocab_size is None or not ids or max(ids) < vocab_size:
         return
     bad = max(ids)
     token = quoted(tokenizer.convert_ids_to_tokens(bad))
     raise DataError(
-        f"{row.source}: token {token} has id {bad}, but the model's vocabulary has {vocab_size} entries; "
+        f"{where}: token {token} has id {bad}, but the model's vocabulary has {vocab_size} entries; "
         "use the tokenizer that belongs to the model"
     )

@@ -20,7 +20,7 @@ _LONGEST_SECONDS = 60
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...]}; each conversation is
+    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...], "continued"}; each conversation is
     answered by one line, {"text"} or {"fault"}.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -41,6 +41,7 @@ def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]]
             conversations=[messages],
             chat_template=request["template"],
             add_generation_prompt=generate,
+            continue_final_message=request["continued"],
             **request["tokens"],
         )
         text = str(texts[0])

@@ -22,7 +22,7 @@ from typing import Any
 
 from dude_peft.errors import ResourceError
 
-RENDER_SECONDS = 5.0
+RENDER_SECONDS = 4.0
 """What a template may take in all, beside MESSAGE_SECONDS for each message; honest ones need far below one for each."""
 
 MESSAGE_SECONDS = 0.005
@@ -56,9 +56,12 @@ class _Renderer:
         self._left: dict[str, float] = {}
         """Seconds that each template has left."""
 
-    def render(self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
+    def render(
+        self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], continued: bool
+    ) -> list[str]:
         """The text of each conversation in order; raises RenderError at the first that fails."""
         request = {"template": template, "tokens": dict(tokens), "conversations": conversations}
+        request["continued"] = continued
         data = json.dumps(request).encode("ascii") + b"\n"
         messages = sum(len(said) for said, _ in conversations)
         answers: list[dict[str, str]] = []
@@ -141,16 +144,19 @@ _RENDERER = _Renderer()
 atexit.register(_RENDERER.stop)
 
 
-def render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
+def render(
+    template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], *, continued: bool = False
+) -> list[str]:
     """The text that a chat template makes of each conversation.
 
     Args:
         template: the Jinja source.
         tokens: the tokenizer's special tokens, by the names that templates know.
         conversations: what is rendered, in one call to the child.
+        continued: leave the last message open, for a model to go on with it.
 
     Raises:
         RenderError: the template failed, took longer than it may, wanted more than 1 GiB or wrote too much.
         ResourceError: no process can be started.
     """
-    return _RENDERER.render(template, tokens, conversations)
+    return _RENDERER.render(template, tokens, conversations, continued)

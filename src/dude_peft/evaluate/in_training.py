@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluate.forgetting import read_text
 from dude_peft.evaluate.record import TASKS
@@ -61,7 +62,8 @@ class TasksOfRun:
         if self._options.chat and not tokenizer.chat_template:
             raise ConfigError("evaluation.tasks_chat: the model's tokenizer has no chat template; set it to false")
         if self._options.text is not None:
-            read_text(self._options.text, tokenizer, None)  # what fills a long block fills a short one
+            control = ControlTokens(tokenizer, self._options.special_tokens or "text")
+            read_text(self._options.text, control, None)  # what fills a long block fills a short one
         try:
             with tempfile.TemporaryDirectory(prefix="dude-tasks-") as folder:
                 self._chosen = load_chosen(self._options, Path(folder))
