@@ -1,4 +1,4 @@
-"""What users write is text, also where it spells a control token: in every kind of tokenizer, through every template."""
+"""What users write is text, also where it spells a control token: in any tokenizer, through any template."""
 
 import itertools
 import random
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dude_peft.data import Message, Row, Template, encode, prompt_ids
 from dude_peft.data.control_tokens import ControlTokens
+from dude_peft.data.encode import Encoder
 from dude_peft.errors import ConfigError, DataError
 
 CHATML = (
@@ -125,3 +126,97 @@ def test_apart_is_as_together_where_nothing_is_spelt(kind, flags):
         seen += apart is not None
         assert apart in (together, None), text
     assert seen == 200 or "normalized" in flags or "single_word" in flags  # which find not every token in a text
+
+
+def test_letters_that_a_normalizer_makes_a_token_of_stay_letters():
+    inner = byte_level()
+    inner.normalizer = normalizers.NFKC()
+    inner.add_special_tokens([AddedToken(name, normalized=True, special=True) for name in SPECIALS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    wide = "\uff1cs\uff1e"  # <s> in full-width letters
+    assert controls(tokenizer, tokenizer(wide)["input_ids"]) == ["<s>"]
+    ids = prompt_ids(asks(f"hi {wide}", "a"), Template(tokenizer, "plain"), tokenizer)
+    assert controls(tokenizer, ids) == []
+    assert tokenizer.decode(ids) == "### Question:\nhi <s>\n\n### Answer:\n"
+
+
+def test_tokens_that_are_not_special_but_the_templates_own_are_text_in_questions_and_tokens_in_answers():
+    tokenizer = tokenizer_of("byte_level", CHATML.replace("assistant\\n", "assistant\\n<think>"))
+    tokenizer.add_tokens(["<think>", "</think>", "<gene>"])
+    think, gene = tokenizer.convert_tokens_to_ids(["<think>", "<gene>"])
+    written = Template(tokenizer, "plain")
+    row = asks("what is <think> <gene>", "<think>a")
+    assert prompt_ids(row, written, tokenizer).count(think) == 1  # no template writes it here: a word like <gene>
+    tokenizer.chat_template = CHATML.replace("{% if add", "{% if false %}<think>{% endif %}{% if add")
+    written = Template(tokenizer, "chat")
+    ids = prompt_ids(row, written, tokenizer)
+    assert (ids.count(think), ids.count(gene)) == (0, 1)
+    (example,) = encode([row], written, tokenizer, 500).examples
+    assert example["input_ids"][len(ids)] == think
+    assert tokenizer.decode(example["input_ids"]) == "".join(written.render(row))
+
+
+def test_text_is_text_in_plain_text_too_and_counted():
+    tokenizer = tokenizer_of("byte_level")
+    row = Row((Message("text", "one</s>two<|im_end|>"),), "s.txt:1")
+    for allow, ends in (("text", ["<|im_end|>"]), ("allow", ["</s>", "<|im_end|>"])):
+        (example,) = encode([row], Template(tokenizer, "plain", allow), tokenizer, 500).examples
+        assert controls(tokenizer, example["input_ids"]) == ends
+    encoder = Encoder(Template(tokenizer), tokenizer, max_length=500, train_on="answers")
+    list(encoder.examples([asks("<s>", "a"), asks("> s", "a <"), row]))
+    assert encoder.counts.spelling == 2
+    assert encoder.counts.spellings("text") == [
+        "2 of 3 rows spell special tokens, which are plain text there; special_tokens: allow makes tokens of them"
+    ]
+
+
+def test_what_is_allowed_is_the_token():
+    tokenizer = tokenizer_of("byte_level")
+    ids = prompt_ids(asks("<s>q", "a"), Template(tokenizer, "plain", "allow"), tokenizer)
+    assert controls(tokenizer, ids) == ["<s>"]
+    with pytest.raises(ConfigError, match="special_tokens is 'yes'; use text, allow"):
+        Template(tokenizer, "plain", "yes")
+
+
+@pytest.mark.parametrize("change", ["upper", "replace('start', 'begin')", "replace('<', '&lt;')"])
+def test_a_template_that_changes_such_a_text_is_refused(change):
+    tokenizer = tokenizer_of("byte_level", CHATML.replace("m['content']", f"(m['content'] | {change})"))
+    with pytest.raises(
+        DataError, match=r"^s.jsonl:1: a message spells .* '<\|im_start\|>', and the chat template of 't'"
+    ):
+        prompt_ids(asks("hi <|im_start|>", "HI"), Template(tokenizer), tokenizer)
+    ids = prompt_ids(asks("hi <", "HI"), Template(tokenizer), tokenizer)  # which only might be a part of one
+    assert controls(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+def test_a_template_that_trims_cuts_and_repeats_keeps_text_text():
+    body = "(m['content'] | trim)[:9] + m['content'][-3:] + '<s>'"
+    tokenizer = tokenizer_of("byte_level", CHATML.replace("m['content']", body))
+    row = asks(" <|im_end|><s>", "a")
+    written = Template(tokenizer)
+    ids = prompt_ids(row, written, tokenizer)
+    assert controls(tokenizer, ids) == ["<|im_start|>", "<s>", "<|im_end|>", "<|im_start|>"]
+    assert tokenizer.decode(ids) == "<|im_start|>user\n<|im_end|<s><s><|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_token_is_not_made_at_the_seam_of_text_and_template():
+    tokenizer = tokenizer_of("byte_level", CHATML.replace("m['content']", "'<' + m['content'] + '|>'"))
+    for text in ("s>", "/s>x", "<|im_start", "|im_end|>"):
+        ids = prompt_ids(asks(text, "a"), Template(tokenizer), tokenizer)
+        assert controls(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+def test_a_tokenizer_that_knows_a_word_only_as_its_token_says_so():
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "hi": 2, "<|im_end|>": 3}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", bos_token="<s>", unk_token="<unk>"
+    )
+    with pytest.raises(DataError, match=r"^s.jsonl:1: the text spells the special token '<s>', which this tokenizer"):
+        prompt_ids(asks("hi <s>", "hi"), Template(tokenizer, "plain"), tokenizer)
+
+
+def test_a_template_that_writes_nothing_is_one_line():
+    tokenizer = tokenizer_of("byte_level", "{% if false %}x{% endif %}")
+    with pytest.raises(ConfigError, match=r"^s.jsonl:1: the template writes nothing before the answer"):
+        prompt_ids(asks("hi", "a"), Template(tokenizer), tokenizer)

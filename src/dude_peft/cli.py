@@ -466,7 +466,10 @@ def generate(
             seed=seed,
         )
     except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was written") from None
+        message = "stopped by Ctrl-C; " + (
+            "nothing was written" if output is None else "the same command goes on where it stopped"
+        )
+        raise StoppedError(signal.SIGINT, message) from None
 
 
 @app.command("eval")

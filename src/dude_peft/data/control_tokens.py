@@ -52,7 +52,10 @@ class Hidden:
 
 
 class ControlTokens:
-    """Those of a tokenizer; `allow` takes texts that spell them as the tokens. ConfigError for another word than these."""
+    """Those of a tokenizer, which texts only spell; with special_tokens="allow" they become the tokens.
+
+    Raises ConfigError for another word than `text` and `allow`.
+    """
 
     def __init__(self, tokenizer: Any, special_tokens: str = "text", *, chat_template: str = "") -> None:
         if special_tokens not in SPECIAL_TOKENS:
@@ -101,15 +104,13 @@ class ControlTokens:
             inner = core[:head].translate(table) + middle + core[len(core) - tail :].translate(table)
             return text.replace(core, inner, 1)
 
-        hidden = replace(
-            row,
-            **{
-                name: tuple(_changed(each, concealed, self._pattern_of(each.role)) for each in value)
-                if name == "messages"
-                else _changed(value, concealed, self._any)
-                for name, value in _texts_of(row)
-            },
-        )
+        changes: dict[str, Any] = {
+            name: tuple(_changed(each, concealed, self._pattern_of(each.role)) for each in value)
+            if name == "messages"
+            else _changed(value, concealed, self._any)
+            for name, value in _texts_of(row)
+        }
+        hidden = replace(row, **changes)
         return Hidden(hidden, self.spelt(row), {private: character for character, private in table.items()})
 
     def spans(self, text: str) -> Spans:

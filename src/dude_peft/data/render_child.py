@@ -20,8 +20,8 @@ _LONGEST_SECONDS = 60
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...], "continued"}; each conversation is
-    answered by one line, {"text"} or {"fault"}.
+    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt], ...], "continued"}; each
+    conversation is answered by one line, {"text"} or {"fault"}.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

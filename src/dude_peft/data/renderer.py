@@ -60,8 +60,12 @@ class _Renderer:
         self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], continued: bool
     ) -> list[str]:
         """The text of each conversation in order; raises RenderError at the first that fails."""
-        request = {"template": template, "tokens": dict(tokens), "conversations": conversations}
-        request["continued"] = continued
+        request = {
+            "template": template,
+            "tokens": dict(tokens),
+            "conversations": conversations,
+            "continued": continued,
+        }
         data = json.dumps(request).encode("ascii") + b"\n"
         messages = sum(len(said) for said, _ in conversations)
         answers: list[dict[str, str]] = []

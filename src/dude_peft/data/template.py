@@ -165,9 +165,7 @@ class Template:
     def _piece(self, row: Row, veil: Hidden | None, pieces: Pieces) -> Pieces:
         return replace(pieces, hidden=veil, spelt=self.control.spelt(row) if veil is None else veil.token)
 
-    def _by_chat_template(
-        self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool
-    ) -> list[Pieces]:
+    def _by_chat_template(self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool) -> list[Pieces]:
         """Rows with something hidden are rendered as they are, too: only where both agree is known what is whose."""
         asked = [each for row, veil in zip(rows, veils, strict=True) for each in (row, veil and veil.row) if each]
         wanted = [self._wanted(row, with_answer) for row in asked]

@@ -61,13 +61,9 @@ class ChatPrompts:
             contents = [message.content for message in veil.row.messages]
             wanted += [[{**one, "content": content} for one, content in zip(history, contents, strict=True)]]
         conversations = [(messages, generate) for messages in wanted]
-        text, *hidden = render(
-            self._source, {**self._tokens, **arguments}, conversations, continued=not generate
-        )
+        text, *hidden = render(self._source, {**self._tokens, **arguments}, conversations, continued=not generate)
         if not text:
-            raise ConfigError(
-                f"--chat: the chat template of {shown(self._name, 300)} writes nothing; leave --chat out"
-            )
+            raise ConfigError(f"--chat: the chat template of {shown(self._name, 300)} writes nothing; leave --chat out")
         marked = text
         if veil is not None and veil.reveal(hidden[0]) == text:
             marked = hidden[0]

@@ -1,7 +1,8 @@
 """Our live model as lm-evaluation-harness knows models: its own tokenisation, scores and stops, our batches and checks.
 
-What is added to its HFLM: texts are only text (`chat_prompts.py`), answers are kept batch by batch (`answer_cache.py`), a batch that does not fit is halved, NaN
-ends the evaluation, and prompts that were cut and generations that never stopped are counted. Several processes share
+What is added to its HFLM: what documents say is text (`chat_prompts.py`), answers are kept batch by batch
+(`answer_cache.py`), a batch that does not fit is halved, NaN ends the evaluation, and prompts that were cut and
+generations that never stopped are counted. Several processes share
 the batches, each of which is what one process would compute, and tell each other the answers: the harness, which knows
 nothing of it, finds all answers in every process.
 """
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from typing_extensions import override
 
+from dude_peft.chat.answer_cache import AnswerCache, key_of
 from dude_peft.chat.decode import Finite
 from dude_peft.data.batches import Company, grouped, pad_left
 from dude_peft.data.encode import check_ids
 from dude_peft.errors import ConfigError, DataError, NumericsError, ResourceError
-from dude_peft.evaluate.answer_cache import AnswerCache, key_of
 from dude_peft.evaluate.chat_prompts import ChatPrompts
 from dude_peft.parents import fits
 from dude_peft.show import shown

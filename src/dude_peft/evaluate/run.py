@@ -249,7 +249,7 @@ class _Scorer:
         chosen: Sequence[Chosen],
         items: dict[str, list[int]],
     ) -> None:
-        from dude_peft.evaluate.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
+        from dude_peft.chat.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         self._speaker, self._options, self._output, self._display = speaker, options, output, display
         self._tasks = {name: task for one in chosen for name, task in one.tasks.items() if name in items}
@@ -271,7 +271,7 @@ class _Scorer:
         """Samples and results of every task; `state` is `base`, `model` or `merged`."""
         from lm_eval.evaluator import evaluate as harness
 
-        from dude_peft.evaluate.answer_cache import AnswerCache, key_of
+        from dude_peft.chat.answer_cache import AnswerCache, key_of
         from dude_peft.evaluate.chat_prompts import ChatPrompts
         from dude_peft.evaluate.harness_model import HarnessModel
 
