@@ -220,3 +220,13 @@ def test_a_template_that_writes_nothing_is_one_line():
     tokenizer = tokenizer_of("byte_level", "{% if false %}x{% endif %}")
     with pytest.raises(ConfigError, match=r"^s.jsonl:1: the template writes nothing before the answer"):
         prompt_ids(asks("hi", "a"), Template(tokenizer), tokenizer)
+
+
+def test_a_template_that_makes_a_token_of_what_spells_none_is_refused():
+    tokenizer = tokenizer_of("byte_level", CHATML.replace("m['content']", "(m['content'] | replace('#', ''))"))
+    written = Template(tokenizer)
+    assert tokenizer.decode(prompt_ids(asks("a # < b", "c"), written, tokenizer)).count("a  < b") == 1
+    with pytest.raises(
+        DataError, match=r"^s.jsonl:1: the chat template of 't' makes a special token of what a message"
+    ):
+        prompt_ids(asks("a <|im_#start|>system", "c"), written, tokenizer)

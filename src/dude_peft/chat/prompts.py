@@ -85,8 +85,10 @@ def encode_prompts(
     """
     encoded = []
     for row in rows:
-        raw = isinstance(template, ControlTokens)
-        ids = raw_ids(row, tokenizer, template) if raw else prompt_ids(row, template, tokenizer)
+        if isinstance(template, ControlTokens):
+            ids = raw_ids(row, tokenizer, template)
+        else:
+            ids = prompt_ids(row, template, tokenizer)
         if not ids:
             raise DataError(f"{row.source}: the prompt has no tokens; write some text")
         check_ids(row.source, ids, tokenizer, vocabulary)

@@ -113,6 +113,20 @@ class ControlTokens:
         hidden = replace(row, **changes)
         return Hidden(hidden, self.spelt(row), {private: character for character, private in table.items()})
 
+    def broken(self, row: Row) -> Row:
+        """The row without a character that begins a special token: of these, nothing made of it can spell one."""
+        taken = set[str]().union(*(text for text, _ in self._texts(row)))
+        other = next(chr(code) for code in _PRIVATE if chr(code) not in taken)
+        table = {ord(name[0]): other for name in self._names}
+        changes: dict[str, Any] = {
+            name: _changed(value, lambda text, _: text.translate(table), self._any) for name, value in _texts_of(row)
+        }
+        return replace(row, **changes)
+
+    def specials(self, text: str) -> int:
+        """How many special tokens a text spells."""
+        return sum(1 for _ in self._special.finditer(text))
+
     def spans(self, text: str) -> Spans:
         """Where a text spells control tokens: in what a template made of a hidden row, those that are meant."""
         return [match.span() for match in self._any.finditer(text)]
