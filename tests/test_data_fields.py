@@ -25,33 +25,37 @@ PLAIN_CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN = (  # tools, tool calls and tool results as Qwen's templates write them; thoughts of every answer
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
     "{{ '<tools>' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '</tools><|im_end|>\n' }}"
-    "{% elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+    "{% elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
     "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
     "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function.name + ' ' }}{{ call.function.arguments | tojson }}"
-    "{{ '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function.name + ' ' }}"
+    "{{ call.function.arguments | tojson }}{{ '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
     "{% elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA = (  # Llama 3.1's: one call a message, in place of its content; results under the role ipython
     "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}"
-    '{% endif %}{% set f = m.tool_calls[0].function %}{{ \'<|h|>assistant<|/h|>\n\n{"name": "\' + f.name + \'", "parameters": \' }}'
-    "{{ f.arguments | tojson }}{{ '}<|eot_id|>' }}{% elif m.role == 'tool' %}{{ '<|h|>ipython<|/h|>\n\n' + m.content + '<|eot_id|>' }}"
+    "{% endif %}{% set f = m.tool_calls[0].function %}{{ '<|h|>assistant<|/h|>\n\n' }}"
+    "{{ '{\"name\": \"' + f.name + '\", \"parameters\": ' }}{{ f.arguments | tojson }}{{ '}<|eot_id|>' }}"
+    "{% elif m.role == 'tool' %}{{ '<|h|>ipython<|/h|>\n\n' + m.content + '<|eot_id|>' }}"
     "{% else %}{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
 )
 OPENS_THOUGHTS = (  # Qwen3-Thinking's: the prompt opens the thoughts of the answer
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% set c = m.content %}{% set r = '' %}{% if '</think>' in c %}"
-    "{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].strip() %}{% endif %}"
-    "{{ '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + c + '<|im_end|>\n' }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set c = m.content %}{% set r = '' %}"
+    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].strip() %}"
+    "{% endif %}{{ '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + c + '<|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 DROPS_THOUGHTS = (  # R1's: takes the thoughts from every answer, and opens them in the prompt
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|h|>' + m.content.split('</think>')[-1].strip() + '<|eot_id|>' }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|h|>' + m.content.split('</think>')[-1].strip() + '<|eot_id|>' }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|h|><think>\n' }}{% endif %}"
 )
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|h|>", "<|/h|>", "<|eot_id|>"]
@@ -138,8 +142,8 @@ def test_sharegpt_has_system_tools_calls_and_observations():
     assert trained(row, QWEN) == (
         '<|im_start|>system\nBe.\n<tools>{"type": "function", "function": {"name": "add", "parameters": {}}}</tools>'
         "<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-        '«<tool_call>add {"x": 1}</tool_call><|im_end|>»\n<|im_start|>user\n<tool_response>3</tool_response><|im_end|>\n'
-        "<|im_start|>assistant\n«b<|im_end|>»"
+        '«<tool_call>add {"x": 1}</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n<tool_response>3</tool_response><|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»"
     )
     assert "'system' and the first message are two system messages" in fault(
         {"conversations": [{"from": "system", "value": "x"}, *row["conversations"]], "system": "y"}
@@ -399,9 +403,16 @@ def test_wrong_maps():
 
 @pytest.mark.parametrize(
     "row",
-    [{"question": "q"}, {"prompt": "q"}, {"prompt": "q", "completion": None}, {"instruction": "q", "output": ""}]
-    + [{"prompt": [{"role": "user", "content": "q"}]}, turns(("user", "q")), turns(("user", "q"), ("assistant", "a"))]
-    + [{"conversations": [{"from": "human", "value": "q"}]}],
+    [
+        {"question": "q"},
+        {"prompt": "q"},
+        {"prompt": "q", "completion": None},
+        {"instruction": "q", "output": ""},
+        {"prompt": [{"role": "user", "content": "q"}]},
+        turns(("user", "q")),
+        turns(("user", "q"), ("assistant", "a")),
+        {"conversations": [{"from": "human", "value": "q"}]},
+    ],
 )
 def test_rows_without_an_answer_are_questions(row):
     assert read(row, {}, questions=True).prompt == (Message("user", "q"),)

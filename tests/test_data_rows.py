@@ -322,7 +322,7 @@ def test_json_array_rows_have_their_lines(tmp_path):
         (b"[" + GOOD + b",\n]", ":2:1: malformed JSON (Expecting value)"),
         (b"[" + GOOD, ":1:41: malformed JSON (Expecting ',' or ']') in element 1; repair"),
         (b"[" + GOOD + b", " + GOOD + b', {"prompt": "q"}]', "t.json: element 3: 'prompt' without 'completion'"),
-        (b"[" + GOOD + b', {"prompt"}]', ":1:54: malformed JSON (Expecting ':' delimiter) in element 2; repair"),
+        (b"[" + GOOD + b', {"prompt"}]', ":1:52: malformed JSON (Expecting ':' delimiter) in element 2; repair"),
         (b"[" + GOOD + b', {"a": 1, "a": 2}]', "t.json: element 2: the key 'a' appears twice"),
         (b"[1, 2,\n3]", "t.json: element 1: the row is int, not an object"),
         (b"[" + GOOD + b"]\n x", ":2:2: malformed JSON (text after the array)"),

@@ -197,6 +197,7 @@ def data_check(
     columns: _Columns = None,
     seed: Annotated[int, typer.Option(help="Which rows a share takes, as data.seed.")] = 0,
     template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
+    special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     max_length: Annotated[int, typer.Option(help="Tokens a row may have.")] = 512,
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
     upft: Annotated[int | None, typer.Option(help="Tokens of each answer that are trained, as data.upft.")] = None,
@@ -205,7 +206,8 @@ def data_check(
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
     from dude_peft.train.data_check import check
 
-    how: dict[str, Any] = {"template": template, "train_on": train_on, "columns": _columns(columns), "seed": seed}
+    how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
+    how |= {"columns": _columns(columns), "seed": seed}
     try:
         check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, upft=upft, **how)
     except KeyboardInterrupt:
@@ -380,6 +382,9 @@ _Speaker = Annotated[
     str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder or hub id of either, or package:NAME of a model.")
 ]
 _Template = Annotated[str | None, typer.Option(help="auto, chat or plain; default: as in the training run.")]
+_SpecialTokens = Annotated[
+    str | None, typer.Option(help="What texts that spell them are: text, or allow; default: as in the training run.")
+]
 _Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")]
 _TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")]
 _Seed = Annotated[int, typer.Option(help="Of the drawing.")]
@@ -393,6 +398,7 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer as well.")] = False,
     template: _Template = None,
+    special_tokens: _SpecialTokens = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
@@ -410,6 +416,7 @@ def chat(
             system=system,
             compare=compare,
             template=template,
+            special_tokens=special_tokens,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -444,6 +451,7 @@ def generate(
     ] = False,
     samples: Annotated[int, typer.Option(help="Completions of each prompt, one line each; needs --temperature.")] = 1,
     template: _Template = None,
+    special_tokens: _SpecialTokens = None,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one completion at most.")] = 256,
     temperature: _Temperature = 0.0,
@@ -466,6 +474,7 @@ def generate(
             base=base,
             gguf_file=gguf_file,
             template=template,
+            special_tokens=special_tokens,
             raw=raw,
             base_too=base_too,
             as_rows=as_rows,
@@ -477,7 +486,10 @@ def generate(
             seed=seed,
         )
     except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was written") from None
+        message = "stopped by Ctrl-C; " + (
+            "nothing was written" if output is None else "the same command goes on where it stopped"
+        )
+        raise StoppedError(signal.SIGINT, message) from None
 
 
 @app.command("eval")
@@ -501,6 +513,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample and the intervals.")] = 0,
     chat_template: Annotated[bool, typer.Option("--chat", help="Prompts through the chat template.")] = False,
+    special_tokens: _SpecialTokens = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in each prompt; default: each task's own.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time; default: found by itself.")] = None,
     overwrite: Annotated[
@@ -516,7 +529,7 @@ def evaluate(
     from dude_peft.train.launch import launch_if_first
 
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
-    options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text)
+    options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
     if processes is not None:
         launch_if_first("ddp", processes)
     try:

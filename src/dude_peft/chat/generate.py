@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.chat.decoding import Decoding
+from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
 from dude_peft.errors import ConfigError, DataError, ResourceError
@@ -39,6 +41,7 @@ def generate(
     base: str | None = None,
     gguf_file: str | None = None,
     template: str | None = None,
+    special_tokens: str | None = None,
     raw: bool = False,
     base_too: bool = False,
     as_rows: bool = False,
@@ -51,7 +54,8 @@ def generate(
 ) -> None:
     """Continue prompts, and write {prompt, completion, finish} of each as a line of JSON, in order.
 
-    Greedy completions in float32 do not depend on the batch size; sampled ones do.
+    Greedy completions in float32 do not depend on the batch size; sampled ones do. With an output, the same call goes
+    on after an interruption: completions that are there (`OUTPUT.part`) are not computed again.
 
     Args:
         name: folder or hub id of an adapter or a model, or `package:NAME`.
@@ -64,6 +68,7 @@ def generate(
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
         template: auto, chat or plain; None takes the training's.
+        special_tokens: what one is that a text spells, text or, by allow, the token; None takes the training's.
         raw: take the prompts as they are, without a template.
         base_too: add the base model's completion: base_completion, base_finish.
         as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. A completion
@@ -102,27 +107,34 @@ def generate(
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
         if base_too and not speaker.adapted:
             raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter on one; leave it out")
-        written = None if raw else speaker.template(template)
+        written = None if raw else speaker.template(template, special_tokens)
         for line in left_out(rows, written):
             notes.warn(line)
         ids = encode_prompts(
             rows,
             speaker.tokenizer,
-            written,
-            vocabulary=speaker.model.get_input_embeddings().weight.shape[0],
+            written or speaker.control(special_tokens),
+            vocabulary=speaker.vocabulary,
             positions=speaker.positions,
             new=max_new_tokens,
         )
         if batch_size > 1 and len(ids) > 1 and speaker.company_note:
             notes.say(f"note: {speaker.company_note}")
         found: list[list[Completion]] = []
-        with notes.stage("generating", len(rows) * (1 + base_too)) as advance:
+        with contextlib.ExitStack() as stack:
+            cache = None
+            if output is not None:
+                key = command_key(speaker, ids, decoding, batch_size)
+                cache = stack.enter_context(kept(output, key, overwrite=overwrite))
+                if len(cache):
+                    notes.say(f"{len(cache)} completions are there already, from a command that was interrupted")
+            advance = stack.enter_context(notes.stage("generating", len(rows) * (1 + base_too)))
             for as_base in (False, True) if base_too else (False,):
-                decoding.start()
-                found.append(decode_all(speaker, ids, decoding, batch_size=batch_size, base=as_base, advance=advance))
-    pairs = zip(rows, zip(*found, strict=True), strict=True)
-    records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
-    _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
+                how: dict[str, Any] = {"batch_size": batch_size, "base": as_base, "cache": cache, "advance": advance}
+                found.append(decode_all(speaker, ids, decoding, **how))
+            pairs = zip(rows, zip(*found, strict=True), strict=True)
+            records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
+            _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
     if refused := records.count(None):

@@ -10,6 +10,8 @@ from typing import Any
 from dude_peft.chat.typed import is_typed, piped_lines
 from dude_peft.data import Row, Template, load_rows, parse_row, prompt_ids
 from dude_peft.data.columns import Columns
+from dude_peft.data.control_tokens import ControlTokens
+from dude_peft.data.encode import check_ids
 from dude_peft.data.formats import Reading
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
@@ -61,29 +63,35 @@ def left_out(rows: Sequence[Row], template: Template | None) -> list[str]:
     return [f"left out: {', '.join(f'{name} (of {count} rows)' for name, count in counts.items())}"] if counts else []
 
 
-def raw_ids(row: Row, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt's text as it is, without a template.
+def raw_ids(row: Row, tokenizer: Any, control: ControlTokens) -> list[int]:
+    """Token ids of the prompt's text as it is, without a template and with no control token but those allowed.
 
     Raises:
-        DataError: the prompt is a conversation.
+        DataError: the prompt is a conversation, or spells a special token that the tokenizer cannot write as text.
     """
     if len(row.prompt) != 1 or row.tools:
         what = f"{len(row.prompt)} messages{' and tools' if row.tools else ''}"
         raise DataError(f"{row.source}: {what}, and --raw takes one text; leave --raw out")
-    ids = list(tokenizer(row.prompt[0].content, verbose=False)["input_ids"])
+    ids = control.ids(row.prompt[0].content, (), row.source, framed=True)
     # Some tokenizers close every text with the end token; a prompt goes on.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def encode_prompts(
-    rows: Sequence[Row], tokenizer: Any, template: Template | None, *, vocabulary: int, positions: int | None, new: int
+    rows: Sequence[Row],
+    tokenizer: Any,
+    template: Template | ControlTokens,
+    *,
+    vocabulary: int,
+    positions: int | None,
+    new: int,
 ) -> list[list[int]]:
     """Token ids of every prompt.
 
     Args:
         rows: the prompts.
         tokenizer: the model's.
-        template: None takes the text as it is.
+        template: control tokens alone take the text as it is.
         vocabulary: number of rows of the model's embedding.
         positions: tokens that the model reads at most; None for no limit.
         new: tokens that are generated behind each.
@@ -94,14 +102,13 @@ def encode_prompts(
     """
     encoded = []
     for row in rows:
-        ids = raw_ids(row, tokenizer) if template is None else prompt_ids(row, template, tokenizer)
+        if isinstance(template, ControlTokens):
+            ids = raw_ids(row, tokenizer, template)
+        else:
+            ids = prompt_ids(row, template, tokenizer)
         if not ids:
             raise DataError(f"{row.source}: the prompt has no tokens; write some text")
-        if max(ids) >= vocabulary:
-            raise DataError(
-                f"{row.source}: token id {max(ids)}, but the model's vocabulary has {vocabulary} entries; use the "
-                "tokenizer that belongs to the model"
-            )
+        check_ids(row.source, ids, tokenizer, vocabulary)
         if positions is not None and len(ids) >= positions:
             raise DataError(
                 f"{row.source}: the prompt has {len(ids)} tokens, the model reads {positions}; shorten it or remove it"

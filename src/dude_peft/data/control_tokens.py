@@ -13,14 +13,15 @@ special ones of that kind: marks of thoughts and tool calls that the chat templa
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.data.formats import Row
+from dude_peft.data.formats import Message, Row
 from dude_peft.data.respelt import respelt
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted
@@ -54,7 +55,10 @@ class Hidden:
 
 
 class ControlTokens:
-    """Those of a tokenizer; `allow` takes texts that spell them as the tokens. ConfigError for another word than these."""
+    """Those of a tokenizer, which texts only spell; with special_tokens="allow" they become the tokens.
+
+    Raises ConfigError for another word than `text` and `allow`.
+    """
 
     def __init__(self, tokenizer: Any, special_tokens: str = "text", *, chat_template: str = "") -> None:
         if special_tokens not in SPECIAL_TOKENS:
@@ -68,8 +72,10 @@ class ControlTokens:
         special = {name for name in special if len(name) > 1}
         # Words and white space can be added tokens too; these are no markup.
         markup = {token.content for token in added if _MARKUP.fullmatch(token.content)}
-        self._names = special | {name for name in markup if name in chat_template}
-        own = {name for name in special if _OWN.search(name) and name in chat_template}
+        declared = set(getattr(tokenizer, "chat_control_tokens", None) or ())
+        written = {name for name in special | markup if name in chat_template or name in declared}
+        self._names = special | written
+        own = {name for name in special & written if _OWN.search(name)}
         self._special, self._any = _pattern(special - own), _pattern(self._names)
         self._beginnings = {name[:n] for name in self._names for n in range(1, len(name))}
         self._ends = {name[n:] for name in self._names for n in range(1, len(name))}
@@ -103,12 +109,28 @@ class ControlTokens:
             inner = core[:head].translate(table) + middle + core[len(core) - tail :].translate(table)
             return text.replace(core, inner, 1)
 
-        hidden = replace(
-            row,
-            messages=tuple(_changed(each, concealed, self._pattern_of(each.role)) for each in row.messages),
-            tools=_changed(row.tools, concealed, self._any),
-        )
+        changes: dict[str, Any] = {
+            name: tuple(_changed(each, concealed, self._pattern_of(each.role)) for each in value)
+            if name == "messages"
+            else _changed(value, concealed, self._any)
+            for name, value in _texts_of(row)
+        }
+        hidden = replace(row, **changes)
         return Hidden(hidden, self.spelt(row), {private: character for character, private in table.items()})
+
+    def broken(self, row: Row) -> Row:
+        """The row without a character that begins a special token: of these, nothing made of it can spell one."""
+        taken = set[str]().union(*(text for text, _ in self._texts(row)))
+        other = next(chr(code) for code in _PRIVATE if chr(code) not in taken)
+        table = {ord(name[0]): other for name in self._names}
+        changes: dict[str, Any] = {
+            name: _changed(value, lambda text, _: text.translate(table), self._any) for name, value in _texts_of(row)
+        }
+        return replace(row, **changes)
+
+    def specials(self, text: str) -> int:
+        """How many special tokens a text spells."""
+        return sum(1 for _ in self._special.finditer(text))
 
     def spans(self, text: str) -> Spans:
         """Where a text spells control tokens: in what a template made of a hidden row, those that are meant."""
@@ -123,18 +145,25 @@ class ControlTokens:
         ordinary = list(self._tokenizer(text, add_special_tokens=framed, verbose=False)["input_ids"])
         if self.allowed or (self.spans(text) == list(meant) and self.heard(text, ordinary, framed=framed)):
             return ordinary
-        apart = self._apart
-        if apart is None:
+        found = self.apart(text, meant, framed=framed)
+        if found is None or found.count(self._tokenizer.unk_token_id) > ordinary.count(self._tokenizer.unk_token_id):
             raise self._unwritable(text, where)
+        return found
+
+    def apart(self, text: str, meant: Spans, *, framed: bool = False) -> list[int] | None:
+        """The ids of the respelt tokenizer; None where there is none, or it does not find what is meant."""
+        if self._respelt is None:
+            return None
         parts, at = list[str](), 0
         for start, stop in meant:
             parts += [text[at:start], self._unheard[text[start:stop]]]
             at = stop
-        found: list[int] = apart.encode("".join([*parts, text[at:]]), add_special_tokens=framed).ids
-        unknown = self._tokenizer.unk_token_id
-        if found.count(unknown) > ordinary.count(unknown):
-            raise self._unwritable(text, where)
-        return found
+        encoded = self._respelt.encode("".join([*parts, text[at:]]), add_special_tokens=framed)
+        ids: list[int] = encoded.ids
+        expected = [self._tokenizer.convert_tokens_to_ids(text[start:stop]) for start, stop in meant]
+        expected = [token for token in expected if token in self._control_ids]
+        inner = [token for token, frame in zip(ids, encoded.special_tokens_mask, strict=True) if not frame]
+        return ids if [token for token in inner if token in self._control_ids] == expected else None
 
     def heard(self, text: str, ids: Sequence[int], *, framed: bool = False) -> bool:
         """Whether the tokenizer found no control tokens but those that the text spells, letter by letter.
@@ -166,10 +195,11 @@ class ControlTokens:
     def _unheard(self) -> dict[str, str]:
         """A spelling of each control token that no text has."""
         secret = secrets.token_hex(16)
-        return {name: f"{secret}-{number}-" for number, name in enumerate(sorted(self._names))}
+        # Their first and last characters remain: some tokens are only found between spaces, or beside certain others.
+        return {name: f"{name[0]}{secret}-{number}{name[-1]}" for number, name in enumerate(sorted(self._names))}
 
     @cached_property
-    def _apart(self) -> Tokenizer | None:
+    def _respelt(self) -> Tokenizer | None:
         return respelt(self._tokenizer.backend_tokenizer, self._unheard) if self._tokenizer.is_fast else None
 
     def _texts(self, row: Row) -> Iterator[tuple[str, re.Pattern[str]]]:
@@ -198,12 +228,21 @@ def _pattern(names: Iterable[str]) -> re.Pattern[str]:
 
 def _texts_of(row: Row) -> Iterator[tuple[str, Any]]:
     yield "messages", row.messages
-    yield "tools", row.tools
+    yield "tools", _Json(row.tools)
+
+
+class _Json(str):
+    """JSON text, of which the strings in it are what is said."""
 
 
 def _strings(value: Any) -> Iterator[str]:
     """All strings in a message or another part of a row; a role is a word of ours."""
-    if isinstance(value, str):
+    if isinstance(value, _Json):
+        yield from _strings(json.loads(value) if value else ())
+    elif isinstance(value, Message):
+        yield value.content
+        yield from _strings(value.fields)
+    elif isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, each in value.items():
@@ -211,21 +250,24 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _strings(each)
-    elif is_dataclass(value):
-        for name, each in vars(value).items():
-            if name != "role":
-                yield from _strings(each)
 
 
 def _changed(value: Any, change: Callable[[str, re.Pattern[str]], str], pattern: re.Pattern[str]) -> Any:
     """The same with all strings changed."""
+    if isinstance(value, _Json):
+        return _dumped(_changed(json.loads(value), change, pattern)) if value else ""
+    if isinstance(value, Message):
+        # The names of the fields are ours.
+        fields = {name: _changed(each, change, pattern) for name, each in value.fields.items()}
+        return replace(value, content=change(value.content, pattern), more=_dumped(fields) if fields else "")
     if isinstance(value, str):
         return change(value, pattern)
     if isinstance(value, Mapping):
         return {change(key, pattern): _changed(each, change, pattern) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_changed(each, change, pattern) for each in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        fields = {name: _changed(each, change, pattern) for name, each in vars(value).items() if name != "role"}
-        return replace(value, **fields)
     return value
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

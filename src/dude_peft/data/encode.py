@@ -102,6 +102,16 @@ class Counts:
             )
         return lines
 
+    def spellings(self, special_tokens: str) -> list[str]:
+        """One line where rows spell special tokens; `special_tokens` is what these are (`Template`)."""
+        if not self.spelling:
+            return []
+        one = self.spelling == 1
+        rows = f"{self.spelling} of {self.rows} rows {'spells' if one else 'spell'} special tokens"
+        if special_tokens == "allow":
+            return [f"{rows}, and they are these tokens there (special_tokens: allow)"]
+        return [f"{rows}, which are plain text there; special_tokens: allow makes tokens of them"]
+
 
 @dataclass(frozen=True)
 class EncodedSet:
@@ -155,7 +165,7 @@ def encode(
     `vocab_size` is the number of rows of the model's embedding: an id beyond it is refused; None checks nothing.
 
     Raises:
-        DataError: no rows, none that fits, a token the model does not have, a message that spells an end token.
+        DataError: no rows, none that fits, a token the model does not have, and what `Template.pieces` raises.
         ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
     encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
@@ -164,7 +174,7 @@ def encode(
     examples = []
     for row, made in encoder.examples(rows):
         for example in made:
-            _check_ids(row, example.ids, tokenizer, vocab_size)
+            check_ids(row.source, example.ids, tokenizer, vocab_size)
             mask = [1] * len(example.ids)
             examples.append({"input_ids": example.ids, "attention_mask": mask, "labels": example.labels})
     counts = encoder.counts
@@ -375,12 +385,13 @@ def _begin(tokenizer: Any) -> list[int]:
     return ids[: next(starts, 0)]
 
 
-def _check_ids(row: Row, ids: list[int], tokenizer: Any, vocab_size: int | None) -> None:
+def check_ids(where: str, ids: Sequence[int], tokenizer: Any, vocab_size: int | None) -> None:
+    """Raises DataError, beginning with `where`, for a token that a model of so many entries does not have."""
     if vocab_size is None or not ids or max(ids) < vocab_size:
         return
     bad = max(ids)
     token = quoted(tokenizer.convert_ids_to_tokens(bad))
     raise DataError(
-        f"{row.source}: token {token} has id {bad}, but the model's vocabulary has {vocab_size} entries; "
+        f"{where}: token {token} has id {bad}, but the model's vocabulary has {vocab_size} entries; "
         "use the tokenizer that belongs to the model"
     )

@@ -84,7 +84,7 @@ def read_message(value: Any, key: str, source: str, record: Record, *, question:
     Raises:
         DataError: a role or a value that cannot be used.
     """
-    spoken = "from" in record and "role" not in record
+    spoken = "role" not in record and ("from" in record or "value" in record)
     if not isinstance(value, Mapping):
         keys = "from and value" if key.startswith("conversations") else "role and content"
         raise DataError(f"{source}: {key} is {type(value).__name__}; write an object with {keys}")

@@ -12,15 +12,16 @@ import sys
 from typing import Any
 
 _SPARE_BYTES = 2**30
-_LONGEST_TEXT = 64 * 2**20
+_CHARACTERS, _TIMES = 2**20, 16
+"""What a template may write: so many characters, and so many times what it was given."""
 _LONGEST_SECONDS = 60
 
 
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt, tools], ...]}; each is
-    answered by one line, {"text"} or {"fault"}.
+    A request is {"template", "tokens", "conversations": [[messages, add_generation_prompt, tools], ...], "continued"};
+    each conversation is answered by one line, {"text"} or {"fault"}.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -43,6 +44,7 @@ def _answer(
             tools=tools or None,
             chat_template=request["template"],
             add_generation_prompt=generate,
+            continue_final_message=request["continued"],
             **request["tokens"],
         )
         text = str(texts[0])
@@ -50,7 +52,7 @@ def _answer(
         return {"fault": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
     finally:
         _alarm(0)
-    if len(text) > _LONGEST_TEXT:
+    if len(text) > _CHARACTERS + _TIMES * len(json.dumps(messages)):
         return {"fault": f"it wrote {len(text):,} characters"}
     return {"text": text}
 

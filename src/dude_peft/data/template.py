@@ -238,9 +238,25 @@ class Template:
                     )
                 veil, hidden = None, own
             said = row if veil is None else veil.row
+            if hidden:
+                self._refuse_made(said, self._wanted(said, with_answer)[-1], hidden[-1])
             pieces = self._text(said) if row.is_text else self._chat(said, iter(hidden), with_answer)
             made.append(self._piece(row, veil, pieces))
         return made
+
+    def _refuse_made(self, row: Row, wanted: _Wanted, text: str) -> None:
+        """A template that takes something out of a message, or puts in, might make a token of what spelt none."""
+        if self.control.allowed or all(message.content.strip() in text for message in wanted[1]):
+            return
+        broken = self.control.broken(row)
+        if broken == row:
+            return
+        (other,) = self._rendered([(broken, broken.messages[: len(wanted[1])], wanted[2])])
+        if self.control.specials(other) < self.control.specials(text):
+            raise DataError(
+                f"{row.source}: the chat template of {self._name} makes a special token of what a message says; "
+                "remove the row, or use template: plain"
+            )
 
     def _wanted(self, row: Row, with_answer: bool) -> list[_Wanted]:
         wanted: list[_Wanted] = []

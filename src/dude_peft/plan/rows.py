@@ -52,7 +52,7 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
     rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=Reading(Columns(data.columns)))
     sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    template = Template(tokenizer, data.template)
+    template = Template(tokenizer, data.template, data.special_tokens)
     encoded = encode(
         sample,
         template,

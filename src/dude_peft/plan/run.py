@@ -54,7 +54,7 @@ def plan(
         glance(config)
         if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
-        scorer = scorer_for(config.evaluation, scorer_of)
+        scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
         with display.waiting("imports"), quiet_imports():
             import dude_peft.plan.bill  # noqa: F401  # what takes seconds, in one place
             from dude_peft.plan.device import device

@@ -201,6 +201,10 @@ class DataSection(Section):
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat` is the tokenizer's own template, `plain` needs none; `auto` takes chat where there is one."""
 
+    special_tokens: Literal["text", "allow"] = "text"
+    """What a special token that a row spells is (<|im_start|>, </s>): `text` as any other, or, by `allow`, the token
+    itself, as the template writes it. The same in chat, generate and eval of the adapter."""
+
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     """What is learned of a conversation: every answer, only the last one, or all tokens, the questions' too."""
 

@@ -36,6 +36,7 @@ def check(
     gguf_file: str | None = None,
     test: str | None = None,
     template: str = "auto",
+    special_tokens: str = "text",
     max_length: int = 512,
     train_on: str = "answers",
     upft: int | None = None,
@@ -61,7 +62,7 @@ def check(
     shapes = _shapes(source, names)
     with quiet_imports():
         tokenizer = load_tokenizer(section, where)
-    written = Template(tokenizer, template)
+    written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
     held_out = None
     with display.waiting("reading"):
@@ -78,10 +79,11 @@ def check(
         display.say(line)
     if made.counts.used:
         display.say(f"used: {', '.join(f'{name} ({count})' for name, count in made.counts.used.items())}")
-    for line in made.losses(max_length):
+    for line in [*made.losses(max_length), *made.counts.spellings(special_tokens)]:
         display.warn(line)
     if held_out is not None:
-        for line in held_out.losses(max_length) if share is None else ():
+        lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
+        for line in lines if share is None else ():
             display.warn(f"held-out: {line}")
         count = overlap(made, held_out)
         line = f"{count} of {len(held_out)} held-out examples ask what a training example asks"

@@ -70,7 +70,7 @@ def run(
     resolved = config.resolved()
     folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
     try:
-        scorer = scorer_for(resolved.evaluation, scorer_of)
+        scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         this = _Run(resolved, folder, weights_only, strategy, scorer, quiet=quiet or not processes.is_first())
         with gathered_warnings(this.warn), this.stop.listening():
             return this.go()

@@ -118,7 +118,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         ResourceError: the cache cannot be written.
     """
     data, evaluation = config.data, config.evaluation
-    template = Template(tokenizer, data.template)
+    template = Template(tokenizer, data.template, data.special_tokens)
     record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
     warnings: list[str] = []
 
@@ -149,7 +149,8 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         told = {"sha256": found.sha256, "examples": len(found), "duplicates": found.duplicates}
         record[name] = told | asdict(found.counts)
         if warn:
-            warnings.extend(f"data.{name}: {line}" for line in found.losses(data.max_length))
+            lines = [*found.losses(data.max_length), *found.counts.spellings(data.special_tokens)]
+            warnings.extend(f"data.{name}: {line}" for line in lines)
         return found
 
     whole = (data.train, data.train_split, data.train_rows)

@@ -1,4 +1,4 @@
-"""Answers of one model, kept as they come, so that an interrupted evaluation goes on where it stopped.
+"""Answers of one model, kept as they come, so that what was interrupted goes on where it stopped.
 
 A JSON-lines file. Its first line says of what: the model's fingerprint and all else that answers depend on. Each other
 line is one batch, {request's hash: answer}, written at once: after a kill a batch is there whole or not at all, and the
@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dude_peft.artifact.durable import disk_errors
-from dude_peft.errors import ArtifactError
+from dude_peft.artifact.durable import disk_errors, take
+from dude_peft.errors import ArtifactError, BusyError
 from dude_peft.show import shown
 from dude_peft.train import processes
 
@@ -33,6 +33,7 @@ class AnswerCache:
 
         Raises:
             ArtifactError: the file is damaged elsewhere than in its last line.
+            BusyError: another process has it.
             ResourceError: it cannot be written.
         """
         self._path = path
@@ -47,7 +48,11 @@ class AnswerCache:
 
     def _open(self, path: Path) -> None:
         with disk_errors(path):
-            content = path.read_bytes() if path.is_file() else b""
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a planted link is never written through
+            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b")
+            if not take(self._file.fileno()):
+                raise BusyError(f"{shown(path, 300)} is being written by another process; wait for it to end")
+            content = self._file.read()
             whole = content[: content.rfind(b"\n") + 1]
             try:
                 lines = [json.loads(line) for line in whole.splitlines()]
@@ -59,8 +64,6 @@ class AnswerCache:
                 raise ArtifactError(
                     f"{shown(path, 300)} is damaged; remove it, and its answers are computed again"
                 ) from error
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a planted link is never written through
-            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b")
             self._file.truncate(len(whole))
             self._file.seek(len(whole))
             if not lines:
@@ -84,6 +87,15 @@ class AnswerCache:
             with disk_errors(self._path):
                 self._write(dict(batch))
         self._answers |= batch
+
+    def clear(self, settings: dict[str, Any]) -> None:
+        """Drop all answers, and begin anew. ResourceError where the disk does not allow it."""
+        self.settings, self._answers, self.found = settings, {}, 0
+        if self._file is not None:
+            with disk_errors(self._path):
+                self._file.truncate(0)
+                self._file.seek(0)
+                self._write(settings)
 
     def close(self) -> None:
         """Gives the file back."""
