@@ -750,7 +750,9 @@ def test_a_document_that_spells_special_tokens_gets_none(place, tmp_path, monkey
         seen.clear()
         options = EvalOptions(tasks, tmp_path / "data", chat=chat, special_tokens=special_tokens)
         evaluate(str(place / "model"), options, tmp_path / special_tokens)
-        (asked,) = [ids for ids in seen if "say 8" in tokenizer.decode(ids)]
+        asked = [ids for ids in seen if "say 8" in tokenizer.decode(ids)]
+        assert len(asked) == 1, [tokenizer.decode(a) for a in asked]
+        (asked,) = asked
         assert asked.count(token("<|system|>")) == more
         assert asked.count(token("<|end|>")) == more + chat
         assert asked.count(token("<|user|>")) == chat
@@ -767,7 +769,7 @@ def test_a_document_that_spells_special_tokens_gets_none(place, tmp_path, monkey
             r"failed \(it takes too long\)",
         ),
         ("{% if false %}x{% endif %}", "writes nothing"),
-        ("{{ messages[9].content.x }}", "failed"),
+        ("{{ messages[9].content.x.y }}", "failed"),
     ],
     ids=["slow", "nothing", "fails"],
 )

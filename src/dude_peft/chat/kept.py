@@ -41,8 +41,11 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
         ResourceError: it cannot be written.
     """
     path = part_of(output)
-    cache = AnswerCache(path, {"command": command})
+    with disk_errors(path):
+        begun = path.exists()
+    cache: AnswerCache | None = None
     try:
+        cache = AnswerCache(path, {"command": command})
         if cache.settings["command"] != command:
             if not overwrite:
                 raise ConfigError(
@@ -51,8 +54,13 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
                 )
             cache.clear({"command": command})
         yield cache
+    except BaseException:
+        if not begun and not cache:  # nothing to go on from
+            path.unlink(missing_ok=True)
+        raise
     finally:
-        cache.close()
+        if cache is not None:
+            cache.close()
     with disk_errors(path):
         path.unlink(missing_ok=True)
 

@@ -218,7 +218,8 @@ class Template:
         ]
 
     def _piece(self, row: Row, veil: Hidden | None, pieces: Pieces) -> Pieces:
-        return replace(pieces, hidden=veil, spelt=self.control.spelt(row) if veil is None else veil.token)
+        spelt = veil.token if veil is not None else self.control.spelt(row) if self.control.allowed else ""
+        return replace(pieces, hidden=veil, spelt=spelt)
 
     def _by_chat_template(self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool) -> list[Pieces]:
         """Rows with something hidden are rendered as they are, too: only where both agree is known what is whose."""

@@ -277,9 +277,12 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
     def _pair(self, context: str, continuation: str) -> tuple[tuple[str, str], list[int], list[int]]:
         """As TemplateLM.loglikelihood encodes it."""
-        self._context = context
         if context:
-            return (context, continuation), *self._encode_pair(context, continuation)
+            self._context = context  # which `tok_encode` gets with some of the continuation, or without its last spaces
+            try:
+                return (context, continuation), *self._encode_pair(context, continuation)
+            finally:
+                self._context = ""
         ids = self.tok_encode(continuation, add_special_tokens=False)
         prefix = self.prefix_token_id
         return ((context, continuation), [prefix], ids) if prefix != ids[0] else (("", continuation), ids[:1], ids[1:])
