@@ -525,6 +525,17 @@ def test_prompts_come_from_standard_input_and_text_files(place, tmp_path, monkey
     assert [record["prompt"] for record in records(capsysbinary.readouterr().out.decode())] == ["one", "zwö"]
 
 
+def test_rows_without_an_answer_are_asked(place, tmp_path, capsysbinary):
+    rows = [{"question": "q"}, {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}], "id": 1}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(str(place / "model"), file=str(tmp_path / "q.jsonl"), max_new_tokens=1)
+    told = capsysbinary.readouterr()
+    one, two = records(told.out.decode())
+    assert (one["prompt"], two["prompt"], one["completion"]) == ("q", "q", two["completion"])
+    assert two["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    assert "left out: id (of 1 rows), tools (of 1 rows)" in " ".join(told.err.decode().split())
+
+
 def test_a_conversation_is_a_prompt_too(place, tmp_path, capsysbinary, asked):
     turns = [("system", "s"), ("user", "u"), ("assistant", "gold")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -48,7 +48,8 @@ LLAMA = (  # Llama 3.1's: one call a message, in place of its content; results u
 )
 OPENS_THOUGHTS = (  # Qwen3-Thinking's: the prompt opens the thoughts of the answer
     "{% for m in messages %}{% if m.role == 'assistant' %}{% set c = m.content %}{% set r = '' %}"
-    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].strip() %}"
+    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1].strip() %}"
     "{% endif %}{{ '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + c + '<|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
@@ -453,9 +454,7 @@ def test_data_check_lists_each_column_as_used_or_left_out(tmp_path, model, capsy
 
 def test_the_command_takes_names(tmp_path, model):
     rows = write(tmp_path / "t.jsonl", [{"ask": "q", "reply": "a"}] * 2)
-    program = [sys.executable, "-m", "dude_peft.cli", "data", "check", rows, "--model", model]
-    wrong = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    program = [sys.executable, "-m", "dude_peft.cli", "data", "check", rows, "--model", model, "--column", "prompt=ask"]
+    wrong = subprocess.run([*program, "--column", "completion=repli"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 3
-    assert "closest: data.columns: {prompt: ask, completion: reply}" in wrong.stderr
-    program += ["--column", "prompt=ask", "--column", "completion=reply"]
-    assert subprocess.run(program, capture_output=True, text=True, timeout=120).returncode == 0
+    assert "'ask' without 'repli'; closest: data.columns: {completion: reply}" in wrong.stderr
