@@ -7,7 +7,9 @@ import io
 import json
 import os
 import select
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -373,7 +375,6 @@ def test_a_pipe_ends_at_the_first_mistake(place, monkeypatch):
     for line, error in (
         ("/nope", ConfigError),
         ("/retry", ConfigError),
-        ("a<|end|>", DataError),
         ("x" * 600, DataError),
     ):
         piped(monkeypatch, line)
@@ -388,9 +389,9 @@ def test_a_person_may_make_mistakes(place, monkeypatch, capsys, asked):
     typed(monkeypatch, "/nope", "/retry", "/compare", "a<|end|>", "x" * 600, "hi")
     chat(str(place / "model"), max_new_tokens=2)
     err = capsys.readouterr().err
-    for part in ("no command '/nope'", "nothing to answer again", "nothing to compare", "end token", "the model reads"):
+    for part in ("no command '/nope'", "nothing to answer again", "nothing to compare", "the model reads"):
         assert part in err
-    assert [text for text, _ in asked] == ["<|user|>hi<|end|>\n<|assistant|>"]
+    assert "<|user|>a<|end|><|end|>\n<|assistant|>" in [text for text, _ in asked]  # which is text, and no mistake
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(place, monkeypatch, capsys, asked):
@@ -524,6 +525,17 @@ def test_prompts_come_from_standard_input_and_text_files(place, tmp_path, monkey
     assert [record["prompt"] for record in records(capsysbinary.readouterr().out.decode())] == ["one", "zwö"]
 
 
+def test_rows_without_an_answer_are_asked(place, tmp_path, capsysbinary):
+    rows = [{"question": "q"}, {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}], "id": 1}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(str(place / "model"), file=str(tmp_path / "q.jsonl"), max_new_tokens=1)
+    told = capsysbinary.readouterr()
+    one, two = records(told.out.decode())
+    assert (one["prompt"], two["prompt"], one["completion"]) == ("q", "q", two["completion"])
+    assert two["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    assert "left out: id (of 1 rows), tools (of 1 rows)" in " ".join(told.err.decode().split())
+
+
 def test_a_conversation_is_a_prompt_too(place, tmp_path, capsysbinary, asked):
     turns = [("system", "s"), ("user", "u"), ("assistant", "gold")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -556,7 +568,7 @@ def test_the_output_is_one_line_of_json_whatever_is_in_it(place, monkeypatch, ca
         ({"prompts": ["x"], "template": "odd"}, ConfigError, "use auto, chat, plain"),
         ({"prompts": ["x"], "base_too": True}, ConfigError, "not an adapter"),
         ({"prompts": ["x"], "batch_size": 0}, ConfigError, "--batch-size"),
-        ({"prompts": ["x<|end|>"]}, DataError, "end token"),
+        ({"prompts": ["x"], "special_tokens": "odd"}, ConfigError, "use text, allow"),
         ({"file": "missing.txt"}, DataError, "missing.txt: cannot be read"),
         ({"file": "missing.jsonl"}, DataError, "missing.jsonl: no such file"),
         ({}, ConfigError, "no prompts"),
@@ -630,3 +642,94 @@ def test_a_real_model_tells_a_story(assets, capsysbinary):
     first, second = records(capsysbinary.readouterr().out.decode())
     assert "there was a little" in first["completion"]
     assert second["completion"].isascii()
+
+
+# --- texts are text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"raw": True}, {"template": "plain"}])
+def test_prompts_that_spell_special_tokens_get_none(place, monkeypatch, options):
+    seen = []
+    monkeypatch.setattr("dude_peft.chat.decode.decode_all", lambda speaker, ids, *rest, **more: seen.extend(ids) or [])
+    token = tiny_tokenizer().convert_tokens_to_ids("<|system|>")
+    for special_tokens in ("text", "allow"):
+        with pytest.raises(ValueError, match="zip"):  # nothing was decoded
+            generate(str(place / "model"), ["a<|system|>b"], special_tokens=special_tokens, **options)
+    assert [ids.count(token) for ids in seen] == [0, 1]
+    assert tiny_tokenizer().decode(seen[0]) == tiny_tokenizer().decode(seen[1])
+
+
+def test_an_adapter_is_asked_as_its_run_was_trained(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("data: {template: plain, special_tokens: allow}\n", encoding="utf-8")
+    speaker = opened(tmp_path / "run" / "adapter")
+    assert (speaker.trained_template, speaker.special_tokens) == ("plain", "allow")
+    assert speaker.template(None).control.allowed
+    assert not speaker.template(None, "text").control.allowed
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_template_that_writes_nothing_and_tokens_beyond_the_model_are_one_line(tmp_path, monkeypatch, command):
+    save_tiny(tmp_path / "small", vocab_size=90, eos_token_id=2, pad_token_id=1)
+    save_tiny(tmp_path / "silent")
+    (tmp_path / "silent" / "chat_template.jinja").write_text("{% if false %}x{% endif %}", encoding="utf-8")
+    for name, error, words in (
+        ("small", DataError, "but the model's vocabulary has 90 entries"),
+        ("silent", ConfigError, "the template writes nothing before the answer"),
+    ):
+        piped(monkeypatch, "hello")
+        with pytest.raises(error, match=words) as raised:
+            {"generate": generate, "chat": chat}[command](str(tmp_path / name), max_new_tokens=2)
+        assert "\n" not in str(raised.value)
+
+
+# --- dude generate goes on ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"base_too": True}, {"temperature": 0.9, "samples": 2, "seed": 3}])
+def test_an_interrupted_command_goes_on_and_writes_the_same_file(adapter, tmp_path, monkeypatch, options):
+    prompts = [f"say {word}" for word in ("one", "two", "three", "four", "five")]
+    options = {"batch_size": 2, "max_new_tokens": 5, **options}
+    generate(adapter, prompts, output=tmp_path / "whole.jsonl", **options)
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    calls = []
+
+    def failing(*arguments, **more):
+        calls.append(1)
+        if len(calls) in (3, 5):
+            raise KeyboardInterrupt
+        return decode(*arguments, **more)
+
+    monkeypatch.setattr("dude_peft.chat.decode.decode", failing)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            generate(adapter, prompts, output=out, **options)
+        assert part.exists()
+        assert not out.exists()
+    with pytest.raises(ConfigError, match=r"out.jsonl.part holds .* completions of another command or model; give"):
+        generate(adapter, prompts[1:], output=out, **options)
+    with part.open("ab") as file:
+        file.write(b'{"model:1": ["torn')  # by a kill
+    generate(adapter, prompts, output=out, **options)
+    total = -(-len(prompts) * options.get("samples", 1) // 2) * (2 if "base_too" in options else 1)
+    assert len(calls) == total + 2
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_command_goes_on(adapter, tmp_path, sign):
+    rows = write_rows(tmp_path / "rows.jsonl", 40)
+    common = [adapter, "--file", str(rows), "--batch-size", "1", "--max-new-tokens", "200"]
+    assert dude("generate", *common, "-o", str(tmp_path / "whole.jsonl")).returncode == 0
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    command = [sys.executable, "-m", "dude_peft", "generate", *common, "-o", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not part.exists() or part.read_bytes().count(b"\n") < 5:
+        time.sleep(0.02)
+    process.send_signal(sign)
+    process.wait()
+    assert not out.exists()
+    assert dude("generate", *common, "-o", str(out)).returncode == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -88,3 +88,20 @@ def test_the_command(tmp_path, model):
     done = subprocess.run([*program, bad, "--model", model], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     assert done.stderr.startswith(f"dude: error[data]: {bad}:1: 'prompt' without 'completion'")
+
+
+@pytest.mark.parametrize(
+    ("special_tokens", "line"),
+    [
+        ("text", "warning: 1 of 2 rows spells special tokens, which are plain text there; special_tokens: allow"),
+        ("allow", "warning: 1 of 2 rows spells special tokens, and they are these tokens there"),
+    ],
+)
+def test_rows_that_spell_special_tokens_are_counted(tmp_path, model, capsys, special_tokens, line):
+    rows = [{"prompt": "say <|user|>", "completion": "<|user|>no"}, {"prompt": "say", "completion": "yes"}]
+    check(write(tmp_path / "t.jsonl", rows), model, special_tokens=special_tokens)
+    out = capsys.readouterr().out
+    assert line in out
+    assert "«<|user|>no<|end|>»" in out
+    trained = (1 if special_tokens == "allow" else 8) + 3 + 4
+    assert f", {trained} of them trained" in out

@@ -134,11 +134,12 @@ def test_wrong_options():
 
 @pytest.mark.parametrize("item", [row("q", "a<|im_end|>"), row("q<|im_end|>", "a"), row("q", "a", system="<|im_end|>")])
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-def test_a_spelled_out_end_token_is_refused(item, kind):
+def test_a_spelled_out_end_token_is_refused_where_it_would_be_one(item, kind):
     with pytest.raises(
         DataError, match=r"^s.jsonl:1: a message holds the tokenizer's end token '<\|im_end\|>'; remove"
     ):
-        Template(tiny(CHATML), kind).render(item)
+        Template(tiny(CHATML), kind, "allow").render(item)
+    assert "<|im_end|>" in "".join(Template(tiny(CHATML), kind).render(item)).removesuffix("<|im_end|>")
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------

@@ -216,9 +216,9 @@ def test_a_long_conversation_keeps_the_turns_that_fit():
 @pytest.mark.parametrize(
     ("name", "end"), [("gemma", "<end_of_turn>"), ("llama3-base-eos", "<|eot_id|>"), ("plain", "</s>")]
 )
-def test_the_end_of_a_turn_is_known_and_may_not_be_spelled_out(name, end):
+def test_the_end_of_a_turn_is_known_and_may_not_be_spelled_out_where_that_would_be_it(name, end):
     tokenizer = tokenizer_of(name)
-    template = Template(tokenizer)
+    template = Template(tokenizer, special_tokens="allow")
     assert template.turn_end == end
     with pytest.raises(DataError, match=r"^s.jsonl:1: a message holds the tokenizer's end token"):
         encode([row("q", f"a{end}b")], template, tokenizer, 500)
@@ -264,10 +264,10 @@ def test_plain_text_is_trained_whole_in_blocks_with_one_end(name, frame):
     assert (encoded.dropped, encoded.trained_tokens) == (0, sum(lengths) - len(lengths))
 
 
-def test_a_passage_has_no_end_and_an_end_in_the_text_is_kept():
+def test_a_passage_has_no_end_and_an_end_in_the_text_that_may_be_one_is_kept():
     tokenizer = tokenizer_of("plain")
     texts = [Row((Message("passage", "ab"),), "t:1"), Row((Message("text", "c</s>d</s>"),), "t:2")]
-    examples = encode(texts, Template(tokenizer), tokenizer, 32).examples
+    examples = encode(texts, Template(tokenizer, special_tokens="allow"), tokenizer, 32).examples
     assert [tokenizer.decode(example["input_ids"]) for example in examples] == ["ab", "c</s>d</s>"]
 
 

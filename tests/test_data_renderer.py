@@ -35,7 +35,7 @@ def test_a_hostile_template_is_one_error_in_bounded_time(name, monkeypatch):
 def test_texts_are_those_of_transformers():
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": "è \u2028 \"q'"}]
-    (text,) = renderer.render(tokenizer.chat_template, tokenizer.special_tokens_map, [(messages, True)])
+    (text,) = renderer.render(tokenizer.chat_template, tokenizer.special_tokens_map, [(messages, True, [])])
     assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -55,3 +55,24 @@ def test_a_child_that_died_is_replaced():
     renderer._RENDERER._child.kill()
     renderer._RENDERER._child.wait()
     assert template.pieces([ROW])[0].texts[1] == "a<|end|>"
+
+
+def test_many_slow_answers_cost_no_more_than_one_that_never_comes(monkeypatch):
+    monkeypatch.setattr(renderer, "RENDER_SECONDS", 1.0)
+    tokenizer = tiny_tokenizer()
+    slow = "{% for a in range(300) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"  # some 0.3 s each
+    tokenizer.chat_template = slow + CHAT_TEMPLATE
+    template = Template(tokenizer)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="it takes too long"):
+        template.pieces([ROW] * 50)
+    with pytest.raises(ConfigError, match="it takes too long"):  # and is not asked again
+        template.pieces([ROW])
+    assert time.monotonic() - start < 20
+
+
+def test_a_template_that_writes_a_little_much_each_time_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 'a' * 900000 }}"
+    with pytest.raises(ConfigError, match="writes far more than it is given"):
+        Template(tokenizer).pieces([ROW] * 200)

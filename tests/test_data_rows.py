@@ -61,7 +61,7 @@ def fault(path: Path | str, read=read_jsonl) -> str:
             {
                 "messages": [
                     {"role": "system", "content": ""},
-                    {"role": "user", "content": "q", "name": "x"},
+                    {"role": "user", "content": "q", "name": None, "id": 3},
                     {"role": "assistant", "content": "a", "tool_calls": None},
                     {"role": "user", "content": "r"},
                     {"role": "assistant", "content": "b"},
@@ -76,7 +76,7 @@ def fault(path: Path | str, read=read_jsonl) -> str:
                     {"from": "human", "value": "q"},
                     {"from": "gpt", "value": "a"},
                 ],
-                "system": "x",
+                "system": "s",
             },
             [("system", "s"), ("user", "q"), ("assistant", "a")],
         ),
@@ -124,7 +124,7 @@ BAD_ROWS = [
     ({"text": " "}, "'text' is empty"),
     ({"conversations": "hi"}, "'conversations' is str; write a list of objects with from and value"),
     ({"conversations": [{"from": "human", "value": "q"}]}, "'conversations' has no answer"),
-    ({"conversations": [{"from": "tool", "value": "q"}]}, "conversations[0].from is 'tool'; use system, human or gpt"),
+    ({"conversations": [{"from": "judge", "value": "q"}]}, "conversations[0].from is 'judge'; use system, human, gpt"),
     ({"conversations": [{"value": "q"}]}, "conversations[0].from is missing"),
     ({"conversations": [{"from": "human", "value": 3}]}, "'conversations[0].value' is int, not a string"),
     ({}, "no known format in the keys (none)"),
@@ -147,11 +147,11 @@ BAD_ROWS = [
     ({"messages": "hi"}, "'messages' is str; write a list of objects"),
     ({"messages": []}, "'messages' has no answer"),
     ({"messages": ["hi"]}, "messages[0] is str; write an object with role and content"),
-    ({"messages": [{"content": "a"}]}, "messages[0].role is missing; use system, user or assistant"),
+    ({"messages": [{"content": "a"}]}, "messages[0].role is missing; use system, user, assistant or tool"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role is list; use system"),
     ({"messages": [{"role": "tool\n\x1b[2J", "content": "a"}]}, "messages[0].role is 'tool\\n\\x1b[2J'; use system"),
     ({"messages": [{"role": "user", "content": "q"}]}, "'messages' has no answer: its last message must be the"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "no user message right before the answer; add it"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "no user message before the answer; add it"),
     (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]},
         "'messages[1].content' is null",
@@ -163,15 +163,6 @@ BAD_ROWS = [
     (
         {"messages": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}]},
         "messages[1] is a system message; only the first one may be",
-    ),
-    (
-        {
-            "messages": [
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}]},
-            ]
-        },
-        "messages[1] calls a tool, which cannot be trained here; remove the row",
     ),
 ]
 
@@ -327,9 +318,13 @@ def test_json_array_rows_have_their_lines(tmp_path):
     [
         (b"[]", "no rows (the array is empty)"),
         (b"[\n{]", ":2:2: malformed JSON (Expecting property name"),
-        (b"[\n" + GOOD + b"\n" + GOOD + b"]", ":3:1: malformed JSON (Expecting ',' or ']'); repair the array"),
+        (b"[\n" + GOOD + b"\n" + GOOD + b"]", ":3:1: malformed JSON (Expecting ',' or ']') in element 1; repair"),
         (b"[" + GOOD + b",\n]", ":2:1: malformed JSON (Expecting value)"),
-        (b"[" + GOOD, ":1:41: malformed JSON (Expecting ',' or ']')"),
+        (b"[" + GOOD, ":1:41: malformed JSON (Expecting ',' or ']') in element 1; repair"),
+        (b"[" + GOOD + b", " + GOOD + b', {"prompt": "q"}]', "t.json: element 3: 'prompt' without 'completion'"),
+        (b"[" + GOOD + b', {"prompt"}]', ":1:52: malformed JSON (Expecting ':' delimiter) in element 2; repair"),
+        (b"[" + GOOD + b', {"a": 1, "a": 2}]', "t.json: element 2: the key 'a' appears twice"),
+        (b"[1, 2,\n3]", "t.json: element 1: the row is int, not an object"),
         (b"[" + GOOD + b"]\n x", ":2:2: malformed JSON (text after the array)"),
         (b"[\n\n1]", ":3: the row is int, not an object"),
         (b'[\n{"prompt": "q"},\n{"prompt": "q"}]', ":2: 'prompt' without 'completion'"),
@@ -341,7 +336,7 @@ def test_json_array_rows_have_their_lines(tmp_path):
         (gzip.compress(b"[]"), "gzip-compressed"),
         (b'{\n "prompt": "q"\n}', ":1:2: the line ends inside a value"),
     ],
-    ids=range(15),
+    ids=range(19),
 )
 def test_bad_json_arrays(tmp_path, content, message):
     path = write(tmp_path, content, "t.json")

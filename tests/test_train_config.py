@@ -311,7 +311,7 @@ def test_every_key_is_explained():
     assert found["data.train"] == ("text or list of sections with keys", "required")
     assert found["data.train[].weight"] == ("number above 0 or null", "null")
     assert [row[0] for row in explain("data.train")] == [
-        f"data.train{key}" for key in ("", "[].source", "[].split", "[].rows", "[].weight")
+        f"data.train{key}" for key in ("", "[].source", "[].split", "[].rows", "[].weight", "[].columns")
     ]
     assert {row[0] for row in explain("evaluation")} == {key for key in found if key.startswith("evaluation.")}
     for wrong, hint in (

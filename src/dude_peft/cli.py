@@ -181,6 +181,19 @@ def config_explain(
         typer.echo(f"    {line}")
 
 
+_Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="OURS=THEIRS", help="What the data calls a column, as data.columns; repeat it."),
+]
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in pairs or [])
+    if len(found) < len(pairs or []):
+        raise ConfigError("--column: the same name is given twice; keep one")
+    return found
+
+
 data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -190,9 +203,14 @@ def data_check(
     source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A file, builtin:word-problems, or a hub id.")],
     model: Annotated[str, typer.Option("--model", metavar="M", help="Whose tokenizer reads it; as in dude train.")],
     gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
-    test: Annotated[str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare.")] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare, or a share: 0.1.")
+    ] = None,
+    columns: _Columns = None,
+    seed: Annotated[int, _whole(help="Which rows a share takes, as data.seed.")] = 0,
     template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
     max_length: Annotated[int, _whole(help="Tokens a row may have.")] = 512,
+    special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
     upft: Annotated[int | None, _whole(help="Tokens of each answer that are trained, as data.upft.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -200,7 +218,8 @@ def data_check(
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
     from dude_peft.train.data_check import check
 
-    how = {"template": template, "train_on": train_on}
+    how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
+    how |= {"columns": _columns(columns), "seed": seed}
     try:
         check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, upft=upft, **how)
     except KeyboardInterrupt:
@@ -377,6 +396,9 @@ _Speaker = Annotated[
     str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder or hub id of either, or package:NAME of a model.")
 ]
 _Template = Annotated[str | None, typer.Option(help="auto, chat or plain; default: as in the training run.")]
+_SpecialTokens = Annotated[
+    str | None, typer.Option(help="What texts that spell them are: text, or allow; default: as in the training run.")
+]
 _Temperature = Annotated[float, _decimal(help="0 takes the likeliest token; above, tokens are drawn.")]
 _TopP = Annotated[float, _decimal("--top-p", help="Draw from the likeliest tokens of this probability.")]
 _Seed = Annotated[int, _whole(help="Of the drawing.")]
@@ -390,6 +412,7 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer as well.")] = False,
     template: _Template = None,
+    special_tokens: _SpecialTokens = None,
     max_new_tokens: Annotated[int, _whole(help="Tokens of one answer at most.")] = 512,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
@@ -407,6 +430,7 @@ def chat(
             system=system,
             compare=compare,
             template=template,
+            special_tokens=special_tokens,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -427,6 +451,7 @@ def generate(
         typer.Option("--file", metavar="DATA", help="Prompts: .txt, one a line, or rows as dude train reads."),
     ] = None,
     limit: Annotated[int | None, _whole(help="The first prompts of --file only.")] = None,
+    columns: _Columns = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.jsonl", help="Default: standard output.")
     ] = None,
@@ -440,6 +465,7 @@ def generate(
     ] = False,
     samples: Annotated[int, _whole(help="Completions of each prompt, one line each; needs --temperature.")] = 1,
     template: _Template = None,
+    special_tokens: _SpecialTokens = None,
     batch_size: Annotated[int, _whole(help="Prompts at a time.")] = 8,
     max_new_tokens: Annotated[int, _whole(help="Tokens of one completion at most.")] = 256,
     temperature: _Temperature = 0.0,
@@ -456,11 +482,13 @@ def generate(
             prompts or [],
             file=file,
             limit=limit,
+            columns=_columns(columns),
             output=output,
             overwrite=overwrite,
             base=base,
             gguf_file=gguf_file,
             template=template,
+            special_tokens=special_tokens,
             raw=raw,
             base_too=base_too,
             as_rows=as_rows,
@@ -472,7 +500,10 @@ def generate(
             seed=seed,
         )
     except KeyboardInterrupt:
-        raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was written") from None
+        message = "stopped by Ctrl-C; " + (
+            "nothing was written" if output is None else "the same command goes on where it stopped"
+        )
+        raise StoppedError(signal.SIGINT, message) from None
 
 
 @app.command("eval")
@@ -495,6 +526,7 @@ def evaluate(
     limit: Annotated[int | None, _whole(help="Questions of each task: a seeded sample, stratified by subject.")] = None,
     seed: Annotated[int, _whole(help="Of the sample and the intervals.")] = 0,
     chat_template: Annotated[bool, typer.Option("--chat", help="Prompts through the chat template.")] = False,
+    special_tokens: _SpecialTokens = None,
     num_fewshot: Annotated[int | None, _whole(help="Examples in each prompt; default: each task's own.")] = None,
     batch_size: Annotated[int | None, _whole(help="Sequences at a time; default: found by itself.")] = None,
     overwrite: Annotated[
@@ -510,7 +542,7 @@ def evaluate(
     from dude_peft.train.launch import launch_if_first
 
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
-    options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text)
+    options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
     if processes is not None:
         launch_if_first("ddp", processes)
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dude_peft.data import Message, Row, Template, parse_row, prompt_ids
+from dude_peft.data.encode import check_ids
 from dude_peft.errors import DataError
 
 _SOURCE = "this chat"
@@ -19,6 +20,8 @@ class Conversation:
     tokenizer: Any
     positions: int | None
     """Tokens that the model reads at most."""
+    vocabulary: int | None = None
+    """Rows of its embedding; None to check nothing."""
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
     """User and assistant in turn; the last one is the user's until it has an answer."""
@@ -53,7 +56,7 @@ class Conversation:
         A quarter of the positions, or `max_new_tokens` if that is less, is kept free for the answer.
 
         Raises:
-            DataError: the last message alone is too long, or spells the end token.
+            DataError: the last message alone is too long, or has a token that the model does not.
             ConfigError: the chat template fails, for example at a system message.
         """
         kept = list(self.turns)
@@ -75,4 +78,6 @@ class Conversation:
     def _ids(self, turns: list[Message]) -> list[int]:
         system = [Message("system", self.system)] if self.system else []
         row = Row((*system, *turns, Message("assistant", "")), _SOURCE)
-        return prompt_ids(row, self.template, self.tokenizer)
+        ids = prompt_ids(row, self.template, self.tokenizer)
+        check_ids(_SOURCE, ids, self.tokenizer, self.vocabulary)
+        return ids

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 from typing_extensions import override
 
+from dude_peft.chat.answer_cache import AnswerCache
 from dude_peft.chat.decoding import Decoding
 from dude_peft.chat.speaker import Speaker
 from dude_peft.data.batches import grouped, pad_left
@@ -127,16 +128,24 @@ def decode_all(
     *,
     batch_size: int,
     base: bool = False,
+    cache: AnswerCache | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[Completion]:
     """Continue any number of prompts, in the order given; those of like length share a batch, if the model allows it.
 
-    Raises as `decode`.
+    Batches that `cache` has are not computed again. Raises as `decode`.
     """
     found: dict[int, Completion] = {}
     company = "any" if batch_size == 1 else speaker.company
-    for indices in grouped([len(prompt) for prompt in prompts], batch_size, company):
-        completions = decode(speaker, [prompts[index] for index in indices], decoding, base=base)
+    for number, indices in enumerate(grouped([len(prompt) for prompt in prompts], batch_size, company)):
+        keys = [f"{'base' if base else 'model'}:{index}" for index in indices]
+        if cache is not None and all(key in cache for key in keys):
+            completions = [Completion(*cache[key]) for key in keys]
+        else:
+            decoding.start(number)
+            completions = decode(speaker, [prompts[index] for index in indices], decoding, base=base)
+            if cache is not None:
+                cache.add({key: [each.text, each.finish] for key, each in zip(keys, completions, strict=True)})
         found.update(zip(indices, completions, strict=True))
         advance(len(indices))
     return [found[index] for index in range(len(prompts))]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _LARGEST_COUNT = 10**9
 # Beyond these, logits over the temperature leave float32; long before, drawing is taking the likeliest, or any token.
 _COLDEST, _HOTTEST = 1e-6, 1e6
+_STEP = 2654435769  # odd, so that no two of 2**32 batches share a seed
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,14 @@ class Decoding:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed {self.seed}: give a whole number from 0 to 2**32 - 1")
 
-    def start(self) -> None:
-        """Seed the drawing: what follows is the same each time, on the same machine and in the same batches."""
+    def start(self, batch: int = 0) -> None:
+        """Seed the drawing: what follows is the same each time, on the same machine and in the same batches.
+
+        Each batch draws its own numbers, so that it draws the same ones where those before it are there already.
+        """
         from transformers import set_seed
 
-        set_seed(self.seed)
+        set_seed((self.seed + _STEP * batch) % 2**32)
 
     def settings(self, max_new_tokens: int) -> GenerationConfig:
         """As transformers takes it."""

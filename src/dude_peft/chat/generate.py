@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.chat.decoding import Decoding
-from dude_peft.chat.prompts import as_json, encode_prompts, read_prompts
+from dude_peft.chat.kept import command_key, kept
+from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
 from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.show import shown
@@ -33,11 +35,13 @@ def generate(
     *,
     file: str | None = None,
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     base: str | None = None,
     gguf_file: str | None = None,
     template: str | None = None,
+    special_tokens: str | None = None,
     raw: bool = False,
     base_too: bool = False,
     as_rows: bool = False,
@@ -50,18 +54,21 @@ def generate(
 ) -> None:
     """Continue prompts, and write {prompt, completion, finish} of each as a line of JSON, in order.
 
-    Greedy completions in float32 do not depend on the batch size; sampled ones do.
+    Greedy completions in float32 do not depend on the batch size; sampled ones do. With an output, the same call goes
+    on after an interruption: completions that are there (`OUTPUT.part`) are not computed again.
 
     Args:
         name: folder or hub id of an adapter or a model, or `package:NAME`.
         prompts: the prompts; without any, and without `file`, they come from standard input, one a line.
         file: a .txt file with one prompt a line, or a data set as `load_rows` reads it.
         limit: number of prompts of the file.
+        columns: what the file calls its columns, as data.columns.
         output: file that is written whole or not at all; None is standard output.
         overwrite: replace an output that is there.
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
         template: auto, chat or plain; None takes the training's.
+        special_tokens: what one is that a text spells, text or, by allow, the token; None takes the training's.
         raw: take the prompts as they are, without a template.
         base_too: add the base model's completion: base_completion, base_finish.
         as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. A completion
@@ -90,7 +97,7 @@ def generate(
     if raw and template is not None:
         raise ConfigError("--raw and --template; give one of them")
     _check_output(output, overwrite)
-    rows = [row for row in read_prompts(prompts, file, limit) for _ in range(samples)]
+    rows = [row for row in read_prompts(prompts, file, limit, columns) for _ in range(samples)]
     with quiet_imports():
         from dude_peft.chat.decode import decode_all
         from dude_peft.chat.speaker import open_speaker
@@ -100,24 +107,34 @@ def generate(
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
         if base_too and not speaker.adapted:
             raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter on one; leave it out")
+        written = None if raw else speaker.template(template, special_tokens)
+        for line in left_out(rows, written):
+            notes.warn(line)
         ids = encode_prompts(
             rows,
             speaker.tokenizer,
-            None if raw else speaker.template(template),
-            vocabulary=speaker.model.get_input_embeddings().weight.shape[0],
+            written or speaker.control(special_tokens),
+            vocabulary=speaker.vocabulary,
             positions=speaker.positions,
             new=max_new_tokens,
         )
         if batch_size > 1 and len(ids) > 1 and speaker.company_note:
             notes.say(f"note: {speaker.company_note}")
         found: list[list[Completion]] = []
-        with notes.stage("generating", len(rows) * (1 + base_too)) as advance:
+        with contextlib.ExitStack() as stack:
+            cache = None
+            if output is not None:
+                key = command_key(speaker, ids, decoding, batch_size)
+                cache = stack.enter_context(kept(output, key, overwrite=overwrite))
+                if len(cache):
+                    notes.say(f"{len(cache)} completions are there already, from a command that was interrupted")
+            advance = stack.enter_context(notes.stage("generating", len(rows) * (1 + base_too)))
             for as_base in (False, True) if base_too else (False,):
-                decoding.start()
-                found.append(decode_all(speaker, ids, decoding, batch_size=batch_size, base=as_base, advance=advance))
-    pairs = zip(rows, zip(*found, strict=True), strict=True)
-    records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
-    _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
+                how: dict[str, Any] = {"batch_size": batch_size, "base": as_base, "cache": cache, "advance": advance}
+                found.append(decode_all(speaker, ids, decoding, **how))
+            pairs = zip(rows, zip(*found, strict=True), strict=True)
+            records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
+            _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
     if refused := records.count(None):
@@ -127,9 +144,12 @@ def generate(
 def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
     """A training row; None where `data.train` would refuse it: an empty answer, a NUL character."""
     text, prompt = completion.text.strip(), as_json(row)
-    record = {"prompt": prompt, "completion": text}
-    if not isinstance(prompt, str):
-        record = {"messages": [*prompt, {"role": "assistant", "content": text}]}
+    record: dict[str, Any] = {"prompt": prompt, "completion": text}
+    if not isinstance(prompt, str) or row.tools:
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        record = {"messages": [*asked, {"role": "assistant", "content": text}]}
+    if row.tools:
+        record["tools"] = json.loads(row.tools)
     try:
         parse_row(record, row.source)
     except DataError:
@@ -139,6 +159,8 @@ def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
 
 def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": as_json(row)}
+    if row.tools:
+        record["tools"] = json.loads(row.tools)
     for prefix, completion in zip(("", "base_"), completions, strict=False):
         record[f"{prefix}completion"] = completion.text if raw else completion.text.strip()
         record[f"{prefix}finish"] = completion.finish

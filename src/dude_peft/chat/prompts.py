@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from dude_peft.chat.typed import is_typed, piped_lines
 from dude_peft.data import Row, Template, load_rows, parse_row, prompt_ids
+from dude_peft.data.columns import Columns
+from dude_peft.data.control_tokens import ControlTokens
+from dude_peft.data.encode import check_ids
+from dude_peft.data.formats import Reading
 from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
 
 
-def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) -> list[Row]:
-    """Rows whose prompt is wanted; the answer in them is not looked at.
+def read_prompts(
+    arguments: Sequence[str], file: str | None, limit: int | None, columns: Mapping[str, str] | None = None
+) -> list[Row]:
+    """Rows whose prompt is wanted; the answer in them is not looked at, and need not be there.
 
     Args:
         arguments: prompts themselves.
         file: a .txt file with one prompt a line, or anything that `load_rows` reads.
         limit: number of prompts of a file; None takes all.
+        columns: what the file calls its columns, as data.columns.
 
     Raises:
         ConfigError: no prompts, or two sources of them.
@@ -33,7 +41,9 @@ def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) 
     if arguments:
         return [_row(text, f"prompt {number}") for number, text in enumerate(arguments, start=1)]
     if file is not None:
-        return _lines_of(file)[:limit] if PurePath(file).suffix.lower() == ".txt" else load_rows(file, limit=limit)
+        if PurePath(file).suffix.lower() == ".txt":
+            return _lines_of(file)[:limit]
+        return load_rows(file, limit=limit, reading=Reading(Columns(columns), questions=True))
     rows = [] if is_typed() else [_row(text, f"standard input:{number}") for number, text in piped_lines()]
     if not rows:
         raise ConfigError("no prompts; give them as arguments, with --file, or one a line on standard input")
@@ -41,34 +51,49 @@ def read_prompts(arguments: Sequence[str], file: str | None, limit: int | None) 
 
 
 def as_json(row: Row) -> Any:
-    """The prompt as the output names it: its text, or its messages where there are several."""
-    if len(row.prompt) == 1:
+    """The prompt as the output names it: its text, or its messages where there are several, or more than texts."""
+    if [(message.role, message.more) for message in row.prompt] == [("user", "")]:
         return row.prompt[0].content
-    return [{"role": message.role, "content": message.content} for message in row.prompt]
+    return [message.as_dict() if message.trained else {**message.as_dict(), "weight": 0} for message in row.prompt]
 
 
-def raw_ids(row: Row, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt's text as it is, without a template.
+def left_out(rows: Sequence[Row], template: Template | None) -> list[str]:
+    """One line for what of the rows is not in the prompts; none where all is, or where `template` is None."""
+    counts: Counter[str] = Counter()
+    for row, unwritten in zip(rows, template.unwritten(rows, with_answer=False) if template else (), strict=False):
+        counts.update((*row.left_out, *unwritten))
+    return [f"left out: {', '.join(f'{name} (of {count} rows)' for name, count in counts.items())}"] if counts else []
+
+
+def raw_ids(row: Row, tokenizer: Any, control: ControlTokens) -> list[int]:
+    """Token ids of the prompt's text as it is, without a template and with no control token but those allowed.
 
     Raises:
-        DataError: the prompt is a conversation.
+        DataError: the prompt is a conversation, or spells a special token that the tokenizer cannot write as text.
     """
-    if len(row.prompt) != 1:
-        raise DataError(f"{row.source}: {len(row.prompt)} messages, and --raw takes one text; leave --raw out")
-    ids = list(tokenizer(row.prompt[0].content, verbose=False)["input_ids"])
+    if len(row.prompt) != 1 or row.tools:
+        what = f"{len(row.prompt)} messages{' and tools' if row.tools else ''}"
+        raise DataError(f"{row.source}: {what}, and --raw takes one text; leave --raw out")
+    ids = control.ids(row.prompt[0].content, (), row.source, framed=True)
     # Some tokenizers close every text with the end token; a prompt goes on.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def encode_prompts(
-    rows: Sequence[Row], tokenizer: Any, template: Template | None, *, vocabulary: int, positions: int | None, new: int
+    rows: Sequence[Row],
+    tokenizer: Any,
+    template: Template | ControlTokens,
+    *,
+    vocabulary: int,
+    positions: int | None,
+    new: int,
 ) -> list[list[int]]:
     """Token ids of every prompt.
 
     Args:
         rows: the prompts.
         tokenizer: the model's.
-        template: None takes the text as it is.
+        template: control tokens alone take the text as it is.
         vocabulary: number of rows of the model's embedding.
         positions: tokens that the model reads at most; None for no limit.
         new: tokens that are generated behind each.
@@ -79,14 +104,13 @@ def encode_prompts(
     """
     encoded = []
     for row in rows:
-        ids = raw_ids(row, tokenizer) if template is None else prompt_ids(row, template, tokenizer)
+        if isinstance(template, ControlTokens):
+            ids = raw_ids(row, tokenizer, template)
+        else:
+            ids = prompt_ids(row, template, tokenizer)
         if not ids:
             raise DataError(f"{row.source}: the prompt has no tokens; write some text")
-        if max(ids) >= vocabulary:
-            raise DataError(
-                f"{row.source}: token id {max(ids)}, but the model's vocabulary has {vocabulary} entries; use the "
-                "tokenizer that belongs to the model"
-            )
+        check_ids(row.source, ids, tokenizer, vocabulary)
         if positions is not None and len(ids) >= positions:
             raise DataError(
                 f"{row.source}: the prompt has {len(ids)} tokens, the model reads {positions}; shorten it or remove it"

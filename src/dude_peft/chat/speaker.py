@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.manifest import CONFIG_FILE
+from dude_peft.data.control_tokens import SPECIAL_TOKENS, ControlTokens
 from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
 from dude_peft.export.adapter import SavedAdapter, open_adapter
@@ -41,12 +42,23 @@ class Speaker:
     """Whether there is a base model under it to compare with."""
     trained_template: str
     """The template that its run was configured with; `auto` where nothing tells."""
+    special_tokens: str = "text"
+    """What a special token is that a text spells, as its run was configured: `text`, or `allow`, the token itself."""
     checkpoint_generation: Any = None
     """The checkpoint's own generation config, which answers here do not follow; the field's harness does."""
 
-    def template(self, kind: str | None) -> Template:
+    def template(self, kind: str | None, special_tokens: str | None = None) -> Template:
         """The template of this kind, or of the training: `Template` says what it raises."""
-        return Template(self.tokenizer, kind or self.trained_template)
+        return Template(self.tokenizer, kind or self.trained_template, special_tokens or self.special_tokens)
+
+    def control(self, special_tokens: str | None = None) -> ControlTokens:
+        """What texts outside of any template may not spell. ConfigError for an unknown word."""
+        return ControlTokens(self.tokenizer, special_tokens or self.special_tokens)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the model's embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @cached_property
     def company(self) -> Company:
@@ -111,8 +123,9 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     quiet_router_(model)
     checkpoint_generation = _plain(model).generation_config
     ends = _only_ends_(model, tokenizer)
-    template = "auto" if saved is None else _template_of_the_run(saved.folder)
-    return Speaker(name, model, tokenizer, ends, saved is not None, template, checkpoint_generation)
+    template, special_tokens = ("auto", "text") if saved is None else _writing_of_the_run(saved.folder)
+    adapted = saved is not None
+    return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, checkpoint_generation)
 
 
 def _is_adapter(name: str) -> bool:
@@ -168,14 +181,14 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _template_of_the_run(adapter: Path) -> str:
-    """What `dude train` was told of the template, from run.json beside the adapter, else from config.yaml there."""
+def _writing_of_the_run(adapter: Path) -> tuple[str, str]:
+    """What `dude train` was told of template and special tokens, from run.json beside it or config.yaml."""
     if adapter.absolute().name != ADAPTER:
-        return "auto"
+        return "auto", "text"
     folder = adapter.absolute().parent
     try:
-        config = recorded_config(folder) or read_values(folder / RUN_CONFIG)
-        kind = config["data"]["template"]
-    except (ConfigError, KeyError, TypeError):
-        return "auto"
-    return kind if kind in KINDS else "auto"
+        data = (recorded_config(folder) or read_values(folder / RUN_CONFIG))["data"]
+        kind, special_tokens = data["template"], data.get("special_tokens")
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return "auto", "text"
+    return kind if kind in KINDS else "auto", special_tokens if special_tokens in SPECIAL_TOKENS else "text"

@@ -24,6 +24,7 @@ def chat(
     gguf_file: str | None = None,
     system: str | None = None,
     template: str | None = None,
+    special_tokens: str | None = None,
     compare: bool = False,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
@@ -38,6 +39,7 @@ def chat(
         gguf_file: name of the GGUF file that is the (base) model.
         system: the system message; None for none.
         template: auto, chat or plain; None takes the training's.
+        special_tokens: what one is that a text spells, text or, by allow, the token; None takes the training's.
         compare: let the base model answer as well.
         max_new_tokens: of one answer.
         temperature: 0 takes the likeliest token.
@@ -61,7 +63,8 @@ def chat(
     with gathered_warnings(notes.warn):
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
         decoding.start()
-        conversation = Conversation(speaker.template(template), speaker.tokenizer, speaker.positions, system)
+        written = speaker.template(template, special_tokens)
+        conversation = Conversation(written, speaker.tokenizer, speaker.positions, speaker.vocabulary, system)
         this = _Chat(speaker, conversation, decoding, notes)
         if compare:
             this.switch_compare("")

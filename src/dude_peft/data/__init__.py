@@ -1,12 +1,16 @@
 """Data: strict readers, one template for training and evaluation, token ids with the prompt masked, answers compared.
 
 rows.py           a local file, a built-in set or a hub id becomes rows; hashes, duplicates, overlap
-formats.py        Message, Row, and the shapes of a JSON object that become one
+formats.py        Row, and the shapes of a JSON object that become one
+message.py        Message, and what a data set tells of it
+columns.py        what a data set calls its columns, and which were read
+suggest.py        the names that are probably meant
 jsonl.py table.py parquet.py text_file.py    our own readers of local files
 file_lines.py     their bytes: opened, decoded strictly, cut into lines
 bad_rows.py       all bad rows of a source in one error
 mixture.py        several sources as one: how many rows each gives, and which
 template.py       a row as prompts and answers in text: chat or plain
+unwritten.py      what a template leaves out of a row
 renderer.py render_child.py    chat templates run in a process with limits
 encode.py         text as ids and labels; what does not fit is counted
 labels.py         the label of what is not learned
@@ -18,6 +22,7 @@ Imported by their own names, since they need numpy or torch:
 prepare.py        prepare: sources in, a TokenSet out, through a cache on disk
 token_set.py      TokenSet: examples on disk as a sequence; the overlap of two
 token_store.py    one source's examples as files that are mapped into memory
+held_out.py       a share of the examples, by questions
 cache_folder.py   where caches are
 batches.py        examples as tensors: padded, or end to end
 packing.py        which examples share a row, and whether a model keeps them apart

@@ -28,6 +28,8 @@ from dude_peft.show import quoted
 TRAIN_ON = ("answers", "last_answer", "all")
 """What is learned of a conversation: all answers, only the last, or every token, the prompts' too."""
 
+_MOST_NAMES = 12
+_MOST_COUNTED = 200  # rows may have a new name each
 _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 4 * 2**20
 
@@ -57,6 +59,8 @@ class Counts:
     """Those of the dropped rows of whose answer a part, but not the end, would have fitted."""
     shortened: int = 0
     """Conversations of which only the first turns fit; the others are left out."""
+    spelling: int = 0
+    """Rows that spell special tokens, as text or, where that is allowed, as the tokens."""
     last_only: int = 0
     """Conversations whose earlier answers could not be trained, because of the chat template."""
     tokens: int = 0
@@ -65,6 +69,10 @@ class Counts:
     """Tokens with a label."""
     ended: int = 0
     """Examples that end with a learned end token."""
+    used: dict[str, int] = field(default_factory=dict)
+    """Columns, and keys of messages, with the number of rows that were made of them."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """The same of those that nobody reads, or that the template does not write."""
     longest: int = 0
     """Tokens of the longest row, dropped ones included: the max_length that would keep all. Blocks of text for text."""
     largest_id: int = 0
@@ -73,6 +81,10 @@ class Counts:
     def losses(self, max_length: int) -> list[str]:
         """One line for each way in which rows or answers are not trained; empty where all are."""
         lines = []
+        if self.left_out:
+            listed = [f"{name} ({count} of {self.rows} rows)" for name, count in self.left_out.items()]
+            more = f" and {len(listed) - _MOST_NAMES} more" if len(listed) > _MOST_NAMES else ""
+            lines.append(f"left out: {', '.join(listed[:_MOST_NAMES])}{more}")
         if self.dropped:
             lines.append(
                 f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
@@ -89,6 +101,16 @@ class Counts:
                 "writes earlier ones differently later, or without an end"
             )
         return lines
+
+    def spellings(self, special_tokens: str) -> list[str]:
+        """One line where rows spell special tokens; `special_tokens` is what these are (`Template`)."""
+        if not self.spelling:
+            return []
+        one = self.spelling == 1
+        rows = f"{self.spelling} of {self.rows} rows {'spells' if one else 'spell'} special tokens"
+        if special_tokens == "allow":
+            return [f"{rows}, and they are these tokens there (special_tokens: allow)"]
+        return [f"{rows}, which are plain text there; special_tokens: allow makes tokens of them"]
 
 
 @dataclass(frozen=True)
@@ -112,13 +134,20 @@ class EncodedSet:
 def prompt_ids(row: Row, template: Template, tokenizer: Any) -> list[int]:
     """The ids that generation starts from: the prefix, id for id, of the row's training example.
 
-    Raises DataError for plain text, which asks nothing, and what `Template.pieces` raises.
+    Raises DataError for plain text, which asks nothing; ConfigError where the template writes nothing before the
+    answer; and what `Template.pieces` raises.
     """
     if row.is_text:
         raise DataError(f"{row.source}: plain text asks nothing that could be answered; set evaluation.enabled: false")
     begin = _begin(tokenizer) if template.kind == "plain" else []
-    (pieces,) = _tokenised(template.prompts([row]), tokenizer)
-    return [*begin, *itertools.chain.from_iterable(pieces)]
+    (pieces,) = _tokenised([row], template.prompts([row]), template, tokenizer)
+    ids = [*begin, *itertools.chain.from_iterable(pieces)]
+    if not ids:
+        raise ConfigError(
+            f"{row.source}: the template writes nothing before the answer, and a model needs at least one token; "
+            "use template: plain"
+        )
+    return ids
 
 
 def encode(
@@ -136,7 +165,7 @@ def encode(
     `vocab_size` is the number of rows of the model's embedding: an id beyond it is refused; None checks nothing.
 
     Raises:
-        DataError: no rows, none that fits, a token the model does not have, a message that spells an end token.
+        DataError: no rows, none that fits, a token the model does not have, and what `Template.pieces` raises.
         ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
     encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
@@ -145,7 +174,7 @@ def encode(
     examples = []
     for row, made in encoder.examples(rows):
         for example in made:
-            _check_ids(row, example.ids, tokenizer, vocab_size)
+            check_ids(row.source, example.ids, tokenizer, vocab_size)
             mask = [1] * len(example.ids)
             examples.append({"input_ids": example.ids, "attention_mask": mask, "labels": example.labels})
     counts = encoder.counts
@@ -186,10 +215,14 @@ class Encoder:
         """
         for batch in _batches(rows):
             pieces = self.template.pieces(batch)
-            tokenised = _tokenised([each.texts for each in pieces], self.tokenizer)
+            tokenised = _tokenised(batch, pieces, self.template, self.tokenizer)
             for row, each, ids in zip(batch, pieces, tokenised, strict=True):
+                self.counts.spelling += bool(each.spelt)
                 made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids)
                 self._count(made)
+                _add(self.counts.used, row.used)
+                unwritten = (f"{what}, which the template does not write" for what in each.unwritten)
+                _add(self.counts.left_out, (*row.left_out, *unwritten))
                 yield row, made
 
     def check_any(self, made: int, name: str = "") -> None:
@@ -205,6 +238,7 @@ class Encoder:
         if self.template.kind == "plain":  # a chat template writes its own special tokens
             ids = [[*self._begin, *ids[0]], *ids[1:]]
         counts = self.counts
+        learned = self._learned(row, pieces, len(ids))
         lengths = [len(part) for part in ids]
         kept = [self._beginning(part) for part in ids]
 
@@ -216,7 +250,7 @@ class Encoder:
         counts.last_only += self.train_on == "answers" and not pieces.whole
         if needed(used) > self.max_length and self.train_on == "answers":
             # An even number of pieces ends with an answer.
-            fitting = [n for n in range(2, used, 2) if needed(n) <= self.max_length]
+            fitting = [n for n in range(2, used, 2) if learned[n - 1] and needed(n) <= self.max_length]
             if fitting:
                 counts.shortened += 1
                 used = fitting[-1]
@@ -226,15 +260,26 @@ class Encoder:
             return []
         # Labels come from the pieces' lengths, never from comparing ids with the pad token: where pad is the end token
         # (the common choice, and SmolLM2's own), that would mask the end and it would never be learned.
-        last = used - 1
         trained: list[bool] = []
         for place, part in enumerate(ids[:used]):
-            learned = self.train_on == "all" or (place == last if self.train_on == "last_answer" else place % 2 == 1)
-            trained += [learned] * kept[place] + [False] * (len(part) - kept[place])
+            trained += [learned[place]] * kept[place] + [False] * (len(part) - kept[place])
         trained[0] = False
         if not any(trained):
             raise DataError(f"{row.source}: the answer has no token before its end for upft to train; remove the row")
         return [Example([*itertools.chain.from_iterable(ids[:used])][: needed(used)], trained[: needed(used)])]
+
+    def _learned(self, row: Row, pieces: Pieces, count: int) -> list[bool]:
+        """Of each piece whether it is learned, by train_on and by what the row excludes."""
+        if self.train_on == "last_answer":
+            return [place == count - 1 for place in range(count)]
+        excluded = sum(not message.trained for message in row.messages)
+        if self.train_on == "all" and excluded != pieces.learned.count(False):
+            raise DataError(
+                f"{row.source}: a message is excluded from the loss that train_on: all cannot tell apart; "
+                "use train_on: answers"
+            )
+        answers = iter(pieces.learned)
+        return [next(answers) if place % 2 else self.train_on == "all" for place in range(count)]
 
     def _beginning(self, part: list[int]) -> int:
         """How many tokens of an answer are learned: all, or `upft`, but none of its end."""
@@ -286,7 +331,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         batch.append(row)
-        size += sum(len(message.content) for message in row.messages)
+        size += sum(len(message.content) + len(message.more) for message in row.messages) + len(row.tools)
         if len(batch) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -294,11 +339,32 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _tokenised(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[list[list[int]]]:
-    """Ids of each row's pieces, each piece tokenised apart, in one call."""
-    texts = [text for texts in rows for text in texts]
-    if not texts:
-        return [[] for _ in rows]
+def _add(counted: dict[str, int], names: Iterable[str]) -> None:
+    for name in names:
+        if name in counted or len(counted) < _MOST_COUNTED:
+            counted[name] = counted.get(name, 0) + 1
+
+
+def _tokenised(
+    rows: Sequence[Row], pieces: Sequence[Pieces], template: Template, tokenizer: Any
+) -> list[list[list[int]]]:
+    """Ids of each row's pieces, each piece tokenised apart; in one call, but for those that hide something."""
+    control = template.control
+    texts = [text for each in pieces if each.hidden is None for text in each.texts]
+    ids = iter(_ids_of(texts, tokenizer) if texts else [])
+    tokenised = []
+    for row, each in zip(rows, pieces, strict=True):
+        own = []
+        for text, revealed in zip(each.texts, each.revealed, strict=True):
+            ordinary = list(next(ids)) if each.hidden is None else None
+            if ordinary is None or not control.heard(text, ordinary):
+                ordinary = control.ids(revealed, control.spans(text), row.source)
+            own.append(ordinary)
+        tokenised.append(own)
+    return tokenised
+
+
+def _ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -307,8 +373,8 @@ def _tokenised(rows: Sequence[tuple[str, ...]], tokenizer: Any) -> list[list[lis
         return_attention_mask=False,
         verbose=False,  # no warning about its model_max_length: ours is checked
     )
-    ids = iter(encoded["input_ids"])
-    return [[list(next(ids)) for _ in texts] for texts in rows]
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def _begin(tokenizer: Any) -> list[int]:
@@ -319,12 +385,13 @@ def _begin(tokenizer: Any) -> list[int]:
     return ids[: next(starts, 0)]
 
 
-def _check_ids(row: Row, ids: list[int], tokenizer: Any, vocab_size: int | None) -> None:
+def check_ids(where: str, ids: Sequence[int], tokenizer: Any, vocab_size: int | None) -> None:
+    """Raises DataError, beginning with `where`, for a token that a model of so many entries does not have."""
     if vocab_size is None or not ids or max(ids) < vocab_size:
         return
     bad = max(ids)
     token = quoted(tokenizer.convert_ids_to_tokens(bad))
     raise DataError(
-        f"{row.source}: token {token} has id {bad}, but the model's vocabulary has {vocab_size} entries; "
+        f"{where}: token {token} has id {bad}, but the model's vocabulary has {vocab_size} entries; "
         "use the tokenizer that belongs to the model"
     )

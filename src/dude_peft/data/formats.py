@@ -1,48 +1,39 @@
 """What a row is, and the shapes of a JSON object (or a table's record) that become one.
 
-    prompt, completion                       two strings
-    messages                                 [{"role": "system" | "user" | "assistant", "content": "..."}, ...]
+    prompt, completion                       two strings, or two lists of messages as TRL has them
+    messages                                 [{"role": "system" | "user" | "assistant" | "tool", "content": "..."}, ...]
     conversations                            [{"from": "system" | "human" | "gpt", "value": "..."}, ...], as ShareGPT
     instruction, [input], output             as Alpaca
     question, answer                         as GSM8K
     text                                     plain text, all of it trained
 
-Each row says by its keys which shape it has; other columns beside a whole shape are ignored, `text` among them, which
-tables often hold as the sum of the others. Two whole shapes in one row are refused: which of them is trained would be a
-guess.
+Beside all but text: `system`, the system message, and `tools`, what a model may call, both of the whole conversation;
+beside pairs also `history`, [[question, answer], ...] before them, and `reasoning_content`, the thoughts before the
+answer. What a message may have beside its text is in message.py.
+
+Each row says by its keys which shape it has; what nobody reads is noted in `Row.left_out`, `text` beside a whole shape
+among it, which tables often hold as the sum of the others. Two whole shapes in one row are refused: which of them is
+trained would be a guess.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dude_peft.data.columns import PREFERENCE, STANDARD, Columns, Record, is_nothing
+from dude_peft.data.message import PASSAGE, TEXT, Message, json_text, read_message, reasoning, text_of, tools_text
+from dude_peft.data.suggest import closest, mapping_for
 from dude_peft.errors import DataError
-from dude_peft.show import quoted
+from dude_peft.show import quoted, shown
 
-ROLES = ("system", "user", "assistant")
-FORMATS_HINT = "use prompt + completion, messages, conversations, instruction + output, question + answer, or text"
-TEXT = "text"
-"""Role of the one message of a row of plain text."""
-PASSAGE = "passage"
-"""Role of a piece of a longer text: no end token follows it."""
+__all__ = ["PASSAGE", "TEXT", "Message", "Reading", "Row", "parse_row"]
 
-_SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+FORMATS_HINT = (
+    "use prompt + completion, messages, conversations, instruction + output, question + answer, or text, or name yours "
+    "in data.columns"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,12 @@ class Row:
     """Where the row came from, as an error names it: `file.jsonl:12`."""
     shape: str = field(default="", compare=False)
     """The keys that it was made of: `prompt + completion`."""
+    tools: str = ""
+    """What the model may call, JSON text of a list; empty for nothing."""
+    used: tuple[str, ...] = field(default=(), compare=False)
+    """Columns, and keys of messages (`messages[].name`), that it was made of."""
+    left_out: tuple[str, ...] = field(default=(), compare=False)
+    """Those that nobody read."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -70,148 +67,265 @@ class Row:
         """Whether the row is plain text, without a question and an answer."""
         return self.messages[-1].role in (TEXT, PASSAGE)
 
-
-def _text(value: Any, key: str, source: str, *, may_be_empty: bool = False) -> str:
-    if value is None:
-        raise DataError(f"{source}: '{key}' is null; fill it in or remove the row")
-    if not isinstance(value, str):
-        raise DataError(f"{source}: '{key}' is {type(value).__name__}, not a string; write it as text")
-    if not may_be_empty and not value.strip():
-        raise DataError(f"{source}: '{key}' is empty; fill it in or remove the row")
-    if "\0" in value:
-        raise DataError(f"{source}: '{key}' holds a NUL character; remove it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{source}: '{key}' holds half a surrogate pair at character {error.start}; repair the text's encoding"
-        ) from error
-    return value
+    @property
+    def answers(self) -> list[int]:
+        """Places of the answers: what the assistant says once something was asked; a greeting before it is context."""
+        return _answers(self.messages)
 
 
-def _prompt_completion(row: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    prompt = _text(row["prompt"], "prompt", source)
-    return Message("user", prompt), Message("assistant", _text(row["completion"], "completion", source))
+def _answers(messages: Sequence[Message]) -> list[int]:
+    asked, places = False, []
+    for place, message in enumerate(messages):
+        if asked and message.role == "assistant":
+            places.append(place)
+        asked = asked or message.role in ("user", "tool")
+    return places
 
 
-def _question_answer(row: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    question = _text(row["question"], "question", source)
-    return Message("user", question), Message("assistant", _text(row["answer"], "answer", source))
+class _Reader:
+    """Reads one row: its record, and what was noted on the way."""
+
+    def __init__(self, values: Mapping[str, Any], source: str, columns: Columns, questions: bool) -> None:
+        self.record = Record(values, columns)
+        self.source = source
+        self.questions = questions
+        self.columns = columns
+        self.used: dict[str, None] = {}
+        self.left_out: dict[str, None] = {}
+
+    def text(self, ours: str, *, may_be_empty: bool = False) -> str:
+        return text_of(self.record.get(ours), self.record.name(ours), self.source, may_be_empty=may_be_empty)
+
+    def turns(self, ours: str, keys: str = "role and content") -> list[Message]:
+        """The messages of a list."""
+        values, name = self.record.get(ours), self.record.name(ours)
+        if not isinstance(values, (list, tuple)):
+            kind = "null" if values is None else type(values).__name__
+            raise DataError(f"{self.source}: '{name}' is {kind}; write a list of objects with {keys}")
+        return [self.message(value, name, place) for place, value in enumerate(values)]
+
+    def message(self, value: Any, name: str, place: int) -> Message:
+        record = Record(value if isinstance(value, Mapping) else {}, self.columns, name)
+        message = read_message(value, f"{name}[{place}]", self.source, record, question=self.questions)
+        self.used |= dict.fromkeys(record.used)
+        self.left_out |= dict.fromkeys(record.left_out())
+        return message
+
+    def pair(self, question: str, answer: str) -> list[Message]:
+        """A question and its answer, and what came before them."""
+        prompt, completion = self.record.peek(question), self.record.peek(answer)
+        if _is_list(prompt):  # TRL's rule: what stands in the prompt is never learned
+            asked = [replace(each, trained=each.trained and each.role != "assistant") for each in self.turns(question)]
+        else:
+            asked = [Message("user", self.asked(question))]
+        if _is_list(completion):
+            answered = self.turns(answer)
+        elif self.questions and (completion is None or not str(completion).strip()):
+            answered = [Message("assistant", "")]
+        else:
+            answered = [self.answer(answer)]
+        return [*self.history(), *asked, *answered]
+
+    def asked(self, ours: str) -> str:
+        prompt = self.text(ours)
+        if ours != "instruction" or self.record.peek("input") is None:
+            return prompt
+        extra = self.text("input", may_be_empty=True)
+        return f"{prompt}\n\n{extra}" if extra.strip() else prompt
+
+    def answer(self, ours: str) -> Message:
+        text, thoughts = self.text(ours), reasoning(self.record, "", self.source)
+        more = json_text({"reasoning_content": thoughts}, ours, self.source) if thoughts else ""
+        return Message("assistant", text, more)
+
+    def history(self) -> list[Message]:
+        value, name = self.record.get("history"), self.record.name("history")
+        if is_nothing(value):
+            return []
+        if not isinstance(value, (list, tuple)):
+            raise DataError(f"{self.source}: '{name}' is {type(value).__name__}; write [[question, answer], ...]")
+        turns = []
+        for place, pair in enumerate(value):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise DataError(f"{self.source}: {name}[{place}] is no pair of texts; write [question, answer]")
+            texts = [text_of(text, f"{name}[{place}][{i}]", self.source) for i, text in enumerate(pair)]
+            turns += [Message("user", texts[0]), Message("assistant", texts[1])]
+        return turns
+
+    def plain(self) -> list[Message]:
+        return [Message(TEXT, self.text("text"))]
+
+    def finished(self, shape: _Shape) -> Row:
+        messages, tools = shape.read(self), ""
+        if shape is not _PLAIN:
+            self._check_turns(messages, shape.keys[0])
+            messages = self._up_to_the_last_learned(self._with_system(messages), shape.keys[0])
+            tools = self._tools()
+        preference = {shown(name, 60) for name in PREFERENCE}
+        rest = [f"{name} (preference data)" if name in preference else name for name in self.record.left_out()]
+        return Row(
+            tuple(messages),
+            self.source,
+            " + ".join(self.record.name(key) for key in shape.keys),
+            tools,
+            (*self.record.used, *self.used),
+            (*rest, *self.left_out),
+        )
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if is_nothing(self.record.peek("system")):
+            return messages
+        text = self.text("system", may_be_empty=True)
+        if messages and messages[0].role == "system":
+            if messages[0].content != text:
+                name = self.record.name("system")
+                raise DataError(f"{self.source}: '{name}' and the first message are two system messages; keep one")
+            return messages
+        return [Message("system", text), *messages]
+
+    def _tools(self) -> str:
+        names = ("tools", "functions")  # the second is OpenAI's older name
+        found = {tools_text(self.record.get(name), self.record.name(name), self.source) for name in names} - {""}
+        if len(found) > 1:
+            raise DataError(f"{self.source}: 'tools' and 'functions' are two lists of tools; keep one")
+        return found.pop() if found else ""
+
+    def _check_turns(self, messages: list[Message], ours: str) -> None:
+        name = self.record.name(ours)
+        for place, message in enumerate(messages[1:], start=1):
+            if message.role == "system":
+                raise DataError(f"{self.source}: {name}[{place}] is a system message; only the first one may be")
+        if self.questions and messages and messages[-1].role != "assistant":
+            messages.append(Message("assistant", ""))
+        if not messages or messages[-1].role != "assistant":
+            raise DataError(f"{self.source}: '{name}' has no answer: its last message must be the assistant's; add it")
+        if not any(message.role in ("user", "tool") for message in messages):
+            raise DataError(f"{self.source}: '{name}' has no user message before the answer; add it")
+
+    def _up_to_the_last_learned(self, messages: list[Message], ours: str) -> list[Message]:
+        """Without what follows the last answer that is learned: nothing of that reaches the loss."""
+        if self.questions:
+            return messages
+        name = self.record.name(ours)
+        learned = [place for place in _answers(messages) if messages[place].trained]
+        if not learned:
+            raise DataError(
+                f"{self.source}: '{name}' excludes every answer from the loss (weight, train, loss); remove the row"
+            )
+        if learned[-1] < len(messages) - 1:
+            self.left_out[f"{shown(name, 60)}[] behind the last answer that is learned"] = None
+        return messages[: learned[-1] + 1]
 
 
-def _alpaca(row: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    prompt = _text(row["instruction"], "instruction", source)
-    if row.get("input") is not None:
-        extra = _text(row["input"], "input", source, may_be_empty=True)
-        prompt = f"{prompt}\n\n{extra}" if extra.strip() else prompt
-    return Message("user", prompt), Message("assistant", _text(row["output"], "output", source))
+@dataclass(frozen=True)
+class _Shape:
+    keys: tuple[str, ...]
+    """Columns that it needs; the first one alone is a question."""
+    read: Callable[[_Reader], list[Message]]
 
 
-def _plain_text(row: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    return (Message(TEXT, _text(row["text"], "text", source)),)
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(each, Mapping) for each in value)
 
 
-def _message(value: Any, key: str, source: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise DataError(f"{source}: {key} is {type(value).__name__}; write an object with role and content")
-    role = value.get("role")
-    if role not in ROLES:
-        raise DataError(f"{source}: {key}.role is {_named(role)}; use system, user or assistant")
-    if value.get("tool_calls") or value.get("function_call"):
-        raise DataError(f"{source}: {key} calls a tool, which cannot be trained here; remove the row")
-    content = _text(value.get("content"), f"{key}.content", source, may_be_empty=role == "system")
-    return Message(role, content)
-
-
-def _spoken(value: Any, key: str, source: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise DataError(f"{source}: {key} is {type(value).__name__}; write an object with from and value")
-    if "from" not in value and "role" in value:
-        return _message(value, key, source)
-    speaker = value.get("from")
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise DataError(f"{source}: {key}.from is {_named(speaker)}; use system, human or gpt")
-    return Message(role, _text(value.get("value"), f"{key}.value", source, may_be_empty=role == "system"))
-
-
-def _named(value: Any) -> str:
-    return quoted(value) if isinstance(value, str) else "missing" if value is None else type(value).__name__
-
-
-def _messages(row: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    return _conversation(row, "messages", "role and content", _message, source)
-
-
-def _sharegpt(row: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    return _conversation(row, "conversations", "from and value", _spoken, source)
-
-
-def _conversation(
-    row: Mapping[str, Any], column: str, keys: str, read: Callable[[Any, str, str], Message], source: str
-) -> tuple[Message, ...]:
-    values = row[column]
-    if not isinstance(values, (list, tuple)):
-        kind = "null" if values is None else type(values).__name__
-        raise DataError(f"{source}: '{column}' is {kind}; write a list of objects with {keys}")
-    messages = tuple(read(value, f"{column}[{i}]", source) for i, value in enumerate(values))
-    for i, message in enumerate(messages[1:], start=1):
-        if message.role == "system":
-            raise DataError(f"{source}: {column}[{i}] is a system message; only the first one may be")
-    if not messages or messages[-1].role != "assistant":
-        raise DataError(f"{source}: '{column}' has no answer: its last message must be the assistant's; add it")
-    if len(messages) < 2 or messages[-2].role != "user":
-        raise DataError(f"{source}: '{column}' has no user message right before the answer; add it")
-    return messages
-
-
-_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any], str], tuple[Message, ...]]], ...] = (
-    (("prompt", "completion"), _prompt_completion),
-    (("messages",), _messages),
-    (("conversations",), _sharegpt),
-    (("instruction", "output"), _alpaca),
-    (("question", "answer"), _question_answer),
+_SHAPES = (
+    _Shape(("prompt", "completion"), lambda reader: reader.pair("prompt", "completion")),
+    _Shape(("messages",), lambda reader: reader.turns("messages")),
+    _Shape(("conversations",), lambda reader: reader.turns("conversations", "from and value")),
+    _Shape(("instruction", "output"), lambda reader: reader.pair("instruction", "output")),
+    _Shape(("question", "answer"), lambda reader: reader.pair("question", "answer")),
 )
+_PLAIN = _Shape(("text",), lambda reader: reader.plain())
 
 
-_PLAIN = (("text",), _plain_text)
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source are read."""
+
+    columns: Columns = STANDARD
+    """What it calls its columns."""
+    questions: bool = False
+    """Rows need no answer: they are asked, not learned."""
+
+    def row(self, record: Mapping[str, Any], source: str, unread: Sequence[str] = ()) -> Row:
+        """The row that a decoded JSON object (or a data set's record) stands for.
+
+        `unread` are names of columns that are not in the record because nobody reads them.
+
+        Raises DataError, beginning with `source`, where the answer or the question is missing, empty or not text.
+        """
+        reader = _Reader(record, source, self.columns, self.questions)
+        row = reader.finished(self._shape(reader.record, source))
+        return replace(row, left_out=(*row.left_out, *unread)) if unread else row
+
+    def check_columns(self, names: Sequence[str], where: str) -> None:
+        """Raises DataError, beginning with `where`, where a table's columns hold no whole shape of a row."""
+        record = Record(dict.fromkeys(names), self.columns)
+        if not self._whole(record) and "text" not in record:
+            raise DataError(f"{where} {self._unknown(record, 'columns')}")
+
+    def _shape(self, record: Record, source: str) -> _Shape:
+        whole = self._whole(record)
+        if len(whole) > 1:
+            # A table joined from several files has every column in every row, null where it does not apply.
+            whole = [shape for shape in whole if any(record.peek(key) is not None for key in shape.keys)] or whole[:1]
+        if len(whole) > 1:  # what is mapped is meant
+            mapped = self.columns.mapping
+            whole = [shape for shape in whole if any(key in mapped for key in shape.keys)] or whole
+        if len(whole) > 1:
+            names = " and as ".join(" + ".join(record.name(key) for key in shape.keys) for shape in whole)
+            raise DataError(f"{source}: the row can be read as {names}; keep the columns of one")
+        if "text" in record and (not whole or all(record.peek(key) is None for key in whole[0].keys)):
+            return _PLAIN
+        if whole:
+            return whole[0]
+        raise DataError(f"{source}: {self._incomplete(record) or self._unknown(record, 'keys')}")
+
+    def _whole(self, record: Record) -> list[_Shape]:
+        whole = [shape for shape in _SHAPES if all(key in record for key in shape.keys)]
+        return whole or [shape for shape in _SHAPES if self.questions and shape.keys[0] in record]
+
+    def _incomplete(self, record: Record) -> str | None:
+        """What is missing of the shape of which a part is there."""
+        if any(key in record for key in PREFERENCE):
+            return _preference(record)
+        for shape in _SHAPES:
+            missing = [key for key in shape.keys if key not in record]
+            if not missing or len(missing) == len(shape.keys):
+                continue
+            there = next(record.name(key) for key in shape.keys if key in record)
+            near = closest(record.name(missing[0]), [name for name in record.names() if name != there])
+            known = {record.name(key) for key in shape.keys}
+            meant = (
+                f"closest: data.columns: {{{missing[0]}: {shown(near, 40)}}}" if near and near not in known else None
+            )
+            found = mapping_for(record.names(), record.values()) if meant is None else None
+            hint = meant or (f"closest: {found}" if found else FORMATS_HINT)
+            return f"'{there}' without '{record.name(missing[0])}'; {hint}"
+        return None
+
+    def _unknown(self, record: Record, kind: str) -> str:
+        names = record.names()
+        if any(key in record for key in PREFERENCE):
+            return _preference(record)
+        found = mapping_for(names, record.values())
+        listed = ", ".join(quoted(name) for name in names[:6]) or "none"
+        return f"no known format in the {kind} ({listed}); {f'closest: {found}' if found else FORMATS_HINT}"
 
 
-def known_columns() -> set[str]:
-    """The names of all columns that a row can be made of."""
-    return {"input", "text", *(key for keys, _ in _FORMATS for key in keys)}
+def _preference(record: Record) -> str:
+    there = [record.name(key) for key in PREFERENCE if key in record]
+    chosen = record.peek("chosen")
+    how = "messages" if isinstance(chosen, (list, tuple)) else "completion"
+    return (
+        f"{', '.join(there)}: preference data, of which dude train cannot learn what is better; "
+        f"to learn the chosen answers alone, set data.columns: {{{how}: chosen}}"
+    )
 
 
-def check_columns(names: Sequence[str], where: str) -> None:
-    """Raises DataError, beginning with `where`, where a table's columns hold no whole shape of a row."""
-    if not any(all(key in names for key in keys) for keys, _ in (*_FORMATS, _PLAIN)):
-        raise DataError(f"{where} no known format in the columns ({_listed(names)}); {FORMATS_HINT}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(quoted(name) for name in names[:6]) or "none"
+_STANDARD = Reading()
 
 
 def parse_row(row: Mapping[str, Any], source: str) -> Row:
-    """The row that a decoded JSON object (or a data set's record) stands for.
-
-    Raises DataError, beginning with `source`, where the answer or the question is missing, empty or not text.
-    """
-    whole = [(keys, read) for keys, read in _FORMATS if all(key in row for key in keys)]
-    if len(whole) > 1:
-        # A table joined from several files has every column in every row, null where it does not apply.
-        whole = [(keys, read) for keys, read in whole if any(row[key] is not None for key in keys)] or whole[:1]
-    if len(whole) > 1:
-        names = " and as ".join(" + ".join(keys) for keys, _ in whole)
-        raise DataError(f"{source}: the row can be read as {names}; keep the columns of one")
-    if "text" in row and (not whole or all(row[key] is None for key in whole[0][0])):
-        whole = [_PLAIN]
-    if whole:
-        keys, read = whole[0]
-        return Row(read(row, source), source, " + ".join(keys))
-    for keys, _ in _FORMATS:
-        missing = [key for key in keys if key not in row]
-        if len(missing) < len(keys):
-            there = next(key for key in keys if key in row)
-            raise DataError(f"{source}: '{there}' without '{missing[0]}'; {FORMATS_HINT}")
-    raise DataError(f"{source}: no known format in the keys ({_listed(list(row))}); {FORMATS_HINT}")
+    """`Reading.row` of a row with an answer, under our own names."""
+    return _STANDARD.row(row, source)

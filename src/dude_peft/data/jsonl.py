@@ -14,11 +14,13 @@ from typing import Any
 
 from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.file_lines import BOM, decode, lines, opened, refuse_magic
-from dude_peft.data.formats import Row, parse_row
+from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
 from dude_peft.show import quoted
 
 MAX_ARRAY_BYTES = 256 * 2**20
+
+_READING = Reading()
 
 
 class _JsonError(ValueError):
@@ -80,17 +82,17 @@ def _refuse_other_formats(text: str, name: str, line: int) -> None:
             raise DataError(f"{name}:{line}: looks like CSV, not JSON lines; convert it to one object a line") from None
 
 
-def _parse_line(raw: bytes, line: int, offset: int, name: str) -> Row:
+def _parse_line(raw: bytes, line: int, offset: int, name: str, reading: Reading) -> Row:
     where = f"{name}:{line}"
     text = decode(raw, line, offset, name).rstrip("\r\n")  # else a fault at the end is on json's "line 2"
     try:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, text, where, cut_off=not raw.endswith(b"\n")) from error
-    return _parse_value(value, where)
+    return _parse_value(value, where, reading)
 
 
-def jsonl_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
+def jsonl_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING) -> Iterator[Row]:
     """The rows of a JSON-lines file in order, at most `limit`, one at a time; blank lines are skipped.
 
     Raises DataError naming file:line of the first bad line and the numbers of up to 20 more, or saying that the file is
@@ -99,10 +101,10 @@ def jsonl_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterat
     with opened(path) as (stream, name):
         refuse_magic(stream.peek(8), name)
         empty = f"{name}: no rows (the file is empty or has only blank lines); write one object a line"
-        yield from good_rows(_line_attempts(stream, name), unit="lines", limit=limit, empty=empty)
+        yield from good_rows(_line_attempts(stream, name, reading), unit="lines", limit=limit, empty=empty)
 
 
-def _line_attempts(stream: BufferedReader, name: str) -> Iterator[tuple[int, Callable[[], Row]]]:
+def _line_attempts(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tuple[int, Callable[[], Row]]]:
     begun = False
     for line, offset, raw in lines(stream, name):
         if not raw.strip():
@@ -111,14 +113,16 @@ def _line_attempts(stream: BufferedReader, name: str) -> Iterator[tuple[int, Cal
             begun = True
             if b"\0" not in raw:  # UTF-16 and binary files are named as such below
                 _refuse_other_formats(raw.decode("utf-8", "replace"), name, line)
-        yield line, partial(_parse_line, raw, line, offset, name)
+        yield line, partial(_parse_line, raw, line, offset, name, reading)
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def json_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
-    """The rows of a .json file: one array of objects, or JSON lines under that name; a row's source is its first line.
+def json_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING) -> Iterator[Row]:
+    """The rows of a .json file: one array of objects, or JSON lines under that name.
+
+    A row's source is the line on which it begins; its number in the array, from 1, where others share that line.
 
     Raises as jsonl_rows; an array that cannot be parsed is reported at its first fault.
     """
@@ -128,26 +132,28 @@ def json_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterato
         is_array = head.removeprefix(BOM).lstrip().startswith(b"[")
         raw = stream.read(MAX_ARRAY_BYTES + 1) if is_array else b""
     if not is_array:
-        yield from jsonl_rows(path, limit)
+        yield from jsonl_rows(path, limit, reading)
         return
     if len(raw) > MAX_ARRAY_BYTES:
         raise DataError(f"{name}: an array of more than {MAX_ARRAY_BYTES // 2**20} MiB; write it as .jsonl")
     skipped = len(BOM) if raw.startswith(BOM) else 0
     text = decode(raw[skipped:], 1, skipped, name)
-    attempts = ((line, partial(_parse_value, value, f"{name}:{line}")) for line, value in _array(text, name))
+    elements = _array(text, name)
+    attempts = ((place, partial(_parse_value, value, where, reading)) for place, where, value in elements)
     empty = f"{name}: no rows (the array is empty); write one object a row"
     yield from good_rows(attempts, unit="rows at lines", limit=limit, empty=empty)
 
 
-def _parse_value(value: Any, where: str) -> Row:
-    return parse_row(_check_object(value, where), where)
+def _parse_value(value: Any, where: str, reading: Reading) -> Row:
+    return reading.row(_check_object(value, where), where)
 
 
-def _array(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """(line on which it begins, value) of each element, decoded one at a time so that each has its line."""
+def _array(text: str, name: str) -> Iterator[tuple[int, str, Any]]:
+    """(line or number, place in words, value) of each element, decoded one at a time so that each has its place."""
     at = text.index("[") + 1
     line = 1 + text.count("\n", 0, at)
     counted = at
+    number, alone = 0, True
 
     def skip(position: int) -> int:
         match = _SPACE.match(text, position)
@@ -158,31 +164,39 @@ def _array(text: str, name: str) -> Iterator[tuple[int, Any]]:
         at += 1
     else:
         while True:
+            number += 1
             line += text.count("\n", counted, at)
             counted = at
             try:
-                value, at = _DECODER.raw_decode(text, at)
+                value, end = _DECODER.raw_decode(text, at)
             except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{name}:{error.lineno}:{error.colno}: malformed JSON ({error.msg}); repair the array"
-                ) from error
+                raise _array_fault(text, error.pos, error.msg, name, number) from error
             except (ValueError, RecursionError) as error:
-                raise _json_fault(error, text, f"{name}:{line}", cut_off=False) from error
-            yield line, value
-            at = skip(at)
+                raise _json_fault(error, text, _place(name, line, number, alone), cut_off=False) from error
+            at = skip(end)
             mark = text[at : at + 1]
-            at += 1
+            following = skip(at + 1)
+            # Alone on its line: a line end parts it from the elements before and behind it.
+            ends_line = mark == "]" or "\n" in text[end:following]
+            place = line if alone and ends_line else number
+            yield place, _place(name, line, number, alone and ends_line), value
+            if mark not in ("]", ","):
+                raise _array_fault(text, at, "Expecting ',' or ']'", name, number)
+            alone = "\n" in text[end:following]
+            at = following if mark == "," else at + 1
             if mark == "]":
                 break
-            if mark != ",":
-                raise _array_fault(text, at - 1, "Expecting ',' or ']'", name)
-            at = skip(at)
     at = skip(at)
     if at < len(text):
         raise _array_fault(text, at, "text after the array", name)
 
 
-def _array_fault(text: str, at: int, what: str, name: str) -> DataError:
+def _place(name: str, line: int, number: int, alone: bool) -> str:
+    return f"{name}:{line}" if alone else f"{name}: element {number}"
+
+
+def _array_fault(text: str, at: int, what: str, name: str, number: int | None = None) -> DataError:
     line = 1 + text.count("\n", 0, at)
     column = at - text.rfind("\n", 0, at)
-    return DataError(f"{name}:{line}:{column}: malformed JSON ({what}); repair the array")
+    element = "" if number is None else f" in element {number}"
+    return DataError(f"{name}:{line}:{column}: malformed JSON ({what}){element}; repair the array")

@@ -7,7 +7,7 @@ the same rows on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +38,10 @@ class Entry(Protocol):
     def weight(self) -> float | None:
         """Share of the mixture, relative to the others'; set for all or for none."""
 
+    @property
+    def columns(self) -> Mapping[str, str] | None:
+        """The source's own names (`columns.Columns`); None for those of the whole set."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -47,6 +51,7 @@ class Part:
     split: str
     rows: int | None = None
     weight: float | None = None
+    columns: Mapping[str, str] | None = None
 
 
 def entries_of(entries: Iterable[Entry], split: str) -> list[Part]:
@@ -54,7 +59,7 @@ def entries_of(entries: Iterable[Entry], split: str) -> list[Part]:
 
     Raises ConfigError where there are none, or only some have a weight.
     """
-    parts = [Part(each.source, each.split or split, each.rows, each.weight) for each in entries]
+    parts = [Part(each.source, each.split or split, each.rows, each.weight, each.columns) for each in entries]
     if not parts:
         raise ConfigError("a mixture without sources; name at least one")
     if len({part.weight is None for part in parts}) > 1:

@@ -8,28 +8,32 @@ from typing import Any
 
 from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.file_lines import MAX_LINE_BYTES, opened
-from dude_peft.data.formats import Row, check_columns, known_columns, parse_row
+from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
 from dude_peft.show import shown
 
 _BATCH_ROWS = 256
 # Of columns in memory at a time: a cell may be as large as its whole column, where the file says it once for all rows.
 _BATCH_BYTES = 2**30
+_READING = Reading()
 
 
-def parquet_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
-    """The rows of a Parquet file; only the columns that a row can be made of are read.
+def parquet_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING) -> Iterator[Row]:
+    """The rows of a Parquet file; of columns that no row can be made of only the names are read.
 
     Raises DataError for a damaged file, columns of no known shape and bad rows (the first in full, the numbers of up to
     20 more); ResourceError where the file cannot be read.
     """
     with opened(path) as (stream, name):
-        records = enumerate(_records(stream, name), start=1)
-        attempts = ((number, partial(parse_row, record, f"{name}:{number}")) for number, record in records)
+        records = enumerate(_records(stream, name, reading), start=1)
+        attempts = (
+            (number, partial(reading.row, record, f"{name}:{number}", unread)) for number, (record, unread) in records
+        )
         yield from good_rows(attempts, unit="rows", limit=limit, empty=f"{name}: no rows; choose another file")
 
 
-def _records(stream: BufferedReader, name: str) -> Iterator[dict[str, Any]]:
+def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Each record, and the names of the columns that are not read."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -38,8 +42,10 @@ def _records(stream: BufferedReader, name: str) -> Iterator[dict[str, Any]]:
         ) from error
     try:
         file = parquet.ParquetFile(stream)
-        columns = [column for column in file.schema_arrow.names if column in known_columns()]
-        check_columns(file.schema_arrow.names, f"{name}:")
+        names, known = file.schema_arrow.names, reading.columns.known()
+        reading.check_columns(names, f"{name}:")
+        columns = [column for column in names if column in known]
+        unread = tuple(shown(column, 60) for column in names if column not in known)
         first = 1
         for group in range(file.num_row_groups):
             rows = _rows_at_once(file.metadata.row_group(group), columns, f"{name}:{first}")
@@ -49,7 +55,7 @@ def _records(stream: BufferedReader, name: str) -> Iterator[dict[str, Any]]:
                     if (number := next(large, None)) is not None:
                         raise _too_large(f"{name}:{first + number}")
                 first += len(batch)
-                yield from batch.to_pylist()
+                yield from ((record, unread) for record in batch.to_pylist())
     except (ArrowException, UnicodeDecodeError) as error:
         reason = shown(str(error).strip().partition("\n")[0], 120)
         raise DataError(f"{name}: is no readable Parquet file ({reason}); write it again") from error

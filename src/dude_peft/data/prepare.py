@@ -12,15 +12,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from dude_peft.artifact.durable import disk_errors, whole_folder
 from dude_peft.data.cache_folder import cache_folder
 from dude_peft.data.clock import seen_by
+from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Encoder
-from dude_peft.data.formats import Row
+from dude_peft.data.formats import Reading, Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
 from dude_peft.data.rows import data_sha256, local_file, stream_rows
 from dude_peft.data.stamp import stamp_of
@@ -31,7 +33,7 @@ from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
-_FORMAT = 1
+_FORMAT = 3
 """Raised whenever the same rows would become other examples, or the files other files."""
 
 _BUSY_SECONDS = 0.2
@@ -48,6 +50,7 @@ def prepare(
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
+    columns: Mapping[str, str] | None = None,
     cache: Path | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenSet:
@@ -63,6 +66,7 @@ def prepare(
         split: of sources that name none themselves.
         limit: of one source, its first rows; of a mixture, the number of its examples. None takes all.
         seed: of a built-in set, and of what a mixture takes of each source.
+        columns: what the source calls its columns (`columns.Columns`); an entry's own stand in their place.
         cache: the folder of the cache; None is `cache_folder()`.
         advance: called with the number of rows that were just tokenised.
 
@@ -72,14 +76,17 @@ def prepare(
         ResourceError: the cache cannot be written.
     """
     if isinstance(source, (str, os.PathLike)):
-        parts, total = [Part(os.fspath(source), split, limit)], None
+        parts, total = [Part(os.fspath(source), split, limit, columns=columns)], None
     else:
-        parts, total = entries_of(source, split), limit
+        parts = [
+            each if each.columns is not None else replace(each, columns=columns) for each in entries_of(source, split)
+        ]
+        total = limit
     root = cache or cache_folder()
     settings = {
         "format": _FORMAT,
         "tokenizer": _tokenizer_sha256(tokenizer),
-        "template": [template.kind, template.source],
+        "template": [template.kind, template.source, template.special_tokens],
         "moment": seen_by(template.source),
         "max_length": max_length,
         "train_on": train_on,
@@ -104,10 +111,11 @@ def _stored(
     advance: Callable[[int], None],
 ) -> Stored:
     path = local_file(part.source)
+    reading = Reading(Columns(part.columns))
     name = shown(part.source, None) if path is not None else f"{shown(part.source)}[{shown(part.split)}]"
 
     def rows() -> Iterator[Row]:
-        return stream_rows(part.source, split=part.split, limit=part.rows, seed=seed)
+        return stream_rows(part.source, split=part.split, limit=part.rows, seed=seed, reading=reading)
 
     stamp = None if path is None else stamp_of(path)
     if stamp is not None:
@@ -115,7 +123,7 @@ def _stored(
         content = [stamp.sha256, PurePath(part.source).suffix.lower(), part.rows]
     else:
         content = [data_sha256(rows())]
-    key = {**settings, "content": content}
+    key = {**settings, "content": content, "columns": reading.columns.mapping}
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
@@ -129,7 +137,7 @@ def _stored(
                 stamp.verify(name)
             writer.finish(key, this.counts)
 
-    return Stored(name, _cached(root / "tokens", key, fill), stamp)
+    return Stored(name, _cached(root / "tokens", key, fill), stamp, reading.columns)
 
 
 def _cached(root: Path, key: dict[str, Any], fill: Callable[[Path], None]) -> TokenStore:

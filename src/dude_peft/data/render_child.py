@@ -14,15 +14,16 @@ from types import SimpleNamespace
 from typing import Any
 
 _SPARE_BYTES = 2**30
-_LONGEST_TEXT = 64 * 2**20
+_CHARACTERS, _TIMES = 2**20, 16
+"""What a template may write: so many characters, and so many times what it was given."""
 _LONGEST_SECONDS = 60
 
 
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    A request is {"template", "tokens", "now", "conversations": [[messages, add_generation_prompt], ...]}; each
-    conversation is answered by one line, {"text"} or {"fault"}.
+    A request is {"template", "tokens", "now", "conversations": [[messages, add_generation_prompt, tools], ...],
+    "continued"}; each conversation is answered by one line, {"text"} or {"fault"}.
     """
     from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -33,19 +34,23 @@ def main() -> None:
         request = json.loads(line)
         now = datetime.fromisoformat(request["now"])
         # Templates ask transformers' `strftime_now`, which asks this; there is no other way to tell it the time.
-        chat_template_utils.datetime = SimpleNamespace(now=lambda now=now: now)  # type: ignore[attr-defined]
-        for messages, generate in request["conversations"]:
-            print(json.dumps(_answer(render_jinja_template, request, messages, generate)), flush=True)
+        chat_template_utils.datetime = SimpleNamespace(now=lambda now=now: now)  # type: ignore[attr-defined,assignment]
+        for messages, generate, tools in request["conversations"]:
+            print(json.dumps(_answer(render_jinja_template, request, messages, generate, tools)), flush=True)
 
 
-def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]], generate: bool) -> dict[str, str]:
+def _answer(
+    render: Any, request: dict[str, Any], messages: list[dict[str, Any]], generate: bool, tools: list[Any]
+) -> dict[str, str]:
     # Where the parent is gone, nobody else ends a template that hangs: the signal does, in the middle of anything.
     _alarm(_LONGEST_SECONDS)
     try:
         texts, _ = render(
             conversations=[messages],
+            tools=tools or None,
             chat_template=request["template"],
             add_generation_prompt=generate,
+            continue_final_message=request["continued"],
             **request["tokens"],
         )
         text = str(texts[0])
@@ -53,7 +58,7 @@ def _answer(render: Any, request: dict[str, Any], messages: list[dict[str, str]]
         return {"fault": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
     finally:
         _alarm(0)
-    if len(text) > _LONGEST_TEXT:
+    if len(text) > _CHARACTERS + _TIMES * len(json.dumps(messages)):
         return {"fault": f"it wrote {len(text):,} characters"}
     return {"text": text}
 

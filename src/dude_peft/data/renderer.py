@@ -1,7 +1,9 @@
 """Runs chat templates, which are foreign programs, in a process of their own with limits on time and memory.
 
 A template may loop for hours or ask for gigabytes in one expression; neither can be stopped in the same process. One
-child serves the whole process; it is started at the first chat template and ends with its parent.
+child serves the whole process; it is started at the first chat template and ends with its parent. The time is one for
+all that a template is ever asked: a few seconds, and a little more with each message, so that many slow answers cost no
+more than a single one that never comes; a template that has used it up is not asked again.
 """
 
 from __future__ import annotations
@@ -9,25 +11,34 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dude_peft.data.clock import moment
 from dude_peft.errors import ResourceError
 
-RENDER_SECONDS = 10.0
-"""What one conversation may take; an honest template needs less than a millisecond."""
+RENDER_SECONDS = 4.0
+"""What a template may take in all, beside MESSAGE_SECONDS for each message; honest ones need far below one for each."""
+
+MESSAGE_SECONDS = 0.005
+
+_BYTES_PER_CONVERSATION = 64 * 2**10
+_BYTES_PER_BYTE = 16
+"""What a template may write: far more than one that adds a long system message, or tools, to each conversation."""
 
 _START_SECONDS = 120.0
+_TOO_SLOW = "it takes too long"
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from dude_peft.data.render_child import main; main()"
 
 
-Conversation = tuple[Sequence[Mapping[str, str]], bool]
-"""Messages with role and content, and whether the opening of an answer is added."""
+Conversation = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Any]]
+"""Messages with role and content, whether the opening of an answer is added, and the tools."""
 
 
 class RenderError(Exception):
@@ -43,29 +54,51 @@ class _Renderer:
         self._lock = threading.Lock()
         self._child: Any = None
         self._lines: queue.Queue[bytes] = queue.Queue()
+        self._left: dict[str, float] = {}
+        """Seconds that each template has left."""
 
-    def render(self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
-        """The text of each conversation in order; raises RenderError at the first that fails."""
-        request = {"template": template, "tokens": dict(tokens), "conversations": conversations, "now": moment()}
+    def render(
+        self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], continued: bool = False
+    ) -> list[dict[str, str]]:
+        """{"text"} or {"fault"} of each conversation in order; RenderError where they take too much."""
+        request = {
+            "template": template,
+            "tokens": dict(tokens),
+            "conversations": conversations,
+            "continued": continued,
+            "now": moment(),
+        }
+        data = json.dumps(request).encode("ascii") + b"\n"
+        messages = sum(len(said) for said, _, _ in conversations)
         answers: list[dict[str, str]] = []
         with self._lock:
+            left = self._left.get(template, RENDER_SECONDS) + MESSAGE_SECONDS * messages
+            if left <= 0:
+                raise RenderError(_TOO_SLOW, 0)
             self._start()
+            begin = time.monotonic()
+            room = 2**20 + _BYTES_PER_CONVERSATION * len(conversations) + _BYTES_PER_BYTE * len(data)
             try:
-                self._child.stdin.write(json.dumps(request).encode("ascii") + b"\n")
+                self._child.stdin.write(data)
                 self._child.stdin.flush()
                 for _ in conversations:
-                    answers.append(json.loads(self._line(RENDER_SECONDS)))
+                    line = self._line(begin + left - time.monotonic())
+                    room -= len(line)
+                    if room < 0:
+                        raise RenderError("it writes far more than it is given", len(answers))
+                    answers.append(json.loads(line))
             except BaseException as error:
                 self.stop()  # whatever it is doing, its next answer would be to an old question
                 if isinstance(error, queue.Empty):
-                    raise RenderError(f"it took more than {RENDER_SECONDS:.0f} seconds", len(answers)) from error
+                    left = -math.inf
+                    raise RenderError(_TOO_SLOW, len(answers)) from error
                 if isinstance(error, OSError):
                     raise RenderError("its process died; does it need much memory?", len(answers)) from error
                 raise
-        for index, answer in enumerate(answers):
-            if "fault" in answer:
-                raise RenderError(answer["fault"], index)
-        return [answer["text"] for answer in answers]
+            finally:
+                # What was not needed for these messages is none of the next ones'.
+                self._left[template] = min(left - (time.monotonic() - begin), RENDER_SECONDS)
+        return answers
 
     def _start(self) -> None:
         if self._child is not None and self._child.poll() is None:
@@ -88,7 +121,7 @@ class _Renderer:
             raise ResourceError("the process for chat templates does not start; use template: plain") from error
 
     def _line(self, seconds: float) -> bytes:
-        line = self._lines.get(timeout=seconds)
+        line = self._lines.get(timeout=max(seconds, 0.001))
         if not line:
             raise BrokenPipeError("the process ended")
         return line
@@ -114,16 +147,28 @@ _RENDERER = _Renderer()
 atexit.register(_RENDERER.stop)
 
 
-def render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str]:
+def render(
+    template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], *, continued: bool = False
+) -> list[str]:
     """The text that a chat template makes of each conversation.
 
     Args:
         template: the Jinja source.
         tokens: the tokenizer's special tokens, by the names that templates know.
         conversations: what is rendered, in one call to the child.
+        continued: leave the last message open, for a model to go on with it.
 
     Raises:
-        RenderError: the template failed, took longer than RENDER_SECONDS or wanted more than 1 GiB.
+        RenderError: the template failed, took longer than it may, wanted more than 1 GiB or wrote too much.
         ResourceError: no process can be started.
     """
-    return _RENDERER.render(template, tokens, conversations)
+    answers = _RENDERER.render(template, tokens, conversations, continued)
+    for index, answer in enumerate(answers):
+        if "fault" in answer:
+            raise RenderError(answer["fault"], index)
+    return [answer["text"] for answer in answers]
+
+
+def try_render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str | None]:
+    """The same with None for a conversation at which the template fails; RenderError where one takes too much."""
+    return [answer.get("text") for answer in _RENDERER.render(template, tokens, conversations)]

@@ -5,12 +5,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 from dude_peft.data.bad_rows import good_rows
-from dude_peft.data.formats import Message, Row, parse_row
+from dude_peft.data.columns import Columns
+from dude_peft.data.formats import Message, Reading, Row, parse_row
 from dude_peft.data.jsonl import json_rows, jsonl_rows
 from dude_peft.data.mixture import Entry, entries_of, mix
 from dude_peft.data.parquet import parquet_rows
@@ -35,10 +37,11 @@ __all__ = [
     "stream_rows",
 ]
 
+_READING = Reading()
 _BUILTIN = "builtin:"
 _BUILTINS = ("word-problems",)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_READERS: dict[str, Callable[[str, int | None], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[str, int | None, Reading], Iterator[Row]]] = {
     ".json": json_rows,
     ".csv": partial(table_rows, separator=","),
     ".tsv": partial(table_rows, separator="\t"),
@@ -50,7 +53,12 @@ _FILE_SUFFIXES = {*_READERS, ".jsonl", ".ndjson", ".gz", ".zip", ".zst", ".bz2",
 
 
 def load_rows(
-    source: str | os.PathLike[str] | Sequence[Entry], *, split: str = "train", limit: int | None = None, seed: int = 0
+    source: str | os.PathLike[str] | Sequence[Entry],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    reading: Reading = _READING,
 ) -> list[Row]:
     """The first `limit` rows of one source, or a mixture of `limit` rows of several (`mixture.mix`), in memory.
 
@@ -59,22 +67,36 @@ def load_rows(
         split: of a hub or built-in set that names none itself.
         limit: number of rows; None takes all.
         seed: of a built-in set, and of what a mixture takes of each source.
+        reading: under which names rows are read, and whether they need an answer.
 
     Raises:
         DataError: a bad row, an empty set, a missing file, a hub set that cannot be loaded.
         ConfigError: a wrong limit, or a built-in set or split that does not exist.
     """
     if isinstance(source, (str, os.PathLike)):
-        return list(stream_rows(source, split=split, limit=limit, seed=seed))
+        return list(stream_rows(source, split=split, limit=limit, seed=seed, reading=reading))
     _check_limit(limit)
     entries = entries_of(source, split)
-    sets = [list(stream_rows(each.source, split=each.split, limit=each.rows, seed=seed)) for each in entries]
+    sets = [
+        list(stream_rows(e.source, split=e.split, limit=e.rows, seed=seed, reading=reading_of(e, reading)))
+        for e in entries
+    ]
     chosen = mix([len(rows) for rows in sets], [each.weight for each in entries], limit, seed)
     return [sets[number][index] for number, indices in enumerate(chosen) for index in indices]
 
 
+def reading_of(entry: Entry, reading: Reading) -> Reading:
+    """`reading` with the names of an entry that has its own."""
+    return reading if entry.columns is None else replace(reading, columns=Columns(entry.columns))
+
+
 def stream_rows(
-    source: str | os.PathLike[str], *, split: str = "train", limit: int | None = None, seed: int = 0
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    reading: Reading = _READING,
 ) -> Iterator[Row]:
     """The first `limit` rows of a local file, of `builtin:word-problems`, or of a hub data set `id` or `id:config`.
 
@@ -86,6 +108,7 @@ def stream_rows(
         split: of a hub or built-in set; a local file has no splits, all of it is read.
         limit: number of rows, from the first; None takes all.
         seed: of a built-in set; the order of a file or hub set is never changed.
+        reading: under which names rows are read, and whether they need an answer.
 
     Raises:
         DataError: a bad row, an empty set, a missing file, a hub set that cannot be loaded.
@@ -96,8 +119,8 @@ def stream_rows(
     if name.startswith(_BUILTIN):
         return iter(_builtin(name, split, limit, seed))
     if local_file(name) is not None:
-        return _READERS.get(PurePath(name).suffix.lower(), jsonl_rows)(name, limit)
-    return _from_hub(name, split, limit)
+        return _READERS.get(PurePath(name).suffix.lower(), jsonl_rows)(name, limit, reading)
+    return _from_hub(name, split, limit, reading)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Row]:
@@ -131,7 +154,7 @@ def _builtin(name: str, split: str, limit: int | None, seed: int) -> list[Row]:
     return word_problems(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
 
 
-def _from_hub(name: str, split: str, limit: int | None) -> Iterator[Row]:
+def _from_hub(name: str, split: str, limit: int | None, reading: Reading) -> Iterator[Row]:
     shown_id = shown(name)
     try:
         import datasets
@@ -152,30 +175,47 @@ def _from_hub(name: str, split: str, limit: int | None) -> Iterator[Row]:
         ) from error
     places = enumerate(table)
     where = f"{shown_id}[{shown(split)}]"
-    attempts = ((index, partial(parse_row, record, f"{where}:{index}")) for index, record in places)
+    attempts = ((index, partial(reading.row, record, f"{where}:{index}")) for index, record in places)
     yield from good_rows(attempts, unit="rows", limit=limit, empty=f"{where}: no rows; choose another split")
 
 
 def duplicates(rows: Sequence[Row]) -> int:
     """The number of rows whose messages all occurred in an earlier row."""
-    return len(rows) - len({row.messages for row in rows})
+    return len(rows) - len({(row.messages, row.tools) for row in rows})
 
 
 def overlap(train: Sequence[Row], test: Sequence[Row]) -> int:
     """The number of test rows whose prompt (all before the answer) is also a training prompt: leaked questions."""
-    seen = {row.prompt for row in train}
-    return sum(row.prompt in seen for row in test)
+    seen = {asked_bytes(row) for row in train}
+    return sum(asked_bytes(row) in seen for row in test)
 
 
 def data_sha256(rows: Iterable[Row]) -> str:
     """The hash (hex) of all messages in order, without their sources: the record of what a run was trained on."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(row_bytes(row.messages))
+        digest.update(row_bytes(row))
     return digest.hexdigest()
 
 
-def row_bytes(messages: Sequence[Message]) -> bytes:
-    """The messages as one line of ASCII JSON, [[role, content], ...]: what is hashed of them."""
-    turns = [[message.role, message.content] for message in messages]
-    return json.dumps(turns, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
+def row_bytes(row: Row) -> bytes:
+    """All of a row as one line of ASCII JSON, [[role, content], ...]: what is hashed of it.
+
+    A message that has more than a text, or is not learned, has that behind the text; tools stand before all messages.
+    """
+    return _json_bytes(row.tools, [_turn(message, message.trained) for message in row.messages])
+
+
+def asked_bytes(row: Row) -> bytes:
+    """The same of what is asked: the messages before the answer, learned or not, and the tools."""
+    return _json_bytes(row.tools, [_turn(message, True) for message in row.prompt])
+
+
+def _turn(message: Message, trained: bool) -> list[Any]:
+    turn: list[Any] = [message.role, message.content]
+    return turn if trained and not message.more else [*turn, message.more, trained]
+
+
+def _json_bytes(tools: str, turns: list[list[Any]]) -> bytes:
+    whole = [["tools", tools], *turns] if tools else turns
+    return json.dumps(whole, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"

@@ -11,12 +11,16 @@ from functools import partial
 
 from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.file_lines import MAX_LINE_BYTES, decode, lines, opened, refuse_magic
-from dude_peft.data.formats import Row, check_columns, parse_row
+from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
 from dude_peft.show import quoted
 
+_READING = Reading()
 
-def table_rows(path: str | os.PathLike[str], limit: int | None = None, *, separator: str) -> Iterator[Row]:
+
+def table_rows(
+    path: str | os.PathLike[str], limit: int | None = None, reading: Reading = _READING, *, separator: str
+) -> Iterator[Row]:
     """The rows of a table whose cells stand between `separator`; a row's source is the line on which it begins.
 
     Raises DataError for a header that names no known columns, or one twice, for ragged rows and broken quotes, with the
@@ -28,19 +32,19 @@ def table_rows(path: str | os.PathLike[str], limit: int | None = None, *, separa
         header_line, header = next(records, (0, []))
         if not header:
             raise DataError(f"{name}: no rows (the file is empty); the first line names the columns")
-        _check_header(header, f"{name}:{header_line}", separator)
-        attempts = ((line, partial(_row, header, cells, f"{name}:{line}")) for line, cells in records)
+        _check_header(header, f"{name}:{header_line}", separator, reading)
+        attempts = ((line, partial(_row, header, cells, f"{name}:{line}", reading)) for line, cells in records)
         empty = f"{name}: no rows below the column names; write one row a line"
         yield from good_rows(attempts, unit="lines", limit=limit, empty=empty)
 
 
-def _row(header: list[str], cells: list[str], where: str) -> Row:
+def _row(header: list[str], cells: list[str], where: str, reading: Reading) -> Row:
     if len(cells) != len(header):
         raise DataError(
             f"{where}: {len(cells)} cells, but the first line names {len(header)} columns; quote cells that hold a "
             "separator or a quote"
         )
-    return parse_row({key: cell or None for key, cell in zip(header, cells, strict=True)}, where)
+    return reading.row({key: cell or None for key, cell in zip(header, cells, strict=True)}, where)
 
 
 def _records(text: Iterator[str], separator: str, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -66,11 +70,11 @@ def _fault(reason: str) -> str:
     return f"broken quoting ({reason}); quote the whole cell and double each quote inside it"
 
 
-def _check_header(header: list[str], where: str, separator: str) -> None:
+def _check_header(header: list[str], where: str, separator: str, reading: Reading) -> None:
     twice = next((key for i, key in enumerate(header) if key in header[:i]), None)
     if twice is not None:
         raise DataError(f"{where}: the column {quoted(twice)} is named twice; keep one")
     other = next((mark for mark in ",;\t" if mark != separator and mark in header[0]), None)
     if len(header) == 1 and other is not None:
         raise DataError(f"{where}: the cells stand between {quoted(other)}, not {quoted(separator)}; convert the file")
-    check_columns(header, f"{where}: the first line names the columns, and")
+    reading.check_columns(header, f"{where}: the first line names the columns, and")

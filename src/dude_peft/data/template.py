@@ -6,6 +6,8 @@ learns to stop. What stands before an answer is exactly what generation starts f
 not true of an earlier turn (Qwen3's drops the thoughts of all but the last answer), or which writes no end behind it,
 leaves the row with one prompt and one answer, the last.
 
+What a message says is text, also where it spells a special token (`control_tokens.py`).
+
 The plain template, for models without a chat template (the system part only where there is one; turns repeat):
 
     ### System:
@@ -21,19 +23,30 @@ The plain template, for models without a chat template (the system part only whe
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dude_peft.data.control_tokens import ControlTokens, Hidden
 from dude_peft.data.formats import PASSAGE, Message, Row
-from dude_peft.data.renderer import RenderError, render
+from dude_peft.data.renderer import Conversation, RenderError, render, try_render
+from dude_peft.data.unwritten import CALLS, FIXED, parts
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted, shown
 
 KINDS = ("auto", "chat", "plain")
 
-_HEADINGS = {"system": "### System:\n", "user": "### Question:\n", "assistant": "### Answer:\n"}
+_HEADINGS = {
+    "system": "### System:\n",
+    "user": "### Question:\n",
+    "assistant": "### Answer:\n",
+    "tool": "### Tool:\n",
+}
+_OPENING = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
+"""A mark that an answer may begin with, as <think>, which some templates write as the last of the prompt."""
 
 _Wanted = tuple[Row, tuple[Message, ...], bool]
 """The row that is concerned, messages of it, and whether the opening of an answer is added."""
@@ -47,18 +60,34 @@ class Pieces:
     """Prompt and answer in turn, ending with an answer; one piece, all trained, of plain text."""
     whole: bool = True
     """False where earlier answers cannot be told apart, so that only the last one is a piece."""
+    learned: tuple[bool, ...] = (True,)
+    """Of each answer: whether the row does not exclude it."""
+    unwritten: tuple[str, ...] = ()
+    """What of the row the template does not write."""
+    hidden: Hidden | None = None
+    """What the texts hide; None where they are as they will be tokenised."""
+    spelt: str = ""
+    """A special token that the row spells; empty for none."""
+
+    @property
+    def revealed(self) -> tuple[str, ...]:
+        """The texts with nothing hidden."""
+        return self.texts if self.hidden is None else tuple(map(self.hidden.reveal, self.texts))
 
 
 class Template:
     """Writes rows as text by the tokenizer's chat template (`chat`), the plain one (`plain`), or `auto`, chat if there.
 
-    Raises ConfigError for an unknown kind, a tokenizer without an end token, or `chat` without a chat template.
+    Raises ConfigError for an unknown kind, a tokenizer without an end token, `chat` without a chat template, or another
+    word for `special_tokens` than `text` and `allow`.
     """
 
     kind: str
     """`chat` or `plain`: what `auto` became."""
+    special_tokens: str
+    """What a special token in a message is: `text`, or the token itself (`allow`)."""
 
-    def __init__(self, tokenizer: Any, kind: str = "auto") -> None:
+    def __init__(self, tokenizer: Any, kind: str = "auto", special_tokens: str = "text") -> None:
         if kind not in KINDS:
             raise ConfigError(f"template is {quoted(kind)}; use {', '.join(KINDS)}")
         self._tokenizer = tokenizer
@@ -73,6 +102,14 @@ class Template:
             )
         self.kind = kind if kind != "auto" else "chat" if has_chat else "plain"
         self._specials = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
+        self.special_tokens = special_tokens
+        self._written: set[tuple[str, bool]] = set()  # of FIXED parts, without and with tools
+        ControlTokens(tokenizer, special_tokens)  # a wrong word is told now
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokens that the template may write and messages may not. Raises what `source` raises."""
+        return ControlTokens(self._tokenizer, self.special_tokens, chat_template=self.source)
 
     @cached_property
     def source(self) -> str:
@@ -109,47 +146,137 @@ class Template:
 
         Raises what `pieces` does.
         """
-        *prompt, completion = self.pieces([row])[0].texts
+        *prompt, completion = self.pieces([row])[0].revealed
         return "".join(prompt), completion
 
     def prompt_text(self, row: Row) -> str:
         """The text that generation starts from: all messages but the last, and the opening of the answer."""
-        return "".join(self.prompts([row])[0])
+        return "".join(self.prompts([row])[0].revealed)
 
     def pieces(self, rows: Sequence[Row]) -> list[Pieces]:
         """Each row as prompts and answers.
 
         Raises ConfigError where the chat template fails, does not begin a conversation with its own prompt or leaves
-        the answer out; DataError where a message spells out an end token.
+        the answer out; DataError where it changes a message that spells a special token, or, where `special_tokens`
+        allows these, where a message spells an end token.
         """
-        return self._pieces(rows, with_answer=True)
+        made = self._pieces(rows, with_answer=True)
+        return [replace(each, unwritten=what) for each, what in zip(made, self.unwritten(rows), strict=True)]
 
-    def prompts(self, rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    def prompts(self, rows: Sequence[Row]) -> list[Pieces]:
         """The pieces of each conversation before its last answer, which may be anything."""
-        return [pieces.texts for pieces in self._pieces(rows, with_answer=False)]
+        return self._pieces(rows, with_answer=False)
+
+    def unwritten(self, rows: Sequence[Row], *, with_answer: bool = True) -> list[tuple[str, ...]]:
+        """What of each row the template does not write: its text is the same without it.
+
+        Raises ConfigError where that is a call of a tool, of which an answer consists.
+        """
+        wanted: list[tuple[int, str, Row]] = []
+        for number, row in enumerate(rows):
+            whole = row if with_answer or row.is_text else replace(row, messages=row.prompt)
+            changed = [(what, each) for what, each in parts(whole) if (what, bool(row.tools)) not in self._written]
+            if changed:
+                wanted += [(number, what, each) for what, each in [("", whole), *changed]]
+        texts = self._texts_of([row for _, _, row in wanted], generate=not with_answer)
+        found: list[list[str]] = [[] for _ in rows]
+        base: str | None = None
+        for (number, what, _), text in zip(wanted, texts, strict=True):
+            if not what:
+                base = text
+            elif text != base:
+                if what in FIXED:
+                    self._written.add((what, bool(rows[number].tools)))
+            elif what == CALLS:
+                raise ConfigError(
+                    f"{rows[number].source}: the template does not write an answer's tool calls; use a model whose "
+                    "chat template does, or remove the row"
+                )
+            else:
+                found[number].append(what)
+        return [tuple(each) for each in found]
+
+    def _texts_of(self, rows: Sequence[Row], *, generate: bool) -> list[str | None]:
+        """Each conversation as it stands; None where the chat template fails."""
+        if self.kind == "plain":
+            return ["".join(_HEADINGS[each.role] + each.content for each in row.messages) for row in rows]
+        try:
+            conversations = [_conversation(row, row.messages, generate) for row in rows]
+            return try_render(self.source, self._tokenizer.special_tokens_map, conversations) if rows else []
+        except RenderError as error:
+            raise self._failed(rows[error.index], error) from error
 
     def _pieces(self, rows: Sequence[Row], *, with_answer: bool) -> list[Pieces]:
         for row in rows:
             self._refuse_ends(row, row.messages if with_answer else row.prompt)
-        if self.kind == "plain":
-            return [self._text(row) if row.is_text else self._plain(row, with_answer) for row in rows]
+        veils = [self.control.hide(row) for row in rows]
+        if self.kind == "chat":
+            return self._by_chat_template(rows, veils, with_answer)
+        return [
+            self._piece(row, veil, self._plain(row if veil is None else veil.row, with_answer))
+            for row, veil in zip(rows, veils, strict=True)
+        ]
+
+    def _piece(self, row: Row, veil: Hidden | None, pieces: Pieces) -> Pieces:
+        spelt = veil.token if veil is not None else self.control.spelt(row) if self.control.allowed else ""
+        return replace(pieces, hidden=veil, spelt=spelt)
+
+    def _by_chat_template(self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool) -> list[Pieces]:
+        """Rows with something hidden are rendered as they are, too: only where both agree is known what is whose."""
+        asked = [each for row, veil in zip(rows, veils, strict=True) for each in (row, veil and veil.row) if each]
+        wanted = [self._wanted(row, with_answer) for row in asked]
+        texts = iter(self._rendered(list(itertools.chain.from_iterable(wanted))))
+        written = iter([[next(texts) for _ in each] for each in wanted])
+        made = []
+        for row, veil in zip(rows, veils, strict=True):
+            own = next(written)
+            hidden = own if veil is None else next(written)
+            if veil is not None and [veil.reveal(text) for text in hidden] != own:
+                if veil.token:
+                    raise DataError(
+                        f"{row.source}: a message spells the special token {quoted(veil.token)}, and the chat template "
+                        f"of {self._name} changes the message; remove it, or use template: plain"
+                    )
+                veil, hidden = None, own
+            said = row if veil is None else veil.row
+            if hidden:
+                self._refuse_made(said, self._wanted(said, with_answer)[-1], hidden[-1])
+            pieces = self._text(said) if row.is_text else self._chat(said, iter(hidden), with_answer)
+            made.append(self._piece(row, veil, pieces))
+        return made
+
+    def _refuse_made(self, row: Row, wanted: _Wanted, text: str) -> None:
+        """A template that takes something out of a message, or puts in, might make a token of what spelt none."""
+        if self.control.allowed or all(message.content.strip() in text for message in wanted[1]):
+            return
+        broken = self.control.broken(row)
+        if broken == row:
+            return
+        (other,) = self._rendered([(broken, broken.messages[: len(wanted[1])], wanted[2])])
+        if self.control.specials(other) < self.control.specials(text):
+            raise DataError(
+                f"{row.source}: the chat template of {self._name} makes a special token of what a message says; "
+                "remove the row, or use template: plain"
+            )
+
+    def _wanted(self, row: Row, with_answer: bool) -> list[_Wanted]:
         wanted: list[_Wanted] = []
-        for row in rows:
-            for place in _answers(row):
-                wanted.append((row, row.messages[:place], True))
-                if with_answer or place < len(row.messages) - 1:
-                    wanted.append((row, row.messages[: place + 1], False))
-        texts = iter(self._rendered(wanted))
-        return [self._text(row) if row.is_text else self._chat(row, texts, with_answer) for row in rows]
+        for place in row.answers:
+            wanted.append((row, row.messages[:place], True))
+            if with_answer or place < len(row.messages) - 1:
+                wanted.append((row, row.messages[: place + 1], False))
+        return wanted
 
     def _text(self, row: Row) -> Pieces:
         closed = row.messages[0].role == PASSAGE or row.answer.rstrip().endswith(self._eos)
         return Pieces((row.answer if closed else row.answer + self._eos,))
 
     def _plain(self, row: Row, with_answer: bool) -> Pieces:
+        if row.is_text:
+            return self._text(row)
         texts: list[str] = []
         prompt = ""
-        answers = _answers(row)
+        answers = row.answers
         for place, message in enumerate(row.messages):
             prompt += _HEADINGS[message.role]
             if place in answers:
@@ -157,13 +284,13 @@ class Template:
                 prompt = "\n\n"
             else:
                 prompt += f"{message.content}\n\n"
-        return Pieces(tuple(texts if with_answer else texts[:-1]))
+        return Pieces(tuple(texts if with_answer else texts[:-1]), learned=_learned(row))
 
     def _chat(self, row: Row, texts: Iterator[str], with_answer: bool) -> Pieces:
         """Takes from `texts` what `_pieces` asked for: each answer's prompt, and the conversation up to that answer."""
         pieces: list[str] = []
         done, whole = "", True
-        for place in _answers(row):
+        for place in row.answers:
             prompt = next(texts)
             whole = whole and prompt.startswith(done)
             pieces.append(prompt[len(done) :])
@@ -174,35 +301,42 @@ class Template:
                 done = prompt + head + end
             elif with_answer:
                 pieces.append(self._ended(self._completion(row, place, prompt, next(texts))))
-        return Pieces(tuple(pieces)) if whole else Pieces((prompt, *pieces[-1:][:with_answer]), whole=False)
+        if not whole:
+            return Pieces((prompt, *pieces[-1:][:with_answer]), whole=False)
+        return Pieces(tuple(pieces), learned=_learned(row))
 
     def _completion(self, row: Row, place: int, prompt: str, text: str) -> str:
+        content = row.messages[place].content
+        opening = _OPENING.match(content)
+        opened = opening is not None and prompt.rstrip().endswith(opening[1])
+        said = content[opening.end() :] if opening is not None and opened else content
+        kept = text.startswith(prompt) and _squeezed(said) in _squeezed(text[len(prompt) :])
+        if opened and not kept:
+            # R1's templates take the thoughts from every answer; what generation would write is the answer itself.
+            return said.removeprefix(prompt[len(prompt.rstrip()) :]) + self.turn_end
         if not text.startswith(prompt):
             raise ConfigError(
                 f"{row.source}: the chat template of {self._name} does not begin the conversation with the prompt that "
                 "generation would start from; use template: plain"
             )
-        completion = text[len(prompt) :]
-        # White space apart: templates trim an answer, or set its thoughts on lines of their own.
-        if "".join(row.messages[place].content.split()) not in "".join(completion.split()):
+        if not kept:
             raise ConfigError(
                 f"{row.source}: the chat template of {self._name} leaves the answer out, or a part of it; "
                 "use template: plain"
             )
-        return completion
+        return text[len(prompt) :]
 
     def _rendered(self, wanted: Sequence[_Wanted]) -> list[str]:
-        conversations = [
-            ([{"role": message.role, "content": message.content} for message in messages], generate)
-            for _, messages, generate in wanted
-        ]
+        conversations = [_conversation(*each) for each in wanted]
         try:
             return render(self.source, self._tokenizer.special_tokens_map, conversations) if wanted else []
         except RenderError as error:
-            raise ConfigError(
-                f"{wanted[error.index][0].source}: the chat template of {self._name} failed ({shown(error, 160)}); "
-                "use template: plain"
-            ) from error
+            raise self._failed(wanted[error.index][0], error) from error
+
+    def _failed(self, row: Row, error: RenderError) -> ConfigError:
+        return ConfigError(
+            f"{row.source}: the chat template of {self._name} failed ({shown(error, 160)}); use template: plain"
+        )
 
     def _ended(self, completion: str) -> str:
         """The completion up to its end-of-turn token, closed by the end token that generation stops at.
@@ -218,21 +352,31 @@ class Template:
         return max((token for token in self._specials if text.endswith(token)), key=len, default="")
 
     def _refuse_ends(self, row: Row, messages: Sequence[Message]) -> None:
-        # It would become the real token: an end in the middle of the text, or two at the end.
+        # Where texts may spell tokens it would become the real one: an end in the middle, or two at the end.
         if row.is_text:
             return  # where an end token parts documents
         for end in {self._eos, self.turn_end}:
-            if any(end in message.content for message in messages):
+            if end not in self.control and any(end in text for each in messages for text in (each.content, each.more)):
                 raise DataError(
                     f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it, "
                     "the template adds it"
                 )
 
 
-def _answers(row: Row) -> list[int]:
-    """Places of the answers that follow a user's message; others, such as a greeting, are context."""
-    return [
-        place
-        for place, (before, message) in enumerate(itertools.pairwise(row.messages), start=1)
-        if message.role == "assistant" and before.role == "user"
-    ]
+def _conversation(row: Row, messages: Sequence[Message], generate: bool) -> Conversation:
+    return [_turn(message) for message in messages], generate, json.loads(row.tools) if row.tools else []
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn = message.as_dict()
+    # gpt-oss's template knows the thoughts under this name; newer versions of transformers add it themselves.
+    return {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
+
+
+def _learned(row: Row) -> tuple[bool, ...]:
+    return tuple(row.messages[place].trained for place in row.answers)
+
+
+def _squeezed(text: str) -> str:
+    """White space apart: templates trim an answer, or set its thoughts on lines of their own."""
+    return "".join(text.split())

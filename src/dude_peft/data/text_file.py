@@ -10,14 +10,16 @@ import os
 from collections.abc import Iterator
 
 from dude_peft.data.file_lines import decode, lines, opened, refuse_magic
-from dude_peft.data.formats import PASSAGE, TEXT, Message, Row
+from dude_peft.data.formats import PASSAGE, TEXT, Message, Reading, Row
 from dude_peft.errors import DataError
 
 PASSAGE_CHARACTERS = 64 * 2**10
 
 
-def text_rows(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Row]:
+def text_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading | None = None) -> Iterator[Row]:
     """The passages of a text file in order; joined, they are the file. A row's source is its first line.
+
+    `reading` is not looked at: plain text has no columns.
 
     Raises DataError for a file that is empty, is not UTF-8 or has a line above 16 MiB; ResourceError where it cannot be
     read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -11,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from dude_peft.data.columns import STANDARD, Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.stamp import Stamp
 from dude_peft.data.token_store import TokenStore
@@ -25,6 +27,8 @@ class Stored:
     store: TokenStore
     stamp: Stamp | None
     """Of a local file."""
+    columns: Columns = STANDARD
+    """What it calls its columns."""
 
 
 class TokenSet(Sequence[dict[str, list[int]]]):
@@ -88,6 +92,14 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         """64-bit hashes of what each example asks (of plain text: of the block)."""
         return self._gathered("prompts")
 
+    def losses(self, max_length: int) -> list[str]:
+        """`Counts.losses`, and the names of `data.columns` that no row has."""
+        lines = self.counts.losses(max_length)
+        for source in self._sources:
+            if unread := source.columns.unread(source.store.counts.used):
+                lines.append(f"{source.name}: no row has {', '.join(unread)}, which data.columns names")
+        return lines
+
     def verify_unchanged(self) -> None:
         """Raises DataError where a file was changed since it was read."""
         for source in self._sources:
@@ -109,9 +121,12 @@ class TokenSet(Sequence[dict[str, list[int]]]):
 
     def _counted(self) -> Counts:
         each = [source.store.counts for source in self._sources]
-        summed = {name: sum(getattr(counts, name) for counts in each) for name in vars(each[0])}
+        numbers = [name for name, value in vars(each[0]).items() if isinstance(value, int)]
+        summed = {name: sum(getattr(counts, name) for counts in each) for name in numbers}
         return replace(
             Counts(**summed),
+            used=dict(sum((Counter(counts.used) for counts in each), Counter())),
+            left_out=dict(sum((Counter(counts.left_out) for counts in each), Counter())),
             longest=max(counts.longest for counts in each),
             largest_id=max(counts.largest_id for counts in each),
             tokens=int(self.lengths.sum()),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from dataclasses import asdict, dataclass
 from io import BufferedWriter
@@ -33,7 +34,7 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.encode import Counts, Example
 from dude_peft.data.formats import Row
-from dude_peft.data.rows import row_bytes
+from dude_peft.data.rows import asked_bytes, row_bytes
 from dude_peft.doors import open_file, read_json
 
 MANIFEST = "manifest.json"
@@ -48,6 +49,7 @@ _COLUMNS = {
     "learned": "<i4",
     "ended": "?",
 }
+_PLACE = re.compile(r"[0-9]+$")
 _LONG = struct.Struct("<q")
 _INT = struct.Struct("<i")
 _READ_BYTES = 2**20
@@ -104,15 +106,15 @@ class TokenWriter:
 
     def add(self, row: Row, examples: list[Example], ends: set[int]) -> None:
         """The next row and what became of it; `ends` are the ids of the end tokens."""
-        self._digest.update(row_bytes(row.messages))
-        place = int(row.source.rpartition(":")[2])
+        self._digest.update(row_bytes(row))
+        place = int(_PLACE.findall(row.source)[-1])
         for example in examples:
             ids = np.array(example.ids, "<i4").tobytes()
             self._write("ids", ids)
             self._write("trained", bytes(example.trained))
             self._write("starts", _LONG.pack(self._at))
             self._write("places", _LONG.pack(place))
-            self._write("prompts", _hash(ids if row.is_text else row_bytes(row.prompt)))
+            self._write("prompts", _hash(ids if row.is_text else asked_bytes(row)))
             self._write("contents", _hash(ids))
             self._write("learned", _INT.pack(sum(example.trained)))
             self._write("ended", bytes([example.ids[-1] in ends]))
@@ -161,6 +163,11 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{folder}: {error}") from error
+
+
+def question_hash(row: Row) -> int:
+    """What the column `prompts` has of a conversation."""
+    return int.from_bytes(_hash(asked_bytes(row)), "little")
 
 
 def _hash(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dude_peft.core.divergence import divergence
+from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.data.file_lines import opened
 from dude_peft.errors import DataError, NumericsError
 from dude_peft.evaluate.intervals import Comparison, bootstrap_mean, compare
@@ -66,12 +67,12 @@ class Text:
     blocks: list[list[int]]
 
 
-def read_text(path: Path, tokenizer: Any, positions: int | None) -> Text:
+def read_text(path: Path, control: ControlTokens, positions: int | None) -> Text:
     """Read a file and cut it into blocks.
 
     Args:
         path: UTF-8.
-        tokenizer: the model's.
+        control: of the model's tokenizer; none of them is in the text.
         positions: tokens that the model reads; None if nothing limits it.
 
     Raises:
@@ -79,7 +80,7 @@ def read_text(path: Path, tokenizer: Any, positions: int | None) -> Text:
     """
     content = _read(path)
     length = min(_LENGTH, positions or _LENGTH)
-    blocks = _blocks(content.decode("utf-8"), tokenizer, length)
+    blocks = _blocks(content.decode("utf-8"), control, length, shown(path, 300))
     if not blocks:
         raise DataError(f"{shown(path, 300)}: too short, not one block of {length} tokens; give more text")
     return Text(str(path), hashlib.sha256(content).hexdigest(), blocks)
@@ -158,18 +159,18 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _blocks(text: str, tokenizer: Any, length: int) -> list[list[int]]:
+def _blocks(text: str, control: ControlTokens, length: int, where: str) -> list[list[int]]:
     """Up to 16 blocks of equal length, their starts evenly spread, none of them overlapping."""
     step = max(len(text) // _BLOCKS, 1)
     found = []
     for start in range(0, len(text), step):
         stretch = text[start : start + min(step, _CHARACTERS_A_TOKEN * length)]
-        ids: list[int] = tokenizer(stretch, add_special_tokens=False)["input_ids"][:length]
+        ids = control.ids(stretch, (), where)[:length]
         if len(ids) == length:
             found.append(ids)
     if found:
         return found[:_BLOCKS]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # a short text: blocks one after the other
+    ids = control.ids(text, (), where)  # a short text: blocks one after the other
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:_BLOCKS]
 
 

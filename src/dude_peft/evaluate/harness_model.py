@@ -1,7 +1,8 @@
 """Our live model as lm-evaluation-harness knows models: its own tokenisation, scores and stops, our batches and checks.
 
-What is added to its HFLM: answers are kept batch by batch (`answer_cache.py`), a batch that does not fit is halved, NaN
-ends the evaluation, and prompts that were cut and generations that never stopped are counted. Several processes share
+What is added to its HFLM: what documents say is text (`chat_prompts.py`), answers are kept batch by batch
+(`answer_cache.py`), a batch that does not fit is halved, NaN ends the evaluation, and prompts that were cut and
+generations that never stopped are counted. Several processes share
 the batches, each of which is what one process would compute, and tell each other the answers: the harness, which knows
 nothing of it, finds all answers in every process.
 """
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from typing_extensions import override
 
+from dude_peft.chat.answer_cache import AnswerCache, key_of
 from dude_peft.chat.decode import Finite
-from dude_peft.data.batches import Company, grouped
-from dude_peft.errors import ConfigError, NumericsError, ResourceError
-from dude_peft.evaluate.answer_cache import AnswerCache, key_of
+from dude_peft.data.batches import Company, grouped, pad_left
+from dude_peft.data.encode import check_ids
+from dude_peft.errors import ConfigError, DataError, NumericsError, ResourceError
+from dude_peft.evaluate.chat_prompts import ChatPrompts
 from dude_peft.out_of_memory import is_out_of_memory
 from dude_peft.parents import fits
 from dude_peft.show import shown
@@ -61,7 +64,7 @@ class _Ready(nn.Module):
         """They are."""
 
 
-@fits(uses=("_encode_pair", "_loglikelihood_tokens"))
+@fits(uses=("_encode_pair", "_loglikelihood_tokens", "add_bos_token", "chat_template_args"))
 class HarnessModel(HFLM):  # type: ignore[misc]
     """A model in memory, for `lm_eval.evaluate`."""
 
@@ -74,6 +77,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         name: str,
         batch_size: int,
         versions: dict[str, Any],
+        prompts: ChatPrompts,
         company: Company = "any",
         advance: Callable[..., None] = lambda answers, total: None,
     ) -> None:
@@ -86,6 +90,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             name: for messages.
             batch_size: sequences at a time, as long as they fit.
             versions: of each task, by its name.
+            prompts: writes conversations, and knows what in a text is a control token.
             company: which prompts are continued in one batch.
             advance: called with the number of requests that were answered, and with `total`, of those known so far.
         """
@@ -98,7 +103,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             trust_remote_code=False,
         )
         self._cache, self._name, self._versions, self._advance = cache, name, versions, advance
-        self._company = company
+        self._company, self._prompts, self._context = company, prompts, ""
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._stopped: list[bool] = []
         self._asked = 0
         self.computed = 0
@@ -185,6 +191,45 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self._answer([{key: request} for key, request in zip(keys, requests, strict=True)], compute)
         return [float(self._cache[key]) for key in keys]
 
+    @override
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation; called by the harness."""
+        return self._prompts.write(chat_history, generate=add_generation_prompt, arguments=self.chat_template_args)
+
+    @override
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Token ids of a text, without control tokens but those of the chat template; called by the harness."""
+        meant = self._prompts.meant(string, self._context)
+        framed = add_special_tokens
+        if framed is None:
+            first = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
+            begun = any(start == 0 for start, _ in meant) and has_bos_prefix(string, first)
+            framed = not begun and self.add_bos_token is not False
+        ids = self._prompts.control.ids(string, meant, shown(self._name, 300), framed=framed)
+        check_ids(shown(self._name, 300), ids, self.tokenizer, self._vocabulary)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    @override
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(ids, attention mask) of several texts, padded on the left; called by the harness."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        if not all(rows):
+            raise DataError(f"a question for {shown(self._name, 300)} has no tokens; choose another task")
+        batch = pad_left(rows, int(self.tokenizer.pad_token_id))
+        return batch["input_ids"], batch["attention_mask"]
+
     @property
     @override
     def batch_size(self) -> int:
@@ -239,7 +284,11 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def _pair(self, context: str, continuation: str) -> tuple[tuple[str, str], list[int], list[int]]:
         """As TemplateLM.loglikelihood encodes it."""
         if context:
-            return (context, continuation), *self._encode_pair(context, continuation)
+            self._context = context  # which `tok_encode` gets with some of the continuation, or without its last spaces
+            try:
+                return (context, continuation), *self._encode_pair(context, continuation)
+            finally:
+                self._context = ""
         ids = self.tok_encode(continuation, add_special_tokens=False)
         prefix = self.prefix_token_id
         return ((context, continuation), [prefix], ids) if prefix != ids[0] else (("", continuation), ids[:1], ids[1:])

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluate.forgetting import read_text
 from dude_peft.evaluate.record import TASKS
@@ -34,7 +35,7 @@ _KEYS = {
 class TasksOfRun:
     """The `TaskScorer` of a run."""
 
-    def __init__(self, settings: EvaluationSection) -> None:
+    def __init__(self, settings: EvaluationSection, special_tokens: str = "text") -> None:
         """Nothing is read yet.
 
         Raises:
@@ -51,6 +52,7 @@ class TasksOfRun:
                 chat=settings.tasks_chat,
                 num_fewshot=settings.tasks_num_fewshot,
                 text=None if settings.tasks_text is None else Path(settings.tasks_text),
+                special_tokens=special_tokens,
             )
         except (ConfigError, DataError) as error:
             raise _in_keys(error) from error
@@ -60,7 +62,8 @@ class TasksOfRun:
         if self._options.chat and not tokenizer.chat_template:
             raise ConfigError("evaluation.tasks_chat: the model's tokenizer has no chat template; set it to false")
         if self._options.text is not None:
-            read_text(self._options.text, tokenizer, None)  # what fills a long block fills a short one
+            control = ControlTokens(tokenizer, self._options.special_tokens or "text")
+            read_text(self._options.text, control, None)  # what fills a long block fills a short one
         try:
             with tempfile.TemporaryDirectory(prefix="dude-tasks-") as folder:
                 self._chosen = load_chosen(self._options, Path(folder))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
+from dude_peft.data.control_tokens import SPECIAL_TOKENS
 from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
@@ -57,6 +58,8 @@ class EvalOptions:
     """Sequences at a time; None finds it."""
     text: Path | None = None
     """General text: loss, perplexity, and how far an adapter moved from its base."""
+    special_tokens: str | None = None
+    """What a special token is that a text spells: `text`, or `allow`, the token; None as in the training run."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what cannot work."""
@@ -73,6 +76,8 @@ class EvalOptions:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{option} {value}: give a whole number from {least}")
+        if self.special_tokens not in (None, *SPECIAL_TOKENS):
+            raise ConfigError(f"--special-tokens {quoted(self.special_tokens)}: use {', '.join(SPECIAL_TOKENS)}")
         if self.data_dir is not None and not self.data_dir.is_dir():
             what = "is no folder" if self.data_dir.exists() else "no such folder"
             raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; the README tells what it holds")
@@ -148,6 +153,7 @@ def measure(
         merge: run the adapter merged in memory, where that is proved to compute the same.
         chosen: the tasks, if they are loaded already.
     """
+    from dude_peft.data.encode import check_ids
     from dude_peft.evaluate.forgetting import read_text, score_text
     from dude_peft.evaluate.measures import measures_of
     from dude_peft.evaluate.merged import merged_if_equal
@@ -156,7 +162,11 @@ def measure(
     if options.chat and not speaker.tokenizer.chat_template:
         raise ConfigError(f"--chat: the tokenizer of {shown(speaker.name, 300)} has no chat template; leave --chat out")
     started, begin = datetime.now(timezone.utc), time.perf_counter()
-    general = None if options.text is None else read_text(options.text, speaker.tokenizer, speaker.positions)
+    general = None
+    if options.text is not None:
+        general = read_text(options.text, speaker.control(options.special_tokens), speaker.positions)
+        for block in general.blocks:
+            check_ids(shown(options.text, 300), block, speaker.tokenizer, speaker.vocabulary)
     chosen = load_chosen(options, output / TASKS) if chosen is None else chosen
     sizes, items = _items(chosen, options)
     scorer = _Scorer(speaker, options, output, display, chosen, items)
@@ -240,7 +250,7 @@ class _Scorer:
         chosen: Sequence[Chosen],
         items: dict[str, list[int]],
     ) -> None:
-        from dude_peft.evaluate.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
+        from dude_peft.chat.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
 
         self._speaker, self._options, self._output, self._display = speaker, options, output, display
         self._tasks = {name: task for one in chosen for name, task in one.tasks.items() if name in items}
@@ -255,16 +265,19 @@ class _Scorer:
             self._company = speaker.company
             if speaker.company_note:
                 display.say(f"note: {speaker.company_note}")
+        self._special_tokens = options.special_tokens or speaker.special_tokens
         self._answers: dict[str, dict[str, int]] = {}
 
     def score(self, state: str) -> dict[str, Any]:
         """Samples and results of every task; `state` is `base`, `model` or `merged`."""
         from lm_eval.evaluator import evaluate as harness
 
-        from dude_peft.evaluate.answer_cache import AnswerCache, key_of
+        from dude_peft.chat.answer_cache import AnswerCache, key_of
+        from dude_peft.evaluate.chat_prompts import ChatPrompts
         from dude_peft.evaluate.harness_model import HarnessModel
 
-        model = self._speaker.model
+        model, tokenizer = self._speaker.model, self._speaker.tokenizer
+        prompts = ChatPrompts(tokenizer, self._special_tokens, self._speaker.name, chat=self._options.chat)
         settings = {
             "model": self._fingerprint,
             "config": self._config,
@@ -274,6 +287,7 @@ class _Scorer:
             "device": model.device.type,
             "versions": _libraries(),
             "generation": _generation(model),
+            "special_tokens": self._special_tokens,
         }
         asked = {**settings, "asked_batch_size": self._options.batch_size}
         path = self._output / ANSWERS / f"{state}-{key_of(asked)}.jsonl"
@@ -286,11 +300,12 @@ class _Scorer:
             with self._display.stage(f"{whose}, {total:,} items", 0) as advance:
                 harness_model = HarnessModel(
                     model,
-                    self._speaker.tokenizer,
+                    tokenizer,
                     cache,
                     name=self._speaker.name,
                     batch_size=int(cache.settings["batch_size"]),
                     versions=versions,
+                    prompts=prompts,
                     company=self._company,
                     advance=advance,
                 )

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dude_peft.data.columns import Columns
 from dude_peft.data.encode import encode
+from dude_peft.data.formats import Reading
 from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
-from dude_peft.train.config import DataSection, Sources, TrainSection
+from dude_peft.train.config import DataSection, ShareSection, Sources, TrainSection
 
 _MOST_ROWS = 4000  # tokenised in a second or two
 
@@ -44,12 +46,13 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
         ConfigError: rows longer than the model reads.
     """
     source, split, limit = data.train, data.train_split, data.train_rows
-    if held_out and data.test is not None:
-        source, split, limit = data.test, data.test_split, data.test_rows
-    rows = load_rows(source, split=split, limit=limit, seed=data.seed)
+    taken = data.test.share if isinstance(data.test, ShareSection) else 0.0
+    if held_out and data.test is not None and not isinstance(data.test, ShareSection):
+        source, split, limit, taken = data.test, data.test_split, data.test_rows, 0.0
+    rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=Reading(Columns(data.columns)))
     sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    template = Template(tokenizer, data.template)
+    template = Template(tokenizer, data.template, data.special_tokens)
     encoded = encode(
         sample,
         template,
@@ -66,7 +69,7 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
             f"data.max_length: the longest row has {max(lengths)} tokens, the model reads {positions}; "
             f"set data.max_length: {positions}"
         )
-    kept = round(len(rows) * len(lengths) / len(sample))
+    kept = max(1, round(len(rows) * (1 - taken) * len(lengths) / len(sample)))
     if data.packing:
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))

@@ -16,7 +16,7 @@ from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.train.config import RunConfig
+from dude_peft.train.config import RunConfig, ShareSection
 from dude_peft.train.folder import check_output_dir
 from dude_peft.train.model import code_note, load_settings, load_tokenizer, locate, with_only_gguf
 from dude_peft.train.run_data import glance
@@ -62,7 +62,7 @@ def plan(
         glance(config)
         if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
-        scorer = scorer_for(config.evaluation, scorer_of)
+        scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
         with display.waiting("imports"), quiet_imports():
             import dude_peft.plan.bill  # noqa: F401  # what takes seconds, in one place
             from dude_peft.plan.device import device
@@ -127,7 +127,8 @@ def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
     from dude_peft.plan.rows import count_rows, is_local
 
     data = config.data
-    if config.evaluation.enabled and data.test is not None and is_local(data.test):
+    held_out = None if isinstance(data.test, ShareSection) else data.test
+    if config.evaluation.enabled and held_out is not None and is_local(held_out):
         count_rows(data, tokenizer, model, held_out=True)  # for its errors
     return count_rows(data, tokenizer, model) if is_local(data.train) else None
 

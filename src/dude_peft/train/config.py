@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticKnownError
 
+from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
@@ -28,6 +29,14 @@ def _number_from_text(value: Any) -> Any:
 
 def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+def _known_columns(value: dict[str, str]) -> dict[str, str]:
+    try:
+        ColumnNames(value)
+    except ConfigError as error:
+        raise ValueError(f"key {error}") from None
+    return value
 
 
 _LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
@@ -54,6 +63,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
 Source = Annotated[Text, BeforeValidator(_expand_home)]
+Columns = Annotated[dict[Text, Text], AfterValidator(_known_columns)]
 # 16 stays the int that PEFT's config is written with; 16.5 stays a float.
 Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
 
@@ -147,8 +157,23 @@ class SourceSection(Section):
     """Share of the mixture, relative to the other sources'; for all sources or for none. Without weights each source
     gives all its rows."""
 
+    columns: Columns | None = None
+    """What this source calls its columns, in place of data.columns."""
+
 
 Sources = Source | Annotated[list[SourceSection], Field(min_length=1)]
+
+
+class ShareSection(Section):
+    """Rows that are taken from others."""
+
+    share: Annotated[Number, Field(gt=0, lt=1)]
+    """Share of the training questions that is held out, a choice by data.seed; repeated ones stay on one side."""
+
+
+def _as_share(value: Any) -> Any:
+    """A bare number is a share."""
+    return {"share": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 class DataSection(Section):
@@ -158,8 +183,13 @@ class DataSection(Section):
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), `builtin:word-problems`, a data set id on the hub (`id` or
     `id:config`), or a list of sources that are mixed."""
 
-    test: Sources | None = None
-    """Held-out rows, written the same way; never trained on. Needed unless evaluation.enabled is false."""
+    test: Annotated[Sources | ShareSection | None, BeforeValidator(_as_share)] = None
+    """Held-out rows, written the same way; never trained on. A number (0.1, or `{share: 0.1}`) takes that share of the
+    training rows away. Needed unless evaluation.enabled is false."""
+
+    columns: Columns = {}
+    """What `train` and `test` call their columns, and messages their keys and roles, by our names:
+    `{prompt: customer_query, completion: agent_reply}`, `{messages: dialog, role: speaker, user: client}`."""
 
     train_split: Text = "train"
     """Split of `train`, where the source has splits."""
@@ -175,6 +205,10 @@ class DataSection(Section):
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat` is the tokenizer's own template, `plain` needs none; `auto` takes chat where there is one."""
+
+    special_tokens: Literal["text", "allow"] = "text"
+    """What a special token that a row spells is (<|im_start|>, </s>): `text` as any other, or, by `allow`, the token
+    itself, as the template writes it. The same in chat, generate and eval of the adapter."""
 
     train_on: Literal["answers", "last_answer", "all"] = "answers"
     """What is learned of a conversation: every answer, only the last one, or all tokens, the questions' too."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
 
+from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
+from dude_peft.data.formats import Reading
+from dude_peft.data.held_out import held_out_questions, part_of
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
@@ -33,11 +37,16 @@ def check(
     gguf_file: str | None = None,
     test: str | None = None,
     template: str = "auto",
+    special_tokens: str = "text",
     max_length: int = 512,
     train_on: str = "answers",
     upft: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> None:
     """Shows what of `source` a run on `model` would train, and how much of it; the examples stay in the cache.
+
+    `test` is a source too, or a share of the rows, as in 0.1, which `seed` chooses; `columns` is as data.columns.
 
     Raises:
         DataError: rows that cannot be trained on.
@@ -49,22 +58,33 @@ def check(
     display = Display()
     section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
     where = locate(section)
-    shapes = _shapes(source)
+    names = Columns(columns)
+    share = None if test is None else _share(test)
+    shapes = _shapes(source, names)
     with quiet_imports():
         tokenizer = load_tokenizer(section, where)
-    written = Template(tokenizer, template)
-    options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
+    written = Template(tokenizer, template, special_tokens)
+    options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
+    held_out = None
     with display.waiting("reading"):
         made = prepare(source, written, tokenizer, upft=upft, **options)
-        held_out = None if test is None else prepare(test, written, tokenizer, split="test", **options)
+        if share is not None:
+            questions = held_out_questions(made, share, seed)
+            held_out = part_of(prepare(source, written, tokenizer, **options), questions, held_out=True)
+            made = part_of(made, questions, held_out=False)
+        elif test is not None:
+            held_out = prepare(test, written, tokenizer, split="test", **options)
     display.say(f"format: {', '.join(shapes)}")
     display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
     for line in _numbers(made, max_length):
         display.say(line)
-    for line in made.counts.losses(max_length):
+    if made.counts.used:
+        display.say(f"used: {', '.join(f'{name} ({count})' for name, count in made.counts.used.items())}")
+    for line in [*made.losses(max_length), *made.counts.spellings(special_tokens)]:
         display.warn(line)
     if held_out is not None:
-        for line in held_out.counts.losses(max_length):
+        lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
+        for line in lines if share is None else ():
             display.warn(f"held-out: {line}")
         count = overlap(made, held_out)
         line = f"{count} of {len(held_out)} held-out examples ask what a training example asks"
@@ -75,9 +95,20 @@ def check(
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
 
 
-def _shapes(source: str) -> list[str]:
+def _share(test: str) -> float | None:
+    """The share that is held out, where `test` is a number."""
+    try:
+        share = float(test)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise ConfigError(f"--test {shown(test)}: a share lies between 0 and 1; write for example 0.1, or name a file")
+    return share
+
+
+def _shapes(source: str, columns: Columns) -> list[str]:
     """The shapes of the first rows, the most frequent first."""
-    rows = itertools.islice(stream_rows(source), _SHAPE_ROWS)
+    rows = itertools.islice(stream_rows(source, reading=Reading(columns)), _SHAPE_ROWS)
     return [name for name, _ in Counter(row.shape or "built-in" for row in rows).most_common()]
 
 

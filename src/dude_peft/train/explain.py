@@ -76,8 +76,11 @@ def _rows(node: dict[str, Any], root: dict[str, Any], prefix: str) -> list[tuple
         default = "required" if name in node.get("required", ()) else _shown(entry.get("default"))
         meaning = " ".join(str(entry.get("description", "")).split())
         rows.append((f"{prefix}{name}", _values(entry), default, meaning))
-        for listed in filter(None, (_listed(form, root) for form in entry.get("anyOf", [entry]))):
-            rows += _rows(listed, root, f"{prefix}{name}[].")
+        for form in entry.get("anyOf", [entry]):
+            if inside := _listed(form, root):
+                rows += _rows(inside, root, f"{prefix}{name}[].")
+            elif inside := _referred(form, root):
+                rows += _rows(inside, root, f"{prefix}{name}.")
     return rows
 
 

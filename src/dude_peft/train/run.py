@@ -79,7 +79,7 @@ def run(
     resolved = resolved.model_copy(update={"model": with_only_gguf(resolved.model)})
     folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
     try:
-        scorer = scorer_for(resolved.evaluation, scorer_of)
+        scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         silent = quiet or not processes.is_first()
         this = _Run(resolved, folder, weights_only, strategy, scorer, card_of, quiet=silent)
         with gathered_warnings(this.warn), this.stop.listening():

@@ -38,10 +38,11 @@ class TaskScorer(Protocol):
         """The trained model beside its base: fills `folder`, shows the table; what of it report.json keeps."""
 
 
-ScorerOf = Callable[[EvaluationSection], TaskScorer]
+ScorerOf = Callable[[EvaluationSection, str], TaskScorer]
+"""Of `evaluation`, and of `data.special_tokens`."""
 
 
-def scorer_for(settings: EvaluationSection, scorer_of: ScorerOf | None) -> TaskScorer | None:
+def scorer_for(settings: EvaluationSection, special_tokens: str, scorer_of: ScorerOf | None) -> TaskScorer | None:
     """The scorer of a run; None where it asks for no task.
 
     Raises:
@@ -53,7 +54,7 @@ def scorer_for(settings: EvaluationSection, scorer_of: ScorerOf | None) -> TaskS
         raise ConfigError(
             "evaluation.tasks: `run` needs a scorer for them: scorer_of=dude_peft.evaluate.in_training.TasksOfRun"
         )
-    return scorer_of(settings)
+    return scorer_of(settings, special_tokens)
 
 
 def chosen_score(scores: Mapping[str, TaskScore], metric: str) -> float:

@@ -1,4 +1,4 @@
-"""Answers of one model, kept as they come, so that an interrupted evaluation goes on where it stopped.
+"""Answers of one model, kept as they come, so that what was interrupted goes on where it stopped.
 
 A JSON-lines file. Its first line says of what: the model's fingerprint and all else that answers depend on. Each other
 line is one batch, {request's hash: answer}, written at once: after a kill a batch is there whole or not at all, and the
@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dude_peft.artifact.durable import disk_errors
+from dude_peft.artifact.durable import disk_errors, take
 from dude_peft.artifact.sealed import sealed, unsealed
 from dude_peft.doors import open_file
-from dude_peft.errors import ArtifactError
+from dude_peft.errors import ArtifactError, BusyError
 from dude_peft.show import shown
 from dude_peft.train import processes
 
@@ -36,6 +36,7 @@ class AnswerCache:
 
         Raises:
             ArtifactError: the file is damaged elsewhere than in its last line, or is another model's.
+            BusyError: another process has it.
             ResourceError: it cannot be written.
         """
         self._path = path
@@ -50,7 +51,13 @@ class AnswerCache:
 
     def _open(self, path: Path) -> None:
         with disk_errors(path):
-            content = _content(path)
+            if path.exists():
+                open_file(path).close()  # no FIFO, no device
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a planted link is never written through
+            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b")
+            if not take(self._file.fileno()):
+                raise BusyError(f"{shown(path, 300)} is being written by another process; wait for it to end")
+            content = self._file.read()
             whole = content[: content.rfind(b"\n") + 1]
             try:
                 lines = [self._content(unsealed(json.loads(line))) for line in whole.splitlines()]
@@ -62,8 +69,6 @@ class AnswerCache:
                 raise ArtifactError(
                     f"{shown(path, 300)} is damaged; remove it, and its answers are computed again"
                 ) from error
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a planted link is never written through
-            self._file = os.fdopen(os.open(path, flags, 0o666), "r+b")
             self._file.truncate(len(whole))
             self._file.seek(len(whole))
             if not lines:
@@ -88,6 +93,15 @@ class AnswerCache:
                 self._write(dict(batch))
         self._answers |= batch
 
+    def clear(self, settings: dict[str, Any]) -> None:
+        """Drop all answers, and begin anew. ResourceError where the disk does not allow it."""
+        self.settings, self._answers, self.found = settings, {}, 0
+        if self._file is not None:
+            with disk_errors(self._path):
+                self._file.truncate(0)
+                self._file.seek(0)
+                self._write(settings)
+
     def close(self) -> None:
         """Gives the file back."""
         if self._file is not None:
@@ -110,11 +124,3 @@ def key_of(*parts: Any) -> str:
     """Hash of a request: its task and version, its kind, and its text and settings."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with open_file(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""

@@ -1,0 +1,45 @@
+"""A share of the training rows that is held out: by questions, so that none stands on both sides.
+
+Which questions are held out follows from the questions and the seed alone, not from the order of the rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dude_peft.data.seeded import shuffled
+from dude_peft.data.token_set import TokenSet
+from dude_peft.errors import DataError
+
+_STREAM = 2**15  # of the seed; mixtures use the first ones
+
+
+def held_out_questions(examples: TokenSet, share: float, seed: int) -> NDArray[np.uint64]:
+    """Hashes (`TokenSet.prompts`) of the questions that are held out: `share` of all different ones, at least one.
+
+    Raises DataError where nothing would be left to train on.
+    """
+    questions = np.unique(examples.prompts())
+    count = max(1, round(share * len(questions)))
+    if count >= len(questions):
+        raise DataError(
+            f"data.test: a share of {share} of {len(questions)} different questions leaves none to train on; "
+            "give more rows, or name a file"
+        )
+    return np.sort(questions[shuffled(len(questions), seed, _STREAM)[:count]])
+
+
+def part_of(examples: TokenSet, questions: NDArray[np.uint64], *, held_out: bool) -> TokenSet:
+    """The examples that ask one of `questions`, or those that do not."""
+    return _taken(examples, np.flatnonzero(np.isin(examples.prompts(), questions) == held_out))
+
+
+def first(examples: TokenSet, count: int) -> TokenSet:
+    """The first `count` examples."""
+    return _taken(examples, np.arange(min(count, len(examples))))
+
+
+def _taken(examples: TokenSet, places: NDArray[np.int64]) -> TokenSet:
+    parts = examples.parts(places)
+    return TokenSet([source for source, _ in parts], [chosen for _, chosen in parts])

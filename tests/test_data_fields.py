@@ -1,0 +1,460 @@
+"""Every field of every format: used, refused, or named as left out; and token by token what is trained of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_data_masks import marked
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from dude_peft.data import Message, Template, encode, parse_row
+from dude_peft.data.columns import Columns
+from dude_peft.data.encode import Encoder
+from dude_peft.data.formats import Reading
+from dude_peft.data.rows import data_sha256
+from dude_peft.errors import ConfigError, DataError
+from dude_peft.train.data_check import check
+
+PLAIN_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN = (  # tools, tool calls and tool results as Qwen's templates write them; thoughts of every answer
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}"
+    "{{ '<tools>' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '</tools><|im_end|>\n' }}"
+    "{% elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function.name + ' ' }}"
+    "{{ call.function.arguments | tojson }}{{ '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (  # Llama 3.1's: one call a message, in place of its content; results under the role ipython
+    "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}"
+    "{% endif %}{% set f = m.tool_calls[0].function %}{{ '<|h|>assistant<|/h|>\n\n' }}"
+    "{{ '{\"name\": \"' + f.name + '\", \"parameters\": ' }}{{ f.arguments | tojson }}{{ '}<|eot_id|>' }}"
+    "{% elif m.role == 'tool' %}{{ '<|h|>ipython<|/h|>\n\n' + m.content + '<|eot_id|>' }}"
+    "{% else %}{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
+)
+OPENS_THOUGHTS = (  # Qwen3-Thinking's: the prompt opens the thoughts of the answer
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set c = m.content %}{% set r = '' %}"
+    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1].strip() %}"
+    "{% endif %}{{ '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + c + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+DROPS_THOUGHTS = (  # R1's: takes the thoughts from every answer, and opens them in the prompt
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|h|>' + m.content.split('</think>')[-1].strip() + '<|eot_id|>' }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|h|><think>\n' }}{% endif %}"
+)
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<|h|>", "<|/h|>", "<|eot_id|>"]
+
+
+def tokenizer(template: str | None, eos: str = "<|im_end|>", specials: list[str] = SPECIALS) -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(specials)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos, name_or_path="tiny")
+    made.chat_template = template
+    return made
+
+
+def trained(
+    row: dict, template: str | None, *, eos: str = "<|im_end|>", specials: list[str] = SPECIALS, **options
+) -> str:
+    """All of a row's example, trained stretches between « and »."""
+    tok = tokenizer(template, eos, specials)
+    (example,) = encode([parse_row(row, "r:1")], Template(tok), tok, 2000, **options).examples
+    return marked(tok, example)
+
+
+def told(row: dict, template: str | None = PLAIN_CHATML) -> list[str]:
+    """What the encoder says is left out of a row."""
+    tok = tokenizer(template)
+    encoder = Encoder(Template(tok), tok, max_length=2000, train_on="answers")
+    list(encoder.examples([parse_row(row, "r:1")]))
+    return list(encoder.counts.left_out)
+
+
+def fault(row: dict, template: str | None = QWEN, **options) -> str:
+    with pytest.raises((ConfigError, DataError)) as info:
+        trained(row, template, **options)
+    assert str(info.value).isprintable()
+    return str(info.value)
+
+
+def turns(*messages: tuple, **columns) -> dict:
+    """{"messages": [...]} of (role, content) or (role, content, more)."""
+    made = [{"role": m[0], "content": m[1], **(m[2] if len(m) > 2 else {})} for m in messages]
+    return {"messages": made, **columns}
+
+
+CALL = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": '{"y": 1, "x": "é"}'}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED = turns(
+    ("user", "q"),
+    ("assistant", None, {"tool_calls": [CALL]}),
+    ("tool", "3", {"tool_call_id": "a1"}),
+    ("assistant", "b"),
+)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def test_alpaca_has_system_and_history():
+    row = {"instruction": "q", "output": "a", "system": "Be.", "history": [["e", "f"], ["g", "h"]]}
+    s, u, a = "<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n"
+    assert trained(row, PLAIN_CHATML) == (
+        f"{s}Be.<|im_end|>\n{u}e<|im_end|>\n{a}«f<|im_end|>»\n{u}g<|im_end|>\n{a}«h<|im_end|>»\n{u}q<|im_end|>\n"
+        f"{a}«a<|im_end|>»"
+    )
+    assert "history[0] is no pair of texts" in fault({**row, "history": ["e"]})
+    assert "'history' is str; write [[question, answer], ...]" in fault({**row, "history": "e"})
+    assert "'history[0][1]' is null" in fault({**row, "history": [["e", None]]})
+
+
+def test_sharegpt_has_system_tools_calls_and_observations():
+    row = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "b"},
+        ],
+        "system": "Be.",
+        "tools": json.dumps([{"name": "add", "parameters": {}}]),
+    }
+    assert trained(row, QWEN) == (
+        '<|im_start|>system\nBe.\n<tools>{"type": "function", "function": {"name": "add", "parameters": {}}}</tools>'
+        "<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+        '«<tool_call>add {"x": 1}</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n<tool_response>3</tool_response><|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»"
+    )
+    assert "'system' and the first message are two system messages" in fault(
+        {"conversations": [{"from": "system", "value": "x"}, *row["conversations"]], "system": "y"}
+    )
+    assert "conversations[1].value' is text, but no JSON" in fault(
+        {"conversations": [row["conversations"][0], {"from": "function_call", "value": "add("}]}
+    )
+
+
+def test_calls_of_openai_are_written_by_the_template_arguments_as_an_object():
+    expected = (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+        '«<tool_call>add {"y": 1, "x": "é"}</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n<tool_response>3</tool_response><|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»"
+    )
+    assert trained(CALLED, QWEN) == expected
+    assert trained(CALLED, LLAMA, eos="<|eot_id|>") == (
+        "<|h|>user<|/h|>\n\nq<|eot_id|><|h|>assistant<|/h|>\n\n"
+        '«{"name": "add", "parameters": {"y": 1, "x": "é"}}<|eot_id|>»<|h|>ipython<|/h|>\n\n3<|eot_id|>'
+        "<|h|>assistant<|/h|>\n\n«b<|eot_id|>»"
+    )
+    older = {"name": "add", "arguments": '{"y": 1, "x": "é"}'}
+    function = turns(
+        ("user", "q"), ("assistant", None, {"function_call": older}), ("function", "3"), ("assistant", "b")
+    )
+    assert trained(function, QWEN) == expected
+    last = turns(("user", "q"), ("assistant", "", {"tool_calls": [older]}))
+    assert trained(last, QWEN).endswith('assistant\n«<tool_call>add {"y": 1, "x": "é"}</tool_call><|im_end|>»')
+
+
+def test_prompt_and_completion_may_be_lists_of_messages():
+    row = {
+        "prompt": [*turns(("user", "q"), ("assistant", "a"), ("user", "r"))["messages"]],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
+    text = trained(row, PLAIN_CHATML)
+    assert text.count("«") == 1
+    assert text.endswith("assistant\n«b<|im_end|>»")
+
+
+def test_thoughts_go_through_the_template_under_any_of_their_names():
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        row = turns(("user", "q"), ("assistant", "a", {name: "why"}))
+        assert trained(row, QWEN).endswith("assistant\n«<think>\nwhy\n</think>\n\na<|im_end|>»")
+    assert trained({"question": "q", "answer": "a", "thinking": "why"}, QWEN).endswith("why\n</think>\n\na<|im_end|>»")
+    assert "thoughts under two names" in fault(
+        turns(("user", "q"), ("assistant", "a", {"thinking": "x", "reasoning": "y"}))
+    )
+
+
+# --- what is learned --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"train_on": 0.0}, {"training": 0}])
+def test_excluded_answers_are_context(flag):
+    row = turns(("user", "q"), ("assistant", "BAD", flag), ("user", "r"), ("assistant", "b", {"weight": 1}))
+    head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nBAD<|im_end|>\n<|im_start|>user\nr<|im_end|>\n"
+    assert trained(row, PLAIN_CHATML) == f"{head}<|im_start|>assistant\n«b<|im_end|>»"
+    everything = trained(row, PLAIN_CHATML, train_on="all").replace("<|im_start|>«", "«<|im_start|>")
+    before, excluded, behind = everything.partition("BAD<|im_end|>")
+    assert (before.count("«"), before.count("»"), excluded) == (1, 1, "BAD<|im_end|>")
+    assert behind.startswith("«\n<|im_start|>user")
+
+
+def test_what_follows_the_last_learned_answer_is_left_out_and_told():
+    row = turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "BAD", {"weight": 0}))
+    assert trained(row, PLAIN_CHATML).endswith("assistant\n«a<|im_end|>»")
+    assert told(row) == ["messages[] behind the last answer that is learned"]
+    none = turns(("user", "q"), ("assistant", "a", {"weight": 0}))
+    assert "'messages' excludes every answer from the loss" in fault(none)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"weight": 0.5}, "messages[1].weight is '0.5'; write 1 or true to learn it, 0 or false not to"),
+        ({"loss": "false"}, "messages[1].loss is 'false'; write"),
+        ({"train_detail": [{"begin_offset": 0}]}, "excludes parts of a message; only whole ones can be"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "arguments' is text, but no JSON"),
+        ({"tool_calls": [{"function": {"arguments": {}}}]}, "names no function"),
+        ({"tool_calls": ["f"]}, "is str; write an object with name"),
+        ({"name": 3}, "'messages[1].name' is int, not a string"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(more, message):
+    assert message in fault(turns(("user", "q"), ("assistant", "a", more)))
+
+
+def test_a_question_that_is_excluded_stays_out_of_all_tokens():
+    row = turns(("user", "q", {"train": False}), ("assistant", "a", {"train": True}))
+    assert trained(row, PLAIN_CHATML).endswith("«a<|im_end|>»")
+    assert "a message is excluded from the loss that train_on: all cannot tell apart" in fault(row, train_on="all")
+    assert told(turns(("user", "q", {"train": True}), ("assistant", "a"))) == ["messages[].train of what is no answer"]
+
+
+def test_two_answers_in_a_row_are_both_trained():
+    row = turns(("user", "q"), ("assistant", "a"), ("assistant", "b"))
+    assert trained(row, PLAIN_CHATML) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«a<|im_end|>»\n<|im_start|>assistant\n«b<|im_end|>»"
+    )
+    assert trained(row, None) == "### Question:\nq\n\n### Answer:\n«a<|im_end|>»\n\n### Answer:\n«b<|im_end|>»"
+
+
+@pytest.mark.parametrize("specials", [SPECIALS, [*SPECIALS, "<think>", "</think>"]])
+def test_thoughts_that_the_prompt_opens_itself(specials):
+    row = turns(("user", "q"), ("assistant", "<think>\nwhy\n</think>\n\n4"))
+    assert trained(row, OPENS_THOUGHTS, specials=specials) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n«why\n</think>\n\n4<|im_end|>»"
+    )
+    text = trained(row, DROPS_THOUGHTS, eos="<|eot_id|>", specials=specials)
+    assert text == "q<|h|><think>\n«why\n</think>\n\n4<|eot_id|>»"
+    twice = turns(
+        ("user", "q"), ("assistant", "<think>\nx\n</think>\n\n3"), *[(m["role"], m["content"]) for m in row["messages"]]
+    )
+    assert (
+        trained(twice, DROPS_THOUGHTS, eos="<|eot_id|>", specials=specials)
+        == "q<|h|>3<|eot_id|>q<|h|><think>\n" + text.partition("\n")[2]
+    )
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_columns_and_keys_that_nobody_reads_are_told():
+    row = {"question": "q", "answer": "a", "id": 7, "text": "q a", "note": "", "rejected": "x"}
+    assert told(row) == ["id", "text", "rejected (preference data)"]
+    assert told(turns(("user", "q", {"stamp": 1}), ("assistant", "a"))) == ["messages[].stamp"]
+    assert told({"question": "q", "answer": "a"}) == []
+    everything = {**CALLED, "tools": [TOOL], "system": "Be."}
+    assert told(everything, QWEN) == ["messages[].tool_call_id of role tool, which the template does not write"]
+    assert "system" not in str(told({**CALLED, "system": "Be."}, QWEN))
+
+
+def test_what_the_template_does_not_write_is_told_or_refused():
+    said = "{}, which the template does not write"
+    row = turns(("user", "q", {"name": "x"}), ("assistant", "a", {"reasoning_content": "why"}), tools=[TOOL])
+    assert told(row) == [
+        said.format(what)
+        for what in ("tools", "messages[].name of role user", "messages[].reasoning_content of role assistant")
+    ]
+    assert told(row, None) == told(row)
+    users = PLAIN_CHATML.replace(
+        "{{ '<|im_start|>'", "{% if m.role != 'system' and m.role != 'tool' %}{{ '<|im_start|>'"
+    ).replace("{% endfor", "{% endif %}{% endfor")
+    assert told(turns(("system", "Be."), ("user", "q"), ("assistant", "a")), users) == [said.format("system")]
+    results = turns(("user", "q"), ("assistant", "f()"), ("tool", "3"), ("assistant", "a"))
+    assert told(results, users) == [said.format("messages[] of role tool")]
+    assert told(results) == []
+    assert "the template does not write an answer's tool calls" in fault(CALLED, PLAIN_CHATML)
+    two = turns(("user", "q"), ("assistant", "", {"tool_calls": [CALL, CALL]}))
+    first = QWEN.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    assert "does not write an answer's tool calls" in fault(two, first)
+    assert "chat template of 'tiny' failed" in fault(two, LLAMA, eos="<|eot_id|>")
+
+
+def test_a_template_that_fails_without_a_field_reads_it():
+    needs = QWEN.replace(
+        "{% elif m.role == 'tool' %}",
+        "{% elif m.role == 'tool' %}{% if not m.tool_call_id %}{{ raise_exception('id') }}{% endif %}",
+    )
+    assert told(CALLED, needs) == []
+
+
+def test_preference_data_say_so():
+    pairs = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert "chosen, rejected: preference data" in fault(pairs)
+    assert fault(pairs).endswith("set data.columns: {completion: chosen}")
+    lists = {"chosen": turns(("user", "q"), ("assistant", "a"))["messages"], "rejected": []}
+    assert fault(lists).endswith("set data.columns: {messages: chosen}")
+    row = Reading(Columns({"messages": "chosen"})).row(lists, "r:1")
+    assert (row.answer, row.left_out) == ("a", ())
+
+
+def test_hashes_tell_all_that_is_learned_apart():
+    rows = [
+        turns(("user", "q"), ("assistant", "a")),
+        turns(("user", "q"), ("assistant", "a"), tools=[TOOL]),
+        turns(("user", "q", {"name": "x"}), ("assistant", "a")),
+        turns(("user", "q"), ("assistant", "b", {"weight": 0}), ("assistant", "a")),
+        turns(("user", "q"), ("assistant", "b"), ("assistant", "a")),
+    ]
+    assert len({data_sha256([parse_row(row, "r:1")]) for row in rows}) == len(rows)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def read(row: dict, mapping: dict, **options):
+    return Reading(Columns(mapping), **options).row(row, "r:1")
+
+
+def test_columns_keys_and_roles_have_the_names_that_the_data_gives_them():
+    pair = read(
+        {"customer_query": "q", "agent_reply": "a", "prompt": "x"},
+        {"prompt": "customer_query", "completion": "agent_reply"},
+    )
+    assert pair.messages == (Message("user", "q"), Message("assistant", "a"))
+    assert (pair.shape, pair.used, pair.left_out) == (
+        "customer_query + agent_reply",
+        ("customer_query", "agent_reply"),
+        ("prompt",),
+    )
+    dialog = {"dialog": [{"who": "client", "said": "q"}, {"who": "agent", "said": "a"}]}
+    names = {"messages": "dialog", "role": "who", "content": "said", "user": "client", "assistant": "agent"}
+    assert read(dialog, names).messages == pair.messages
+    swapped = read(turns(("assistant", "q"), ("user", "a")), {"user": "assistant", "assistant": "user"})
+    assert swapped.messages == pair.messages
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping", "message"),
+    [
+        (
+            {"customer_query": "q", "agent_reply": "a"},
+            {},
+            "closest: data.columns: {prompt: customer_query, completion: agent_reply}",
+        ),
+        (
+            {"userQuestion": "q", "botResponse": "a"},
+            {},
+            "closest: data.columns: {prompt: userQuestion, completion: botResponse}",
+        ),
+        (
+            {"promt": "q", "completion": "a"},
+            {},
+            "'completion' without 'prompt'; closest: data.columns: {prompt: promt}",
+        ),
+        ({"question": "q", "response": "a"}, {}, "closest: data.columns: {prompt: question, completion: response}"),
+        (
+            {"dialog": [{"speaker": "user", "text": "q"}]},
+            {},
+            "closest: data.columns: {messages: dialog, role: speaker, content: text}",
+        ),
+        ({"messages": [{"speaker": "user", "text": "q"}]}, {}, "closest: data.columns: {role: speaker, content: text}"),
+        (
+            {"customer_query": "q", "completion": "a"},
+            {"prompt": "customer_qury"},
+            "'completion' without 'customer_qury'; closest: data.columns: {prompt: customer_query}",
+        ),
+    ],
+)
+def test_the_closest_names_are_suggested(row, mapping, message):
+    with pytest.raises(DataError) as info:
+        read(row, mapping)
+    assert message in str(info.value)
+
+
+def test_wrong_maps():
+    for mapping, message in (
+        ({"promt": "x"}, "there is no 'promt' to map; closest: prompt"),
+        ({"prompt": "x", "completion": "x"}, "'x' is given two meanings"),
+        ({"prompt": ""}, "prompt is ''; give the data set's own name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Columns(mapping)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q"},
+        {"prompt": "q"},
+        {"prompt": "q", "completion": None},
+        {"instruction": "q", "output": ""},
+        {"prompt": [{"role": "user", "content": "q"}]},
+        turns(("user", "q")),
+        turns(("user", "q"), ("assistant", "a")),
+        {"conversations": [{"from": "human", "value": "q"}]},
+    ],
+)
+def test_rows_without_an_answer_are_questions(row):
+    assert read(row, {}, questions=True).prompt == (Message("user", "q"),)
+
+
+# --- dude data check --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> str:
+    """A folder with a tokenizer and a configuration, and no weights."""
+    monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "cache"))
+    tokenizer(PLAIN_CHATML).save_pretrained(tmp_path / "model")
+    LlamaConfig(vocab_size=261).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_data_check_lists_each_column_as_used_or_left_out(tmp_path, model, capsys):
+    rows = [{"ask": f"q{i}", "reply": "a", "id": i, "system": "Be.", "tools": [TOOL]} for i in range(20)]
+    names = {"prompt": "ask", "completion": "reply", "history": "before"}
+    check(write(tmp_path / "t.jsonl", rows), model, columns=names, test="0.25")
+    out = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "format: ask + reply",
+        "used: ask (20), reply (20), system (20), tools (20)",
+        "left out: id (20 of 20 rows), tools, which the template does not write (20 of 20 rows)",
+        "no row has before (history), which data.columns names",
+        "examples: 15,",
+        "0 of 5 held-out examples ask what a training example asks",
+    ):
+        assert line in out
+
+
+def test_the_command_takes_names(tmp_path, model):
+    rows = write(tmp_path / "t.jsonl", [{"ask": "q", "reply": "a"}] * 2)
+    program = [sys.executable, "-m", "dude_peft.cli", "data", "check", rows, "--model", model, "--column", "prompt=ask"]
+    wrong = subprocess.run([*program, "--column", "completion=repli"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 3
+    assert "'ask' without 'repli'; closest: data.columns: {completion: reply}" in wrong.stderr
