@@ -250,7 +250,14 @@ def test_small_gains_that_add_up_are_a_gain(settings, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "warm"),
-    [("cosine", 0.05), ("cosine", 0), ("linear", 3), ("constant_with_warmup", 3), ("polynomial", 3), ("inverse_sqrt", 3)],
+    [
+        ("cosine", 0.05),
+        ("cosine", 0),
+        ("linear", 3),
+        ("constant_with_warmup", 3),
+        ("polynomial", 3),
+        ("inverse_sqrt", 3),
+    ],
 )
 def test_no_step_of_a_warm_up_has_no_rate(settings, kind, warm):
     """Step k of w has k / (w + 1) of the rate; afterwards it is transformers' schedule."""
