@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import check_space, disk_errors, sync, whole_folder
-from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest
 from dude_peft.artifact.sealed import MANIFEST, check_folder, folder_facts, read_json, seal_folder
 from dude_peft.errors import ArtifactError, DudeError, NumericsError
 from dude_peft.show import shown
@@ -42,7 +41,7 @@ ADAPTER, OPTIMIZER, RANDOM, STATE, TRAINER_STATE = (
     "adapter", "optimizer.safetensors", "random.safetensors", "state.json", "trainer_state.json"
 )  # fmt: skip
 TRAINED = "trained.safetensors"
-_WEIGHTS = f"{ADAPTER}/{WEIGHTS_FILE}"
+_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _STEP = re.compile(r"step-(\d{8})")
 _BEST = re.compile(r"best-(\d{8})")
 _DAMAGED, _HIDDEN = "damaged-", ".dude-"
@@ -213,6 +212,8 @@ class Checkpoints:
         Raises:
             ArtifactError: there is none.
         """
+        from dude_peft.artifact.manifest import read_manifest
+
         faults = []
         for path, _ in self._steps():
             try:
