@@ -129,6 +129,15 @@ def print_of(stored: StoredTensor, dtype: torch.dtype) -> TensorPrint:
     return {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
 
 
+def fits(stored: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds every value of a tensor on disk; what is no float needs none."""
+    source = DTYPES.get(stored.dtype)
+    if source is None or torch.promote_types(source, dtype) == dtype:
+        return True
+    values = (torch.frombuffer(view, dtype=source) for view in chunks(stored))
+    return all(torch.equal(chunk.to(dtype).to(source), chunk) for chunk in values)
+
+
 def loads_as(stored: StoredTensor, recorded: TensorPrint) -> bool:
     """Whether a tensor on disk, loaded in the recorded dtype, has the recorded values."""
     dtype = getattr(torch, recorded["dtype"], None)

@@ -28,13 +28,14 @@ def main() -> None:
     from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    clock: Any = chat_template_utils
     _limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         now = datetime.fromisoformat(request["now"])
         # Templates ask transformers' `strftime_now`, which asks this; there is no other way to tell it the time.
-        chat_template_utils.datetime = SimpleNamespace(now=lambda now=now: now)  # type: ignore[attr-defined,assignment]
+        clock.datetime = SimpleNamespace(now=lambda now=now: now)
         for messages, generate, tools in request["conversations"]:
             print(json.dumps(_answer(render_jinja_template, request, messages, generate, tools)), flush=True)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from dude_peft.artifact.checkpoint import Checkpoint
+from dude_peft.artifact.checkpoint import Checkpoint, fits
 from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
-from dude_peft.artifact.header import DTYPES
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.artifact.stream import Piece, stored_piece, write_checkpoint
 from dude_peft.doors import read_json
@@ -23,8 +22,7 @@ def narrower_dtype(layout: Layout, base: BaseRecord) -> torch.dtype | None:
         return None
     dtype: torch.dtype = getattr(torch, base.dtype)
     found = (layout.whole([f"{name}.weight"]) for name in base.layers)
-    stored = {DTYPES[place.dtype] for place in found if place is not None and place.dtype in DTYPES}
-    return dtype if any(torch.promote_types(each, dtype) != dtype for each in stored) else None
+    return None if all(place is None or fits(place, dtype) for place in found) else dtype
 
 
 def write_rounded(

@@ -344,7 +344,7 @@ class _Export:
         with self.display.waiting("running the export in a fresh process"):
             found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)
         self.display.say(summary(found))
-        self._judge(kind, found, quantisation)
+        self._judge(kind, found, quantisation, own)
         return {"verified": True, "difference": record(found)}
 
     def _live(self, base: Base, scratch: Path) -> Live:
@@ -368,7 +368,9 @@ class _Export:
                 )
         return self.live
 
-    def _judge(self, kind: str, found: Difference, quantisation: str) -> None:
+    def _judge(self, kind: str, found: Difference, quantisation: str, live: str | None) -> None:
+        import torch
+
         from dude_peft.artifact.header import DTYPES
         from dude_peft.export.check import tolerance
 
@@ -383,6 +385,7 @@ class _Export:
         elif limit is None:
             stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
             dtypes = stored if self.dtype is None else {*stored, self.dtype}
+            dtypes |= set() if live is None else {getattr(torch, live)}
             limit, what = tolerance(dtypes, found.kl_base, quantisation), "more than rounding explains"
         if found.kl > limit:
             hint = "choose a larger rank" if kind == "lora" else "it was removed; a wider --dtype or type rounds less"
