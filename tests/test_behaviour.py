@@ -178,7 +178,7 @@ def test_a_layer_is_asked_once(monkeypatch):
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_what_does_not_map_rows_is_refused_by_name(kind):
-    with pytest.raises(ConfigError, match="target 'lin' is an? ") as caught:
+    with pytest.raises(ConfigError, match=r"target 'lin' is an? ") as caught:
         get_peft_model(nn.ModuleDict({"lin": REFUSED[kind]()}), DudeConfig(r=3, target_modules=["lin"]))
     assert "\n" not in str(caught.value)
     assert "not a linear layer" in str(caught.value) or "no linear map of rows of 10 features" in str(caught.value)

@@ -27,7 +27,6 @@ from dude_peft.train.run import run
 
 EVERYWHERE = 12
 """Bits of each file in the slow tests; the first and the last byte are among them."""
-# Written by transformers; test_files.py has their hashes.
 
 
 class _CutError(Exception):
