@@ -178,8 +178,9 @@ def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, mo
 # --- measuring on the way -----------------------------------------------------------------------------------------
 
 
-def test_the_best_adapter_is_the_result(settings, monkeypatch):
-    losses = iter([0.9, 0.5, 0.7, 0.8])
+def script(monkeypatch, held_out: list[float]) -> None:
+    """The held-out losses of a run, one after the other."""
+    losses = iter(held_out)
     original = loop_module.Loop._measure_loss
 
     def scripted(self, step, model):
@@ -187,6 +188,10 @@ def test_the_best_adapter_is_the_result(settings, monkeypatch):
         return original(self, step, model)
 
     monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+
+
+def test_the_best_adapter_is_the_result(settings, monkeypatch):
+    script(monkeypatch, [0.9, 0.5, 0.7, 0.8])
     report = start(settings, evaluation={"eval_steps": 2}, train={"save_steps": 1, "save_total_limit": 8})
     assert report.best_step == 4
     out = Path(settings["output_dir"])
@@ -202,14 +207,7 @@ def test_the_best_adapter_is_the_result(settings, monkeypatch):
 
 
 def test_training_ends_early_and_stays_ended(settings, monkeypatch):
-    losses = iter([0.5, 0.7, 0.6, 0.4])
-    original = loop_module.Loop._measure_loss
-
-    def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
-        return original(self, step, model)
-
-    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+    script(monkeypatch, [0.5, 0.7, 0.6, 0.4])
     evaluation = {"eval_steps": 2, "early_stopping_patience": 2}
     report = start(settings, evaluation=evaluation)
     assert (report.steps, report.best_step) == (6, 2)
@@ -221,28 +219,14 @@ def test_training_ends_early_and_stays_ended(settings, monkeypatch):
 
 def test_the_threshold_ends_training_and_chooses_no_adapter(settings, monkeypatch):
     """Each a little better: too little for patience, and the last one is the best all the same."""
-    losses = iter([0.5, 0.49, 0.48, 0.4])
-    original = loop_module.Loop._measure_loss
-
-    def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
-        return original(self, step, model)
-
-    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+    script(monkeypatch, [0.5, 0.49, 0.48, 0.4])
     evaluation = {"eval_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 0.05}
     report = start(settings, evaluation=evaluation)
     assert (report.steps, report.best_step) == (6, 6)
 
 
 def test_small_gains_that_add_up_are_a_gain(settings, monkeypatch):
-    losses = iter([0.5, 0.48, 0.44, 0.43])
-    original = loop_module.Loop._measure_loss
-
-    def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
-        return original(self, step, model)
-
-    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+    script(monkeypatch, [0.5, 0.48, 0.44, 0.43])
     evaluation = {"eval_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 0.05}
     report = start(settings, evaluation=evaluation)
     assert (report.steps, report.best_step) == (8, 8)
