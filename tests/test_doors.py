@@ -21,6 +21,7 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM
 
 from dude_peft import DudeConfig, cli
+from dude_peft.artifact.manifest import cover_tokenizer
 from dude_peft.methods import METHODS
 
 OWN_CODE = """
@@ -132,6 +133,7 @@ def test_a_tokenizers_own_code_in_an_adapters_folder_does_not_run(place, tmp_pat
     (adapter / "own.py").write_text(f"open({str(marker)!r}, 'w').close()")
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (adapter / "tokenizer_config.json").write_text(json.dumps(own))
+    cover_tokenizer(adapter)  # as whoever sends it can
     commands = [("verify", adapter, "--base", place / "model"), ("generate", adapter, "a")]
     for command in [*commands, ("merge", adapter, "-o", tmp_path / "merged")]:
         code, _, error = dude(*command)
@@ -174,6 +176,7 @@ def test_templates_go_along_and_code_does_not(place, tmp_path, dude):
     adapter = shutil.copytree(place / "out/adapter", tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (adapter / name).unlink()
+    cover_tokenizer(adapter)
     code, out, error = dude("merge", adapter, "-o", tmp_path / "merged", "--base", model, "--no-verify")
     assert code == 0, error
     assert "own Python code is not copied (own.py)" in out.replace("\n", " ")
@@ -260,11 +263,14 @@ def test_rows_prompts_and_settings_of_no_files_are_refused(place, tmp_path, dude
     code, _, error = dude("train", tmp_path / "run.yaml")
     assert (code, "not a regular file" in line(error)) == (2, True), error
     beside = shutil.copytree(place / "out", tmp_path / "out")
-    for name in ("report.json", "config.yaml", "loss.png"):
+    for name in ("config.yaml", "loss.png"):
         irregular(beside / name, kind)
     for command in (("upload", "a/b", "--dry-run", tmp_path / "sent"), ("generate", "a", "--max-new-tokens", 2)):
         code, _, error = dude(command[0], beside / "adapter", *command[1:])
         assert code == 0, error
+    irregular(beside / "report.json", kind)
+    code, _, error = dude("upload", beside / "adapter", "a/b", "--dry-run", tmp_path / "again")
+    assert (code, "report.json is damaged" in line(error)) == (4, True), error
 
 
 # --- names and numbers --------------------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_a_task_without_a_head_is_refused():
         get_peft_model(hf.LlamaModel(CONFIGS["Llama"]()), DudeConfig(r=4, task_type="SEQ_CLS"))
 
 
-def test_a_head_of_other_labels_or_of_no_numbers_is_refused(tmp_path):
+def test_a_head_of_other_labels_or_of_no_numbers_is_refused(tmp_path, monkeypatch):
     base = pretrained(tmp_path / "base", "Roberta")
     model = get_peft_model(fresh(base, "Roberta", "SEQ_CLS", 1), DudeConfig(r=4, task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path / "adapter")
@@ -447,6 +447,9 @@ def test_a_head_of_other_labels_or_of_no_numbers_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"unexpected \(first: .*classifier\.dense"):
         load_adapter(hf.RobertaForMaskedLM.from_pretrained(base), tmp_path / "adapter")
     model.classifier.modules_to_save["default"].dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"classifier.*NaN or Inf and is not saved"):
+        model.save_pretrained(tmp_path / "broken")
+    monkeypatch.setattr("dude_peft.tuner.model._refuse_not_finite", lambda *_: None)  # as before it was looked at
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(NumericsError, match=r"classifier.*NaN or Inf"):
         load_adapter(fresh(base, "Roberta", "SEQ_CLS", 1), tmp_path / "broken")

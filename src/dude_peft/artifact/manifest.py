@@ -19,8 +19,9 @@ import safetensors.torch
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
+from dude_peft.artifact.sealed import file_sha256
 from dude_peft.core.threads import single_threaded_pool
-from dude_peft.doors import parse_json, read_json
+from dude_peft.doors import open_file, parse_json, read_json
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 from dude_peft.version import __version__
@@ -31,7 +32,7 @@ FORMAT_VERSION = 4
 _READ = (3, FORMAT_VERSION)
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
-_SHARES, _BLOCK_BYTES = 16, 1 << 20
+_SHARES = 16
 FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 TOKENIZER_FILES = (
     "*token*.json", "chat_template*", "*.jinja", "additional_chat_templates/*", "vocab*", "merges*", "*.model",
@@ -153,8 +154,9 @@ def cover_tokenizer(directory: Path) -> None:
     """
     path = directory / WEIGHTS_FILE
     manifest = _parse(read_header(path).metadata[_KEY], path)
-    files = {name: _file_sha256(directory / name) for name in tokenizer_files(directory)}
-    data = path.read_bytes()
+    files = {name: file_sha256(directory / name) for name in tokenizer_files(directory)}
+    with open_file(path) as file:
+        data = file.read()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = _sealed(replace(manifest, files=files))
@@ -187,7 +189,7 @@ def check_tokenizer(directory: Path, manifest: Manifest, *, complete: bool = Fal
         if name not in found:
             if complete:
                 raise ArtifactError(f"{shown(directory / name, 300)} is missing; copy the tokenizer again")
-        elif not (directory / name).is_file() or _file_sha256(directory / name) != digest:
+        elif not (directory / name).is_file() or file_sha256(directory / name) != digest:
             raise ArtifactError(
                 f"{shown(directory / name, 300)}: the tokenizer's file was changed after saving; copy it again"
             )
@@ -302,14 +304,6 @@ def _json_sha256(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
     return _text_sha256(json.dumps(content, sort_keys=True))
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _text_sha256(text: str) -> str:
