@@ -492,3 +492,11 @@ def test_a_transposed_layer_and_tied_embeddings_merge_some_too():
         model.unmerge_adapter()
         with model.disable_adapter():
             assert torch.equal(logits(model), expected)
+
+
+def test_saving_again_reads_no_source(tmp_path, monkeypatch):
+    """Whether stock PEFT loads it is asked at every checkpoint; Python parses a whole file to find one class."""
+    model = get_peft_model(make("llama"), DudeConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "first")
+    monkeypatch.setattr("inspect.getsource", lambda kind: pytest.fail(f"read {kind} again"))
+    model.save_pretrained(tmp_path / "second")

@@ -8,6 +8,7 @@ multiplies by a layer's weight instead of calling the layer (`dt_proj` of Jamba)
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Collection
@@ -66,8 +67,12 @@ def _left_out(model: Any, layers: Collection[str]) -> str:
 def _multiplies_weight(model: Any, layer: str) -> bool:
     """Whether the module that holds the layer multiplies by its weight in Python instead of calling it."""
     parent, _, name = layer.rpartition(".")
+    return f"self.{name}.weight @" in _source(type(model.get_submodule(parent)))
+
+
+@functools.cache  # Python parses a whole file for it, and every checkpoint asks
+def _source(kind: type) -> str:
     try:
-        code = inspect.getsource(type(model.get_submodule(parent)))
+        return inspect.getsource(kind)
     except (OSError, TypeError):  # no source to be had
-        return False
-    return f"self.{name}.weight @" in code
+        return ""
