@@ -243,10 +243,17 @@ def test_all_linear_leaves_out_what_cannot_be_adapted():
         ({"target_modules": "(([a-z0-9_]+[.]?)+)+X"}, "target_modules='(([a-z0-9_]+[.]?)+)+X' takes longer than 2 s"),
         ({"exclude_modules": "((.*)*)*Q"}, "exclude_modules='((.*)*)*Q' takes longer than 2 s"),
         ({"rank_pattern": {"((.*)*)*Q": 2}}, "rank_pattern='((.*)*)*Q' takes longer than 2 s"),
+        ({"modules_to_save": ["(.*.*)*x"]}, "modules_to_save='(.*.*)*x' takes longer than 2 s"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'; it is a list of names"),
+        ({"modules_to_save": [None]}, "it is a list of names"),
+        ({"layers_to_transform": "\x1b[31m"}, "it is the number of a layer"),
+        ({"layers_to_transform": [1.5]}, "it is the number of a layer"),
+        ({"rank_pattern": {7: 1}}, "it maps patterns of layer names to numbers"),
+        ({"alpha_pattern": ("q_proj",)}, "it maps patterns of layer names to numbers"),
         ({"alpha_pattern": {"(q_proj": 2}}, "alpha_pattern='(q_proj' is no regular expression"),
     ],
 )
-def test_a_pattern_that_never_ends_is_refused(changes, words):
+def test_a_pattern_that_never_ends_or_is_none_is_refused(changes, words):
     import time
 
     from tiny import tiny_llama
@@ -255,6 +262,7 @@ def test_a_pattern_that_never_ends_is_refused(changes, words):
     with pytest.raises(ConfigError) as caught:
         get_peft_model(tiny_llama(), DudeConfig(**{"r": 2, "target_modules": "all-linear", **changes}))
     assert words in str(caught.value)
+    assert str(caught.value).isprintable()
     assert time.perf_counter() - start < 20
 
 

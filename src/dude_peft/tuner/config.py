@@ -130,6 +130,7 @@ class DudeConfig(PeftConfig):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
         for name in _PATTERNS:
             setattr(self, name, getattr(self, name) or {})
+        _check_kinds(self)
         _check(self)
 
     @property
@@ -327,6 +328,23 @@ def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, A
         ) from error
     check_folder(directory)
     return directory
+
+
+def _check_kinds(config: DudeConfig) -> None:
+    """Of a string or another kind PEFT makes something that nobody meant, or an error of its own."""
+    names = config.modules_to_save
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"modules_to_save={shown(repr(names))}; it is a list of names, as ['lm_head']")
+    layers = config.layers_to_transform
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(_is_int(layer) for layer in numbers):
+        raise ConfigError(
+            f"layers_to_transform={shown(repr(layers))}; it is the number of a layer, or a list of numbers"
+        )
+    for name in _PATTERNS:
+        patterns = getattr(config, name)
+        if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
+            raise ConfigError(f"{name}={shown(repr(patterns))}; it maps patterns of layer names to numbers")
 
 
 def _check(config: DudeConfig) -> None:

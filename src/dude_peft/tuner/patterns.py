@@ -118,6 +118,8 @@ def _patterns_of(config: Mapping[str, Any]) -> Iterator[_Pattern]:
     for key in ("rank_pattern", "alpha_pattern"):
         for text in config.get(key) or ():
             yield _Pattern(key, text, rf"(.*\.)?({text})$")
+    for text in config.get("modules_to_save") or ():
+        yield _Pattern("modules_to_save", text, rf"(^|.*\.){text}($|\..*)")
     layers = config.get("layers_pattern")
     for text in [layers] if isinstance(layers, str) else layers or ():
         yield _Pattern("layers_pattern", text, rf"(?:^|.*?\.){text}\.(\d+)\.")

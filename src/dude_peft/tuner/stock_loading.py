@@ -67,7 +67,8 @@ def _left_out(model: Any, layers: Collection[str]) -> str:
 def _multiplies_weight(model: Any, layer: str) -> bool:
     """Whether the module that holds the layer multiplies by its weight in Python instead of calling it."""
     parent, _, name = layer.rpartition(".")
-    return f"self.{name}.weight @" in _source(type(model.get_submodule(parent)))
+    kind: Any = type(model.get_submodule(parent))
+    return f"self.{name}.weight @" in _source(kind)
 
 
 @functools.cache  # Python parses a whole file for it, and every checkpoint asks
