@@ -274,6 +274,17 @@ def test_a_run_goes_on_with_the_same_tokens_alone(tmp_path):
         run(RunConfig(**settings), quiet=True)
 
 
+def test_a_run_goes_on_with_the_same_tokenizer_alone(tmp_path):
+    """Another one that makes the same tokens of these rows would be saved with the adapter."""
+    settings = one_run(tmp_path)
+    run(RunConfig(**settings), quiet=True)  # has ended
+    path = tmp_path / "model" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"decoder": None}))
+    with pytest.raises(DataError, match=r"is not the one that this run began with \(decoder\)"):
+        run(RunConfig(**settings), quiet=True)
+
+
 def test_a_run_goes_on_at_the_date_of_its_beginning(tmp_path, monkeypatch):
     dated = "{{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATE
     monkeypatch.setattr("tiny.CHAT_TEMPLATE", dated)

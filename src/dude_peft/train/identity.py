@@ -43,6 +43,8 @@ class Identity:
     """What bit-exactness depends on: versions, device, threads, processes."""
     tokens: dict[str, str] = field(default_factory=dict)
     """sha256 of what each set of rows became, token ids and masks; of runs of older versions nothing is known."""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    """sha256 of each part of the tokenizer, which the adapter takes along."""
     moment: str = ""
     """When it began: the date that its chat template writes."""
     format_version: int = FORMAT_VERSION
@@ -84,6 +86,15 @@ class Identity:
                     "--overwrite"
                 )
 
+    def check_tokenizer(self, now: dict[str, str]) -> None:
+        """Raises DataError where the tokenizer is another one, though it makes the same tokens of the rows."""
+        changed = [name for name in {**self.tokenizer, **now} if self.tokenizer.get(name) != now.get(name)]
+        if self.tokenizer and changed:
+            raise DataError(
+                f"the model's tokenizer is not the one that this run began with ({', '.join(changed)}); put it back, "
+                "choose another output_dir, or add --overwrite"
+            )
+
     def differences(self, now: dict[str, Any]) -> list[str]:
         """What of the environment is not as it was."""
         before, after = _flat(self.environment), _flat(now)
@@ -108,7 +119,10 @@ def read_identity(folder: Path) -> Identity | None:
     try:
         if content["format_version"] == FORMAT_VERSION:
             found = Identity(**unsealed(content))
-            if all(isinstance(part, dict) for part in (found.config, found.data, found.environment, found.tokens)):
+            if all(
+                isinstance(part, dict)
+                for part in (found.config, found.data, found.environment, found.tokens, found.tokenizer)
+            ):
                 _ = datetime.fromisoformat(found.moment) if found.moment else None
                 return found
     except (ValueError, TypeError, KeyError) as error:

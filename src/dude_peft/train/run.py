@@ -213,11 +213,17 @@ class _Run:
         if earlier is not None:
             earlier.check_data(data.sha256)
             earlier.check_tokens(data.tokens_sha256)
+            earlier.check_tokenizer(self._tokenizer_parts())
         for warning in data.warnings:
             self.warn(warning)
         if len(data.train) < world_size:
             self.warn(f"{len(data.train)} training examples for {world_size} processes: some see the same ones")
         return data
+
+    def _tokenizer_parts(self) -> dict[str, str]:
+        from dude_peft.data.tokenizer_parts import tokenizer_parts
+
+        return tokenizer_parts(self.tokenizer)
 
     def _finished(self) -> RunReport | None:
         report = self.folder.finished()
@@ -322,7 +328,14 @@ class _Run:
         self.folder.checkpoints.keep = self.config.train.save_total_limit
         now = environment(self.model.device, world_size, self.strategy)
         if self.resumed is None:
-            identity = Identity(self.config.model_dump(mode="json"), data.sha256, now, data.tokens_sha256, moment())
+            identity = Identity(
+                self.config.model_dump(mode="json"),
+                data.sha256,
+                now,
+                tokens=data.tokens_sha256,
+                tokenizer=self._tokenizer_parts(),
+                moment=moment(),
+            )
             self.folder.begin(identity, self.start)
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
             told = ", ".join(changes)
