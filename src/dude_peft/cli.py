@@ -501,7 +501,7 @@ def generate(
         )
     except KeyboardInterrupt:
         message = "stopped by Ctrl-C; " + (
-            "nothing was written" if output is None else "the same command goes on where it stopped"
+            "nothing was written" if output is None else "run the same command again, it goes on"
         )
         raise StoppedError(signal.SIGINT, message) from None
 

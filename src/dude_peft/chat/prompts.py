@@ -62,7 +62,8 @@ def left_out(rows: Sequence[Row], template: Template | None) -> list[str]:
     counts: Counter[str] = Counter()
     for row, unwritten in zip(rows, template.unwritten(rows, with_answer=False) if template else (), strict=False):
         counts.update((*row.left_out, *unwritten))
-    return [f"left out: {', '.join(f'{name} (of {count} rows)' for name, count in counts.items())}"] if counts else []
+    told = ", ".join(f"{name} ({count} of {len(rows)} rows)" for name, count in counts.items())
+    return [f"left out: {told}"] if counts else []
 
 
 def raw_ids(row: Row, tokenizer: Any, control: ControlTokens) -> list[int]:

@@ -59,7 +59,7 @@ Made by dude\\-peft {{ version }}.
 
 ## Data
 
-| set | rows | sha256 |
+| set | examples | sha256 |
 |---|---|---|
 {% for name, rows, digest in data %}| {{ name }} | {{ rows }} | {{ digest }} |
 {% endfor %}
@@ -130,7 +130,7 @@ def model_card(
         scores=_scores(report),
         picture=picture,
         data=[
-            (escaped(name), escaped(part.get("rows", "")), escaped(part.get("sha256", "")))
+            (escaped(name), escaped(part.get("examples", part.get("rows", ""))), escaped(part.get("sha256", "")))
             for name, part in _mapping(report.get("data")).items()
             if isinstance(part, Mapping)
         ],
