@@ -533,7 +533,7 @@ def test_rows_without_an_answer_are_asked(place, tmp_path, capsysbinary):
     one, two = records(told.out.decode())
     assert (one["prompt"], two["prompt"], one["completion"]) == ("q", "q", two["completion"])
     assert two["tools"] == [{"type": "function", "function": {"name": "f"}}]
-    assert "left out: id (1 of 1 rows), tools (1 of 1 rows)" in " ".join(told.err.decode().split())
+    assert "left out: id (1 of 2 rows), tools (1 of 2 rows)" in " ".join(told.err.decode().split())
 
 
 def test_a_conversation_is_a_prompt_too(place, tmp_path, capsysbinary, asked):
