@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from models import make
 from peft import get_peft_model
 
 from dude_peft import DudeConfig
+from dude_peft.artifact.manifest import cover_tokenizer
 from dude_peft.errors import ArtifactError, ConfigError, ResourceError
 from dude_peft.export.adapter import open_adapter
 from dude_peft.export.card import escaped, model_card
@@ -149,3 +151,45 @@ def test_uploads_that_cannot_be(adapter, tmp_path, monkeypatch):
     with pytest.raises(ResourceError) as caught:
         upload(adapter, "a/b", quiet=True)
     assert "\n" not in str(caught.value)
+
+
+def test_only_what_belongs_to_an_adapter_is_sent(adapter, tmp_path, capsys):
+    folder = tmp_path / "run" / "adapter"
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((adapter / name).read_bytes())
+    (folder / "tokenizer.json").write_text("{}")
+    for name in ("token.json", "secrets.json", "trainer_state.json", "other.safetensors", "my.model"):
+        (folder / name).write_text("{}")
+    (folder / "vocab.json").symlink_to(folder / "secrets.json")
+    upload(folder, "me/mine", folder=tmp_path / "dry")
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "dry").iterdir()} == names
+    said = next(line for line in capsys.readouterr().out.splitlines() if "not sent" in line)
+    for name in ("token.json", "secrets.json", "trainer_state.json", "other.safetensors", "my.model", "vocab.json"):
+        assert name in said
+
+
+def test_what_the_manifest_vouches_for_is_sent(adapter, tmp_path):
+    folder = tmp_path / "run" / "adapter"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((adapter / name).read_bytes())
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("x")
+    cover_tokenizer(folder)
+    upload(folder, "me/mine", folder=tmp_path / "dry", quiet=True)
+    assert (tmp_path / "dry" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x"])
+def test_a_dry_run_into_no_place(adapter, place):
+    with pytest.raises(ResourceError, match=f"output {place} cannot be written"):
+        upload(adapter, "me/mine", folder=Path(place), quiet=True)
+
+
+@pytest.mark.parametrize("part", [{"before": {**SCORE, "loss": "x"}}, {"before": {"loss": 1}}])
+def test_a_report_with_odd_scores_is_refused(adapter, tmp_path, part):
+    (tmp_path / "adapter").symlink_to(adapter)
+    (tmp_path / "report.json").write_text(json.dumps({**REPORT, **part}))
+    with pytest.raises(ArtifactError, match="its scores cannot be read"):
+        upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "dry", quiet=True)

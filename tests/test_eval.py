@@ -499,6 +499,58 @@ def test_settings_of_a_task_that_cannot_work(place, tmp_path):
             evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / f"o{len(more)}")
 
 
+def test_a_broken_pattern_of_a_task(place, tmp_path):
+    task = Path(task_file(tmp_path, "mine", 2))
+    text = task.read_text().replace("multiple_choice\n", "generate_until\n").replace("doc_to_choice: ['1', '2']\n", "")
+    task.write_text(text + "filter_list:\n- name: x\n  filter:\n  - {function: regex, regex_pattern: '('}\n")
+    with pytest.raises(ConfigError, match=r"mine.* \((re\.)?(error|PatternError)"):
+        evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
+
+
+def test_what_a_function_of_a_task_raises(place, tmp_path):
+    task = Path(task_file(tmp_path, "mine", 2))
+    task.write_text(task.read_text().replace("'{{q}}'", "!function own.text"))
+    (tmp_path / "own.py").write_text("def text(doc):\n    raise OSError('no such thing')\n")
+    with pytest.raises(ConfigError, match=r"mine.*OSError: no such thing"):
+        evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
+
+
+@pytest.mark.parametrize("name", ["humaneval", "own"])
+def test_no_code_of_the_current_folder_is_run(tmp_path, monkeypatch, name):
+    from dude_peft.evaluate.tasks import load_tasks
+
+    monkeypatch.chdir(tmp_path)
+    metric = "code_eval" if name == "humaneval" else "my_metric"
+    Path(metric).mkdir()
+    Path(metric, f"{metric}.py").write_text("open('ran', 'w')\n")
+    if name == "own":
+        name = task_file(tmp_path, "own", 2)
+        with open(name, "a") as file:
+            file.write("metric_list:\n- {metric: my_metric, aggregation: mean, higher_is_better: true}\n")
+    with pytest.raises(ConfigError, match=r"runs code that the model writes|my_metric\.py has the name of the metric"):
+        load_tasks([name], None, tmp_path / "tasks")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_a_task_with_code_of_its_own_says_so(tmp_path, included):
+    from dude_peft.evaluate.tasks import load_tasks
+
+    task = Path(task_file(tmp_path, "mine", 2))
+    task.write_text(task.read_text().replace("'{{q}}'", "!function own.text"))
+    (tmp_path / "own.py").write_text("def text(doc):\n    return doc['q']\n")
+    (tmp_path / "outer.yaml").write_text("include: mine.yaml\ntask: outer\n")
+    with pytest.warns(UserWarning, match=r"mine\.yaml runs Python code"):
+        load_tasks([str(tmp_path / "outer.yaml") if included else str(task)], None, tmp_path / "tasks")
+
+
+def test_templates_of_a_task_are_sandboxed(place, tmp_path):
+    task = Path(task_file(tmp_path, "mine", 2))
+    task.write_text(task.read_text().replace("'{{q}}'", "'{{q.__class__.__mro__}}'"))
+    with pytest.raises(ConfigError, match=r"mine.*SecurityError"):
+        evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
+
+
 def test_more_examples_than_there_are(place, tmp_path):
     with pytest.raises(ConfigError, match=r"--num-fewshot 50: task 'gsm8k' has 7 examples"):
         evaluate(str(place / "model"), EvalOptions(("gsm8k",), place / "data", num_fewshot=50), tmp_path / "o")

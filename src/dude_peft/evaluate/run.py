@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from dude_peft.data.control_tokens import SPECIAL_TOKENS
 from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
+from dude_peft.out_of_memory import comes_of_memory
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
@@ -275,6 +277,7 @@ class _Scorer:
         from dude_peft.chat.answer_cache import AnswerCache, key_of
         from dude_peft.evaluate.chat_prompts import ChatPrompts
         from dude_peft.evaluate.harness_model import HarnessModel
+        from dude_peft.evaluate.task_code import guarded
 
         model, tokenizer = self._speaker.model, self._speaker.tokenizer
         prompts = ChatPrompts(tokenizer, self._special_tokens, self._speaker.name, chat=self._options.chat)
@@ -309,7 +312,7 @@ class _Scorer:
                     company=self._company,
                     advance=advance,
                 )
-                with contextlib.redirect_stderr(io.StringIO()), self._harness_errors():  # and its bars
+                with contextlib.redirect_stderr(io.StringIO()), self._harness_errors(), guarded():  # and its bars
                     found: Any = harness(
                         harness_model,
                         {"tasks": self._tasks, "groups": {}},
@@ -332,11 +335,17 @@ class _Scorer:
     @contextlib.contextmanager
     def _harness_errors(self) -> Iterator[None]:
         """Within: what the harness, or generation, makes of a task that cannot be asked names the tasks."""
+        from jinja2 import TemplateError
+
         try:
             yield
         except DudeError:
             raise
-        except (ValueError, AssertionError, LookupError, TypeError) as error:
+        except Exception as error:  # a user's own task may raise anything, as re.error of its pattern
+            own = any(name.endswith((".yaml", ".yml")) for name in self._options.tasks)
+            of_a_task = isinstance(error, (ValueError, AssertionError, LookupError, TypeError, re.error, TemplateError))
+            if comes_of_memory(error) or not (own or of_a_task):
+                raise
             reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
             tasks = ", ".join(dict.fromkeys(self._names[task] for task in self._tasks))
             raise ConfigError(

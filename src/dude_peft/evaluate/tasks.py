@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dude_peft.doors import read_file
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.local_tasks import GROUPS, GSM8K, LLM_ADAPTERS, WORDMATH, is_local, only, write_tasks
+from dude_peft.evaluate.task_code import LARGEST_YAML_BYTES, UNSAFE, files_with_code, guarded
 from dude_peft.show import quoted, shown
-
-_LARGEST_YAML_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,17 @@ def load_tasks(
     for name in names:
         if name not in local and not _is_yaml(name) and name not in known.all_tasks:
             raise ConfigError(_unknown(name, known.all_tasks))
+        if name not in local:
+            with _own_errors(name):
+                _look_at_code(known, name)
         tasks, by_task = _loaded(known, name, local.get(name))
         twice = next((task for one in chosen for task in tasks if task in one.tasks), None)
         if twice is not None:
             raise ConfigError(f"--tasks: {quoted(twice)} is asked for twice; name it, or a group that holds it, once")
-        for task_name, task in tasks.items():
-            _refuse_what_we_cannot(task_name, task)
-            _set_fewshot(task_name, task, num_fewshot)
+        with _own_errors(name):
+            for task_name, task in tasks.items():
+                _refuse_what_we_cannot(task_name, task)
+                _set_fewshot(task_name, task, num_fewshot)
         chosen.append(Chosen(name, tasks, by_task))
     return chosen
 
@@ -98,11 +105,23 @@ def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[st
     """(its tasks, the metrics that it means over tasks)."""
     if _is_yaml(name) and not Path(name).is_file():
         raise ConfigError(f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML, or a task's name")
-    try:
+    with _own_errors(name), guarded():
         found = _found(manager, written or [name])
+    tasks: dict[str, Any] = found["tasks"]
+    of_group = {name: {task.task_name for task in group.get_all_tasks()} for name, group in found["groups"].items()}
+    groups = [group for name, group in found["groups"].items() if of_group[name] == set(tasks)]
+    listed = [one for group in groups[:1] for one in group.aggregate_metric_list or []]
+    return tasks, frozenset(one.metric for one in listed if not one.weight_by_size)
+
+
+@contextlib.contextmanager
+def _own_errors(name: str) -> Iterator[None]:
+    """Within: datasets, the hub client, jinja, the harness and a user's code each raise their own."""
+    try:
+        yield
     except DudeError:
         raise
-    except Exception as error:  # datasets, the hub client, jinja and the harness each raise their own
+    except Exception as error:
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         if _is_yaml(name):
             raise ConfigError(f"--tasks: {shown(name, 300)} cannot be loaded as a task ({reason})") from error
@@ -110,11 +129,17 @@ def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[st
             f"task {quoted(name)}: its data cannot be had ({reason}); give local files with --data-dir, or connect to "
             "the hub once"
         ) from error
-    tasks: dict[str, Any] = found["tasks"]
-    of_group = {name: {task.task_name for task in group.get_all_tasks()} for name, group in found["groups"].items()}
-    groups = [group for name, group in found["groups"].items() if of_group[name] == set(tasks)]
-    listed = [one for group in groups[:1] for one in group.aggregate_metric_list or []]
-    return tasks, frozenset(one.metric for one in listed if not one.weight_by_size)
+
+
+def _look_at_code(manager: Any, name: str) -> None:
+    """Before the harness loads a task: refuses one that runs a model's code, and says which file has code itself."""
+    try:
+        group = _group_in(Path(name)) if _is_yaml(name) and Path(name).is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):  # for the harness to refuse
+        group = None
+    of_group = [] if group is None else files_with_code(_manager(Path(name).parent, defaults=True), [group])
+    for file in sorted({*files_with_code(manager, [name]), *of_group}):
+        warnings.warn(f"{shown(file, 300)} runs Python code of its own (!function)", stacklevel=2)
 
 
 def _found(manager: Any, names: list[str]) -> Any:
@@ -135,20 +160,15 @@ def _found(manager: Any, names: list[str]) -> Any:
 
 
 def _group_in(file: Path) -> str | None:
-    import yaml
-
     # Nothing is constructed: functions stay names.
-    root = yaml.compose(read_file(file, _LARGEST_YAML_BYTES), yaml.SafeLoader)
+    root = yaml.compose(read_file(file, LARGEST_YAML_BYTES), yaml.SafeLoader)
     keys = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
     return str(keys["group"].value) if "group" in keys and "class" not in keys else None
 
 
 def _refuse_what_we_cannot(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
-        raise ConfigError(
-            f"task {quoted(name)} runs code that the model writes, and dude eval runs none; merge the adapter, and use "
-            "`lm-eval run --confirm_run_unsafe_code` in a sandbox"
-        )
+        raise ConfigError(UNSAFE.format(quoted(name)))
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"task {quoted(name)} asks about images; choose tasks of text")
 

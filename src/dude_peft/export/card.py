@@ -16,6 +16,7 @@ import jinja2
 import yaml
 
 from dude_peft.artifact.sealed import read_json, read_sealed
+from dude_peft.errors import ArtifactError
 from dude_peft.export.adapter import SavedAdapter
 from dude_peft.export.serving import PROGRAMS, serving_matrix
 from dude_peft.show import shown
@@ -145,13 +146,19 @@ def report_of(adapter: Path) -> dict[str, Any] | None:
     """report.json of the run whose folder the adapter lies in; None where there is none.
 
     Raises:
-        ArtifactError: it is not as it was written.
+        ArtifactError: it is not as it was written, or its scores cannot be read.
     """
     path, remedy = adapter.parent / REPORT, "restore it, or move it away"
     if not path.exists():
         return None
     sealed = "sha256" in read_json(path, remedy)  # early versions did not seal theirs
-    return read_sealed(path, remedy) if sealed else read_json(path, remedy)
+    report = read_sealed(path, remedy) if sealed else read_json(path, remedy)
+    try:
+        _scores(report)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {shown(error)}"
+        raise ArtifactError(f"{shown(path, 300)}: its scores cannot be read ({reason}); {remedy}") from error
+    return report
 
 
 def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -6,13 +6,23 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dude_peft.errors import ArtifactError, ConfigError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import quiet_imports
 
+if TYPE_CHECKING:
+    from dude_peft.export.adapter import SavedAdapter
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_TOKENIZER = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+}  # fmt: skip
+_MOST_NAMES = 8
 
 
 def upload(
@@ -39,40 +49,66 @@ def upload(
         raise ConfigError(f"repository {shown(repository)!r}: write OWNER/NAME")
     display = Display(quiet=quiet)
     with display.waiting("checking the adapter"), quiet_imports():
-        from dude_peft.artifact.durable import whole_folder
+        from dude_peft.artifact.durable import disk_errors, whole_folder
         from dude_peft.export.adapter import open_adapter
 
         opened = open_adapter(adapter)
     if folder is not None:
-        with whole_folder(folder) as target:
-            _gather(opened.folder, target)
+        with disk_errors(folder), whole_folder(folder) as target:
+            left = _gather(opened, target)
+        _say_what_stays(display, left)
         display.say(f"written: {shown(folder, None)}")
         return str(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        _gather(opened.folder, Path(temporary))
+        with disk_errors(Path(temporary)):
+            left = _gather(opened, Path(temporary))
+        _say_what_stays(display, left)
         address = _send(Path(temporary), repository, private)
     display.say(f"uploaded: {shown(address, None)}")
     return address
 
 
-def _gather(adapter: Path, target: Path) -> None:
-    """The adapter's two files, its tokenizer if it has one, the loss curve, the card."""
+def _gather(opened: SavedAdapter, target: Path) -> list[str]:
+    """Copies the adapter's two files, its tokenizer if it has one, the loss curve, the card; names what it leaves."""
+    from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
     from dude_peft.artifact.sealed import file_sha256
     from dude_peft.export.adapter import open_adapter
     from dude_peft.export.card import CARD, model_card, report_of
 
-    for path in sorted(adapter.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model") and path.name != CARD:
-            shutil.copyfile(path, target / path.name)
+    adapter = opened.folder
+    sent = [CONFIG_FILE, WEIGHTS_FILE, *_tokenizer(opened)]
+    for name in sent:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(adapter / name, target / name)
     picture = adapter.parent / "loss.png"
     report = report_of(adapter.absolute())
     if report is not None and picture.is_file():
-        wanted = (report.get("files") or {}).get(picture.name)
+        files = report.get("files")
+        wanted = files.get(picture.name) if isinstance(files, dict) else None
         if wanted is not None and file_sha256(picture) != wanted:
             raise ArtifactError(f"{shown(picture, 300)} is damaged; restore it, or move it away")
-        shutil.copyfile(picture, target / picture.name)
+        if wanted is not None or not picture.is_symlink():
+            shutil.copyfile(picture, target / picture.name)
     card = model_card(open_adapter(target), report, picture=(target / picture.name).is_file())
     (target / CARD).write_text(card, encoding="utf-8")
+    known = {CARD, *(Path(name).parts[0] for name in sent)}
+    return sorted(path.name for path in adapter.iterdir() if path.name not in known)
+
+
+def _tokenizer(opened: SavedAdapter) -> list[str]:
+    """Those that the manifest vouches for; where it knows of none, plain files that transformers names so."""
+    from dude_peft.artifact.manifest import read_manifest, tokenizer_files
+
+    found, files = tokenizer_files(opened.folder), read_manifest(opened.folder).files
+    if files is not None:
+        return [name for name in found if name in files]
+    return [name for name in found if name in _TOKENIZER and not (opened.folder / name).is_symlink()]
+
+
+def _say_what_stays(display: Display, left: list[str]) -> None:
+    if left:
+        more = f" and {len(left) - _MOST_NAMES} more" if len(left) > _MOST_NAMES else ""
+        display.say(f"not sent, no part of an adapter: {', '.join(map(shown, left[:_MOST_NAMES]))}{more}")
 
 
 def _send(folder: Path, repository: str, private: bool) -> str:
