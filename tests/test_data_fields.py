@@ -300,6 +300,41 @@ def test_what_the_template_does_not_write_is_told_or_refused():
     assert "chat template of 'tiny' failed" in fault(two, LLAMA, eos="<|eot_id|>")
 
 
+@pytest.mark.parametrize("said", ["m['content'][:2]", "m['content'] | replace('what', 'who')", "''"])
+def test_words_of_users_and_the_system_that_a_template_changes_are_told(said):
+    row = turns(
+        ("system", " Say what. "), ("user", "what?"), ("assistant", "who"), ("user", "what"), ("assistant", "b")
+    )
+    users = PLAIN_CHATML.replace("m['content']", f"(m['content'] if m.role != 'user' else {said})")
+    lines = [
+        "{} word for word, which the template does not write".format(w) for w in ("system", "messages[] of role user")
+    ]
+    assert told(row, users) == lines[1:]
+    both = PLAIN_CHATML.replace("m['content']", f"(m['content'] if m.role == 'assistant' else {said})")
+    assert set(told(row, both)) in ({*lines}, {lines[1], "system, which the template does not write"})
+    assert told(row, PLAIN_CHATML.replace("m['content']", "m['content'] | trim")) == []
+    assert told(row, PLAIN_CHATML.replace("in messages", "in messages[:1] + messages[2:]")) == lines[1:]
+
+
+@pytest.mark.parametrize("change", ["replace(' ', '')", "wordwrap(3)", "upper", "replace('b', 'b b c')"])
+def test_an_answer_that_a_template_changes_is_refused(change):
+    changed = PLAIN_CHATML.replace("m['content']", f"(m['content'] if m.role == 'user' else m['content'] | {change})")
+    assert "leaves the answer out, or changes it" in fault(turns(("user", "q"), ("assistant", "a b c")), changed)
+    earlier = turns(("user", "q"), ("assistant", "a b c"), ("user", "r"), ("assistant", "D"))
+    assert "leaves the answer out, or changes it" in fault(earlier, changed)
+
+
+def test_an_answer_that_a_template_writes_twice_is_refused():
+    twice = PLAIN_CHATML.replace("m['content']", "m['content'] + m['content']")
+    assert "writes the answer more than once" in fault(turns(("user", "q"), ("assistant", "a")), twice)
+    assert trained(turns(("user", "q"), ("assistant", "n n")), PLAIN_CHATML).endswith("«n n<|im_end|>»")
+
+
+def test_thoughts_may_be_set_on_lines_of_their_own():
+    row = turns(("user", "q"), ("assistant", "<think>why not</think>4 2"))
+    assert trained(row, OPENS_THOUGHTS).endswith("<think>\n«why not\n</think>\n\n4 2<|im_end|>»")
+
+
 def test_a_template_that_fails_without_a_field_reads_it():
     needs = QWEN.replace(
         "{% elif m.role == 'tool' %}",
