@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from test_data_masks import marked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -17,7 +18,9 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Encoder
 from dude_peft.data.formats import Reading
 from dude_peft.data.rows import data_sha256
+from dude_peft.data.suggest import mapping_for
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.terminal.numbers import integer
 from dude_peft.train.data_check import check
 
 PLAIN_CHATML = (
@@ -300,12 +303,72 @@ def test_what_the_template_does_not_write_is_told_or_refused():
     assert "chat template of 'tiny' failed" in fault(two, LLAMA, eos="<|eot_id|>")
 
 
+@pytest.mark.parametrize("said", ["m['content'][:2]", "m['content'] | replace('what', 'who')", "''"])
+def test_words_of_users_and_the_system_that_a_template_changes_are_told(said):
+    row = turns(
+        ("system", " Say what. "), ("user", "what?"), ("assistant", "who"), ("user", "what"), ("assistant", "b")
+    )
+    users = PLAIN_CHATML.replace("m['content']", f"(m['content'] if m.role != 'user' else {said})")
+    lines = [f"{w} word for word, which the template does not write" for w in ("system", "messages[] of role user")]
+    assert told(row, users) == lines[1:]
+    both = PLAIN_CHATML.replace("m['content']", f"(m['content'] if m.role == 'assistant' else {said})")
+    assert set(told(row, both)) in ({*lines}, {lines[1], "system, which the template does not write"})
+    assert told(row, PLAIN_CHATML.replace("m['content']", "m['content'] | trim")) == []
+    assert told(row, PLAIN_CHATML.replace("in messages", "in messages[:1] + messages[2:]")) == lines[1:]
+
+
+@pytest.mark.parametrize("change", ["replace(' ', '')", "wordwrap(3)", "upper", "replace('b', 'b b c')"])
+def test_an_answer_that_a_template_changes_is_refused(change):
+    changed = PLAIN_CHATML.replace("m['content']", f"(m['content'] if m.role == 'user' else m['content'] | {change})")
+    assert "leaves the answer out, or changes it" in fault(turns(("user", "q"), ("assistant", "a b c")), changed)
+    earlier = turns(("user", "q"), ("assistant", "a b c"), ("user", "r"), ("assistant", "D"))
+    assert "leaves the answer out, or changes it" in fault(earlier, changed)
+
+
+def test_an_answer_that_a_template_writes_twice_is_refused():
+    twice = PLAIN_CHATML.replace("m['content']", "m['content'] + m['content']")
+    assert "writes the answer more than once" in fault(turns(("user", "q"), ("assistant", "a")), twice)
+    assert trained(turns(("user", "q"), ("assistant", "n n")), PLAIN_CHATML).endswith("«n n<|im_end|>»")
+
+
+def test_thoughts_may_be_set_on_lines_of_their_own():
+    row = turns(("user", "q"), ("assistant", "<think>why not</think>4 2"))
+    assert trained(row, OPENS_THOUGHTS).endswith("<think>\n«why not\n</think>\n\n4 2<|im_end|>»")
+
+
 def test_a_template_that_fails_without_a_field_reads_it():
     needs = QWEN.replace(
         "{% elif m.role == 'tool' %}",
         "{% elif m.role == 'tool' %}{% if not m.tool_call_id %}{{ raise_exception('id') }}{% endif %}",
     )
     assert told(CALLED, needs) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            turns(("user", "q"), ("assistant", "", {"tool_calls": {"name": "f", "arguments": '{"x": 1, "x": 2}'}})),
+            "arguments': the key 'x' appears twice in one object; keep one",
+        ),
+        (turns(("user", "q"), ("assistant", "a"), tools='[{"name": "f", "name": "g"}]'), "'name' appears twice"),
+        (turns(("user", "q"), ("assistant", "a"), tools=[TOOL, {"role": "user"}]), "tools[1] names no function"),
+        (turns(("user", "q"), ("assistant", "a"), tools=[{"type": "function"}]), "tools[0] names no function"),
+        (turns(("user", "q"), ("assistant", "a"), tools=[{"function": {"name": ""}}]), "tools[0] names no function"),
+    ],
+)
+def test_tools_that_are_none_or_have_a_key_twice_are_refused(row, message):
+    assert message in fault(row)
+
+
+def test_a_column_without_a_name_is_told():
+    assert told({"question": "q", "answer": "a", "": "x"}) == ["''"]
+
+
+def test_a_hint_that_maps_nothing_is_left_out():
+    with pytest.raises(DataError, match="'completion' is mapped to another name of ours; map completion"):
+        Reading(Columns({"prompt": "completion"})).row({"prompt": "q", "completion": "a"}, "r:1")
+    assert mapping_for(["prompt", "completion"]) is None
 
 
 def test_preference_data_say_so():
@@ -450,6 +513,22 @@ def test_data_check_lists_each_column_as_used_or_left_out(tmp_path, model, capsy
         "0 of 5 held-out examples ask what a training example asks",
     ):
         assert line in out
+
+
+@pytest.mark.parametrize("test", ["0.1_0", " 0.1", "\u0660.\u0661", "infinity"])
+def test_shares_and_seeds_are_written_plainly(test):
+    with pytest.raises(ConfigError, match=r"^--test .* is no decimal number; write plain digits"):
+        check("t.jsonl", "m", test=test)
+    with pytest.raises(ConfigError, match=r"^--seed -1: give a whole number from 0 to"):
+        check("t.jsonl", "m", seed=-1)
+
+
+def test_a_number_that_is_too_large_is_called_so():
+    with pytest.raises(typer.BadParameter, match="is too large; write a whole number of at most 18 digits"):
+        integer("9" * 24)
+    with pytest.raises(typer.BadParameter, match="is no whole number"):
+        integer("0" * 24)
+    assert integer("-" + "9" * 18) == -(10**18 - 1)
 
 
 def test_the_command_takes_names(tmp_path, model):

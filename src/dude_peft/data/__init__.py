@@ -6,6 +6,7 @@ message.py        Message, and what a data set tells of it
 columns.py        what a data set calls its columns, and which were read
 suggest.py        the names that are probably meant
 jsonl.py table.py parquet.py text_file.py    our own readers of local files
+strict_json.py    no key twice, no NaN
 file_lines.py     their bytes: opened, decoded strictly, cut into lines
 bad_rows.py       all bad rows of a source in one error
 mixture.py        several sources as one: how many rows each gives, and which

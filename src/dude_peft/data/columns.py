@@ -156,7 +156,12 @@ class Record:
         yield from self._notes
         for name, value in self._values.items():
             if name not in self._read and not is_nothing(value):
-                yield self._inside + shown(name, 60)
+                yield self._inside + told(name)
+
+
+def told(name: str) -> str:
+    """A column as a list names it; one without a name is told as ''."""
+    return shown(name, 60) or "''"
 
 
 def is_nothing(value: Any) -> bool:

@@ -294,6 +294,8 @@ class Reading:
             if not missing or len(missing) == len(shape.keys):
                 continue
             there = next(record.name(key) for key in shape.keys if key in record)
+            if self.columns.name(missing[0]) is None:  # another of ours has taken its name
+                return f"'{missing[0]}' is mapped to another name of ours; map {missing[0]} in data.columns, too"
             near = closest(record.name(missing[0]), [name for name in record.names() if name != there])
             known = {record.name(key) for key in shape.keys}
             meant = (

@@ -15,34 +15,12 @@ from typing import Any
 from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.file_lines import BOM, decode, lines, opened, refuse_magic
 from dude_peft.data.formats import Reading, Row
+from dude_peft.data.strict_json import DECODER, JsonError
 from dude_peft.errors import DataError
-from dude_peft.show import quoted
 
 MAX_ARRAY_BYTES = 256 * 2**20
 
 _READING = Reading()
-
-
-class _JsonError(ValueError):
-    """Valid for Python's json module, not for us: duplicate keys, NaN."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _JsonError(f"the key {quoted(key)} appears twice in one object; keep one")
-            seen.add(key)
-    return result
-
-
-def _constant(name: str) -> None:
-    raise _JsonError(f"{name} is not JSON; write null or a number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _json_fault(error: ValueError | RecursionError, text: str, where: str, *, cut_off: bool) -> DataError:
@@ -54,7 +32,7 @@ def _json_fault(error: ValueError | RecursionError, text: str, where: str, *, cu
                 return DataError(f"{place}: the file's last line is cut off ({error.msg}); write it again or remove it")
             return DataError(f"{place}: the line ends inside a value ({error.msg}); write each row on one line")
         return DataError(f"{place}: malformed JSON ({error.msg}); repair the line")
-    if isinstance(error, _JsonError):
+    if isinstance(error, JsonError):
         return DataError(f"{where}: {error}")
     if isinstance(error, RecursionError):
         return DataError(f"{where}: nested too deep; write a flat object")
@@ -86,7 +64,7 @@ def _parse_line(raw: bytes, line: int, offset: int, name: str, reading: Reading)
     where = f"{name}:{line}"
     text = decode(raw, line, offset, name).rstrip("\r\n")  # else a fault at the end is on json's "line 2"
     try:
-        value = _DECODER.decode(text)
+        value = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, text, where, cut_off=not raw.endswith(b"\n")) from error
     return _parse_value(value, where, reading)
@@ -168,7 +146,7 @@ def _array(text: str, name: str) -> Iterator[tuple[int, str, Any]]:
             line += text.count("\n", counted, at)
             counted = at
             try:
-                value, end = _DECODER.raw_decode(text, at)
+                value, end = DECODER.raw_decode(text, at)
             except json.JSONDecodeError as error:
                 raise _array_fault(text, error.pos, error.msg, name, number) from error
             except (ValueError, RecursionError) as error:

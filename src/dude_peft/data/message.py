@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_peft.data.columns import REASONING, WEIGHTS, Record, is_nothing
+from dude_peft.data.strict_json import DECODER, JsonError
 from dude_peft.data.suggest import mapping_for_turn
 from dude_peft.errors import DataError
 from dude_peft.show import quoted
@@ -190,7 +191,10 @@ def tools_text(value: Any, key: str, source: str) -> str:
         tool = _decoded(each, f"{key}[{i}]", source)
         if not isinstance(tool, Mapping):
             raise DataError(f"{source}: {key}[{i}] is {type(tool).__name__}; write an object with name and parameters")
-        schemas.append({"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool)
+        function = tool if (inner := tool.get("function")) is None else inner
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise DataError(f"{source}: {key}[{i}] names no function; write an object with name and parameters")
+        schemas.append(tool if function is inner else {"type": "function", "function": function})
     return json_text(schemas, key, source)
 
 
@@ -199,7 +203,9 @@ def _decoded(value: Any, key: str, source: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
-        return json.loads(value)
+        return DECODER.decode(value)
+    except JsonError as error:
+        raise DataError(f"{source}: '{key}': {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: '{key}' is text, but no JSON; write an object, or valid JSON") from error
 

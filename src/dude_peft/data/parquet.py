@@ -7,6 +7,7 @@ from io import BufferedReader
 from typing import Any
 
 from dude_peft.data.bad_rows import good_rows
+from dude_peft.data.columns import told
 from dude_peft.data.file_lines import MAX_LINE_BYTES, opened
 from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
@@ -45,7 +46,7 @@ def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tu
         names, known = file.schema_arrow.names, reading.columns.known()
         reading.check_columns(names, f"{name}:")
         columns = [column for column in names if column in known]
-        unread = tuple(shown(column, 60) for column in names if column not in known)
+        unread = tuple(told(column) for column in names if column not in known)
         first = 1
         for group in range(file.num_row_groups):
             rows = _rows_at_once(file.metadata.row_group(group), columns, f"{name}:{first}")

@@ -77,6 +77,6 @@ def _meant(ours: str, names: Sequence[str]) -> str | None:
     return None
 
 
-def _written(mapping: Mapping[str, str]) -> str:
+def _written(mapping: Mapping[str, str]) -> str | None:
     pairs = ", ".join(f"{ours}: {shown(theirs, 40)}" for ours, theirs in mapping.items() if ours != theirs)
-    return f"data.columns: {{{pairs}}}"
+    return f"data.columns: {{{pairs}}}" if pairs else None

@@ -33,7 +33,7 @@ from typing import Any
 from dude_peft.data.control_tokens import ControlTokens, Hidden
 from dude_peft.data.formats import PASSAGE, Message, Row
 from dude_peft.data.renderer import Conversation, RenderError, render, try_render
-from dude_peft.data.unwritten import CALLS, FIXED, parts
+from dude_peft.data.unwritten import ALTERED, CALLS, FIXED, altered, parts
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted, shown
 
@@ -47,6 +47,10 @@ _HEADINGS = {
 }
 _OPENING = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 """A mark that an answer may begin with, as <think>, which some templates write as the last of the prompt."""
+
+_THOUGHTS = re.compile(r"([<\[]/?[^<>\[\]\s]{0,20}(?:think|thought|reason)[^<>\[\]\s]{0,20}[>\]])", re.IGNORECASE)
+"""The marks of thoughts, which some templates set on lines of their own."""
+_PROBE = "An answer that no template holds."
 
 _Wanted = tuple[Row, tuple[Message, ...], bool]
 """The row that is concerned, messages of it, and whether the opening of an answer is added."""
@@ -141,6 +145,12 @@ class Template:
             rest, found = rest.removesuffix(token).rstrip(), token
         return found
 
+    @cached_property
+    def _repeats(self) -> bool:
+        """Whether the chat template writes an answer more than once."""
+        row = Row((Message("user", "q"), Message("assistant", _PROBE)), "probe")
+        return self._rendered([(row, row.messages, False)])[0].count(_PROBE) > 1
+
     def render(self, row: Row) -> tuple[str, str]:
         """(prompt, completion) of a row's last answer: generation starts from the prompt.
 
@@ -161,7 +171,7 @@ class Template:
         allows these, where a message spells an end token.
         """
         made = self._pieces(rows, with_answer=True)
-        return [replace(each, unwritten=what) for each, what in zip(made, self.unwritten(rows), strict=True)]
+        return [_told(each, what) for each, what in zip(made, self.unwritten(rows), strict=True)]
 
     def prompts(self, rows: Sequence[Row]) -> list[Pieces]:
         """The pieces of each conversation before its last answer, which may be anything."""
@@ -242,7 +252,8 @@ class Template:
             if hidden:
                 self._refuse_made(said, self._wanted(said, with_answer)[-1], hidden[-1])
             pieces = self._text(said) if row.is_text else self._chat(said, iter(hidden), with_answer)
-            made.append(self._piece(row, veil, pieces))
+            changed = () if row.is_text else altered(self._wanted(row, with_answer)[-1][1], own[-1])
+            made.append(replace(self._piece(row, veil, pieces), unwritten=changed))
         return made
 
     def _refuse_made(self, row: Row, wanted: _Wanted, text: str) -> None:
@@ -310,7 +321,8 @@ class Template:
         opening = _OPENING.match(content)
         opened = opening is not None and prompt.rstrip().endswith(opening[1])
         said = content[opening.end() :] if opening is not None and opened else content
-        kept = text.startswith(prompt) and _squeezed(said) in _squeezed(text[len(prompt) :])
+        written = text[len(prompt) :]
+        kept = text.startswith(prompt) and (said.strip() in written or _compact(said) in _compact(written))
         if opened and not kept:
             # R1's templates take the thoughts from every answer; what generation would write is the answer itself.
             return said.removeprefix(prompt[len(prompt.rstrip()) :]) + self.turn_end
@@ -321,10 +333,14 @@ class Template:
             )
         if not kept:
             raise ConfigError(
-                f"{row.source}: the chat template of {self._name} leaves the answer out, or a part of it; "
+                f"{row.source}: the chat template of {self._name} leaves the answer out, or changes it; "
                 "use template: plain"
             )
-        return text[len(prompt) :]
+        if said.strip() and written.count(said.strip()) > 1 and self._repeats:
+            raise ConfigError(
+                f"{row.source}: the chat template of {self._name} writes the answer more than once; use template: plain"
+            )
+        return written
 
     def _rendered(self, wanted: Sequence[_Wanted]) -> list[str]:
         conversations = [_conversation(*each) for each in wanted]
@@ -377,6 +393,12 @@ def _learned(row: Row) -> tuple[bool, ...]:
     return tuple(row.messages[place].trained for place in row.answers)
 
 
-def _squeezed(text: str) -> str:
-    """White space apart: templates trim an answer, or set its thoughts on lines of their own."""
-    return "".join(text.split())
+def _compact(text: str) -> str:
+    """Without white space at the ends and around the marks of thoughts."""
+    return "".join(part.strip() for part in _THOUGHTS.split(text))
+
+
+def _told(pieces: Pieces, unwritten: tuple[str, ...]) -> Pieces:
+    """With what the template does not write, beside what it changes; a part that is not there is not changed, too."""
+    changed = (what for what in pieces.unwritten if what.removesuffix(ALTERED.format("")) not in unwritten)
+    return replace(pieces, unwritten=(*unwritten, *changed))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,26 @@ CALLS = "tool_calls"
 """What an answer consists of where it calls tools: without it there is nothing to learn."""
 FIXED = ("tools", "system")
 """Parts that stand in one place of a conversation: a template that wrote them once always does."""
+
+ALTERED = "{} word for word"
+"""Messages that the text does not hold as they are: left out, cut or changed."""
+
+
+def altered(messages: Sequence[Message], text: str) -> tuple[str, ...]:
+    """The same of what users and the system say, of which a text may trim the ends."""
+    found: dict[str, None] = {}
+    at = 0
+    for message in messages:
+        said = message.content.strip()
+        if message.role == "system" and said not in text:  # some templates write it behind the first questions
+            found[ALTERED.format("system")] = None
+        elif message.role == "user":
+            place = text.find(said, at)
+            if place < 0:
+                found[ALTERED.format("messages[] of role user")] = None
+                break
+            at = place + len(said)
+    return tuple(found)
 
 
 def parts(row: Row) -> Iterator[tuple[str, Row]]:

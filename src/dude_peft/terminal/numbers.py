@@ -11,12 +11,15 @@ import typer
 
 from dude_peft.show import quoted
 
+_LARGE = re.compile(r"[-+]?[1-9][0-9]{18,}")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?|inf|nan)")
 
 
 def integer(text: str | int) -> int:
     """A whole number as it is typed; typer.BadParameter for anything else."""
+    if isinstance(text, str) and _LARGE.fullmatch(text):
+        raise typer.BadParameter(f"{quoted(text)} is too large; write a whole number of at most 18 digits")
     if isinstance(text, str) and not _INTEGER.fullmatch(text):
         raise typer.BadParameter(f"{quoted(text)} is no whole number; write plain digits without leading zeros")
     return int(text)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import typer
 from rich.text import Text
 
 from dude_peft.data.columns import Columns
@@ -21,6 +22,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.next_steps import tell_next
+from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.train.config import ModelSection
 from dude_peft.train.model import load_tokenizer, locate, with_only_gguf
@@ -55,6 +57,8 @@ def check(
     """
     if not model:
         raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed}: give a whole number from 0 to 2**32 - 1")
     display = Display()
     section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
     where = locate(section)
@@ -98,9 +102,13 @@ def check(
 def _share(test: str) -> float | None:
     """The share that is held out, where `test` is a number."""
     try:
-        share = float(test)
+        float(test)
     except ValueError:
         return None
+    try:
+        share = number(test)
+    except typer.BadParameter as error:
+        raise ConfigError(f"--test {error.message}; for a file of this name write ./ before it") from error
     if not 0 < share < 1:
         raise ConfigError(f"--test {shown(test)}: a share lies between 0 and 1; write for example 0.1, or name a file")
     return share
