@@ -121,7 +121,7 @@ def guarded() -> Iterator[None]:
     """
     import evaluate
     import lm_eval.utils
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import SandboxedEnvironment
 
     load: Any = evaluate.load
     refused: list[str] = []
@@ -136,7 +136,7 @@ def guarded() -> Iterator[None]:
         return load(path, *args, **kwargs)
 
     own: Any = lm_eval.utils.env
-    sandbox = ImmutableSandboxedEnvironment(
+    sandbox = SandboxedEnvironment(
         loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
     )
     sandbox.filters.update(own.filters)
