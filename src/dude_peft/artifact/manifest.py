@@ -19,7 +19,7 @@ import safetensors.torch
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
-from dude_peft.artifact.sealed import file_sha256
+from dude_peft.artifact.sealed import content_sha256, file_sha256
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.doors import open_file, parse_json, read_json
 from dude_peft.errors import ArtifactError
@@ -157,10 +157,7 @@ def cover_tokenizer(directory: Path) -> None:
     files = {name: file_sha256(directory / name) for name in tokenizer_files(directory)}
     with open_file(path) as file:
         data = file.read()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = _sealed(replace(manifest, files=files))
-    replace_file(path, sorted_header(header) + data[8 + size :])
+    replace_file(path, _with_sorted_header(data, _sealed(replace(manifest, files=files))))
 
 
 def tokenizer_files(directory: Path) -> list[str]:
@@ -169,27 +166,23 @@ def tokenizer_files(directory: Path) -> list[str]:
     return sorted({path.relative_to(directory).as_posix() for path in paths if not path.is_dir()})
 
 
-def check_tokenizer(directory: Path, manifest: Manifest, *, complete: bool = False) -> None:
-    """The tokenizer's files in an adapter's folder against the manifest, where that knows of them.
+def check_complete(directory: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError where a file of the tokenizer is not there; `read_manifest` lets a hub's cache lack some."""
+    found = tokenizer_files(directory)
+    if absent := [name for name in manifest.files or () if name not in found]:
+        raise ArtifactError(f"{shown(directory / absent[0], 300)} is missing; copy the tokenizer again")
 
-    Args:
-        directory: of the adapter.
-        manifest: its own.
-        complete: a file that is absent is refused as well; a hub's cache may hold only some.
 
-    Raises:
-        ArtifactError: one was changed, added, or is missing.
-    """
+def _check_tokenizer(directory: Path, manifest: Manifest) -> None:
+    """The tokenizer's files that are there against the manifest, where that knows of them."""
     if manifest.files is None:
         return
-    found = set(tokenizer_files(directory))
-    if added := sorted(found - set(manifest.files)):
+    found = tokenizer_files(directory)
+    if added := [name for name in found if name not in manifest.files]:
         raise ArtifactError(f"{shown(directory / added[0], 300)} was not saved with this adapter; remove it")
-    for name, digest in manifest.files.items():
-        if name not in found:
-            if complete:
-                raise ArtifactError(f"{shown(directory / name, 300)} is missing; copy the tokenizer again")
-        elif not (directory / name).is_file() or file_sha256(directory / name) != digest:
+    for name in found:
+        digest = manifest.files[name]
+        if not (directory / name).is_file() or file_sha256(directory / name) != digest:
             raise ArtifactError(
                 f"{shown(directory / name, 300)}: the tokenizer's file was changed after saving; copy it again"
             )
@@ -230,7 +223,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(
             f"'{directory / CONFIG_FILE}' was changed after saving, or belongs to another adapter; restore it"
         )
-    check_tokenizer(directory, manifest)
+    _check_tokenizer(directory, manifest)
     return manifest
 
 
@@ -303,19 +296,23 @@ def _json_sha256(path: Path) -> str:
         content = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}); copy it again") from error
-    return _text_sha256(json.dumps(content, sort_keys=True))
+    return content_sha256(content)
 
 
 def _text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _with_sorted_header(data: bytes) -> bytes:
-    """The same file with a sorted header: safetensors orders the metadata by chance, and equal content shall be equal
-    bytes.
+def _with_sorted_header(data: bytes, metadata: dict[str, str] | None = None) -> bytes:
+    """The same file, with other metadata if some are given, and a sorted header.
+
+    safetensors orders the metadata by chance, and equal content shall be equal bytes.
     """
     size = int.from_bytes(data[:8], "little")
-    return sorted_header(json.loads(data[8 : 8 + size])) + data[8 + size :]
+    header = json.loads(data[8 : 8 + size])
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    return sorted_header(header) + data[8 + size :]
 
 
 def sorted_header(content: dict[str, Any]) -> bytes:

@@ -81,11 +81,10 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 
 def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
     """What was sealed in a file; args and errors are those of `read_json`."""
+    content = read_json(path, remedy)
     try:
-        return unsealed(read_json(path, remedy))
+        return unsealed(content)
     except ValueError as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise _damaged(path, f"; {remedy}" if remedy else "") from error
 
 
@@ -127,12 +126,10 @@ def check_folder(folder: Path, needed: Iterable[str] = ()) -> None:
         ArtifactError: the manifest or a file is missing or damaged.
     """
     manifest = folder / MANIFEST
+    content = read_sealed(manifest)
     try:
-        listed = read_sealed(manifest)[_FILES]
-        wanted = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        wanted = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content[_FILES].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise _damaged(manifest) from error
     for name in needed:
         if name not in wanted:

@@ -7,8 +7,6 @@ that other weights or another seed tokenise nothing again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -18,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from dude_peft.artifact.durable import disk_errors, whole_folder
+from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.cache_folder import cache_folder
 from dude_peft.data.clock import seen_by
 from dude_peft.data.columns import Columns
@@ -142,7 +141,7 @@ def _stored(
 
 def _cached(root: Path, key: dict[str, Any], fill: Callable[[Path], None]) -> TokenStore:
     """The store of `key`, made by `fill` where there is none or a damaged one; one process makes it, others wait."""
-    folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode("ascii")).hexdigest()[:32]
+    folder = root / content_sha256(key)[:32]
     damaged = False
     while True:
         try:
@@ -172,5 +171,4 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
     import tokenizers
     import transformers
 
-    content = [tokenizer_parts(tokenizer), tokenizers.__version__, transformers.__version__]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+    return content_sha256([tokenizer_parts(tokenizer), tokenizers.__version__, transformers.__version__])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
         parts["added tokens"] = tokenizer.get_added_vocab()
         parts["files"] = _files(tokenizer)
     return {name: _sha256(value) for name, value in parts.items()}
+
+
+def changed_parts(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Names of the parts in which two tokenizers differ."""
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def _files(tokenizer: Any) -> dict[str, str]:

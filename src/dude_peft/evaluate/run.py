@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
+from dude_peft.artifact.sealed import file_sha256
 from dude_peft.data.control_tokens import SPECIAL_TOKENS
-from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluate.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
 from dude_peft.out_of_memory import comes_of_memory
@@ -450,11 +450,7 @@ def _adapter_sha256(speaker: Speaker) -> str | None:
     path = Path(speaker.name) / WEIGHTS_FILE
     if not speaker.adapted or not path.is_file():
         return None
-    with open_file(path) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def _path(path: Path | None) -> str | None:

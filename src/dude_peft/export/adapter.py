@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.artifact.companions import TEMPLATES
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
-from dude_peft.artifact.manifest import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, BaseRecord, check_tokenizer
+from dude_peft.artifact.manifest import (
+    CONFIG_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS_FILE,
+    BaseRecord,
+    check_complete,
+    tokenizer_files,
+)
 from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
@@ -22,6 +30,11 @@ from dude_peft.tuner.config import adapter_folder
 from dude_peft.tuner.patterns import check_patterns
 
 _PREFIX = "base_model.model."
+_TOKENIZER = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class SavedAdapter:
     record: BaseRecord
     """What it remembers of its base model."""
     tensors: dict[str, StoredTensor]
+    vouched: dict[str, str] | None = None
+    """Name of every file of its tokenizer -> sha256, compared; None of an adapter that was saved without."""
 
     @property
     def base(self) -> dict[str, TensorPrint]:
@@ -78,6 +93,13 @@ class SavedAdapter:
             if key not in own:
                 yield key.removeprefix(_PREFIX).replace(".base_layer.", "."), stored
 
+    def tokenizer(self) -> list[str]:
+        """Names of its tokenizer's files; of an adapter that vouches for none, those that transformers names so."""
+        found = tokenizer_files(self.folder)
+        if self.vouched is not None:
+            return [name for name in found if name in self.vouched]
+        return [name for name in found if name in _TOKENIZER or name.startswith(TEMPLATES)]
+
     @staticmethod
     def _key(layer: str, name: str) -> str:
         return f"{_PREFIX}{layer}.{name}"
@@ -90,13 +112,13 @@ def open_adapter(path: str | Path) -> SavedAdapter:
         ArtifactError: a file is missing, damaged, edited, or not ours, the tokenizer's among them.
     """
     folder = adapter_folder(str(path))
+    if not Path(path).is_dir():
+        _fetch_tokenizer(str(path))
     config = DudeConfig.from_pretrained(str(folder))
     manifest = config._loading
     assert manifest is not None
-    if not Path(path).is_dir():
-        _fetch_tokenizer(str(path))
-    check_tokenizer(folder, manifest, complete=True)
-    return SavedAdapter(folder, config, manifest.record, read_header(folder / WEIGHTS_FILE).tensors)
+    check_complete(folder, manifest)
+    return SavedAdapter(folder, config, manifest.record, read_header(folder / WEIGHTS_FILE).tensors, manifest.files)
 
 
 def _fetch_tokenizer(name: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.artifact.checkpoint import is_plain, loads_as
-from dude_peft.artifact.companions import TEMPLATES, companions, copy_files
+from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
@@ -32,11 +32,6 @@ from dude_peft.export.combine import Combination
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.same_base import settings_fault
-
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -275,9 +270,9 @@ def _rounded(merged: Tensor, dtype: torch.dtype, first_row: int, name: str) -> T
 def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> None:
     """Configuration, tokenizer, chat template and licence of the base; an adapter's own tokenizer comes first."""
     copy_files(base, folder, companions(base))
-    own = adapters[0].adapter.folder
-    if len(adapters) == 1 and (own / "tokenizer_config.json").is_file():
-        copy_files(own, folder, [name for name in companions(own) if name in _TOKENIZER or name.startswith(TEMPLATES)])
+    own = adapters[0].adapter
+    if len(adapters) == 1 and (own.folder / "tokenizer_config.json").is_file():
+        copy_files(own.folder, folder, own.tokenizer())
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype | None, untied: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dude_peft.data.tokenizer_parts import tokenizer_parts
+from dude_peft.data.tokenizer_parts import changed_parts, tokenizer_parts
 from dude_peft.train.config import ModelSection
 
 _CONFIG = "tokenizer_config.json"
@@ -28,4 +28,4 @@ def tokenizer_change(adapter: Path, base: Path) -> str | None:
         tokenizer_parts(load_tokenizer(ModelSection(name_or_path=str(folder)), str(folder.absolute())))
         for folder in (adapter, base)
     )
-    return ", ".join(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)) or None
+    return ", ".join(changed_parts(ours, theirs)) or None

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from dude_peft.export.adapter import SavedAdapter
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_TOKENIZER = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model",
-}  # fmt: skip
 _MOST_NAMES = 8
 
 
@@ -76,7 +71,9 @@ def _gather(opened: SavedAdapter, target: Path) -> list[str]:
     from dude_peft.export.card import CARD, model_card, report_of
 
     adapter = opened.folder
-    sent = [CONFIG_FILE, WEIGHTS_FILE, *_tokenizer(opened)]
+    # A link that nobody vouches for may lead anywhere.
+    own = [name for name in opened.tokenizer() if opened.vouched is not None or not (adapter / name).is_symlink()]
+    sent = [CONFIG_FILE, WEIGHTS_FILE, *own]
     for name in sent:
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(adapter / name, target / name)
@@ -93,16 +90,6 @@ def _gather(opened: SavedAdapter, target: Path) -> list[str]:
     (target / CARD).write_text(card, encoding="utf-8")
     known = {CARD, *(Path(name).parts[0] for name in sent)}
     return sorted(path.name for path in adapter.iterdir() if path.name not in known)
-
-
-def _tokenizer(opened: SavedAdapter) -> list[str]:
-    """Those that the manifest vouches for; where it knows of none, plain files that transformers names so."""
-    from dude_peft.artifact.manifest import read_manifest, tokenizer_files
-
-    found, files = tokenizer_files(opened.folder), read_manifest(opened.folder).files
-    if files is not None:
-        return [name for name in found if name in files]
-    return [name for name in found if name in _TOKENIZER and not (opened.folder / name).is_symlink()]
 
 
 def _say_what_stays(display: Display, left: list[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import statistics
 import tempfile
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import check_space, disk_errors
+from dude_peft.artifact.sealed import content_sha256
 from dude_peft.doors import check_folder
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.show import shown
@@ -188,7 +187,7 @@ def _settings_hash(plan: Plan, identity: list[list[Any]], dtype: str, seed: int)
         "dtype": dtype,
         "seed": None if plan.config.spec.principal else seed,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content_sha256(content)
 
 
 def _show(display: Display, done: Iterable[float | None], total: int) -> None:

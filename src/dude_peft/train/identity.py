@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.sealed import read_json, read_sealed, sealed, unsealed
+from dude_peft.data.tokenizer_parts import changed_parts
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.show import shown
 
@@ -88,7 +89,7 @@ class Identity:
 
     def check_tokenizer(self, now: dict[str, str]) -> None:
         """Raises DataError where the tokenizer is another one, though it makes the same tokens of the rows."""
-        changed = [name for name in {**self.tokenizer, **now} if self.tokenizer.get(name) != now.get(name)]
+        changed = changed_parts(self.tokenizer, now)
         if self.tokenizer and changed:
             raise DataError(
                 f"the model's tokenizer is not the one that this run began with ({', '.join(changed)}); put it back, "
