@@ -20,7 +20,8 @@ import yaml
 from models import perturb
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from test_cli import assert_refused, dude
+from served import dude
+from test_cli import assert_refused
 from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 
 from dude_peft import DudeConfig

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from served import dude
 from tiny import save_tiny, write_rows
 
 from dude_peft.version import __version__
@@ -19,14 +20,15 @@ from dude_peft.version import __version__
 PRODUCTS = {"adapter", "checkpoints", "run.json", "config.yaml", "metrics.jsonl", "loss.png", "report.json"}
 
 
-def dude(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def fresh(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process that has imported nothing."""
     return subprocess.run(
-        [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)],
+        [sys.executable, "-m", "dude_peft", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
 
 
@@ -62,7 +64,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(place) -> subprocess.CompletedProcess[str]:
     """The command run once, for the tests that look at what it left."""
-    done = dude("train", "run.yaml", cwd=place)
+    done = fresh("train", "run.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -129,7 +131,7 @@ def test_the_output_shows_progress_samples_and_result_as_plain_lines(finished):
 def test_an_output_folder_with_something_in_it_is_left_alone(place, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     start = time.perf_counter()
-    line = assert_refused(dude("train", "run.yaml", "--output-dir", tmp_path, cwd=place), 2, "config")
+    line = assert_refused(fresh("train", "run.yaml", "--output-dir", tmp_path, cwd=place), 2, "config")
     assert time.perf_counter() - start < 5  # before torch is imported
     assert "--overwrite" in line
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
@@ -234,7 +236,7 @@ def test_a_name_that_no_file_system_takes(place, finished, arguments):
 
 
 def test_help_and_version():
-    assert "train" in dude("--help").stdout
+    assert "train" in fresh("--help").stdout
     assert "--set" in dude("train", "--help").stdout
     assert dude("--version").stdout.strip() == f"dude {__version__}"
 

@@ -1,11 +1,10 @@
 """`dude data check`: what it shows of a data set, without weights and without the network."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from served import dude
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
@@ -84,8 +83,7 @@ def test_wrong_options_and_rows_are_ours(tmp_path, model):
 
 def test_the_command(tmp_path, model):
     bad = write(tmp_path / "t.jsonl", [{"prompt": "q"}])
-    program = [sys.executable, "-m", "dude_peft.cli", "data", "check"]
-    done = subprocess.run([*program, bad, "--model", model], capture_output=True, text=True, timeout=120)
+    done = dude("data", "check", bad, "--model", model)
     assert done.returncode == 3
     assert done.stderr.startswith(f"dude: error[data]: {bad}:1: 'prompt' without 'completion'")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
+from served import dude
 from test_data_masks import marked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -533,7 +532,7 @@ def test_a_number_that_is_too_large_is_called_so():
 
 def test_the_command_takes_names(tmp_path, model):
     rows = write(tmp_path / "t.jsonl", [{"ask": "q", "reply": "a"}] * 2)
-    program = [sys.executable, "-m", "dude_peft.cli", "data", "check", rows, "--model", model, "--column", "prompt=ask"]
-    wrong = subprocess.run([*program, "--column", "completion=repli"], capture_output=True, text=True, timeout=120)
+    columns = ["--column", "prompt=ask", "--column", "completion=repli"]
+    wrong = dude("data", "check", rows, "--model", model, *columns)
     assert wrong.returncode == 3
     assert "'ask' without 'repli'; closest: data.columns: {completion: reply}" in wrong.stderr

@@ -21,13 +21,7 @@ SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 
 
 def test_the_command_tells_everything_and_no_secret():
-    done = subprocess.run(
-        [sys.executable, "-m", "dude_peft.cli", "doctor", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": SECRET},
-    )
+    done = dude("doctor", "--json", HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
     told = json.loads(done.stdout)

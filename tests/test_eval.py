@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
 
 from eval_data import SUBJECTS, save_adapter, save_model, write_data
+from served import dude
 from lm_eval.models.huggingface import HFLM
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -721,17 +722,7 @@ def test_an_adapter_for_another_base(place, tmp_path):
     ],
 )
 def test_the_command_ends_with_the_right_code(place, tmp_path, arguments, code, error):
-    command = [
-        sys.executable,
-        "-m",
-        "dude_peft.cli",
-        "eval",
-        str(place / "model"),
-        "-o",
-        str(tmp_path / "o"),
-        *arguments,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    done = dude("eval", place / "model", "-o", tmp_path / "o", *arguments, COLUMNS="200")
     assert done.returncode == code
     assert error in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

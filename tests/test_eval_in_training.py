@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
 
 from eval_data import save_adapter, save_model, write_data
+from served import dude
 from safetensors.torch import load_file
 from tiny import write_rows
 
@@ -217,12 +216,6 @@ def test_a_metric_that_the_task_has_not(place):
 
 
 # ---- several processes
-
-
-def dude(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
 
 
 def test_two_processes_answer_as_one(place, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import logits
+from served import script
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,15 +24,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 OPTIONS = {"dpo.py": [], "grpo.py": ["--max-completion-length", "16"], "sft_trl.py": []}
 
 
-def run(script: str, *options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, options)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+def run(name: str, *options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return script(EXAMPLES / name, *options, cwd=cwd, CUDA_VISIBLE_DEVICES="")
 
 
 def test_all_scripts_are_run_here():

@@ -22,6 +22,7 @@ import transformers
 from models import logits, make, perturb, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
+from served import dude
 from tiny import save_tiny
 
 from dude_peft import DudeConfig, load_adapter
@@ -800,15 +801,6 @@ def test_the_serving_matrix_knows_ranks_and_magnitudes():
     assert "refused (DoRA)" in by_file("dude", {32})["the adapter, --to peft"]
     assert "exact, --max-lora-rank 64" in by_file("pissa", {48})["the adapter, --to peft"]
     assert "refused (rank 600)" in by_file("lora", {600})["the adapter, --to peft"]
-
-
-def dude(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def test_the_commands(usual, tmp_path):

@@ -281,7 +281,7 @@ def test_code_in_a_models_folder_is_never_run(small, tmp_path):
 
 def test_a_refusal_is_one_line_at_the_command(copied):
     (copied / WEIGHTS).write_bytes(FORGED["300 000 tensors"])
-    done = subprocess.run([sys.executable, "-m", "dude_peft.cli", "verify", copied], capture_output=True, text=True)
+    done = dude("verify", copied)
     assert done.returncode == 4
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("dude: error[artifact]: ")

@@ -20,7 +20,8 @@ import transformers
 from models import logits, make
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from test_cli import assert_refused, dude
+from served import dude
+from test_cli import assert_refused
 from test_cli import interrupted as stopped_by_ctrl_c
 
 from dude_peft import DudeConfig, load_adapter

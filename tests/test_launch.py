@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import served
 import torch
 from safetensors.torch import load_file
 from tiny import save_tiny, write_rows
@@ -69,8 +70,7 @@ def write_config(places: Path, out: Path, *, dtype: str = "float32", **train: ob
 
 
 def dude(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dude_peft.cli", "train", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
+    return served.dude("train", config, *arguments, DS_ACCELERATOR="cpu")
 
 
 def environment() -> dict[str, str]:

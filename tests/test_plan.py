@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 import transformers
 import yaml
 from models import make
+from served import dude
 from tiny import save_tiny, write_rows
 from transformers.integrations import integration_utils
 
@@ -260,16 +258,6 @@ def place(tmp_path_factory) -> Path:
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder
-
-
-def dude(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dude_peft.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
 
 
 def test_the_command_prints_one_json_object(place):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import dude
+from served import dude
 from test_data_masks import TEMPLATES, tokenizer_of
 from tiny import save_tiny, tiny_tokenizer, write_rows
 

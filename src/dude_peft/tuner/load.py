@@ -8,10 +8,11 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.core.threads import one_thread
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.tuner.config import DudeConfig, closest
-from dude_peft.tuner.same_base import check_base
+from dude_peft.tuner.same_base import check_base, checked_base
 
 # Ours, and those that reach the hub and PEFT's own loading.
 _OPTIONS = (
@@ -60,14 +61,12 @@ def load_adapter(
             raise ConfigError("the model has adapters of another kind; load this one on the base model itself")
     config = DudeConfig.from_pretrained(str(path), **hub_options)
     config.inference_mode = not is_trainable
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert config._loading is not None
-    check_base(base, config._loading.record, str(path), allow_base_mismatch)
+    recorded = config._loading.record
     if not isinstance(model, PeftModel):
-        with one_thread():  # hundreds of small copies
-            return PeftModel.from_pretrained(
-                model, str(path), adapter_name=adapter_name, is_trainable=is_trainable, config=config, **hub_options
-            )
+        options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **hub_options}
+        return _load_first(model, str(path), config, recorded, allow_base_mismatch, options)
+    check_base(model.get_base_model(), recorded, str(path), allow_base_mismatch)
     model.add_adapter(adapter_name, config)
     try:
         model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **hub_options)
@@ -77,3 +76,24 @@ def load_adapter(
     if is_trainable:
         model.set_requires_grad(adapter_name)
     return model
+
+
+def _load_first(
+    model: nn.Module, path: str, config: DudeConfig, recorded: BaseRecord, allow_mismatch: bool, options: dict[str, Any]
+) -> PeftModel:
+    """The base model is read by other threads while PEFT puts the adapter in; a refusal takes it out again."""
+    loaded = None
+    attributes = set(vars(model))
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with checked_base(model, recorded, path, allow_mismatch), one_thread():  # hundreds of small copies
+            loaded = PeftModel.from_pretrained(model, path, config=config, **options)
+    except ArtifactError:
+        if loaded is not None:
+            loaded.unload()
+            for name in set(vars(model)) - attributes:
+                delattr(model, name)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+        raise
+    return loaded

@@ -7,7 +7,9 @@ that is wider than the adapter's (float32 for a run in bfloat16) is another func
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,15 +44,28 @@ def check_base(base: nn.Module, recorded: BaseRecord, path: str, allow_mismatch:
     Raises:
         ArtifactError: layers, shapes, values or settings are others.
     """
+    with checked_base(base, recorded, path, allow_mismatch):
+        pass
+
+
+@contextmanager
+def checked_base(base: nn.Module, recorded: BaseRecord, path: str, allow_mismatch: bool = False) -> Iterator[None]:
+    """`check_base`, while the block runs: layers and shapes before it, values and settings at its end.
+
+    The weights are read by other threads, once each. The block may adapt a plain model, but must leave its weights.
+    """
     _check_shapes(base, recorded.layers, path)
-    for find in (_other_weights, _other_settings, _other_tensors):
-        found = find(base, recorded, path)
-        if found is None:
-            continue
-        fault, remedy = found
-        if not allow_mismatch:
-            raise ArtifactError(f"adapter '{path}' {fault}; {remedy}")
-        warnings.warn(f"adapter '{path}' {fault}; outputs will not be those of training", stacklevel=3)
+    with single_threaded_pool(len(recorded.layers) + len(recorded.beside)) as pool:  # hashing lets other threads run
+        checks = (_Weights(base, recorded, pool), _Settings(base, recorded), _Beside(base, recorded, path, pool))
+        yield
+        for check in checks:
+            found = check.fault()
+            if found is None:
+                continue
+            fault, remedy = found
+            if not allow_mismatch:
+                raise ArtifactError(f"adapter '{path}' {fault}; {remedy}")
+            warnings.warn(f"adapter '{path}' {fault}; outputs will not be those of training", stacklevel=5)
 
 
 def settings_fault(config: Any, recorded: BaseRecord) -> str:
@@ -78,56 +93,74 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
             )
 
 
-def _other_weights(base: nn.Module, recorded: BaseRecord, path: str) -> _Fault | None:
-    modules, layers = dict(base.named_modules()), recorded.layers
-    with single_threaded_pool(len(layers)) as pool:  # hashing lets other threads run
-        held = pool.map(lambda name: _layer_holds(modules[name], layers[name]), layers)
-        wrong = [name for name, holds in zip(layers, held, strict=True) if not holds]
-    if not wrong:
-        return None
-    first = wrong[0]
-    fault = f"was trained on other base weights: {len(wrong)} of {len(layers)} differ (first: '{first}')"
-    weight: Any = getattr(_base_layer(modules[first]), "weight", None)
-    if not _rounds_to(weight, layers[first]):
-        return fault, _REMEDY
-    dtype, here = layers[first]["dtype"], str(weight.dtype).removeprefix("torch.")
-    return f"{fault}, rounded to {dtype}; the base is {here} here", f"load it with dtype=torch.{dtype}"
+class _Weights:
+    """The adapted layers' own weights."""
+
+    def __init__(self, base: nn.Module, recorded: BaseRecord, pool: ThreadPoolExecutor) -> None:
+        self._layers = recorded.layers
+        modules = dict(base.named_modules())
+        self._modules = {name: modules[name] for name in self._layers}
+        self._held = pool.map(lambda name: _layer_holds(self._modules[name], self._layers[name]), self._layers)
+
+    def fault(self) -> _Fault | None:
+        wrong = [name for name, holds in zip(self._layers, self._held, strict=True) if not holds]
+        if not wrong:
+            return None
+        first = wrong[0]
+        fault = f"was trained on other base weights: {len(wrong)} of {len(self._layers)} differ (first: '{first}')"
+        weight: Any = getattr(_base_layer(self._modules[first]), "weight", None)
+        if not _rounds_to(weight, self._layers[first]):
+            return fault, _REMEDY
+        dtype, here = self._layers[first]["dtype"], str(weight.dtype).removeprefix("torch.")
+        return f"{fault}, rounded to {dtype}; the base is {here} here", f"load it with dtype=torch.{dtype}"
 
 
-def _other_settings(base: nn.Module, recorded: BaseRecord, path: str) -> _Fault | None:
-    fault = settings_fault(getattr(base, "config", None), recorded)
-    return (fault, _REMEDY) if fault else None
+class _Settings:
+    """What the model's configuration says of its function."""
+
+    def __init__(self, base: nn.Module, recorded: BaseRecord) -> None:
+        self._fault = settings_fault(getattr(base, "config", None), recorded)
+
+    def fault(self) -> _Fault | None:
+        return (self._fault, _REMEDY) if self._fault else None
 
 
-def _other_tensors(base: nn.Module, recorded: BaseRecord, path: str) -> _Fault | None:
-    held: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
-    held = {_plain_name(name): tensor for name, tensor in held.items()}
-    beside = recorded.beside
-    with single_threaded_pool(len(beside)) as pool:
-        holds = pool.map(lambda name: name in held and _holds(held[name], beside[name]), beside)
-        other = [name for name, same in zip(beside, holds, strict=True) if not same]
-    new = newly_initialised(base)
-    drawn = [name for name in other if name.rpartition(".")[0] in new]
-    if drawn:
-        warnings.warn(
-            f"adapter '{path}': '{drawn[0]}' is neither saved with it nor in the base model's checkpoint, and was "
-            "drawn anew; outputs that depend on it are not those of training",
-            stacklevel=4,
+class _Beside:
+    """All other tensors that the model computes with."""
+
+    def __init__(self, base: nn.Module, recorded: BaseRecord, path: str, pool: ThreadPoolExecutor) -> None:
+        self._path, self._beside = path, recorded.beside
+        held: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
+        held = {_plain_name(name): tensor for name, tensor in held.items()}
+        self._new = newly_initialised(base)
+        self._unknown = [
+            name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers
+        ]
+        self._holds = pool.map(lambda name: name in held and _holds(held[name], self._beside[name]), self._beside)
+
+    def fault(self) -> _Fault | None:
+        other = [name for name, same in zip(self._beside, self._holds, strict=True) if not same]
+        drawn = [name for name in other if name.rpartition(".")[0] in self._new]
+        if drawn:
+            warnings.warn(
+                f"adapter '{self._path}': '{drawn[0]}' is neither saved with it nor in the base model's checkpoint, and "
+                "was drawn anew; outputs that depend on it are not those of training",
+                stacklevel=6,
+            )
+        if self._unknown:
+            warnings.warn(
+                f"adapter '{self._path}': {len(self._unknown)} weights of the base are packed or sharded, and are not "
+                f"compared with those of the training (first: '{shown(self._unknown[0], 200)}')",
+                stacklevel=6,
+            )
+        wrong = [name for name in other if name not in drawn]
+        if not wrong:
+            return None
+        return (
+            f"relies on '{shown(wrong[0], 200)}', which is another one here, and was not saved with it ({len(wrong)} of "
+            f"{len(self._beside)} such tensors)",
+            "load it on the model it was trained on, or name it in modules_to_save",
         )
-    if unknown := [name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers]:
-        warnings.warn(
-            f"adapter '{path}': {len(unknown)} weights of the base are packed or sharded, and are not compared with "
-            f"those of the training (first: '{shown(unknown[0], 200)}')",
-            stacklevel=4,
-        )
-    wrong = [name for name in other if name not in drawn]
-    if not wrong:
-        return None
-    return (
-        f"relies on '{shown(wrong[0], 200)}', which is another one here, and was not saved with it ({len(wrong)} of "
-        f"{len(beside)} such tensors)",
-        "load it on the model it was trained on, or name it in modules_to_save",
-    )
 
 
 def _not_comparable(base: nn.Module) -> list[str]:
