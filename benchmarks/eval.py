@@ -24,11 +24,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_peft import DudeConfig, load_adapter
-from dude_peft.chat.speaker import open_speaker
-from dude_peft.evaluate.record import ANSWERS
-from dude_peft.evaluate.run import EvalOptions, measure
-from dude_peft.evaluate.subset import stratified
-from dude_peft.evaluate.tasks import load_tasks
+from dude_peft.answer.speaker import open_speaker
+from dude_peft.evaluation.record import ANSWERS
+from dude_peft.evaluation.run import EvalOptions, measure
+from dude_peft.evaluation.subset import stratified
+from dude_peft.evaluation.tasks import load_tasks
 from dude_peft.terminal.display import Display
 
 QUIET = Display(quiet=True)

@@ -25,8 +25,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, save_as_lora
 from torch import Tensor
 
 from dude_peft import DudeConfig
-from dude_peft.export.check import compare
-from dude_peft.export.run import export
+from dude_peft.exporting.check import compare
+from dude_peft.exporting.run import export
 
 RANKS = (8, 16, 32, 64)
 COMMON = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}

@@ -28,11 +28,11 @@ from dude_peft import load_adapter
 from dude_peft.data.encode import encode, prompt_ids
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
-from dude_peft.export import merge as merging
-from dude_peft.export.run import export
-from dude_peft.train.config_file import load_config
-from dude_peft.train.model import load_model, load_tokenizer, locate
-from dude_peft.train.score import held_out_loss
+from dude_peft.exporting import merge as merging
+from dude_peft.exporting.run import export
+from dude_peft.config.reading import load_config
+from dude_peft.model.load import load_model, load_tokenizer, locate
+from dude_peft.measure.score import held_out_loss
 
 COLUMNS = ["held_out_loss", "kl", "kl_worst", "logits", "agreement", "energy", "energy_worst", "greedy_equal"]
 
@@ -143,7 +143,7 @@ class Run:
     def compared(self, answers: list[list[int]], gguf: Path) -> dict[str, Any]:
         """llama.cpp's greedy continuations beside the live adapter's."""
         program = (
-            "import json, sys; from pathlib import Path; from dude_peft.export import llama_library as library\n"
+            "import json, sys; from pathlib import Path; from dude_peft.exporting import llama_library as library\n"
             "path, prompts, new = json.load(sys.stdin); print(json.dumps(library.greedy(Path(path), prompts, new)))"
         )
         request = json.dumps([str(gguf), self.prompts, self.settings.new])

@@ -18,7 +18,7 @@ from measure import arguments, exponents, finish, numbers, show
 from subjects import BASELINE, adapt, configurations, llama, model_step
 from subjects import growth as grown
 
-from dude_peft.plan.live_bytes import LiveBytes
+from dude_peft.planning.live_bytes import LiveBytes
 
 
 def main() -> None:

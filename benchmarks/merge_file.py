@@ -113,7 +113,7 @@ def make_adapter(model: Path, adapter: Path) -> None:
 def run(folder: Path) -> tuple[float, int]:
     """An undisturbed merge in a process of its own: seconds behind the imports, peak resident bytes with them."""
     program = (
-        "import sys, time; from dude_peft.export import base, merge as _; from dude_peft.export.run import merge\n"
+        "import sys, time; from dude_peft.exporting import base, merge as _; from dude_peft.exporting.run import merge\n"
         "start = time.perf_counter()\n"
         "merge([sys.argv[1]], sys.argv[2], base=sys.argv[3], verify=False, quiet=True)\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
@@ -130,8 +130,8 @@ _KILLER = """
 import json, os, random, shutil, signal, sys, time
 sys.path.insert(0, sys.argv[2])
 from merge_file import Path, digests
-from dude_peft.export import base, merge as _
-from dude_peft.export.run import merge
+from dude_peft.exporting import base, merge as _
+from dude_peft.exporting.run import merge
 import torch
 torch.set_num_threads(1)
 folder, count, seconds = Path(sys.argv[1]), int(sys.argv[3]), float(sys.argv[4])

@@ -20,8 +20,8 @@ from typing import Any
 
 from measure import arguments, console, finish, numbers, set_threads, show
 
-from dude_peft.train.config import RunConfig
-from dude_peft.train.run import run
+from dude_peft.config.schema import RunConfig
+from dude_peft.training.run import run
 
 COLUMNS = ["domain", "domain_half_width", "general", "general_half_width", "kl", "kl_half_width"]
 # Student's t, two-sided 95 %, by the number of seeds.

@@ -24,9 +24,9 @@ from subjects import llama
 
 from dude_peft import DudeConfig
 from dude_peft.data.batches import pad_right
-from dude_peft.plan.bill import Cost, cost
-from dude_peft.plan.live_bytes import LiveBytes
-from dude_peft.train.config import (
+from dude_peft.planning.bill import Cost, cost
+from dude_peft.planning.live_bytes import LiveBytes
+from dude_peft.config.schema import (
     AdapterSection,
     DataSection,
     EvaluationSection,
@@ -34,7 +34,7 @@ from dude_peft.train.config import (
     RunConfig,
     TrainSection,
 )
-from dude_peft.train.model import load_model, load_settings, locate
+from dude_peft.model.load import load_model, load_settings, locate
 
 _STEPS = 2  # the optimizer's states are there from the second on
 

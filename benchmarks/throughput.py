@@ -26,15 +26,16 @@ from dude_peft import DudeConfig
 from dude_peft.data.prepare import prepare
 from dude_peft.data.template import Template
 from dude_peft.terminal.quiet import quiet_imports
-from dude_peft.train.checkpoint import Checkpoints
-from dude_peft.train.config import RunConfig
-from dude_peft.train.fit import Surroundings, fit, training_arguments
-from dude_peft.train.folder import save_adapter
-from dude_peft.train.model import load_model, load_tokenizer, locate
-from dude_peft.train.probe import nature_of
-from dude_peft.train.progress import Display
-from dude_peft.train.stop import Stop
-from dude_peft.train.training_set import TrainingSet
+from dude_peft.folder.checkpoint import Checkpoints
+from dude_peft.config.schema import RunConfig
+from dude_peft.training.fit import fit, training_arguments
+from dude_peft.training.loop import Loop
+from dude_peft.folder.run_folder import save_adapter
+from dude_peft.model.load import load_model, load_tokenizer, locate
+from dude_peft.model.probe import nature_of
+from dude_peft.training.progress import Display
+from dude_peft.machine.stop import Stop
+from dude_peft.training.training_set import TrainingSet
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE = 16, 16, 1e-4
@@ -99,19 +100,17 @@ def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
         display = Display(quiet=True)
-        around = Surroundings(
+        loop = Loop(
             display=display,
             stop=Stop(display.warn),
-            metrics=lambda kept: metrics.open("w", buffering=1, encoding="utf-8"),
-            checkpoints=Checkpoints(Path(folder, "checkpoints")),
-            resumed=None,
+            evaluation=config.evaluation,
+            name_of=examples.source,
             save_adapter=save_adapter,
-            held_out_loss=None,
-            tokenizer=tokenizer,
-            nature=nature,
+            checkpoints=Checkpoints(Path(folder, "checkpoints")),
+            open_metrics=lambda kept: metrics.open("w", buffering=1, encoding="utf-8"),
         )
         run = config.model_copy(update={"output_dir": folder})
-        fit(model, examples, training_arguments(run), run, around)
+        fit(model, tokenizer, nature, examples, training_arguments(run), run, loop)
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         return float(lines[-1]["tokens_per_second"])  # from the first line, behind step 1, to the last
 

@@ -16,8 +16,8 @@ from trl import DPOConfig, DPOTrainer
 
 from dude_peft import DudeConfig
 from dude_peft.data import Row, load_rows
-from dude_peft.export.base import source_named
-from dude_peft.train.model import load_model, load_tokenizer, locate
+from dude_peft.exporting.base import source_named
+from dude_peft.model.load import load_model, load_tokenizer, locate
 
 
 def preference(row: Row) -> dict[str, list[dict[str, str]]]:

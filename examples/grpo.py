@@ -15,8 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dude_peft import DudeConfig
 from dude_peft.data import Message, Row, final_answer, is_match, load_rows
-from dude_peft.export.base import source_named
-from dude_peft.train.model import load_model, load_tokenizer, locate
+from dude_peft.exporting.base import source_named
+from dude_peft.model.load import load_model, load_tokenizer, locate
 
 Turns = list[dict[str, str]]
 

@@ -15,8 +15,8 @@ from trl import SFTConfig, SFTTrainer
 
 from dude_peft import DudeConfig
 from dude_peft.data import load_rows
-from dude_peft.export.base import source_named
-from dude_peft.train.model import load_model, load_tokenizer, locate
+from dude_peft.exporting.base import source_named
+from dude_peft.model.load import load_model, load_tokenizer, locate
 
 
 def main() -> None:

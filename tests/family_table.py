@@ -21,15 +21,15 @@ from tiny import tiny_tokenizer, write_rows
 from torch import Tensor
 
 from dude_peft import DudeConfig, load_adapter
-from dude_peft.artifact.checkpoint import open_checkpoint
+from dude_peft.model.weights import open_weights
 from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest
 from dude_peft.errors import DudeError
-from dude_peft.export.run import export, merge
-from dude_peft.export.verify import verify
+from dude_peft.exporting.run import export, merge
+from dude_peft.exporting.verify import verify
 from dude_peft.init.layer import compute
 from dude_peft.init.plan import make_plan
-from dude_peft.plan.run import plan
-from dude_peft.train.config_file import load_config
+from dude_peft.planning.run import plan
+from dude_peft.config.reading import load_config
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.stock_loading import stock_refusal
 
@@ -138,7 +138,7 @@ class Journey:
         output = self.folder / "merged"
         merge([self.adapter], output, verify=False, quiet=True)
         self.near(self.load(output), "dude merge")
-        assert set(open_checkpoint(output).tensors) == set(open_checkpoint(self.base).tensors)
+        assert set(open_weights(output).tensors) == set(open_weights(self.base).tensors)
         return YES
 
     def export(self) -> str:
@@ -172,7 +172,7 @@ class Journey:
     def init(self) -> str:
         """The bits that `get_peft_model` starts from, and its fingerprints."""
         config = self.config()
-        made = make_plan(str(self.base), self.base, open_checkpoint(self.base), config, "auto", seed=0)
+        made = make_plan(str(self.base), self.base, open_weights(self.base), config, "auto", seed=0)
         adapted = peft.get_peft_model(self.load(), self.config())
         adapted.save_pretrained(self.folder / "start")
         expected = safetensors.torch.load_file(self.folder / "start" / WEIGHTS_FILE)

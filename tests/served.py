@@ -20,10 +20,10 @@ from typing import Any
 
 _IMPORTS = (
     "torch", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "lm_eval.evaluator", "matplotlib.pyplot",
-    "dude_peft.train.fit", "dude_peft.train.picture", "dude_peft.train.start", "dude_peft.train.data_check",
-    "dude_peft.train.probe", "dude_peft.export.run", "dude_peft.export.run_card", "dude_peft.export.verify",
-    "dude_peft.evaluate.run", "dude_peft.evaluate.in_training", "dude_peft.chat.generate", "dude_peft.chat.talk",
-    "dude_peft.init.run", "dude_peft.plan.run", "dude_peft.doctor.run",
+    "dude_peft.training.fit", "dude_peft.training.picture", "dude_peft.training.model_checks", "dude_peft.training.data_check",
+    "dude_peft.model.probe", "dude_peft.exporting.run", "dude_peft.exporting.run_card", "dude_peft.exporting.verify",
+    "dude_peft.evaluation.run", "dude_peft.evaluation.in_training", "dude_peft.chat.generate", "dude_peft.chat.talk",
+    "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run",
 )  # fmt: skip
 _READ_AT_IMPORT = ("PYTHON", "HF_HOME", "LC_", "LANG", "LD_", "TRITON_INTERPRET")
 

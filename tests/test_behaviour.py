@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.errors import ConfigError
-from dude_peft.export.run import merge
+from dude_peft.exporting.run import merge
 from dude_peft.init.run import initialise
 from dude_peft.tuner import frozen
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from tiny import save_tiny, write_rows
 
-from dude_peft.chat.decode import decode
-from dude_peft.chat.decoding import Decoding
-from dude_peft.chat.speaker import open_speaker
+from dude_peft.answer.decode import decode
+from dude_peft.answer.decoding import Decoding
+from dude_peft.answer.speaker import open_speaker
 from dude_peft.errors import DudeError
-from dude_peft.export.upload import upload
-from dude_peft.export.verify import verify
+from dude_peft.exporting.upload import upload
+from dude_peft.exporting.verify import verify
 from dude_peft.terminal.display import Display
-from dude_peft.train import trainer as trainer_module
-from dude_peft.train.config import RunConfig
-from dude_peft.train.run import run
+from dude_peft.training import trainer as trainer_module
+from dude_peft.config.schema import RunConfig
+from dude_peft.training.run import run
 
 EVERYWHERE = 12
 """Bits of each file in the slow tests; the first and the last byte are among them."""

@@ -17,9 +17,9 @@ from peft import get_peft_model
 from dude_peft import DudeConfig
 from dude_peft.artifact.manifest import cover_tokenizer
 from dude_peft.errors import ArtifactError, ConfigError, ResourceError
-from dude_peft.export.adapter import open_adapter
-from dude_peft.export.card import escaped, model_card
-from dude_peft.export.upload import upload
+from dude_peft.exporting.adapter import open_adapter
+from dude_peft.exporting.card import escaped, model_card
+from dude_peft.exporting.upload import upload
 
 SCORE = {"loss": 1.5, "right": 3, "rows": 64, "interval": [0.01, 0.13], "answers": []}
 REPORT = {

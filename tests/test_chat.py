@@ -26,16 +26,16 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 
 from dude_peft import DudeConfig
 from dude_peft.chat.conversation import Conversation
-from dude_peft.chat.decode import Pieces, decode, decode_all
-from dude_peft.chat.decoding import Decoding
+from dude_peft.answer.decode import Pieces, decode, decode_all
+from dude_peft.answer.decoding import Decoding
 from dude_peft.chat.generate import generate
-from dude_peft.chat.speaker import open_speaker
+from dude_peft.answer.speaker import open_speaker
 from dude_peft.chat.talk import chat
 from dude_peft.data import Message, Row, Template, prompt_ids
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.show import shown_lines
 from dude_peft.terminal.display import Display
-from dude_peft.train.score import complete
+from dude_peft.measure.score import complete
 
 QUIET = Display(quiet=True)
 
@@ -90,7 +90,7 @@ def asked(monkeypatch) -> list[tuple[str, bool]]:
         seen.extend((speaker.tokenizer.decode(prompt), base) for prompt in prompts)
         return decode(speaker, prompts, decoding, base=base, **options)
 
-    monkeypatch.setattr("dude_peft.chat.decode.decode", record)
+    monkeypatch.setattr("dude_peft.answer.decode.decode", record)
     return seen
 
 
@@ -408,7 +408,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(place, monkeypatch, capsys, a
     letter = tiny_tokenizer().decode([68])
     model = opened(place / "model")
     always(model, 68)
-    monkeypatch.setattr("dude_peft.chat.speaker.open_speaker", lambda *_, **__: model)
+    monkeypatch.setattr("dude_peft.answer.speaker.open_speaker", lambda *_, **__: model)
     chat("model", max_new_tokens=12)
     assert "note: stopped" in capsys.readouterr().err
     assert asked[1][0].startswith(f"{asked[0][0]}{letter * 4}<|end|>\n<|user|>two")
@@ -651,7 +651,7 @@ def test_a_real_model_tells_a_story(assets, capsysbinary):
 @pytest.mark.parametrize("options", [{}, {"raw": True}, {"template": "plain"}])
 def test_prompts_that_spell_special_tokens_get_none(place, monkeypatch, options):
     seen = []
-    monkeypatch.setattr("dude_peft.chat.decode.decode_all", lambda speaker, ids, *rest, **more: seen.extend(ids) or [])
+    monkeypatch.setattr("dude_peft.answer.decode.decode_all", lambda speaker, ids, *rest, **more: seen.extend(ids) or [])
     token = tiny_tokenizer().convert_tokens_to_ids("<|system|>")
     for special_tokens in ("text", "allow"):
         with pytest.raises(ValueError, match="zip"):  # nothing was decoded
@@ -701,7 +701,7 @@ def test_an_interrupted_command_goes_on_and_writes_the_same_file(adapter, tmp_pa
             raise KeyboardInterrupt
         return decode(*arguments, **more)
 
-    monkeypatch.setattr("dude_peft.chat.decode.decode", failing)
+    monkeypatch.setattr("dude_peft.answer.decode.decode", failing)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             generate(adapter, prompts, output=out, **options)

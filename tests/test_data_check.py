@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.train.data_check import check
+from dude_peft.training.data_check import check
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from dude_peft.data.rows import data_sha256
 from dude_peft.data.suggest import mapping_for
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.terminal.numbers import integer
-from dude_peft.train.data_check import check
+from dude_peft.training.data_check import check
 
 PLAIN_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

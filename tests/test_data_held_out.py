@@ -10,8 +10,8 @@ import yaml
 from tiny import tiny_tokenizer
 
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.train.config_file import dump_config, load_config
-from dude_peft.train.run_data import glance, read
+from dude_peft.config.reading import dump_config, load_config
+from dude_peft.training.run_data import glance, read
 
 
 @pytest.fixture(autouse=True)

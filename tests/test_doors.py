@@ -68,8 +68,8 @@ def place(tmp_path_factory):
     save_tiny(folder / "model")
     write_rows(folder / "train.jsonl", 8)
     write_config(folder / "run.yaml", folder, folder / "model", folder / "out")
-    from dude_peft.train.config_file import load_config
-    from dude_peft.train.run import run
+    from dude_peft.config.reading import load_config
+    from dude_peft.training.run import run
 
     run(load_config(folder / "run.yaml"), quiet=True)
     return folder

@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError
-from dude_peft.evaluate.forgetting import read_text
-from dude_peft.evaluate.harness_model import HarnessModel
-from dude_peft.evaluate.local_tasks import write_tasks
-from dude_peft.evaluate.run import EvalOptions, evaluate
-from dude_peft.evaluate.subset import stratified
+from dude_peft.evaluation.forgetting import read_text
+from dude_peft.evaluation.harness_model import HarnessModel
+from dude_peft.evaluation.local_tasks import write_tasks
+from dude_peft.evaluation.run import EvalOptions, evaluate
+from dude_peft.evaluation.subset import stratified
 
 TASKS = ("gsm8k", "mmlu_anatomy")
 
@@ -138,8 +138,8 @@ def test_results_say_what_they_are_of(place, scored):
 
 
 def test_merged_and_live_agree(place, scored, tmp_path):
-    from dude_peft.chat.speaker import open_speaker
-    from dude_peft.evaluate.run import measure
+    from dude_peft.answer.speaker import open_speaker
+    from dude_peft.evaluation.run import measure
     from dude_peft.terminal.display import Display
 
     quiet = Display(quiet=True)
@@ -155,8 +155,8 @@ def test_merged_and_live_agree(place, scored, tmp_path):
 
 
 def test_stopped_in_the_middle_of_merging_the_base_comes_back(place, monkeypatch):
-    from dude_peft.chat.speaker import open_speaker
-    from dude_peft.evaluate.merged import merged_if_equal
+    from dude_peft.answer.speaker import open_speaker
+    from dude_peft.evaluation.merged import merged_if_equal
     from dude_peft.terminal.display import Display
     from dude_peft.tuner.layer import DudeLinear
 
@@ -457,8 +457,8 @@ def test_overwriting_forgets_the_tasks_of_before(place, tmp_path):
 def test_word_problems_compare_numbers_and_letters(answer, text, right):
     from lm_eval.filters.extraction import RegexFilter
 
-    from dude_peft.evaluate.local_tasks import _of_answers
-    from dude_peft.evaluate.word_answers import score
+    from dude_peft.evaluation.local_tasks import _of_answers
+    from dude_peft.evaluation.word_answers import score
 
     pattern = _of_answers([{"answer": answer}])["filter_list"][0]["filter"][0]["regex_pattern"]
     ((found,),) = RegexFilter(pattern, group_select=-1).apply([[text]], [{}])
@@ -518,7 +518,7 @@ def test_what_a_function_of_a_task_raises(place, tmp_path):
 
 @pytest.mark.parametrize("name", ["humaneval", "own"])
 def test_no_code_of_the_current_folder_is_run(tmp_path, monkeypatch, name):
-    from dude_peft.evaluate.tasks import load_tasks
+    from dude_peft.evaluation.tasks import load_tasks
 
     monkeypatch.chdir(tmp_path)
     metric = "code_eval" if name == "humaneval" else "my_metric"
@@ -535,7 +535,7 @@ def test_no_code_of_the_current_folder_is_run(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("included", [False, True])
 def test_a_task_with_code_of_its_own_says_so(tmp_path, included):
-    from dude_peft.evaluate.tasks import load_tasks
+    from dude_peft.evaluation.tasks import load_tasks
 
     task = Path(task_file(tmp_path, "mine", 2))
     task.write_text(task.read_text().replace("'{{q}}'", "!function own.text"))
@@ -580,7 +580,7 @@ def test_two_groups_of_one_name(place, tmp_path):
 
 
 def test_a_task_that_lies_among_ours_is_kept(place, tmp_path):
-    from dude_peft.evaluate.tasks import load_tasks
+    from dude_peft.evaluation.tasks import load_tasks
 
     tasks = tmp_path / "tasks"
     load_tasks(["wordmath"], None, tasks)
@@ -772,7 +772,7 @@ def test_the_harness_command_gives_the_same(place, scored, tmp_path):
 
 
 def test_the_subjects_of_the_tests_are_the_harness_own():
-    from dude_peft.evaluate.local_tasks import is_local
+    from dude_peft.evaluation.local_tasks import is_local
 
     assert all(is_local(f"mmlu_{subject}") for subject in SUBJECTS)
     assert not is_local("mmlu_alchemy")

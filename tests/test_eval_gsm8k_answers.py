@@ -18,8 +18,8 @@ from eval_data import write_data
 from lm_eval.api.metrics import exact_match_hf_evaluate
 from lm_eval.filters import build_filter_ensemble
 
-from dude_peft.evaluate import second_opinion
-from dude_peft.evaluate.tasks import load_tasks
+from dude_peft.evaluation import second_opinion
+from dude_peft.evaluation.tasks import load_tasks
 
 ROWS = [json.loads(line) for line in Path(__file__).with_name("gsm8k_answers.jsonl").read_text("utf-8").splitlines()]
 

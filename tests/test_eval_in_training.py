@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from tiny import write_rows
 
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.evaluate.in_training import TasksOfRun
-from dude_peft.evaluate.run import EvalOptions, evaluate
-from dude_peft.plan.run import plan
-from dude_peft.train.config import EvaluationSection, RunConfig
-from dude_peft.train.loop import Loop
-from dude_peft.train.run import run
-from dude_peft.train.task_scores import TaskScore, chosen_score
+from dude_peft.evaluation.in_training import TasksOfRun
+from dude_peft.evaluation.run import EvalOptions, evaluate
+from dude_peft.planning.run import plan
+from dude_peft.config.schema import EvaluationSection, RunConfig
+from dude_peft.training.loop import Loop
+from dude_peft.training.run import run
+from dude_peft.training.task_scores import TaskScore, chosen_score
 
 TASKS = ["gsm8k_cot_zeroshot", "mmlu_anatomy"]
 
@@ -145,7 +145,7 @@ def test_patience_counts_scores(place, tmp_path, monkeypatch):
 
 def test_a_stopped_run_finds_its_answers(place, tmp_path, monkeypatch):
     """Ctrl-C in the scores at the end: the same command computes what is missing, without training again."""
-    from dude_peft.evaluate.harness_model import HarnessModel
+    from dude_peft.evaluation.harness_model import HarnessModel
 
     original, calls = HarnessModel._computed, []
 
@@ -180,7 +180,7 @@ def test_a_stopped_run_finds_its_answers(place, tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("command", [run, plan])
 def test_a_mistake_costs_no_weights(place, tmp_path, monkeypatch, evaluation, error, words, command):
-    from dude_peft.train import model
+    from dude_peft.model import load as model
 
     monkeypatch.setattr(model, "load_model", None)
     config = RunConfig(**settings(place, tmp_path / "o", **{"tasks_data_dir": str(place / "data")} | evaluation))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dude_peft.evaluate import intervals
-from dude_peft.evaluate.intervals import (
+from dude_peft.measure import intervals
+from dude_peft.measure.intervals import (
     SHARE,
     SHARES_APART,
     bootstrap_mean,
@@ -16,7 +16,7 @@ from dude_peft.evaluate.intervals import (
     mcnemar_exact,
     mean_of_means,
 )
-from dude_peft.train.score import wilson_interval
+from dude_peft.measure.score import wilson_interval
 
 DRAWS = 2000
 

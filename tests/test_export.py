@@ -26,15 +26,15 @@ from served import dude
 from tiny import save_tiny
 
 from dude_peft import DudeConfig, load_adapter
-from dude_peft.artifact.checkpoint import open_checkpoint
+from dude_peft.model.weights import open_weights
 from dude_peft.artifact.durable import locked, whole_folder
 from dude_peft.artifact.header import DTYPES
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, NumericsError, ResourceError
-from dude_peft.export import run as runs
-from dude_peft.export.check import compare, tolerance
-from dude_peft.export.run import export, merge, parse_target
-from dude_peft.export.serving import serving_matrix
-from dude_peft.export.verify import verify
+from dude_peft.exporting import run as runs
+from dude_peft.exporting.check import compare, tolerance
+from dude_peft.exporting.run import export, merge, parse_target
+from dude_peft.exporting.serving import serving_matrix
+from dude_peft.exporting.verify import verify
 from dude_peft.methods import METHODS
 from dude_peft.tuner.combine import Combination
 from dude_peft.tuner.layer import DudeLinear
@@ -141,7 +141,7 @@ def test_every_method_merges_and_its_stock_adapter_is_the_live_one(method, tmp_p
 
 def test_files_and_tensors_are_laid_out_as_in_the_base(usual, tmp_path):
     merge([usual.adapter], tmp_path / "merged", **QUIET)
-    base, merged = open_checkpoint(usual.base), open_checkpoint(tmp_path / "merged")
+    base, merged = open_weights(usual.base), open_weights(tmp_path / "merged")
     assert len(base.files) > 2
     assert base.files == merged.files
     place = {name: (Path(t.file).name, t.dtype, t.shape) for name, t in base.tensors.items()}
@@ -166,7 +166,7 @@ def test_a_base_of_mixed_dtypes_and_odd_sizes(tmp_path):
         name: (t.dtype, t.shape) for name, t in tensors.items()
     }
     assert all(torch.equal(merged[name], t) for name, t in tensors.items() if "proj" not in name)
-    for stored in open_checkpoint(tmp_path / "merged").tensors.values():
+    for stored in open_weights(tmp_path / "merged").tensors.values():
         assert stored.offset % DTYPES.get(stored.dtype, torch.int8).itemsize == 0
 
 
@@ -449,7 +449,7 @@ def test_one_changed_weight_and_a_merged_base_are_refused(usual, tmp_path):
     call = lambda base: lambda: merge([usual.adapter], tmp_path / "out", base=str(base), **QUIET)  # noqa: E731
     refused(call(tmp_path / "merged"), ArtifactError, "merged already", output=tmp_path / "out")
     shutil.copytree(usual.base, tmp_path / "drifted")
-    file = open_checkpoint(tmp_path / "drifted").tensors["model.layers.1.mlp.up_proj.weight"].file
+    file = open_weights(tmp_path / "drifted").tensors["model.layers.1.mlp.up_proj.weight"].file
     tensors = safetensors.torch.load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-4
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
@@ -459,7 +459,7 @@ def test_one_changed_weight_and_a_merged_base_are_refused(usual, tmp_path):
 def test_the_same_values_resharded_and_in_another_dtype_are_the_same_base(tmp_path):
     trained = Trained(tmp_path, dtype=torch.bfloat16)
     load(trained.base).float().save_pretrained(tmp_path / "wide")
-    assert len(open_checkpoint(tmp_path / "wide").files) == 1
+    assert len(open_weights(tmp_path / "wide").files) == 1
     merge([trained.adapter], tmp_path / "merged", base=str(tmp_path / "wide"), **QUIET)
     assert kl(trained.logits, logits(load(tmp_path / "merged"))) < 1e-4
 
@@ -541,9 +541,9 @@ import os, random, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from dude_peft.artifact.checkpoint import open_checkpoint
-from dude_peft.export import merge as _, check, live, run
-from dude_peft.export.run import merge
+from dude_peft.model.weights import open_weights
+from dude_peft.exporting import merge as _, check, live, run
+from dude_peft.exporting.run import merge
 import hashlib, signal, pathlib
 adapter, out, count = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
 

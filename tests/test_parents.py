@@ -25,13 +25,13 @@ import dude_peft.doctor.run as doctor_run
 from dude_peft import cli
 from dude_peft.errors import ConfigError
 from dude_peft.parents import TESTED, fits, refusal_of, require
-from dude_peft.train.sharding import check_sharding
-from dude_peft.train.trl_trainer import _trainer_class
+from dude_peft.machine.sharding import check_sharding
+from dude_peft.training.trl_trainer import _trainer_class
 
 ROOT = Path(__file__).parent.parent
 # Typer's is public, and `dude --help` shall not pay for it.
 NOT_CHECKED = {"_Commands"}
-# FSDP2 alone needs it, and asks for it (`train/sharding.py`).
+# FSDP2 alone needs it, and asks for it (`machine/sharding.py`).
 NEWER = {"_defer_fsdp_gradient_reduction"}
 
 

@@ -24,14 +24,14 @@ from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.methods import METHODS
 from dude_peft.methods.learning_rate import learning_rate_warning
-from dude_peft.plan.bill import Cost, cost
-from dude_peft.plan.device import parse_size
-from dude_peft.plan.live_bytes import LiveBytes
-from dude_peft.plan.optimizers import state_bytes
-from dude_peft.plan.remedies import changed
-from dude_peft.plan.rows import optimizer_steps
-from dude_peft.plan.run import plan
-from dude_peft.train.config import (
+from dude_peft.planning.bill import Cost, cost
+from dude_peft.planning.device import parse_size
+from dude_peft.planning.live_bytes import LiveBytes
+from dude_peft.planning.optimizers import state_bytes
+from dude_peft.planning.remedies import changed
+from dude_peft.planning.rows import optimizer_steps
+from dude_peft.planning.run import plan
+from dude_peft.config.schema import (
     AdapterSection,
     DataSection,
     EvaluationSection,
@@ -39,7 +39,7 @@ from dude_peft.train.config import (
     RunConfig,
     TrainSection,
 )
-from dude_peft.train.model import load_settings
+from dude_peft.model.load import load_settings
 
 EVALUATION = EvaluationSection(enabled=False)
 
@@ -198,7 +198,7 @@ def test_a_step_that_cannot_be_traced_leaves_the_rest_of_the_bill(tmp_path, monk
     def fails(*args: Any, **options: Any) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("dude_peft.plan.bill.dry_step", fails)
+    monkeypatch.setattr("dude_peft.planning.bill.dry_step", fails)
     found = cost_of(run_of(tmp_path), 16)
     assert "no such operator" in found.uncounted
     assert found.bill.activations == 0
@@ -366,7 +366,7 @@ def test_what_is_no_size(text):
     ("rows", "batch", "micro", "epochs"), [(24, 8, 1, 3.0), (25, 8, 2, 1.0), (3, 8, 4, 2.0), (7, 2, 1, 0.5)]
 )
 def test_steps_are_trainers(rows, batch, micro, epochs):
-    from dude_peft.train.fit import trainer_steps, training_arguments
+    from dude_peft.training.fit import trainer_steps, training_arguments
 
     section = TrainSection(
         learning_rate=1e-4,

@@ -16,10 +16,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch.nn import functional
 
 from dude_peft import DudeConfig
-from dude_peft.chat.decode import decode_all
-from dude_peft.chat.decoding import Decoding
+from dude_peft.answer.decode import decode_all
+from dude_peft.answer.decoding import Decoding
 from dude_peft.chat.generate import generate
-from dude_peft.chat.speaker import open_speaker
+from dude_peft.answer.speaker import open_speaker
 from dude_peft.data.batches import grouped
 from dude_peft.data.encode import encode
 from dude_peft.data.packing import packs_apart
@@ -27,11 +27,11 @@ from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
 from dude_peft.terminal.display import Display
-from dude_peft.train import probe
-from dude_peft.train.config import ModelSection, RunConfig
-from dude_peft.train.model import load_model
-from dude_peft.train.probe import company_of, nature_of, quiet_router_
-from dude_peft.train.run import run
+from dude_peft.model import probe
+from dude_peft.config.schema import ModelSection, RunConfig
+from dude_peft.model.load import load_model
+from dude_peft.model.probe import company_of, nature_of, quiet_router_
+from dude_peft.training.run import run
 
 PAD = 257
 IDS = {"vocab_size": 261, "pad_token_id": PAD, "eos_token_id": 256, "bos_token_id": None}

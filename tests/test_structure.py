@@ -17,8 +17,9 @@ from models import tokens
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
-ROOMS = ["version", "errors", "out_of_memory", "parents", "show", "doors", "core", "methods", "artifact", "tuner"]
-ROOMS += ["data", "terminal", "init", "train", "plan", "export", "chat", "evaluate", "doctor", "cli"]
+ROOMS = ["version", "errors", "parents", "show", "doors", "core", "methods", "artifact", "tuner", "data", "config"]
+ROOMS += ["terminal", "machine", "model", "measure", "init", "folder", "exporting", "answer"]
+ROOMS += ["training", "planning", "chat", "evaluation", "doctor", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 
@@ -70,7 +71,7 @@ def loaded_by(statement):
     return {name.split(".")[0] for name in done.stdout.strip().splitlines()[-1].split(",")}
 
 
-@pytest.mark.parametrize("statement", ["import dude_peft", "import dude_peft.cli", "import dude_peft.train.config"])
+@pytest.mark.parametrize("statement", ["import dude_peft", "import dude_peft.cli", "import dude_peft.config.schema"])
 def test_starting_loads_nothing_heavy(statement):
     assert not loaded_by(statement) & HEAVY
 
@@ -107,7 +108,7 @@ def readme():
 RUN_NO_CODE = {"PeftModel", "DudeConfig", "GenerationConfig"}
 # Of a run's YAML, or handed on from there; `code_refusal` tells of it where it is not allowed.
 ALLOWED = {"False", "section.trust_remote_code", "trust_remote_code"}
-MAY_ALLOW = {"train/model.py", "init/architecture.py"}
+MAY_ALLOW = {"model/load.py", "model/architecture.py"}
 
 
 def asking_calls(tree):
@@ -145,8 +146,8 @@ def test_no_checkpoint_asks_whether_its_code_may_run():
 
 # What they read was written by this process, by an installed package, or by the kernel.
 OWN_FILES = {
-    "doors.py", "data/prepare.py", "data/render_child.py", "data/tokenizer_parts.py", "evaluate/local_tasks.py",
-    "export/lowrank.py", "init/fold.py", "init/run.py", "plan/device.py",
+    "doors.py", "data/prepare.py", "data/render_child.py", "data/tokenizer_parts.py", "evaluation/local_tasks.py",
+    "exporting/lowrank.py", "init/fold.py", "init/run.py", "planning/device.py",
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.manifest import read_manifest
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
-from dude_peft.export.run import merge
-from dude_peft.export.verify import verify
+from dude_peft.exporting.run import merge
+from dude_peft.exporting.verify import verify
 from dude_peft.tuner.layer import DudeLinear
 
 WEIGHTS = "adapter_model.safetensors"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dude_peft.errors import ConfigError
-from dude_peft.train.config import AdapterSection, RunConfig
-from dude_peft.train.config_file import dump_config, load_config
+from dude_peft.config.schema import AdapterSection, RunConfig
+from dude_peft.config.reading import dump_config, load_config
 
 GOOD = """\
 model:
@@ -288,7 +288,7 @@ def test_a_file_that_is_none(file, monkeypatch, name):
 
 def test_reading_a_configuration_imports_nothing_heavy(file):
     code = (
-        "import sys; from dude_peft.train.config_file import load_config; import dude_peft.train.run; "
+        "import sys; from dude_peft.config.reading import load_config; import dude_peft.training.run; "
         f"load_config({str(file)!r}); "
         "print([name for name in ('torch', 'transformers', 'peft', 'matplotlib', 'datasets') if name in sys.modules])"
     )
@@ -300,7 +300,7 @@ def test_reading_a_configuration_imports_nothing_heavy(file):
 
 
 def test_every_key_is_explained():
-    from dude_peft.train.explain import explain
+    from dude_peft.config.explain import explain
 
     rows = explain()
     assert len(rows) > 40
@@ -324,7 +324,7 @@ def test_every_key_is_explained():
 
 
 def test_the_schema_knows_what_the_reader_knows():
-    from dude_peft.train.explain import schema
+    from dude_peft.config.explain import schema
 
     found = schema()
     text = json.dumps(found)

@@ -13,12 +13,12 @@ from tiny import save_tiny, tiny_llama, write_rows
 
 from dude_peft import DudeConfig
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
-from dude_peft.train import loop as loop_module
-from dude_peft.train.config import RunConfig, TrainSection
-from dude_peft.train.groups import parameter_groups
-from dude_peft.train.movement import MovementCallback, movement
-from dude_peft.train.order import EpochOrder
-from dude_peft.train.run import run
+from dude_peft.training import loop as loop_module
+from dude_peft.config.schema import RunConfig, TrainSection
+from dude_peft.training.groups import parameter_groups
+from dude_peft.measure.movement import MovementCallback, movement
+from dude_peft.training.order import EpochOrder
+from dude_peft.training.run import run
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def lines(settings: dict) -> list[dict]:
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_a_bad_number_stops_before_the_step_and_names_the_rows(settings, monkeypatch, where, accumulated):
     """Poison in one micro-batch of step 4: exit 5, the rows named, the weights of step 3 in the last checkpoint."""
-    from dude_peft.train.trainer import RunTrainer
+    from dude_peft.training.trainer import RunTrainer
 
     original = RunTrainer.compute_loss
     named: list[str] = []
@@ -146,7 +146,7 @@ def test_the_last_step_is_looked_at_like_every_other(settings, train, trainer):
 
 def test_looking_takes_no_part_of_a_step(settings, monkeypatch):
     """Only where something is written, and behind the last step."""
-    from dude_peft.train.trainer import RunTrainer
+    from dude_peft.training.trainer import RunTrainer
 
     looked = []
     original = RunTrainer.check_sound
@@ -159,7 +159,7 @@ def test_looking_takes_no_part_of_a_step(settings, monkeypatch):
 
 def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, monkeypatch):
     """A real allocation that the CPU refuses, in step 4."""
-    from dude_peft.train.trainer import RunTrainer
+    from dude_peft.training.trainer import RunTrainer
 
     original = RunTrainer.compute_loss
 
@@ -270,7 +270,7 @@ def test_no_step_of_a_warm_up_has_no_rate(settings, kind, warm):
 def test_the_time_that_is_left_counts_the_last_evaluation(settings, monkeypatch, capsys):
     import time
 
-    from dude_peft.train import score
+    from dude_peft.measure import score
 
     original = score.complete
     monkeypatch.setattr(score, "complete", lambda *a, **k: (time.sleep(2), original(*a, **k))[1])
@@ -290,7 +290,7 @@ def test_measuring_changes_no_training(settings, tmp_path):
 def test_patience_without_measuring_is_refused():
     from pydantic import ValidationError
 
-    from dude_peft.train.config import EvaluationSection
+    from dude_peft.config.schema import EvaluationSection
 
     with pytest.raises(ValidationError, match="eval_steps"):
         EvaluationSection(early_stopping_patience=2)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dude_peft.train.config_file import load_config
-from dude_peft.train.run import run
+from dude_peft.config.reading import load_config
+from dude_peft.training.run import run
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.methods import METHODS
 from dude_peft.terminal.quiet import gathered_warnings
-from dude_peft.train import model as model_module
-from dude_peft.train.config import ModelSection, RunConfig
-from dude_peft.train.config_file import load_config
-from dude_peft.train.folder import RunFolder
-from dude_peft.train.model import load_model, load_tokenizer, locate
-from dude_peft.train.run import run
-from dude_peft.train.start import check_start
+from dude_peft.model import load as model_module
+from dude_peft.config.schema import ModelSection, RunConfig
+from dude_peft.config.reading import load_config
+from dude_peft.folder.run_folder import RunFolder
+from dude_peft.model.load import load_model, load_tokenizer, locate
+from dude_peft.training.run import run
+from dude_peft.training.model_checks import check_start
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -79,7 +79,7 @@ def test_before_is_the_base_model_and_after_is_the_saved_adapter(settings, check
     from dude_peft.data.encode import encode
     from dude_peft.data.rows import load_rows
     from dude_peft.data.template import Template
-    from dude_peft.train.score import held_out_loss
+    from dude_peft.measure.score import held_out_loss
 
     report = start(settings)
     section = ModelSection(name_or_path=str(checkpoint))
@@ -186,7 +186,7 @@ def test_a_mixture_trains(settings, tmp_path):
 
 
 def test_a_file_that_changes_in_training_is_noticed(settings, monkeypatch):
-    from dude_peft.train import fit as fit_module
+    from dude_peft.training import fit as fit_module
 
     original = fit_module.fit
 

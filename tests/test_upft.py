@@ -14,8 +14,8 @@ from dude_peft.chat.generate import generate
 from dude_peft.data import IGNORE, Message, Row, Template, encode, load_rows
 from dude_peft.data.prepare import prepare
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.train.config import RunConfig
-from dude_peft.train.run import run
+from dude_peft.config.schema import RunConfig
+from dude_peft.training.run import run
 
 TALK = Row(
     (Message("user", "Why?"), Message("assistant", "Because"), Message("user", "And?"), Message("assistant", "No")),
@@ -135,8 +135,8 @@ def test_a_conversation_becomes_a_conversation(checkpoint, tmp_path):
 
 
 def test_an_empty_answer_gives_no_row(checkpoint, tmp_path, monkeypatch, capsys):
-    from dude_peft.chat import decode
-    from dude_peft.chat.decode import Completion
+    from dude_peft.answer import decode
+    from dude_peft.answer.decode import Completion
 
     answers = [Completion(" \n", "end"), Completion("four", "length")]
     monkeypatch.setattr(decode, "decode_all", lambda *_, **__: answers)

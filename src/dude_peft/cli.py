@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
-from dude_peft.out_of_memory import comes_of_memory
+from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.show import shown, shown_lines
 from dude_peft.terminal.numbers import integer, number
 from dude_peft.terminal.quiet import require_room
@@ -91,20 +91,20 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after; the same command again goes on."""
-    from dude_peft.train.config_file import load_config
+    from dude_peft.config.reading import load_config
 
     run_config = load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
 
     if processes is not None and strategy is None:
         raise ConfigError("--processes goes with --launch; add --launch ddp")
     if strategy is not None:
-        from dude_peft.train.launch import launch_if_first
+        from dude_peft.machine.launch import launch_if_first
 
         launch_if_first(strategy, processes)
 
-    from dude_peft.evaluate.in_training import TasksOfRun
-    from dude_peft.export.run_card import card_of_run
-    from dude_peft.train.run import run
+    from dude_peft.evaluation.in_training import TasksOfRun
+    from dude_peft.exporting.run_card import card_of_run
+    from dude_peft.training.run import run
 
     run(
         run_config,
@@ -131,12 +131,12 @@ def plan(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
-    from dude_peft.train.config_file import load_config
+    from dude_peft.config.reading import load_config
 
     run_config = load_config(config, overrides)
 
-    from dude_peft.evaluate.in_training import TasksOfRun
-    from dude_peft.plan.run import plan as run_plan
+    from dude_peft.evaluation.in_training import TasksOfRun
+    from dude_peft.planning.run import plan as run_plan
 
     sets = [word for override in overrides or [] for word in ("--set", override)]
     command = ["train", str(config), *sets]
@@ -163,7 +163,7 @@ def config_schema() -> None:
     """Print the JSON schema of a run's configuration, for editors."""
     import json
 
-    from dude_peft.train.explain import schema
+    from dude_peft.config.explain import schema
 
     typer.echo(json.dumps(schema(), indent=2))
 
@@ -173,7 +173,7 @@ def config_explain(
     key: Annotated[str | None, typer.Argument(metavar="KEY", help="As train.learning_rate, or a section.")] = None,
 ) -> None:
     """Tell what a key means, what it takes and what it is if left out; without a key, of all of them."""
-    from dude_peft.train.explain import choices, explain
+    from dude_peft.config.explain import choices, explain
 
     for name, values, default, meaning in explain(key):
         typer.echo(f"{name}: {meaning}\n    takes {values}; default {default}")
@@ -216,7 +216,7 @@ def data_check(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
-    from dude_peft.train.data_check import check
+    from dude_peft.training.data_check import check
 
     how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
     how |= {"columns": _columns(columns), "seed": seed}
@@ -310,7 +310,7 @@ def export(
     debug: _Debug = False,
 ) -> None:
     """Write an adapter as another program wants it, and prove that it does what the live adapter does."""
-    from dude_peft.export.run import export as run_export
+    from dude_peft.exporting.run import export as run_export
 
     run_export(
         adapter,
@@ -346,7 +346,7 @@ def merge(
     debug: _Debug = False,
 ) -> None:
     """Merge adapters into their base model, shard by shard, in the memory of a few blocks of one weight."""
-    from dude_peft.export.run import merge as run_merge
+    from dude_peft.exporting.run import merge as run_merge
 
     run_merge(
         adapters,
@@ -371,7 +371,7 @@ def verify(
     debug: _Debug = False,
 ) -> None:
     """Check an adapter's files, tell what it is and what each program will do with it."""
-    from dude_peft.export.verify import verify as run_verify
+    from dude_peft.exporting.verify import verify as run_verify
 
     run_verify(adapter, base=base, gguf_file=gguf_file)
 
@@ -387,7 +387,7 @@ def upload(
     debug: _Debug = False,
 ) -> None:
     """Send an adapter to the hub, verified, with a model card that fills itself."""
-    from dude_peft.export.upload import upload as run_upload
+    from dude_peft.exporting.upload import upload as run_upload
 
     run_upload(adapter, repository, private=private, folder=folder)
 
@@ -537,9 +537,9 @@ def evaluate(
     debug: _Debug = False,
 ) -> None:
     """Score an adapter beside its base, or a model, by lm-evaluation-harness; repeat it to resume."""
-    from dude_peft.evaluate.run import EvalOptions
-    from dude_peft.evaluate.run import evaluate as run_evaluate
-    from dude_peft.train.launch import launch_if_first
+    from dude_peft.evaluation.run import EvalOptions
+    from dude_peft.evaluation.run import evaluate as run_evaluate
+    from dude_peft.machine.launch import launch_if_first
 
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)

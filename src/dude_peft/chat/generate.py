@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, replace_file
-from dude_peft.chat.decoding import Decoding
+from dude_peft.answer.decoding import Decoding
 from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
@@ -22,7 +22,7 @@ from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
-    from dude_peft.chat.decode import Completion
+    from dude_peft.answer.decode import Completion
     from dude_peft.data import Row
 
 # json leaves these as they are; some of them are commands to a terminal.
@@ -99,8 +99,8 @@ def generate(
     _check_output(output, overwrite)
     rows = [row for row in read_prompts(prompts, file, limit, columns) for _ in range(samples)]
     with quiet_imports():
-        from dude_peft.chat.decode import decode_all
-        from dude_peft.chat.speaker import open_speaker
+        from dude_peft.answer.decode import decode_all
+        from dude_peft.answer.speaker import open_speaker
 
     notes = Display(stderr=True)
     with gathered_warnings(notes.warn):

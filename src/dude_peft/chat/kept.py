@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dude_peft.artifact.durable import disk_errors
-from dude_peft.chat.answer_cache import AnswerCache, key_of
+from dude_peft.answer.cache import AnswerCache, key_of
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
-    from dude_peft.chat.decoding import Decoding
-    from dude_peft.chat.speaker import Speaker
+    from dude_peft.answer.decoding import Decoding
+    from dude_peft.answer.speaker import Speaker
 
 
 def part_of(output: Path) -> Path:
@@ -67,8 +67,8 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
 
 def command_key(speaker: Speaker, ids: Sequence[Sequence[int]], decoding: Decoding, batch_size: int) -> str:
     """The hash of all that decides the completions."""
-    from dude_peft.chat.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
-    from dude_peft.train.environment import versions
+    from dude_peft.answer.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
+    from dude_peft.machine.environment import versions
 
     model = speaker.model
     return key_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from dude_peft.chat.decoding import Decoding
+from dude_peft.answer.decoding import Decoding
 from dude_peft.chat.typed import is_typed, piped_lines, typed_lines
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted, shown
@@ -14,7 +14,7 @@ from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
     from dude_peft.chat.conversation import Conversation
-    from dude_peft.chat.speaker import Speaker
+    from dude_peft.answer.speaker import Speaker
 
 
 def chat(
@@ -57,7 +57,7 @@ def chat(
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     with quiet_imports():
         from dude_peft.chat.conversation import Conversation
-        from dude_peft.chat.speaker import open_speaker
+        from dude_peft.answer.speaker import open_speaker
 
     notes = Display(stderr=True)
     with gathered_warnings(notes.warn):
@@ -145,7 +145,7 @@ class _Chat:
 
     def _say(self, ids: list[int]) -> tuple[str, str | None]:
         """Shows the answer as it comes; returns its text, and what there is to say of how it ended."""
-        from dude_peft.chat.decode import Pieces, decode
+        from dude_peft.answer.decode import Pieces, decode
         from dude_peft.chat.screen import answers, one_answer
 
         positions = self.conversation.positions

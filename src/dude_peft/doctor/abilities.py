@@ -56,7 +56,7 @@ def _flash_attention(gpu: bool) -> Ability:
 
 
 def _llama_cpp() -> Ability:
-    from dude_peft.export.llama_tools import find_converter
+    from dude_peft.exporting.llama_tools import find_converter
 
     name = "export to llama.cpp"
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dude_peft.core.compose import kernels_for
-from dude_peft.plan.device import free_memory
+from dude_peft.planning.device import free_memory
 
 
 @dataclass(frozen=True)

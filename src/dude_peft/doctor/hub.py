@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from dude_peft.train.model import hub_reachable
+from dude_peft.model.load import hub_reachable
 
 
 @dataclass(frozen=True)

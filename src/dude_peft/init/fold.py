@@ -25,9 +25,9 @@ from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
-    from dude_peft.artifact.checkpoint import Checkpoint
+    from dude_peft.model.weights import WeightFiles
     from dude_peft.artifact.fingerprint import TensorPrint
-    from dude_peft.artifact.stream import Piece
+    from dude_peft.model.stream import Piece
     from dude_peft.init.plan import Plan
 
 _FOLDED = {"dude": "dora", "pissa": "lora"}
@@ -87,7 +87,7 @@ def fold(
     output, residual, display = Path(output), Path(residual), Display(quiet=quiet)
     _check_outputs(output, residual)
     with display.waiting("imports"), quiet_imports():
-        from dude_peft.artifact.checkpoint import open_checkpoint
+        from dude_peft.model.weights import open_weights
         from dude_peft.init.bnb import check_format
         from dude_peft.init.plan import make_plan
         from dude_peft.tuner import DudeConfig
@@ -95,7 +95,7 @@ def fold(
     with display.waiting("reading the model"), gathered_warnings(display.warn):
         check_format(form)
         folder = checkpoint_folder(model)
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_weights(folder)
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         if config.method not in _FOLDED:
             raise ConfigError(
@@ -152,7 +152,7 @@ def _check_outputs(output: Path, residual: Path) -> None:
         )
 
 
-def _target(model_name: str, folder: Path, checkpoint: Checkpoint, plan: Plan, form: str, dtype: str) -> _Target:
+def _target(model_name: str, folder: Path, checkpoint: WeightFiles, plan: Plan, form: str, dtype: str) -> _Target:
     """The configuration under which transformers quantises the target layers and no others.
 
     Raises:
@@ -162,7 +162,7 @@ def _target(model_name: str, folder: Path, checkpoint: Checkpoint, plan: Plan, f
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from dude_peft.init.architecture import empty_model, parameter_names
+    from dude_peft.model.architecture import empty_model, parameter_names
     from dude_peft.init.bnb import settings
 
     model = empty_model(model_name, folder, checkpoint.dtype, dtype)
@@ -204,13 +204,13 @@ def _compute(plan: Plan, form: str, scratch: Path, display: Display) -> tuple[li
     return errors, base
 
 
-def _write_base(output: Path, source: Path, checkpoint: Checkpoint, plan: Plan, scratch: Path, target: _Target) -> None:
+def _write_base(output: Path, source: Path, checkpoint: WeightFiles, plan: Plan, scratch: Path, target: _Target) -> None:
     """The quantised model: the checkpoint's own files, with the tensors of target layers replaced."""
-    from dude_peft.artifact.checkpoint import INDEX
+    from dude_peft.model.weights import INDEX
     from dude_peft.artifact.companions import companions, copy_files
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.header import chunks
-    from dude_peft.artifact.stream import Piece, write_pieces
+    from dude_peft.model.stream import Piece, write_pieces
 
     quantised = {task.stored.name: scratch / f"{number}.base" for number, task in enumerate(plan.layers)}
     files: dict[str, list[Piece]] = {file: [] for file in checkpoint.files}
@@ -241,7 +241,7 @@ def _write_adapter(
     """The adapter's two files, as PEFT's `save_pretrained` and our manifest would write them."""
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.manifest import CONFIG_FILE, BaseRecord
-    from dude_peft.artifact.stream import write_adapter
+    from dude_peft.model.stream import write_adapter
     from dude_peft.tuner import DudeConfig
 
     quantization = {"config": target.quantization, "dtype": target.dtype}
@@ -264,7 +264,7 @@ def _write_adapter(
 def _pieces(part: Path, prefix: str) -> list[Piece]:
     """The tensors of one layer's file, under their names in the whole."""
     from dude_peft.artifact.header import chunks, read_header, stored_sha256
-    from dude_peft.artifact.stream import Piece
+    from dude_peft.model.stream import Piece
 
     found = []
     for name, stored in read_header(part).tensors.items():

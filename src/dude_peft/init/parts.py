@@ -19,7 +19,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.stream import Piece
+from dude_peft.model.stream import Piece
 from dude_peft.doors import open_file, read_json
 from dude_peft.init.layer import LayerStart
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dude_peft.artifact.checkpoint import read_weight
+from dude_peft.model.weights import read_weight
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors, to_stock
 from dude_peft.core.magnitude import row_norm

@@ -75,7 +75,7 @@ def initialise(
     folder = checkpoint_folder(model)
     display = Display(quiet=quiet)
     with display.waiting("imports"), quiet_imports():
-        from dude_peft.artifact.checkpoint import open_checkpoint
+        from dude_peft.model.weights import open_weights
         from dude_peft.artifact.durable import locked
         from dude_peft.init.parts import Parts
         from dude_peft.init.plan import make_plan
@@ -83,7 +83,7 @@ def initialise(
         from dude_peft.tuner import DudeConfig
 
     with display.waiting("reading the model"), gathered_warnings(display.warn):
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_weights(folder)
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         plan = make_plan(model, folder, checkpoint, config, dtype, seed)
     parts = Parts(output, _settings_hash(plan, checkpoint.identity, dtype, seed))
@@ -170,7 +170,7 @@ def checkpoint_folder(model: str) -> Path:
     if folder.exists() or folder.is_absolute() or model.startswith("."):
         raise ConfigError(f"model {shown(model, 300)} is no folder; give a model's folder or a hub id OWNER/NAME")
     with quiet_imports():
-        from dude_peft.init.architecture import fetch_checkpoint
+        from dude_peft.model.architecture import fetch_checkpoint
     return fetch_checkpoint(model)
 
 
@@ -222,7 +222,7 @@ def _assemble(output: Path, plan: Plan, finished: list[Part]) -> None:
     """Write both files as PEFT's `save_pretrained` and our manifest would; adapter_config.json last."""
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.manifest import BaseRecord
-    from dude_peft.artifact.stream import write_adapter
+    from dude_peft.model.stream import write_adapter
 
     base = BaseRecord({part.layer: part.base for part in finished}, plan.prints_beside(), plan.settings)
     plan.config.inference_mode = True  # PEFT's own way to save

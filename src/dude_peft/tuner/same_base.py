@@ -1,6 +1,6 @@
 """Whether a model is the one that an adapter was trained on, as a function: every weight and setting that counts.
 
-The one place that tells it of a model in memory; `export/merge.py` asks the same of a checkpoint on the disk. A base
+The one place that tells it of a model in memory; `exporting/merge.py` asks the same of a checkpoint on the disk. A base
 that is wider than the adapter's (float32 for a run in bfloat16) is another function, and is told apart.
 """
 

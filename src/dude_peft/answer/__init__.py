@@ -1,0 +1,1 @@
+"""One batched decoder for all who answer: chat, generate, evaluation."""

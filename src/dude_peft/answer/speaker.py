@@ -1,0 +1,194 @@
+"""The model that answers: an adapter on its base, compared with what it was trained on, or a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.artifact.manifest import CONFIG_FILE
+from dude_peft.data.control_tokens import SPECIAL_TOKENS, ControlTokens
+from dude_peft.data.template import KINDS, Template
+from dude_peft.errors import ConfigError
+from dude_peft.exporting.adapter import SavedAdapter, open_adapter
+from dude_peft.exporting.base import source_named, source_of
+from dude_peft.show import shown
+from dude_peft.config.schema import ModelSection
+from dude_peft.config.reading import read_values
+from dude_peft.folder.identity import recorded_config
+from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate
+from dude_peft.folder.record import ADAPTER
+from dude_peft.folder.record import CONFIG as RUN_CONFIG
+
+if TYPE_CHECKING:
+    from dude_peft.data.batches import Company
+    from dude_peft.terminal.display import Display
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model, ready to generate, on the fastest device there is."""
+
+    name: str
+    """As it was asked for."""
+    model: Any
+    tokenizer: Any
+    ends: frozenset[int]
+    """Tokens that end an answer."""
+    adapted: bool
+    """Whether there is a base model under it to compare with."""
+    trained_template: str
+    """The template that its run was configured with; `auto` where nothing tells."""
+    special_tokens: str = "text"
+    """What a special token is that a text spells, as its run was configured: `text`, or `allow`, the token itself."""
+    checkpoint_generation: Any = None
+    """The checkpoint's own generation config, which answers here do not follow; the field's harness does."""
+
+    def template(self, kind: str | None, special_tokens: str | None = None) -> Template:
+        """The template of this kind, or of the training: `Template` says what it raises."""
+        return Template(self.tokenizer, kind or self.trained_template, special_tokens or self.special_tokens)
+
+    def control(self, special_tokens: str | None = None) -> ControlTokens:
+        """What texts outside of any template may not spell. ConfigError for an unknown word."""
+        return ControlTokens(self.tokenizer, special_tokens or self.special_tokens)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the model's embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def company(self) -> Company:
+        """Which prompts share a batch; tried on the model when it is first asked for."""
+        from dude_peft.model.probe import company_of
+
+        return company_of(self.model, int(self.tokenizer.pad_token_id))
+
+    @property
+    def company_note(self) -> str:
+        """What there is to say of it; empty where any prompts do."""
+        from dude_peft.model.probe import company_note
+
+        return company_note(type(_plain(self.model)).__name__, self.company)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model reads at most; None where nothing limits them."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @contextmanager
+    def as_base(self, wanted: bool = True) -> Iterator[None]:
+        """Within: the base model answers, the adapter is switched off."""
+        with self.model.disable_adapter() if wanted else nullcontext():
+            yield
+
+
+def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: Display) -> Speaker:
+    """Load an adapter with its base model, or a plain model.
+
+    Args:
+        name: folder or hub id of either, or `package:NAME` of a model.
+        base: base model of the adapter; None takes its own.
+        gguf_file: name of the GGUF file that is the (base) model.
+        notes: where progress is shown.
+
+    Raises:
+        ConfigError: it cannot be found, is not causal, or --base beside a plain model.
+        ArtifactError: a damaged adapter, or another base model.
+        NumericsError: NaN or Inf in the adapter.
+        ResourceError: it does not fit into memory.
+    """
+    import torch
+
+    from dude_peft.model.probe import check_causal, nature_of, quiet_router_
+
+    saved: SavedAdapter | None = None
+    if _is_adapter(name):
+        saved = open_adapter(name)
+        source = source_of(saved, base, gguf_file)
+    elif base is not None:
+        raise ConfigError(f"--base goes with an adapter; {shown(name, 300)} holds no {CONFIG_FILE}")
+    else:
+        source = source_named(name, gguf_file)
+    with notes.waiting("loading the model"):
+        where = locate(source)
+        tokenizer = _tokenizer(source, where, name, saved)
+        model = _model(source, where, saved)
+    if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    check_causal(nature_of(model, int(tokenizer.pad_token_id)))
+    quiet_router_(model)
+    checkpoint_generation = _plain(model).generation_config
+    ends = _only_ends_(model, tokenizer)
+    template, special_tokens = ("auto", "text") if saved is None else _writing_of_the_run(saved.folder)
+    adapted = saved is not None
+    return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, checkpoint_generation)
+
+
+def _is_adapter(name: str) -> bool:
+    if not name.strip():
+        raise ConfigError("the model's name is empty; give the folder or hub id of an adapter or a model")
+    folder = folder_of(name)
+    if folder is not None and (folder / ADAPTER / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{shown(folder, 300)} is the folder of a run; give its adapter, {shown(folder / ADAPTER, 300)}"
+        )
+    return _hub_has_adapter(name) if folder is None else (folder / CONFIG_FILE).is_file()
+
+
+def _hub_has_adapter(name: str) -> bool:
+    """Whether a hub id is an adapter's: the cache knows, or one request tells."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, CONFIG_FILE)
+        return HfApi().file_exists(name, CONFIG_FILE) if cached is None else isinstance(cached, str)
+    except Exception:  # no hub in reach, or no valid id, each with its own class: who loads it reports it
+        return False
+
+
+def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | None) -> Any:
+    """The adapter's own, which it was trained with, or the model's."""
+    if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
+    return load_tokenizer(source, where)
+
+
+def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
+    from dude_peft.exporting.dense import apply_as_trained_
+    from dude_peft.tuner.load import load_adapter
+
+    model: Any = load_model(source, where, saved.quantization if saved else None)
+    if saved is not None:
+        model = load_adapter(model, saved.folder)
+    apply_as_trained_(model.eval())
+    return model
+
+
+def _only_ends_(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Keep of the checkpoint's generation config nothing but the tokens that end an answer, and return these."""
+    from dude_peft.measure.score import bare_generation_config, end_of_turn_ids
+
+    ends = frozenset(end_of_turn_ids(model, tokenizer))
+    _plain(model).generation_config = bare_generation_config(model, tokenizer)
+    return ends
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _writing_of_the_run(adapter: Path) -> tuple[str, str]:
+    """What `dude train` was told of template and special tokens, from run.json beside it or config.yaml."""
+    if adapter.absolute().name != ADAPTER:
+        return "auto", "text"
+    folder = adapter.absolute().parent
+    try:
+        data = (recorded_config(folder) or read_values(folder / RUN_CONFIG))["data"]
+        kind, special_tokens = data["template"], data.get("special_tokens")
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return "auto", "text"
+    return kind if kind in KINDS else "auto", special_tokens if special_tokens in SPECIAL_TOKENS else "text"

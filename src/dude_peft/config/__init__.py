@@ -1,0 +1,1 @@
+"""What a run is: its schema, reading it, explaining it; no torch."""

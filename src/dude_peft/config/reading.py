@@ -1,0 +1,392 @@
+"""Reads a run's configuration: YAML in, `RunConfig` out, every mistake as one line with its place.
+
+YAML is read event by event into values that remember their line. That leaves out, by construction, what makes YAML
+unsafe or surprising: tags (`!!python/object`), anchors (bombs), duplicate keys (the last one would win silently), and
+YAML 1.1's guesses (`no` as false, `017` as 15, `1:30` as 90), which stay text and are refused where a number is due.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from dude_peft.doors import NoFileError, open_file
+from dude_peft.errors import ConfigError
+from dude_peft.show import quoted, shown
+from dude_peft.config.schema import DECIMAL, RunConfig, Section
+
+_LARGEST_FILE_BYTES = 256 * 1024
+_DEEPEST = 8
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
+_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, "True": True, "False": False}
+
+Key = tuple[str | int, ...]
+
+
+@dataclass
+class _Tree:
+    """A configuration as plain values, and the place where each key was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+    name: str = ""
+
+    def place(self, key: Key) -> str:
+        """Place of `key`, or of the nearest section around it."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key, f"{self.name}:1")
+
+
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, options: Mapping[str, str | None] | None = None
+) -> RunConfig:
+    """The run that `path` describes, with other values written over it.
+
+    Args:
+        path: the YAML file.
+        overrides: "train.max_steps=80": a key, and its value as YAML.
+        options: of the command: a key, and its value as it is; None leaves the key alone.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, is not plain YAML, or a key or value is wrong.
+    """
+    tree = _read_tree(path)
+    for override in overrides or []:
+        _apply_override(override, tree)
+    for name, value in (options or {}).items():
+        if value is not None:
+            _write_over(tuple(name.split(".")), value, f"option for {name}", tree)
+    return _validate(tree)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """A configuration's values as they are written, none of them checked.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or is not plain YAML.
+    """
+    return _read_tree(path).values
+
+
+def _read_tree(path: str | Path) -> _Tree:
+    tree = _Tree(name=shown(path, 300))
+    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
+    return tree
+
+
+def dump_config(config: RunConfig) -> str:
+    """`config` as YAML that `load_config` reads back to the same run."""
+    import yaml
+
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            raise ConfigError(f"{shown(path, 300)}: is a folder; name the configuration file inside it")
+        with open_file(path) as file:
+            raw = file.read(_LARGEST_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{shown(path, 300)}: no such file; see examples/quickstart.yaml for one") from None
+    except ConfigError:
+        raise
+    except NoFileError as error:
+        raise ConfigError(f"{shown(path, 300)}: {error.strerror}; give a YAML file") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{shown(path, 300)}: cannot be read ({reason}); check the path") from None
+    if len(raw) > _LARGEST_FILE_BYTES:
+        limit = _LARGEST_FILE_BYTES // 1024
+        raise ConfigError(f"{shown(path, 300)}: larger than {limit} KiB, which no configuration is; check the path")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown(path, 300)}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _read_yaml(text: str, tree: _Tree, place: Any, *, at: Key = ()) -> Any:
+    """Parses `text`; a mapping at the top fills `tree`, any other value is returned (for an override)."""
+    import yaml
+
+    events = _Events(text, place)
+    try:
+        event = events.take()
+        if isinstance(event, yaml.StreamEndEvent):
+            value: Any = None
+        else:
+            value = events.value(event, tree, at, depth=0)
+            events.end()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{place(line)}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place(1)}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if at:
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place(1)}: a configuration is sections with keys; see examples/quickstart.yaml")
+    tree.values = value
+    return value
+
+
+class _Events:
+    """PyYAML's event stream, read one value at a time under limits."""
+
+    def __init__(self, text: str, place: Any):
+        import yaml
+
+        self._yaml = yaml
+        self._stream = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._place = place
+
+    def take(self) -> Any:
+        yaml = self._yaml
+        for event in self._stream:
+            if not isinstance(event, (yaml.StreamStartEvent, yaml.DocumentStartEvent)):
+                return event
+        raise AssertionError("PyYAML ends every stream with an event")
+
+    def end(self) -> None:
+        """Refuses a second document."""
+        yaml = self._yaml
+        for event in self._stream:
+            if isinstance(event, yaml.DocumentStartEvent):
+                raise ConfigError(f"{self._at(event)}: a second YAML document; keep one in a file")
+
+    def _at(self, event: Any) -> str:
+        return str(self._place(event.start_mark.line + 1))
+
+    def value(self, event: Any, tree: _Tree, key: Key, depth: int) -> Any:
+        yaml = self._yaml
+        where = self._at(event)
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise ConfigError(f"{where}: YAML anchors and aliases (& and *) are not read; write the value out")
+        if event.tag is not None:
+            raise ConfigError(f"{where}: the YAML tag {shown(event.tag)} is not read; write a plain value")
+        if isinstance(event, yaml.ScalarEvent):
+            return _scalar(event.value) if event.implicit[0] else event.value
+        if depth >= _DEEPEST:
+            raise ConfigError(f"{where}: nested deeper than {_DEEPEST} levels; no key is that deep")
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._list(tree, key, depth)
+        return self._mapping(tree, key, depth)
+
+    def _list(self, tree: _Tree, key: Key, depth: int) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := self.take(), self._yaml.SequenceEndEvent):
+            inner: Key = (*key, len(items))
+            tree.places[inner] = self._at(event)
+            items.append(self.value(event, tree, inner, depth + 1))
+        return items
+
+    def _mapping(self, tree: _Tree, key: Key, depth: int) -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        while not isinstance(event := self.take(), self._yaml.MappingEndEvent):
+            where = self._at(event)
+            if not isinstance(event, self._yaml.ScalarEvent) or event.tag or event.anchor:
+                raise ConfigError(f"{where}: a key has to be a plain word")
+            inner: Key = (*key, event.value)
+            if event.value in items:
+                first = tree.places[inner]
+                raise ConfigError(f"{where}: key {_name(inner)} is written twice, first at {first}; keep one of them")
+            tree.places[inner] = where
+            items[event.value] = self.value(self.take(), tree, inner, depth + 1)
+        return items
+
+
+def _scalar(text: str) -> Any:
+    """A plain scalar by YAML 1.2's rules; whatever is not clearly a number or constant stays text."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if DECIMAL.fullmatch(text) and not text.lstrip("+-").isdigit():
+        return float(text)
+    return text
+
+
+def _apply_override(override: str, tree: _Tree) -> None:
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    where = f"--set {shown(override, 120)}"
+    if not equals or not all(name.split(".")):
+        raise ConfigError(f"{where}: not KEY=VALUE; write for example --set train.max_steps=80")
+    key: Key = tuple(name.split("."))
+    for known in [known for known in tree.places if known[: len(key)] == key]:
+        del tree.places[known]
+    _write_over(key, _read_yaml(text, tree, lambda line: where, at=key), where, tree)
+
+
+def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
+    *sections, last = map(str, key)
+    tree.places[key] = where
+    section = tree.values
+    for part in sections:
+        inner = section.setdefault(part, {})
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{where}: {quoted(part)} is a value, not a section; see `dude config explain`")
+        section = inner
+    section[last] = value
+
+
+def _validate(tree: _Tree) -> RunConfig:
+    from pydantic import ValidationError
+
+    # A section whose keys are all commented out reads as null; it means the defaults.
+    sections = {name for name, kind in RunConfig.model_fields.items() if _is_section(kind.annotation)}
+    values = {key: {} if value is None and key in sections else value for key, value in tree.values.items()}
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # An unknown key explains a missing one (a typo causes both), so it is told first.
+        problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+        more = len({_real_key(tree, problem["loc"])[:2] for problem in problems}) - 1
+        tail = f" (and {more} more)" if more > 0 else ""
+        raise ConfigError(_explain(problems, tree) + tail) from None
+
+
+def _explain(problems: list[Any], tree: _Tree) -> str:
+    """The first problem in one line: place, key, what was expected, what came."""
+    problem = problems[0]
+    key = _real_key(tree, problem["loc"])
+    where, name = tree.place(key), _name(key)
+    if problem["type"] == "extra_forbidden":
+        closest = closest_key(key)
+        hint = f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key))}"
+        return f"{where}: key {name} is unknown; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: key {name} is missing; add it"
+    if problem["type"] == "value_error":
+        return f"{where}: {problem['ctx']['error']}"
+    # A field with several forms (text or a list) gives one problem a form. One inside the list is the closest to
+    # what was meant; otherwise all forms are told.
+    inner = [
+        each
+        for each in problems
+        if len(deeper := _real_key(tree, each["loc"])) > len(key) and deeper[: len(key)] == key
+    ]
+    if inner:
+        return _explain(inner, tree)
+    same = [each for each in problems if _real_key(tree, each["loc"]) == key]
+    expected = " or ".join(dict.fromkeys(_expected(each) for each in same))
+    came = problem["input"]
+    hint = ""
+    if isinstance(came, str) and re.match(r"[-+]?[\d.]", came.strip()) and "number" in expected:
+        hint = "; write a plain decimal number"
+    elif came is None:
+        hint = "; give a value, or delete the line"
+    return f"{where}: key {name}: expected {expected}, got {_as_yaml(came)}{hint}"
+
+
+def _expected(problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "literal_error":
+        return f"one of {context['expected']}"
+    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    if kind in bounds:
+        sign = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}[bounds[kind]]
+        return f"a number {sign} {context[bounds[kind]]}"
+    return {
+        "int_type": "a whole number",
+        "int_parsing_size": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "string_too_short": "text that is not empty",
+        "too_short": "a list that is not empty",
+        "list_type": "a list",
+        "dict_type": "keys and values",
+        "model_type": "a section with keys",
+        "model_attributes_type": "a section with keys",
+    }.get(kind, str(problem["msg"]).lower())
+
+
+def _real_key(tree: _Tree, loc: tuple[str | int, ...]) -> Key:
+    """`loc` without the names that pydantic adds for the forms of a union ("str", "list[...]")."""
+    value: Any = tree.values
+    key: list[str | int] = []
+    section: type[Section] | None = RunConfig
+    for part in loc:
+        is_field = section is not None and part in section.model_fields
+        inside = part in value if isinstance(value, dict) else isinstance(part, int) and isinstance(value, list)
+        if not (is_field or inside):
+            continue
+        key.append(part)
+        section = _inside(section, part)
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+    return tuple(key)
+
+
+def _inside(section: type[Section] | None, part: str | int) -> type[Section] | None:
+    """The section that a key of `section` holds, itself or in a list; a list's number leaves it where it is."""
+    if isinstance(part, int) or section is None:
+        return section
+    field = section.model_fields.get(part)
+    return None if field is None else _section_in(field.annotation)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if _is_section(annotation):
+        return annotation  # type: ignore[no-any-return]
+    return next((found for form in get_args(annotation) if (found := _section_in(form))), None)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _known_keys() -> list[str]:
+    names: list[str] = []
+    for name, info in RunConfig.model_fields.items():
+        names.append(name)
+        if _is_section(info.annotation):
+            names += [f"{name}.{inner}" for inner in info.annotation.model_fields]  # type: ignore[union-attr]
+    return names
+
+
+def _siblings(key: Key) -> list[str]:
+    section: type[Section] | None = RunConfig
+    for part in key[:-1]:
+        section = _inside(section, part)
+    return _known_keys() if section is None else list(section.model_fields)
+
+
+def closest_key(key: Key) -> str | None:
+    """The known key that was probably meant: near in its own section, or the same word in another one."""
+    prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
+    near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6) or _abbreviated(last, _siblings(key))
+    if near and last not in near:
+        return f"{prefix}.{near[0]}" if prefix else near[0]
+    words = {known.rpartition(".")[2]: known for known in _known_keys()}
+    elsewhere = difflib.get_close_matches(last, list(words), n=1, cutoff=0.6) or _abbreviated(last, list(words))
+    return words[elsewhere[0]] if elsewhere else None
+
+
+def _abbreviated(word: str, names: list[str]) -> list[str]:
+    """The first name of which `word` is the initials, as lr of learning_rate, or a part, as batch_size."""
+    of_initials = [name for name in names if "_" in name and "".join(part[0] for part in name.split("_")) == word]
+    return (of_initials or [name for name in names if len(word) > 3 and word in name])[:1]
+
+
+def _as_yaml(value: Any) -> str:
+    constants = {None: "null", True: "true", False: "false"}
+    return constants[value] if value is None or isinstance(value, bool) else shown(repr(value), 120)
+
+
+def _name(key: Key) -> str:
+    return repr(shown(".".join(map(str, key)), 120))

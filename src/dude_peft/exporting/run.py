@@ -1,0 +1,417 @@
+"""`dude merge` and `dude export` from start to end: check, write, prove, and only then show."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folder
+from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import quiet_imports
+
+if TYPE_CHECKING:
+    from dude_peft.exporting.adapter import SavedAdapter
+    from dude_peft.exporting.base import Base
+    from dude_peft.exporting.check import Difference, Live
+    from dude_peft.exporting.combine import Combination
+
+_DTYPES = ("keep", "float32", "bfloat16", "float16")
+_RECORD = "dude_export.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `--to` says."""
+
+    kind: str
+    """merged, peft, lora or gguf."""
+    rank: int | None = None
+    """lora: K; None looks for the smallest that reaches --max-kl."""
+    quantisation: str = "F16"
+    """gguf."""
+
+
+def parse_target(text: str) -> Target:
+    """merged, peft, lora:K, lora:auto, gguf or gguf:TYPE.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    kind, colon, detail = text.partition(":")
+    if kind == "lora" and re.fullmatch(r"0|[1-9][0-9]{0,5}|auto", detail):
+        return Target(kind, None if detail == "auto" else int(detail))
+    if kind == "gguf" and (detail or not colon):
+        return Target(kind, quantisation=detail or "F16")
+    if kind in ("merged", "peft") and not colon:
+        return Target(kind)
+    raise ConfigError(f"--to {shown(text)!r}: choose merged, peft, lora:K (as lora:16), lora:auto or gguf:TYPE")
+
+
+def export(
+    adapter: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str = "keep",
+    verify: bool = True,
+    max_kl: float | None = None,
+    allow_base_mismatch: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Write an adapter as another program wants it, and prove that it does what the live adapter does.
+
+    Args:
+        adapter: folder or hub id.
+        to: merged, peft, lora:K, lora:auto, gguf:TYPE.
+        output: folder that is made; nothing is there unless everything went well.
+        base: base model; None takes the adapter's own.
+        gguf_file: name of the GGUF file that is the base model.
+        dtype: of the merged weights: keep, float32, bfloat16 or float16.
+        verify: load the export in a fresh process, run prompts and compare.
+        max_kl: mean KL divergence from the live adapter, nats a token, above which the export is refused.
+        allow_base_mismatch: take a base with other weights; the export is then marked.
+        quiet: print nothing.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConfigError: a target, rank, base model or output that cannot be used.
+        ArtifactError: a damaged adapter, or another base model.
+        NumericsError: the export is not what the adapter is, or overflows its dtype.
+        ResourceError: disk, memory or permission.
+    """
+    target = parse_target(to)
+    if target.kind == "lora" and target.rank is None and (max_kl is None or not verify):
+        raise ConfigError("--to lora:auto looks for the smallest rank that reaches --max-kl; give it, as --max-kl 0.01")
+    if target.kind in ("peft", "lora") and dtype != "keep":
+        raise ConfigError(f"--dtype goes with merged and gguf; {target.kind} keeps the adapter's float32")
+    settings = _Settings(Path(output), dtype, verify, max_kl, allow_base_mismatch, quiet)
+    return _Export(settings, [str(adapter)], [1.0], base, gguf_file).run(target, None)
+
+
+def merge(
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    combination: str = "linear",
+    density: float | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str = "keep",
+    verify: bool = True,
+    allow_base_mismatch: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Write W0 + sum_i w_i (W'_i - W0) as a plain model, shard by shard, in the memory of a few blocks of one weight.
+
+    Args:
+        adapters: folders or hub ids, on one base model.
+        output: folder that is made; nothing is there unless everything went well.
+        weights: w_i; None is 1 for each.
+        combination: linear, ties, dare_linear, dare_ties or magnitude_prune (PEFT's, on the changes).
+        density: share of entries that those but linear keep.
+        seed: of what dare_* drops.
+        base: base model; None takes the first adapter's own.
+        gguf_file: name of the GGUF file that is the base model.
+        dtype: keep, float32, bfloat16 or float16.
+        verify: load the merged model in a fresh process, run prompts and compare with the live adapters.
+        allow_base_mismatch: take a base with other weights; the model is then marked.
+        quiet: print nothing.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConfigError: a weight, base model or output that cannot be used.
+        ArtifactError: a damaged adapter, or another base model.
+        NumericsError: the merged model is not what the adapters are, or overflows its dtype.
+        ResourceError: disk, memory or permission.
+    """
+    weights = list(weights) if weights else [1.0] * len(adapters)
+    if not adapters or len(weights) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one --weight for each adapter")
+    if any(weight != weight or abs(weight) == float("inf") for weight in weights):
+        raise ConfigError("--weight has to be a finite number")
+    settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
+    with quiet_imports():
+        from dude_peft.exporting.combine import Combination
+
+        how = Combination(combination, density, seed)
+    return _Export(settings, list(map(str, adapters)), weights, base, gguf_file).run(Target("merged"), how)
+
+
+def _check_task(adapter: SavedAdapter) -> None:
+    """The command reads and proves causal language models; a head of another task is merged in memory."""
+    task = adapter.config.task_type
+    if task not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"adapter {shown(adapter.folder, 300)} is for {shown(task)}, and merge and export write causal language "
+            "models; in Python, load_adapter(model, adapter).merge_and_unload() merges it"
+        )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    output: Path
+    dtype: str
+    verify: bool
+    max_kl: float | None
+    allow_base_mismatch: bool
+    quiet: bool
+
+
+class _Export:
+    def __init__(
+        self, settings: _Settings, adapters: list[str], weights: list[float], base: str | None, gguf_file: str | None
+    ) -> None:
+        if settings.dtype not in _DTYPES:
+            raise ConfigError(f"dtype {shown(settings.dtype)}: choose {', '.join(_DTYPES)}")
+        if settings.max_kl is not None and not 0 <= settings.max_kl < float("inf"):
+            raise ConfigError(f"max_kl {settings.max_kl}: it is a number of nats from 0 up")
+        refuse_existing(settings.output)
+        self.settings, self.adapters, self.weights = settings, adapters, weights
+        self.base_name, self.gguf_file = base, gguf_file
+        self.display = Display(quiet=settings.quiet)
+        self.live: Live | None = None
+
+    def run(self, target: Target, combination: Combination | None) -> Path:
+        started = time.perf_counter()
+        output = self.settings.output
+        with quiet_imports():
+            import torch
+
+            from dude_peft.exporting.adapter import open_adapter
+            from dude_peft.exporting.base import open_base, source_of
+            from dude_peft.exporting.combine import Combination
+            from dude_peft.exporting.merge import Weighted
+            from dude_peft.exporting.tokenizer import tokenizer_change
+        self.dtype = None if self.settings.dtype == "keep" else getattr(torch, self.settings.dtype)
+        self.combination = combination or Combination()
+        opened = [open_adapter(path) for path in self.adapters]
+        for adapter in opened:
+            _check_task(adapter)
+        self.weighted = [Weighted(adapter, w) for adapter, w in zip(opened, self.weights, strict=True)]
+        source = source_of(opened[0], self.base_name, self.gguf_file)
+        if target.kind == "gguf":
+            target = self._checked_gguf(target)
+        with disk_errors(output), whole_folder(output) as folder:
+            scratch = folder / ".work"
+            scratch.mkdir()
+            with open_base(source, scratch, opened) as base:
+                if base.dtype is not None and self.dtype is None:
+                    self.dtype = getattr(torch, base.dtype)  # what the dense weights are rounded to, once
+                for adapter in opened:
+                    if changed := tokenizer_change(adapter.folder, base.folder):
+                        self.display.warn(f"{shown(adapter.folder, 300)} was trained with another tokenizer: {changed}")
+                made = self._make(target, base, folder, scratch)
+                self._record(target, base, folder, made)
+            shutil.rmtree(scratch)
+        self.display.say(f"{time.perf_counter() - started:.0f} s in all")
+        self.display.say(f"written: {shown(output, None)}")
+        return output
+
+    def _checked_gguf(self, target: Target) -> Target:
+        from dude_peft.exporting.to_gguf import check_gguf
+
+        name = check_gguf(target.quantisation)
+        if self.settings.verify and importlib.util.find_spec("llama_cpp") is None:
+            raise ConfigError("reading a GGUF file back needs llama-cpp-python: pip install it, or add --no-verify")
+        return Target(target.kind, quantisation=name)
+
+    def _make(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
+        if target.kind in ("peft", "lora"):
+            self._check_stock(base)
+        self._check_base(base)
+        if target.kind == "merged":
+            self._merge(base, folder)
+            return self._prove("merged", folder, base, scratch)
+        if target.kind == "peft":
+            from dude_peft.exporting.plain import write_stock
+
+            write_stock(self.weighted[0].adapter, folder, base.source.name_or_path)
+            return self._prove("peft", folder, base, scratch)
+        if target.kind == "lora":
+            return self._lora(target, base, folder, scratch)
+        return self._gguf(target, base, folder, scratch)
+
+    def _check_stock(self, base: Base) -> None:
+        from dude_peft.tuner.stock_loading import stock_refusal
+
+        adapter = self.weighted[0].adapter
+        if refusal := stock_refusal(base.model, adapter.config.stock(), adapter.base):
+            raise ConfigError(f"{refusal}; use --to merged")
+
+    def _check_base(self, base: Base) -> None:
+        from dude_peft.exporting.adapter import check_names
+        from dude_peft.exporting.merge import check_base, layers_of
+
+        self.layers = layers_of(base, self.weighted)
+        for weighted in self.weighted:
+            check_names(weighted.adapter, [name for name, _ in base.model.named_modules() if name])
+        with self.display.waiting("checking the base weights"):
+            problem = check_base(base, self.layers)
+        if problem is None:
+            return
+        if not self.settings.allow_base_mismatch:
+            raise problem
+        self.display.warn(f"{problem} (allowed: the export is marked)")
+
+    def _merge(self, base: Base, folder: Path) -> None:
+        from dude_peft.artifact.companions import own_code
+        from dude_peft.exporting.merge import plan_merge, write_merge
+
+        plan = plan_merge(base, self.layers, self.weighted, self.dtype, self.combination)
+        total = sum(len(pieces) for pieces in plan.files.values())
+        self.display.say(f"{len(self.layers)} layers to merge, {total} tensors, {plan.size / 2**20:,.0f} MiB")
+        if code := own_code(base.folder):
+            self.display.warn(
+                f"the base model's own Python code is not copied ({shown(', '.join(code), 300)}): transformers' own "
+                "classes read the merged model, as they read the base here"
+            )
+        with self.display.stage("merging", total) as advance:
+            write_merge(plan, base, self.weighted, folder, self.dtype, lambda: advance(1))
+
+    def _lora(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
+        from dude_peft.exporting.lowrank import check_rank, write_lora
+        from dude_peft.exporting.serving import SERVED_RANKS
+
+        adapter = self.weighted[0].adapter
+        smallest = min(min(layer.shape) for layer in self.layers.values())
+        fitting = [rank for rank in SERVED_RANKS if rank <= smallest]
+        ranks = fitting if target.rank is None else [target.rank]
+        if not ranks:
+            raise ConfigError(f"--to lora:auto: a layer of the model has rank {smallest}, no server takes less than 8")
+        for rank in ranks:
+            check_rank(rank, self.layers, adapter)
+            with self.display.stage(f"rank {rank}", len(self.layers)) as advance:
+                fits = write_lora(adapter, base, self.layers, rank, folder, lambda: advance(1))
+            worst, mean = min(fits, key=lambda fit: fit.captured), statistics.mean(fit.captured for fit in fits)
+            self.display.say(
+                f"rank {rank}: captured energy of the change {100 * mean:.2f} % on average, at worst "
+                f"{100 * worst.captured:.2f} % ({shown(worst.layer)})"
+            )
+            try:
+                made = self._prove("lora", folder, base, scratch)
+            except NumericsError as error:
+                if target.rank is not None or rank == ranks[-1]:
+                    raise
+                self.display.say(f"rank {rank}: {error}")
+                continue
+            return {**made, "rank": rank, "captured": {fit.layer: fit.captured for fit in fits}}
+        raise AssertionError("unreachable")
+
+    def _gguf(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
+        from dude_peft.exporting.to_gguf import convert
+
+        merged, name = scratch / "merged", target.quantisation
+        merged.mkdir()
+        self._merge(base, merged)
+        file = folder / f"model-{name}.gguf"
+        with self.display.waiting(f"converting to {name}"):
+            convert(merged, file, name)
+        return {**self._prove("gguf", file, base, scratch, name), "quantisation": name}
+
+    def _prove(self, kind: str, export: Path, base: Base, scratch: Path, quantisation: str = "") -> dict[str, Any]:
+        """Compare with the live adapter; a NumericsError above tolerance, and the export is gone."""
+        if not self.settings.verify:
+            self.display.warn("not verified: --no-verify")
+            return {"verified": False}
+        from dude_peft.exporting.check import record, run_consumer, summary
+        from dude_peft.model.load import locate
+
+        live = self._live(base, scratch)
+        source = base.source
+        origin: dict[str, Any] = {"where": locate(source), "gguf_file": source.gguf_file, "revision": source.revision}
+        # The adapter's; of an adapter on several, the checkpoint's own, or what `load_model` makes of a GGUF file.
+        own = None if source.dtype == "auto" else source.dtype
+        origin["dtype"] = base.dtype or own or (None if source.gguf_file is None else "float32")
+        origin["quantization"] = base.quantization
+        with self.display.waiting("running the export in a fresh process"):
+            found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)
+        self.display.say(summary(found))
+        self._judge(kind, found, quantisation, own)
+        return {"verified": True, "difference": record(found)}
+
+    def _live(self, base: Base, scratch: Path) -> Live:
+        from dude_peft.exporting.check import run_live
+
+        if self.live is None:
+            own = self.weighted[0].adapter.folder if len(self.weighted) == 1 else base.folder
+            tokenizers = [folder for folder in (own, base.folder) if (folder / "tokenizer_config.json").is_file()]
+            tokenizer = str(tokenizers[0]) if tokenizers else None
+            adapters = [{"path": str(w.adapter.folder.absolute()), "weight": w.weight} for w in self.weighted]
+            if not self.combination.by_rows:
+                adapters = []
+            with self.display.waiting("running the live adapter"):
+                self.live = run_live(
+                    base.source.model_dump(),
+                    adapters,
+                    tokenizer,
+                    self.settings.allow_base_mismatch,
+                    scratch,
+                    base.quantization,
+                )
+        return self.live
+
+    def _judge(self, kind: str, found: Difference, quantisation: str, live: str | None) -> None:
+        import torch
+
+        from dude_peft.artifact.header import DTYPES
+        from dude_peft.exporting.check import tolerance
+
+        if not self.combination.by_rows:
+            self.display.warn(
+                f"{self.combination.kind} has no live counterpart: the figures compare with the base model"
+            )
+            return
+        limit, what = self.settings.max_kl, "above --max-kl"
+        if limit is None and kind == "lora":
+            limit, what = found.kl_base, "no nearer to the adapter than the base model is"
+        elif limit is None:
+            stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
+            dtypes = stored if self.dtype is None else {*stored, self.dtype}
+            dtypes |= set() if live is None else {getattr(torch, live)}
+            limit, what = tolerance(dtypes, found.kl_base, quantisation), "more than rounding explains"
+        if found.kl > limit:
+            hint = "choose a larger rank" if kind == "lora" else "it was removed; a wider --dtype or type rounds less"
+            raise NumericsError(
+                f"the export's mean KL from the live adapter is {found.kl:.1e} nats a token, {what} ({limit:.1e}); "
+                f"{hint}"
+            )
+
+    def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> None:
+        """What was done, beside the files: people and the model card read it."""
+        from dude_peft.artifact.durable import replace_file
+        from dude_peft.exporting.card import CARD, model_card, report_of
+        from dude_peft.version import __version__
+
+        content = {
+            "dude_version": __version__,
+            "to": target.kind,
+            "base": base.source.name_or_path,
+            "adapters": [
+                {"method": w.adapter.config.method, "r": w.adapter.config.r, "weight": w.weight} for w in self.weighted
+            ],
+            "combination": self.combination.kind,
+            "base_mismatch_allowed": self.settings.allow_base_mismatch,
+            **made,
+        }
+        replace_file(folder / _RECORD, (json.dumps(content, indent=1) + "\n").encode())
+        adapter = self.weighted[0].adapter
+        card = model_card(adapter, report_of(adapter.folder.absolute()), content)
+        replace_file(folder / CARD, card.encode())

@@ -1,0 +1,112 @@
+"""`dude verify`: whether an adapter's files are whole and belong together, and what can be done with them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from dude_peft.errors import ConfigError
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import quiet_imports
+
+if TYPE_CHECKING:
+    from dude_peft.exporting.adapter import SavedAdapter
+
+
+def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = False) -> None:
+    """Check every byte and every number of an adapter; with a base model, its weights as well.
+
+    Args:
+        adapter: folder or hub id.
+        base: the model whose weights are compared with those the adapter was trained on; None compares nothing.
+        gguf_file: name of the GGUF file that is the base model.
+        quiet: print nothing.
+
+    Raises:
+        ArtifactError: a file is damaged, edited, forged or not ours, or the base model is another one.
+        NumericsError: NaN or Inf.
+        ConfigError: the base model cannot be found.
+    """
+    display = Display(quiet=quiet)
+    with display.waiting("reading the adapter"), quiet_imports():
+        from dude_peft.artifact.stock import STOCK_A, STOCK_B
+        from dude_peft.exporting.adapter import open_adapter
+        from dude_peft.exporting.serving import PROGRAMS, serving_matrix
+
+        opened = open_adapter(adapter)
+        prefix, ranks, numbers = "base_model.model.", set(), 0
+        for layer in opened.base:
+            factors = [opened.tensors.get(f"{prefix}{layer}.{name}") for name in (STOCK_A, STOCK_B)]
+            out, in_ = (
+                f.shape[side] if f is not None and len(f.shape) == 2 else 0
+                for f, side in zip(factors[::-1], (0, 1), strict=True)
+            )
+            state = opened.layer(layer, (out, in_))
+            ranks.add(factors[0].shape[0])  # type: ignore[union-attr]  # `layer` refused a missing one
+            numbers += sum(t.numel() for t in (state.dA, state.dB, state.dm) if t is not None)
+        whole = [name for name, _ in opened.whole()]
+    config = opened.config
+    display.say(
+        f"{config.method}, r = {config.r}, lora_alpha = {config.lora_alpha:g}, {len(opened.base)} layers, {numbers:,} "
+        f"trained numbers, base model {shown(config.base_model_name_or_path, 300)}"
+    )
+    if whole:
+        display.say(f"saved whole: {shown(', '.join(whole), 300)}")
+    display.say("files: whole, unedited, finite")
+    if base is None and gguf_file is None:
+        display.say("base weights: not compared; --base MODEL compares them")
+    else:
+        _compare(display, opened, base, gguf_file)
+    refusal = _stock_refusal(opened, base, gguf_file)
+    if refusal is None:
+        display.say("stock PEFT: not asked, the base model's configuration is not here; --base MODEL gives it")
+    elif refusal:
+        display.warn(f"{refusal}; use --to merged")
+    table = Table(title="what runs where", title_justify="left")
+    for column in ("file", *PROGRAMS):
+        table.add_column(column)
+    for row in serving_matrix(config.spec, ranks, loads=not refusal):
+        table.add_row(row.file, *row.answers)
+    display.console.print(table)
+
+
+def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None) -> str | None:
+    """Why stock PEFT does not load it, empty where it does; None where nothing is known of the base model."""
+    import torch
+
+    from dude_peft.exporting.base import source_of
+    from dude_peft.model.architecture import model_of
+    from dude_peft.model.load import load_settings, locate
+    from dude_peft.tuner.stock_loading import stock_refusal
+
+    try:
+        source = source_of(opened, base, gguf_file)
+        settings = load_settings(source, locate(source))
+        settings.quantization_config = None  # the names are those of the plain model
+        model = model_of(settings, source.name_or_path, torch.float32)
+    except ConfigError:
+        return None
+    return stock_refusal(model, opened.config.stock(), opened.base)
+
+
+def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file: str | None) -> None:
+    from dude_peft.exporting.base import open_base, source_of
+    from dude_peft.exporting.merge import Weighted, check_base, layers_of
+    from dude_peft.exporting.tokenizer import tokenizer_change
+
+    with (
+        display.waiting("comparing the base weights"),
+        tempfile.TemporaryDirectory() as scratch,
+        open_base(source_of(opened, base, gguf_file), Path(scratch), [opened], rounded=False) as found,
+    ):
+        problem = check_base(found, layers_of(found, [Weighted(opened)]))
+        changed = tokenizer_change(opened.folder, found.folder)
+    if problem is not None:
+        raise problem
+    display.say("base weights: those the adapter was trained on")
+    if changed:
+        display.warn(f"the base model's tokenizer is not the one of the training: {changed}")

@@ -1,0 +1,1 @@
+"""Where a run computes: processes, signals, memory, the environment."""

@@ -1,0 +1,1 @@
+"""Numbers that are reported: losses, KL in both directions, intervals, movement."""

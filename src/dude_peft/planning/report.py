@@ -1,0 +1,169 @@
+"""A plan as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dude_peft.planning.bill import Cost
+from dude_peft.planning.device import Device
+from dude_peft.planning.disk import Disk
+from dude_peft.planning.remedies import Remedy
+from dude_peft.planning.rows import Rows, optimizer_steps
+from dude_peft.planning.speed import products_per_second
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.facts import show_facts
+from dude_peft.config.schema import RunConfig
+
+_PARTS = {
+    "weights": "frozen weights",
+    "adapter_frozen": "adapter: frozen start and caches",
+    "trained": "adapter: trained",
+    "optimizer": "optimizer's states",
+    "gradients": "gradients",
+    "activations": "activations kept for the backward",
+    "logits_and_loss": "logits and loss",
+    "working": "one layer's or the optimizer's work",
+    "runtime": "libraries and device (assumed)",
+}
+
+
+@dataclass
+class Plan:
+    """What is known of a run before it starts."""
+
+    config: RunConfig
+    device: Device
+    cost: Cost
+    rows: Rows | None
+    length: int
+    """Tokens of the longest row."""
+    disk: Disk
+    remedies: list[Remedy] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    speed: float | None = None
+    """Floating-point operations a second of this device's products."""
+
+    def measure_speed(self) -> None:
+        """Times products on this device, in the dtype that the run computes in."""
+        wide = self.cost.bill.weights > 3 * self.cost.static.total_parameters and not self.config.train.bf16
+        self.speed = products_per_second(torch.float32 if wide else torch.bfloat16)
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps; None where they depend on rows that were not counted."""
+        train = self.config.train
+        if self.rows is None:
+            return train.max_steps
+        return optimizer_steps(train, self.rows.rows)
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of one optimizer step, with rows of the mean length."""
+        mean = self.rows.tokens_per_row / self.length if self.rows else 1.0
+        return self.cost.flops * mean * self.config.train.gradient_accumulation_steps
+
+    @property
+    def least_seconds(self) -> float | None:
+        """Seconds of training if all of it ran at the speed of the products; real runs take longer."""
+        if self.speed is None or self.steps is None:
+            return None
+        return self.steps * self.flops_per_step / self.speed
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of one optimizer step, padding not counted."""
+        train = self.config.train
+        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return rows * (self.rows.tokens_per_row if self.rows else self.length)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in bytes, seconds and plain numbers."""
+        cost, config = self.cost, self.config
+        return {
+            "model": config.model.name_or_path,
+            "method": config.adapter.method,
+            "parameters": {
+                "trainable": cost.static.trainable_parameters,
+                "total": cost.static.total_parameters,
+            },
+            "batch": {"rows": config.train.per_device_train_batch_size, "longest_row": self.length},
+            "memory": {
+                **asdict(cost.bill),
+                "total": cost.bill.total,
+                "available": self.device.memory,
+                "device": self.device.name,
+                "fits": cost.bill.total <= self.device.memory,
+                "peak_in": cost.peak_in,
+            },
+            "remedies": [{"set": remedy.settings, "total": remedy.total} for remedy in self.remedies],
+            "disk": asdict(self.disk),
+            "data": asdict(self.rows) if self.rows else None,
+            "steps": self.steps,
+            "tokens_per_step": round(self.tokens_per_step, 1),
+            "flops_per_step": self.flops_per_step,
+            "flops_per_second_of_products": self.speed,
+            "least_seconds": self.least_seconds,
+            "warnings": self.warnings,
+        }
+
+    def show(self, display: Display) -> None:
+        """Prints the bill, then the rest."""
+        cost = self.cost
+        bill = asdict(cost.bill)
+        batch = self.config.train.per_device_train_batch_size
+        show_facts(
+            display,
+            f"peak memory of a step, {batch} rows of {self.length} tokens; in {cost.peak_in}",
+            [(words, size(bill[part])) for part, words in _PARTS.items() if bill[part]]
+            + [("in all", size(cost.bill.total)), (f"there is, {self.device.name}", size(self.device.memory))],
+        )
+        show_facts(display, "the run", self._facts())
+        if self.remedies:
+            show_facts(display, "what would fit", [(str(each), size(each.total)) for each in self.remedies])
+        for text in self.warnings:
+            display.warn(text)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        static, train = self.cost.static, self.config.train
+        share = 100 * static.trainable_parameters / static.total_parameters
+        facts = [
+            ("trained parameters", f"{static.trainable_parameters:,} of {static.total_parameters:,} ({share:.2f} %)")
+        ]
+        if self.rows is None:
+            facts.append(("rows", "not counted, they are not on this machine; rows of data.max_length assumed"))
+        else:
+            counted = "" if self.rows.counted >= self.rows.rows else f", {self.rows.counted:,} of them counted"
+            facts.append(("rows", f"{self.rows.rows:,} of {self.rows.tokens_per_row:,.0f} tokens on average{counted}"))
+        if self.steps is not None:
+            facts.append(("optimizer steps", f"{self.steps:,} of {self.tokens_per_step:,.0f} tokens"))
+        if self.rows is not None and self.steps is not None:
+            seen = self.steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
+            facts.append(("epochs", f"{seen / self.rows.rows:.2g}"))
+        disk = self.disk
+        facts.append(("adapter on disk", f"{size(disk.adapter)}, with optimizer {size(disk.checkpoint)}"))
+        facts.append(("free there", size(disk.free)))
+        if self.least_seconds is not None and self.speed is not None:
+            basis = f"{self.flops_per_step:.2g} FLOP a step at the {self.speed:.2g} a second of a timed product"
+            facts.append(
+                ("training takes at least", f"{duration(self.least_seconds)}; {basis}, evaluation not counted")
+            )
+        return facts
+
+
+def size(number: float) -> str:
+    """Bytes as people read them."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    for length, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

@@ -1,0 +1,92 @@
+"""The rows of a run, counted: their tokens, and the optimizer steps that they make."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dude_peft.data.columns import Columns
+from dude_peft.data.encode import encode
+from dude_peft.data.formats import Reading
+from dude_peft.data.packing import pack
+from dude_peft.data.rows import load_rows
+from dude_peft.data.template import Template
+from dude_peft.errors import ConfigError
+from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
+
+_MOST_ROWS = 4000  # tokenised in a second or two
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows, as far as they were counted."""
+
+    rows: int
+    """That are trained on; those too long are not."""
+    longest: int
+    """Tokens of the longest of them; data.max_length where not all were counted."""
+    tokens_per_row: float
+    counted: int
+    """Rows whose tokens were counted; the other figures follow in proportion."""
+
+
+def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool = False) -> Rows:
+    """Reads the training rows and counts tokens, of evenly spaced ones where there are many.
+
+    Args:
+        data: of the run.
+        tokenizer: of the model.
+        model: with or without weights; rows have to fit its vocabulary and positions.
+        held_out: read the held-out rows instead.
+
+    Raises:
+        DataError: rows that the run would refuse.
+        ConfigError: rows longer than the model reads.
+    """
+    source, split, limit = data.train, data.train_split, data.train_rows
+    taken = data.test.share if isinstance(data.test, ShareSection) else 0.0
+    if held_out and data.test is not None and not isinstance(data.test, ShareSection):
+        source, split, limit, taken = data.test, data.test_split, data.test_rows, 0.0
+    rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=Reading(Columns(data.columns)))
+    sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    template = Template(tokenizer, data.template, data.special_tokens)
+    encoded = encode(
+        sample,
+        template,
+        tokenizer,
+        data.max_length,
+        train_on=data.train_on,
+        upft=None if held_out else data.upft,
+        vocab_size=vocabulary,
+    )
+    lengths = [len(example["input_ids"]) for example in encoded.examples]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max(lengths) > positions:
+        raise ConfigError(
+            f"data.max_length: the longest row has {max(lengths)} tokens, the model reads {positions}; "
+            f"set data.max_length: {positions}"
+        )
+    kept = max(1, round(len(rows) * (1 - taken) * len(lengths) / len(sample)))
+    if data.packing:
+        packs = len(pack(lengths, data.max_length, data.seed))
+        return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
+    longest = max(lengths) if len(sample) == len(rows) else data.max_length
+    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample))
+
+
+def optimizer_steps(train: TrainSection, rows: int) -> int:
+    """Optimizer steps that Trainer takes over so many rows."""
+    if train.max_steps is not None:
+        return train.max_steps
+    batches = math.ceil(rows / train.per_device_train_batch_size)
+    return math.ceil((train.num_train_epochs or 1.0) * max(math.ceil(batches / train.gradient_accumulation_steps), 1))
+
+
+def is_local(source: Sources) -> bool:
+    """Whether the rows are there already: built-in sets, or names of files."""
+    if not isinstance(source, str):
+        return all(is_local(each.source) for each in source)
+    return source.startswith("builtin:") or Path(source).exists() or Path(source).suffix[1:].isalpha()

@@ -1,0 +1,148 @@
+"""`dude plan`: everything that can be known of a run without its weights, cheap checks first.
+
+Exit codes are the real run's: what it would refuse is refused here in the same words.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
+from dude_peft.config.schema import RunConfig, ShareSection
+from dude_peft.folder.run_folder import check_output_dir
+from dude_peft.model.load import code_note, load_settings, load_tokenizer, locate, with_only_gguf
+from dude_peft.training.run_data import glance
+from dude_peft.training.task_scores import ScorerOf, scorer_for
+
+if TYPE_CHECKING:
+    from dude_peft.planning.bill import Cost
+    from dude_peft.planning.device import Device
+    from dude_peft.planning.report import Plan
+    from dude_peft.planning.rows import Rows
+
+
+def plan(
+    config: RunConfig,
+    *,
+    device_memory: str | None = None,
+    as_json: bool = False,
+    scorer_of: ScorerOf | None = None,
+    command: Sequence[str] = (),
+) -> Plan:
+    """Shows what the run will need, as a table or as JSON.
+
+    Args:
+        config: the run, for example from `load_config`.
+        device_memory: of the GPU that will train ("80GiB"); default: this machine's.
+        as_json: print one JSON object and nothing else.
+        scorer_of: who would score evaluation.tasks, as for the run itself.
+        command: words behind `dude` that start the run; told at the end where it fits.
+
+    Raises:
+        ConfigError: a setting, model or target that the run would refuse.
+        DataError: rows that the run would refuse.
+        ResourceError: it does not fit into the memory or onto the disk; the bill was printed before.
+    """
+    display = Display(quiet=as_json)
+    warnings: list[str] = []
+    with gathered_warnings(warnings.append):
+        config = config.model_copy(update={"model": with_only_gguf(config.model)})
+        where = locate(config.model)
+        if note := code_note(config.model):
+            warnings.append(note)
+        check_output_dir(Path(config.output_dir))
+        glance(config)
+        if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
+        scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
+        with display.waiting("imports"), quiet_imports():
+            import dude_peft.planning.bill  # noqa: F401  # what takes seconds, in one place
+            from dude_peft.planning.device import device
+            from dude_peft.training.fit import check_trackers
+        check_trackers(config.train)
+        tokenizer = load_tokenizer(config.model, where)
+        if scorer is not None:
+            with display.waiting("tasks"):
+                scorer.check(tokenizer)
+        made = _made(config.resolved(), where, tokenizer, device(device_memory), warnings, display)
+    if as_json:
+        print(json.dumps(made.as_dict(), indent=2))
+    else:
+        made.show(display)
+    _refuse_what_does_not_fit(made)
+    if command and not as_json:
+        tell_next(display, command)
+    return made
+
+
+def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warnings: list[str], display: Display) -> Plan:
+    from dude_peft.methods import METHODS
+    from dude_peft.methods.learning_rate import learning_rate_warning
+    from dude_peft.planning.adapted import adapted_model
+    from dude_peft.planning.bill import cost
+    from dude_peft.planning.disk import disk
+    from dude_peft.planning.remedies import remedies
+    from dude_peft.planning.report import Plan
+
+    method, train = METHODS[config.adapter.method], config.train
+    if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
+        warnings.append(text)
+    if train.objective == "mol":
+        warnings.append("train.objective: mol: general rows, and the base model's pass over them, are not counted")
+    with display.waiting("model and targets"), quiet_imports():
+        settings = load_settings(config.model, where)
+        # Adapting writes into the configuration.
+        model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
+    with display.waiting("rows"):
+        rows = _rows(config, tokenizer, model)
+    positions = getattr(settings, "max_position_embeddings", None) or config.data.max_length
+    length = min(config.data.max_length, positions) if rows is None else rows.longest
+
+    def evaluate(changed: RunConfig, tokens: int) -> Cost:
+        return cost(changed, settings, where, tokens, gpu=device.gpu)
+
+    with display.waiting("dry step"):
+        found = evaluate(config, length)
+    made = Plan(config, device, found, rows, length, disk(model, method, found.bill.optimizer, config.output_dir))
+    made.warnings = warnings
+    if found.uncounted:
+        warnings.append(f"activations are not counted, the step cannot be run without weights: {found.uncounted}")
+    if found.bill.total > device.memory and not found.uncounted:
+        with display.waiting("what would make it fit"):
+            made.remedies = remedies(config, found, length, device.memory, evaluate)
+    if device.here and rows is not None:
+        made.measure_speed()
+    return made
+
+
+def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
+    from dude_peft.planning.rows import count_rows, is_local
+
+    data = config.data
+    held_out = None if isinstance(data.test, ShareSection) else data.test
+    if config.evaluation.enabled and held_out is not None and is_local(held_out):
+        count_rows(data, tokenizer, model, held_out=True)  # for its errors
+    return count_rows(data, tokenizer, model) if is_local(data.train) else None
+
+
+def _refuse_what_does_not_fit(made: Plan) -> None:
+    from dude_peft.planning.report import size
+
+    need, have = made.cost.bill.total, made.device.memory
+    if need > have:
+        changes = " or ".join(f"{remedy} ({size(remedy.total)})" for remedy in made.remedies)
+        todo = f"fits with {changes}" if changes else "a smaller model or a larger device is needed"
+        raise ResourceError(f"training needs {size(need)} of memory, {made.device.name} has {size(have)}; {todo}")
+    if made.disk.adapter > made.disk.free:
+        raise ResourceError(
+            f"output_dir {shown(made.config.output_dir, 300)}: the adapter takes {size(made.disk.adapter)}, the disk "
+            f"has {size(made.disk.free)} free; free some space"
+        )

@@ -1,0 +1,164 @@
+"""`dude data check`: what a run would learn of a data set, before it costs anything; needs a tokenizer, no weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from dude_peft.data.columns import Columns
+from dude_peft.data.encode import Counts
+from dude_peft.data.formats import Reading
+from dude_peft.data.held_out import held_out_questions, part_of
+from dude_peft.data.prepare import prepare
+from dude_peft.data.rows import stream_rows
+from dude_peft.data.template import Template
+from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.errors import ConfigError
+from dude_peft.show import quoted, shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
+from dude_peft.terminal.numbers import number
+from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.config.schema import ModelSection
+from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
+
+_SHAPE_ROWS = 1000
+_SAMPLES = 3
+_SAMPLE_TOKENS = 300
+
+
+def check(
+    source: str,
+    model: str,
+    *,
+    gguf_file: str | None = None,
+    test: str | None = None,
+    template: str = "auto",
+    special_tokens: str = "text",
+    max_length: int = 512,
+    train_on: str = "answers",
+    upft: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> None:
+    """Shows what of `source` a run on `model` would train, and how much of it; the examples stay in the cache.
+
+    `test` is a source too, or a share of the rows, as in 0.1, which `seed` chooses; `columns` is as data.columns.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+        ConfigError: a wrong option, tokenizer or chat template.
+        ResourceError: the cache cannot be written.
+    """
+    if not model:
+        raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed}: give a whole number from 0 to 2**32 - 1")
+    display = Display()
+    section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
+    where = locate(section)
+    names = Columns(columns)
+    share = None if test is None else _share(test)
+    shapes = _shapes(source, names)
+    with quiet_imports():
+        tokenizer = load_tokenizer(section, where)
+    written = Template(tokenizer, template, special_tokens)
+    options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
+    held_out = None
+    with display.waiting("reading"):
+        made = prepare(source, written, tokenizer, upft=upft, **options)
+        if share is not None:
+            questions = held_out_questions(made, share, seed)
+            held_out = part_of(prepare(source, written, tokenizer, **options), questions, held_out=True)
+            made = part_of(made, questions, held_out=False)
+        elif test is not None:
+            held_out = prepare(test, written, tokenizer, split="test", **options)
+    display.say(f"format: {', '.join(shapes)}")
+    display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
+    for line in _numbers(made, max_length):
+        display.say(line)
+    if made.counts.used:
+        display.say(f"used: {', '.join(f'{name} ({count})' for name, count in made.counts.used.items())}")
+    for line in [*made.losses(max_length), *made.counts.spellings(special_tokens)]:
+        display.warn(line)
+    if held_out is not None:
+        lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
+        for line in lines if share is None else ():
+            display.warn(f"held-out: {line}")
+        count = overlap(made, held_out)
+        line = f"{count} of {len(held_out)} held-out examples ask what a training example asks"
+        (display.warn if count else display.say)(line)
+    for index in sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]:
+        display.say(f"\nexample {index + 1}, {made.source(index)}; {_legend(display)}:")
+        display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
+    tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
+
+
+def _share(test: str) -> float | None:
+    """The share that is held out, where `test` is a number."""
+    try:
+        float(test)
+    except ValueError:
+        return None
+    try:
+        share = number(test)
+    except typer.BadParameter as error:
+        raise ConfigError(f"--test {error.message}; for a file of this name write ./ before it") from error
+    if not 0 < share < 1:
+        raise ConfigError(f"--test {shown(test)}: a share lies between 0 and 1; write for example 0.1, or name a file")
+    return share
+
+
+def _shapes(source: str, columns: Columns) -> list[str]:
+    """The shapes of the first rows, the most frequent first."""
+    rows = itertools.islice(stream_rows(source, reading=Reading(columns)), _SHAPE_ROWS)
+    return [name for name, _ in Counter(row.shape or "built-in" for row in rows).most_common()]
+
+
+def _ends(template: Template, tokenizer: Any) -> str:
+    ends = f"the end token is {quoted(tokenizer.eos_token)}"
+    if template.turn_end != tokenizer.eos_token:
+        ends += f", an answer's own end {quoted(template.turn_end)}"
+    return ends
+
+
+def _numbers(made: TokenSet, max_length: int) -> list[str]:
+    import numpy as np
+
+    counts: Counts = made.counts
+    middle, high = (int(np.percentile(made.lengths, share, method="higher")) for share in (50, 95))
+    return [
+        f"rows: {counts.rows:,}; examples: {len(made):,}, {made.duplicates:,} of them repetitions",
+        f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them trained; an example has {made.lengths.min()} to "
+        f"{made.lengths.max()}, the median {middle}, 95 % at most {high}; max_length is {max_length}",
+        f"learned end: {counts.ended:,} of {len(made):,} examples",
+    ]
+
+
+def _coloured(display: Display) -> bool:
+    return display.console.is_terminal and display.console.color_system is not None
+
+
+def _legend(display: Display) -> str:
+    return "trained tokens are green" if _coloured(display) else "trained tokens stand between « and »"
+
+
+def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> Text:
+    """The text of an example, trained stretches marked, control characters escaped; of a long one head and tail."""
+    ids, labels = example["input_ids"], example["labels"]
+    half = _SAMPLE_TOKENS // 2
+    parts = [range(len(ids))] if len(ids) <= 2 * half else [range(half), range(len(ids) - half, len(ids))]
+    text = Text()
+    for part in parts:
+        if part.start:
+            text.append("\n…\n")
+        for trained, group in itertools.groupby(part, key=lambda place: labels[place] == ids[place]):
+            decoded = tokenizer.decode([ids[place] for place in group], clean_up_tokenization_spaces=False)
+            safe = "\n".join(shown(line, None) for line in decoded.split("\n"))
+            text.append(f"«{safe}»" if trained and not colour else safe, style="green" if trained else "dim")
+    return text

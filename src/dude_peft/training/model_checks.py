@@ -1,0 +1,131 @@
+"""The checks on a freshly loaded model: rows fit it, and a fresh adapter changes nothing, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dude_peft.data.batches import pad_right
+from dude_peft.data.packing import packs_apart
+from dude_peft.errors import ConfigError, DataError, NumericsError
+from dude_peft.config.schema import RunConfig
+from dude_peft.model.probe import Nature, check_causal
+from dude_peft.tuner.beside import prints_beside
+from dude_peft.tuner.layer import DudeLinear
+
+_ROWS, _TOKENS = 2, 64
+
+
+def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
+    """Compares the rows with what the model can read.
+
+    Args:
+        model: the base model.
+        largest: token id of all rows.
+        longest: tokens of the longest row.
+        tokenizer: for the message.
+
+    Raises:
+        DataError: a token that the model's vocabulary does not have.
+        ConfigError: a row longer than the model's positions.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise DataError(
+            f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's vocabulary has "
+            f"{vocabulary} entries; use the tokenizer that belongs to the model"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.max_length: the longest row has {longest} tokens, the model reads {positions}; "
+            f"set data.max_length: {positions}"
+        )
+
+
+def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raises ConfigError where a prompt and its longest answer exceed the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"evaluation.max_new_tokens: {max_new_tokens} tokens behind a prompt of {longest} exceed the {positions} "
+            "that the model reads; lower it, or shorten the held-out rows"
+        )
+
+
+def check_nature(nature: Nature, config: RunConfig) -> None:
+    """Raises ConfigError for a model that sees what it has to predict, or lets in the padding that its batches have."""
+    check_causal(nature)
+    if not (nature.right_padding or config.data.packing or config.train.per_device_train_batch_size == 1):
+        raise ConfigError(
+            f"train.per_device_train_batch_size: padding behind a row changes what {nature.name} computes of it; set "
+            "it to 1, and train.gradient_accumulation_steps to what it was"
+        )
+
+
+def check_packs(model: Any) -> None:
+    """Raises ConfigError for a model that mixes rows laid end to end."""
+    if not packs_apart(model):
+        raise ConfigError(
+            f"data.packing: {type(model).__name__} does not keep packed rows apart; set data.packing: false and "
+            "train.train_sampling_strategy: group_by_length"
+        )
+
+
+def keep_fingerprints(model: Any) -> None:
+    """Has all of the base model hashed now, before it is cut into shards."""
+    for config in model.peft_config.values():
+        config._beside = prints_beside(model.get_base_model(), config._beside)
+    for module in model.modules():
+        if isinstance(module, DudeLinear):
+            module.base_fingerprint()
+
+
+@torch.inference_mode()
+def probe(
+    model: Any,
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    pad_id: int,
+    fault: str = "the pretrained model's own output is not finite; use model.dtype: float32 or bfloat16",
+) -> Tensor:
+    """Logits (tokens, vocabulary) of `model` on the head of the first rows.
+
+    Args:
+        model: adapted or not; it is in evaluation mode afterwards.
+        examples: tokenised.
+        pad_id: fills the shorter row.
+        fault: what is said where they are not finite.
+
+    Raises:
+        NumericsError: they are not finite.
+    """
+    first = [examples[row] for row in range(min(_ROWS, len(examples)))]
+    cut = [{name: ids[:_TOKENS] for name, ids in example.items()} for example in first]
+    batch = {name: tensor.to(model.device) for name, tensor in pad_right(cut, pad_id).items() if name != "labels"}
+    model.eval()
+    logits: Tensor = model(**batch, use_cache=False).logits
+    # Only real tokens: what a model makes of padding may be anything.
+    logits = logits[batch["attention_mask"].bool()]
+    # -inf alone is how some models rule out tokens; the largest is NaN where any is.
+    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+        raise NumericsError(fault)
+    return logits
+
+
+def check_start(base: Tensor, adapted: Tensor) -> None:
+    """Compares the two `probe` results.
+
+    Raises:
+        NumericsError: they differ in any bit.
+    """
+    if not torch.equal(base, adapted):
+        moved = (base.float() - adapted.float()).abs()
+        distance = float(torch.where(base == adapted, 0.0, moved).max())  # -inf is as far from itself as anything
+        raise NumericsError(
+            f"the start is not the base model: a fresh adapter moves the logits by up to {distance:.2g}; "
+            "report this with the model's name"
+        )

@@ -1,0 +1,71 @@
+"""What a run shows beyond its progress: tables of its result."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from dude_peft.show import shown
+from dude_peft.terminal import display
+from dude_peft.folder.record import Answer, Score
+
+_LONGEST_ANSWER = 700
+
+
+class Display(display.Display):
+    """The display of a training run."""
+
+    def before_after(self, before: Score, after: Score) -> None:
+        """The run's result as a table."""
+        table = Table(title="Held-out rows", title_justify="left")
+        table.add_column("")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        loss = f"{after.loss - before.loss:+.3f}"
+        table.add_row("loss (nats a token)", f"{before.loss:.3f}", f"{after.loss:.3f}", loss)
+        if after.rows:
+            change = 100 * (after.right - before.right) / after.rows
+            table.add_row("exact match", _share(before), _share(after), f"{change:+.1f} points")
+            table.add_row("  95 % interval", _interval(before), _interval(after), "")
+        self.console.print(table)
+
+    def general(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """What training did to general rows, as `GeneralTest.measured` has it."""
+        table = Table(title="Held-out general rows", title_justify="left")
+        table.add_column("")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        change = f"{after['loss'] - before['loss']:+.3f}"
+        table.add_row("loss (nats a token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}", change)
+        for title, name in (("KL(base || tuned)", "kl_base_tuned"), ("KL(tuned || base)", "kl_tuned_base")):
+            table.add_row(title, f"{before[name]:.4f}", f"{after[name]:.4f}", "")
+        self.console.print(table)
+
+    def samples(self, before: tuple[Answer, ...], after: tuple[Answer, ...]) -> None:
+        """Answers of the model before and after, side by side."""
+        for number, (old, new) in enumerate(zip(before, after, strict=True), start=1):
+            table = Table(
+                title=Text(f"{number}. {_lines(new.question)}\nexpected: {_lines(new.expected)}"),
+                title_justify="left",
+                title_style="",
+                expand=True,
+            )
+            for title, answer in (("before", old), ("after", new)):
+                table.add_column(f"{title}: {'right' if answer.right else 'wrong'}", ratio=1)
+            table.add_row(Text(_lines(old.text)), Text(_lines(new.text)))
+            self.console.print(table)
+
+
+def _share(score: Score) -> str:
+    return f"{score.right}/{score.rows} = {100 * score.right / score.rows:.1f} %"
+
+
+def _interval(score: Score) -> str:
+    low, high = score.interval
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _lines(text: str) -> str:
+    """Foreign text for a terminal: line breaks stay, other control characters are escaped."""
+    cut = text if len(text) <= _LONGEST_ANSWER else text[:_LONGEST_ANSWER] + " …"
+    return "\n".join(shown(line, None) for line in cut.splitlines())

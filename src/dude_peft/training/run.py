@@ -1,0 +1,505 @@
+"""One run from configuration to result: check what can be checked, load, measure, train, measure again, save.
+
+The order is the point: everything that needs no weights is checked first, so that a mistake costs seconds, and the
+adapter is saved last of all that can go wrong. What needs torch is imported only after the first checks. Of several
+processes the first one shows and writes; all load, measure and train: a sharded model works in all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.show import shown
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
+from dude_peft.machine import processes
+from dude_peft.config.schema import RunConfig
+from dude_peft.config.reading import dump_config
+from dude_peft.machine.environment import environment, hardware, versions
+from dude_peft.folder.run_folder import RunFolder, save_adapter
+from dude_peft.folder.identity import Identity
+from dude_peft.model.load import with_only_gguf
+from dude_peft.training.picture import check_picture, loss_curve
+from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, SCORES, Answer, RunReport, Score
+from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
+from dude_peft.version import __version__
+
+if TYPE_CHECKING:
+    from dude_peft.data.batches import Company
+    from dude_peft.folder.checkpoint import Checkpoint
+    from dude_peft.training.fit import Fit
+    from dude_peft.training.run_data import HeldOut, RunData
+
+CardOf = Callable[[Path, dict[str, Any]], str]
+"""The model card of an adapter, from its folder and the run's report."""
+
+_GGUF_NOTE = "the base weights are a GGUF file's, dequantised"
+
+
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    weights_only: bool = False,
+    strategy: str = "ddp",
+    scorer_of: ScorerOf | None = None,
+    card_of: CardOf | None = None,
+    quiet: bool = False,
+) -> RunReport:
+    """Fine-tunes as `config` says and fills `config.output_dir`, the adapter among it only if all went well.
+
+    A run that was interrupted goes on from its newest checkpoint, bit by bit; one that is finished is only told of.
+
+    Args:
+        config: the run, for example from `load_config`.
+        overwrite: start anew in an output folder that is not empty; foreign files in it stay.
+        weights_only: start anew from the newest checkpoint's adapter, where the rest of the checkpoint is lost.
+        strategy: of several processes (`launch`): ddp, fsdp2 or zero3.
+        scorer_of: who scores evaluation.tasks: `dude_peft.evaluation.in_training.TasksOfRun`; without tasks, nobody.
+        card_of: who writes the adapter's README.md: `dude_peft.exporting.run_card.card_of_run`; without, it is PEFT's.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError: a setting, model or output folder that cannot be used, or the folder of another run.
+        DataError: rows that cannot be trained on, or other rows than those that the run began with.
+        ArtifactError: no checkpoint is whole, or the base model is another one.
+        NumericsError: NaN or Inf, or a start that is not the base model.
+        ResourceError: disk or memory.
+        BusyError: another process runs in the folder.
+        StoppedError: Ctrl-C or SIGTERM; a checkpoint is there.
+    """
+    check_picture()
+    resolved = config.resolved()
+    resolved = resolved.model_copy(update={"model": with_only_gguf(resolved.model)})
+    folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
+    try:
+        scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
+        silent = quiet or not processes.is_first()
+        this = _Run(resolved, folder, weights_only, strategy, scorer, card_of, quiet=silent)
+        with gathered_warnings(this.warn), this.stop.listening():
+            return this.go()
+    finally:
+        folder.release()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        weights_only: bool,
+        strategy: str,
+        scorer: TaskScorer | None,
+        card_of: CardOf | None,
+        *,
+        quiet: bool,
+    ) -> None:
+        from dude_peft.training.progress import Display
+        from dude_peft.machine.stop import Stop
+
+        self.config = config
+        self.folder = folder
+        self.weights_only = weights_only
+        self.strategy = strategy
+        self.scorer = scorer
+        self.card_of = card_of
+        self.display = Display(quiet=quiet)
+        self.stop = Stop(self.display.warn)
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.tokenizer: Any = None
+        self.model: Any = None
+        self.nature: Any = None
+        self.company: Company = "any"
+        """Which held-out prompts share a batch."""
+        self.resumed: Checkpoint | None = None
+        self.start: Path | None = None
+        """The adapter that training starts from; None for a fresh one."""
+
+    def go(self) -> RunReport:
+        begun = time.perf_counter()
+        config, display = self.config, self.display
+        display.say(f"DuDe {__version__}: {config.adapter.method} on {shown(config.model.name_or_path, 300)}")
+        with self._phase("checks"):
+            from dude_peft.model.load import code_note, load_tokenizer, locate
+            from dude_peft.training.run_data import glance
+
+            where = locate(config.model)
+            if note := code_note(config.model):
+                self.warn(note)
+            if self.folder.earlier is not None:
+                self.folder.earlier.check_config(config.model_dump(mode="json"))
+            self._check_rate()
+            self._check_strategy()
+            glance(config)
+        with self._phase("imports"), quiet_imports():
+            from dude_peft.training.fit import training_arguments
+        arguments = training_arguments(config, self.strategy)
+        with self._phase("data"):
+            self.tokenizer = load_tokenizer(config.model, where)
+            if self.scorer is not None:
+                with display.waiting("reading the tasks"):
+                    self.scorer.check(self.tokenizer)
+            data = self._read(arguments.world_size)
+        if (finished := processes.from_first(self._finished())) is not None:
+            return finished
+        self._find_checkpoint()
+        self._load(where, data, arguments.device)
+        self.stop.raise_if_wanted()
+        self._begin(data, arguments.world_size)
+
+        before, behind_seconds = self._before(data.held_out)
+        self.stop.raise_if_wanted()
+        fitted = self._train(data, arguments, behind_seconds)
+        after = self._score("after", data.held_out)
+        data.verify_unchanged()
+        with self._phase("saving"):
+            self._save(fitted, before, after)
+        tasks = self._score_tasks()
+        self.seconds["total"] = round(time.perf_counter() - begun, 2)
+        report = self._report(data, fitted, before, after, tasks)
+        if self.card_of is not None and self.folder.writes:
+            self.folder.write(f"{ADAPTER}/README.md", self.card_of(self.folder.path / ADAPTER, asdict(report)))
+        self.folder.write_report(report)
+
+        if before and after:
+            count = config.evaluation.samples
+            display.samples(before.answers[:count], after.answers[:count])
+            display.before_after(before, after)
+        display.say(
+            f"{fitted.steps} steps, {fitted.tokens:,} tokens, {fitted.tokens_per_second:,.0f} tokens/s in training; "
+            f"{self.seconds['total']:.0f} s in all"
+        )
+        display.say(f"adapter: {shown(self.folder.path / ADAPTER, None)}")
+        self._tell_next()
+        return report
+
+    def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
+        """What the base model knows of the held-out rows, and how many seconds it took to find out."""
+        found = None if self.resumed is None else self.folder.read_before(self.warn)
+        kept = processes.from_first(found)
+        if kept is not None:
+            return kept
+        with self.model.disable_adapter():
+            before = self._score("before", held_out)
+        seconds = self.seconds.get("evaluation_before", 0.0)
+        if before is not None:
+            self.folder.write_before(before, seconds)
+        return before, seconds
+
+    def _check_rate(self) -> None:
+        from dude_peft.methods import METHODS
+        from dude_peft.methods.learning_rate import learning_rate_warning
+
+        rate = self.config.train.learning_rate
+        assert rate is not None, "a resolved configuration has a rate"
+        if warning := learning_rate_warning(METHODS[self.config.adapter.method], rate):
+            self.warn(warning)
+
+    def _read(self, world_size: int) -> RunData:
+        from dude_peft.data.clock import moment, set_moment
+        from dude_peft.training.run_data import read
+
+        earlier = self.folder.earlier
+        set_moment(processes.from_first(moment() if earlier is None else earlier.moment or moment()))
+        with self.display.waiting("reading the rows"):
+            data = read(self.config, self.tokenizer)
+        if earlier is not None:
+            earlier.check_data(data.sha256)
+            earlier.check_tokens(data.tokens_sha256)
+            earlier.check_tokenizer(self._tokenizer_parts())
+        for warning in data.warnings:
+            self.warn(warning)
+        if len(data.train) < world_size:
+            self.warn(f"{len(data.train)} training examples for {world_size} processes: some see the same ones")
+        return data
+
+    def _tokenizer_parts(self) -> dict[str, str]:
+        from dude_peft.data.tokenizer_parts import tokenizer_parts
+
+        return tokenizer_parts(self.tokenizer)
+
+    def _finished(self) -> RunReport | None:
+        report = self.folder.finished()
+        if report is not None:
+            self.display.say(
+                f"this run has ended: {report.steps} steps, adapter {shown(self.folder.path / ADAPTER, None)}; nothing "
+                "is left to do (--overwrite starts anew)"
+            )
+            self._tell_next()
+        return report
+
+    def _find_checkpoint(self) -> None:
+        """Where training goes on, told apart before the model is loaded; the first process decides for all."""
+        if self.folder.earlier is not None and self.weights_only:
+            self.start = self.folder.checkpoints.newest_adapter(self.warn)
+            self.warn(f"only the adapter of {self.start.parent.name} is taken up: optimizer and schedule start anew")
+        elif self.folder.earlier is not None:
+            self.resumed = self.folder.checkpoints.newest(self.warn)
+            if self.resumed is None:
+                self.display.say("this run was interrupted before its first checkpoint; it starts again")
+            else:
+                self.display.say(f"going on from the checkpoint of step {self.resumed.step}")
+                self.start = self.resumed.path / ADAPTER
+        self.resumed, self.start = processes.from_first((self.resumed, self.start))
+
+    def _load(self, where: str, data: RunData, device: Any) -> None:
+        """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet."""
+        from dude_peft.model.load import load_model
+        from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
+        from dude_peft.training.model_checks import check_answers_fit, check_fits, check_nature, check_packs, probe
+
+        config, display = self.config, self.display
+        pad_id = int(self.tokenizer.pad_token_id)
+        with self._phase("model"), display.waiting("loading the model"):
+            model: Any = load_model(config.model, where)
+            check_fits(model, data.largest_id, data.longest, self.tokenizer)
+            if data.held_out is not None:
+                check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
+            model.to(device)
+            # The same in all processes: what follows from it, they do together.
+            self.nature = processes.from_first(nature_of(model, pad_id))
+            check_nature(self.nature, config)
+            quiet_router_(model)
+            notes = self.nature.notes(config.train.objective)
+            if data.held_out is not None and config.evaluation.batch_size > 1:
+                self.company = processes.from_first(company_of(model, pad_id))
+                notes.append(company_note(self.nature.name, self.company))
+            base = probe(model, data.train, pad_id)
+            if config.data.packing:
+                check_packs(model)
+        for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
+            display.say(f"note: {note}")
+        with self._phase("adapter"), display.waiting("making the adapter"):
+            self._adapt(model, base, data, pad_id)
+        trainable, total = self.model.get_nb_trainable_parameters()
+        exact = "the start equals the base model bit by bit"
+        display.say(
+            f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
+            f"examples of {data.train.counts.tokens:,} tokens; "
+            + (exact if self.start is None else f"started from {shown(self.start, 300)}")
+        )
+
+    def _adapt(self, model: Any, base: Any, data: RunData, pad_id: int) -> None:
+        """The adapter on the model: loaded, or made once, by the first process, and loaded from its file by others."""
+        import peft
+        import transformers
+
+        from dude_peft import DudeConfig, load_adapter
+        from dude_peft.training.model_checks import check_start, keep_fingerprints, probe
+
+        transformers.set_seed(self.config.train.seed)
+        fresh = self.start is None
+        if not fresh:
+            self.model = load_adapter(model, str(self.start), is_trainable=True)
+        elif processes.is_first():
+            # Its keys are DudeConfig's own.
+            settings = DudeConfig(**self.config.adapter.model_dump(), task_type="CAUSAL_LM")
+            self.model = peft.get_peft_model(model, settings)
+            check_start(base, probe(self.model, data.train, pad_id))
+        if processes.count() > 1:
+            with self.folder.shared_start(self.model if fresh else None) as start:
+                processes.from_first(None)
+                if fresh and not processes.is_first():
+                    self.model = load_adapter(model, str(start), is_trainable=True)
+                processes.from_first(None)
+            keep_fingerprints(self.model)
+        transformers.set_seed(self.config.train.seed)
+
+    def _check_strategy(self) -> None:
+        if self.strategy == "zero3" and processes.count() > 1:
+            self.warn("zero3 writes no checkpoints, since DeepSpeed keeps its optimizer to itself; fsdp2 does")
+        if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(
+                f"evaluation.tasks: a model that {self.strategy} has cut up is not scored in the run; leave it out, "
+                "and use dude eval --processes on the adapter"
+            )
+
+    def _begin(self, data: RunData, world_size: int) -> None:
+        """From here on the folder is this run's."""
+        from dude_peft.data.clock import moment
+
+        self.folder.checkpoints.keep = self.config.train.save_total_limit
+        now = environment(self.model.device, world_size, self.strategy)
+        if self.resumed is None:
+            identity = Identity(
+                self.config.model_dump(mode="json"),
+                data.sha256,
+                now,
+                tokens=data.tokens_sha256,
+                tokenizer=self._tokenizer_parts(),
+                moment=moment(),
+            )
+            self.folder.begin(identity, self.start)
+        elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
+            told = ", ".join(changes)
+            self.warn(f"this is not where the run began ({told}): its numbers may differ in the last bits")
+
+    def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
+        from dude_peft.training.fit import fit
+        from dude_peft.training.loop import Loop, metric_name
+        from dude_peft.folder.state import load_trained_state
+
+        held_out, scorer = data.held_out, self.scorer
+        loop = Loop(
+            display=self.display,
+            stop=self.stop,
+            evaluation=self.config.evaluation,
+            name_of=data.train.source,
+            save_adapter=save_adapter,
+            checkpoints=self.folder.checkpoints if arguments.should_save else None,
+            open_metrics=self.folder.metrics if self.folder.writes else lambda kept: nullcontext(),
+            resumed=self.resumed,
+            held_out_loss=None if held_out is None else lambda: self._held_out_loss(held_out),
+            movement_steps=self.config.train.movement_steps,
+            task_scores=None
+            if scorer is None
+            else lambda: scorer.score(self.model, self.tokenizer, self.folder.path / SCORES),
+            behind_seconds=behind_seconds,
+        )
+        with self._phase("training"):
+            fitted = fit(
+                self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop, self.strategy
+            )
+        self.seconds["training"] = round(fitted.seconds, 2)
+        best = fitted.best_step
+        if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:
+            self.display.say(f"{metric_name(self.config.evaluation)} was best at step {best}: that adapter is kept")
+            load_trained_state(self.model, self.folder.checkpoints.load_best(best, fitted.best_seal))
+        return fitted
+
+    def _held_out_loss(self, held_out: HeldOut) -> float:
+        from dude_peft.measure.score import held_out_loss
+
+        batch_size, pad_id = self.config.evaluation.batch_size, int(self.tokenizer.pad_token_id)
+        return held_out_loss(
+            self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size, company=self.nature.company
+        )
+
+    def _score(self, when: str, held_out: HeldOut | None) -> Score | None:
+        if held_out is None:
+            return None
+        from dude_peft.data.answers import expected_answer, is_match
+        from dude_peft.measure.score import complete, held_out_loss, wilson_interval
+
+        settings = self.config.evaluation
+        work = len(held_out.examples) + len(held_out.prompts)
+        with self._phase(f"evaluation_{when}"), self.display.stage(f"held-out rows, {when}", work) as advance:
+            loss = held_out_loss(
+                self.model,
+                held_out.examples,
+                pad_id=int(self.tokenizer.pad_token_id),
+                batch_size=settings.batch_size,
+                company=self.nature.company,
+                advance=advance,
+            )
+            texts = complete(
+                self.model,
+                self.tokenizer,
+                held_out.prompts,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                company=self.company,
+                advance=advance,
+            )
+        answers = tuple(
+            Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
+            for row, text in zip(held_out.asked, texts, strict=True)
+        )
+        if not math.isfinite(loss):
+            raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
+        right = sum(answer.right for answer in answers)
+        return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers)
+
+    def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
+        from dude_peft.folder.state import sharded_state
+
+        config = self.config
+        state = sharded_state(self.model)
+        self.folder.save_adapter(self.model, self.tokenizer, state)
+        self.folder.write(CONFIG, dump_config(config))
+        steps, losses = zip(*fitted.curve, strict=True)
+        held_out = [(0, before.loss)] if before else []
+        held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
+        title = f"{config.adapter.method}, r = {config.adapter.r}, on {shown(config.model.name_or_path)}"
+        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
+
+    def _score_tasks(self) -> dict[str, Any] | None:
+        if self.scorer is None:
+            return None
+        with self._phase("tasks"):
+            folder, name = self.folder.path / SCORES, str(self.folder.path / ADAPTER)
+            return self.scorer.finish(self.model, self.tokenizer, folder, name=name, display=self.display)
+
+    def _report(
+        self,
+        data: RunData,
+        fitted: Fit,
+        before: Score | None,
+        after: Score | None,
+        tasks: dict[str, Any] | None,
+    ) -> RunReport:
+        config = self.config
+        trainable, total = self.model.get_nb_trainable_parameters()
+        return RunReport(
+            method=config.adapter.method,
+            seed=config.train.seed,
+            config=config.model_dump(mode="json"),
+            versions=versions(),
+            hardware=hardware(self.model.device),
+            model={
+                "name_or_path": config.model.name_or_path,
+                "class": type(self.model.get_base_model()).__name__,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "note": _GGUF_NOTE if config.model.gguf_file else "",
+            },
+            data=data.record,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            steps=fitted.steps,
+            tokens=fitted.tokens,
+            tokens_per_second=round(fitted.tokens_per_second, 1),
+            before=before,
+            after=after,
+            seconds=self.seconds,
+            warnings=self.warnings,
+            best_step=fitted.best_step,
+            tasks=tasks,
+            files=self.folder.listed(),
+        )
+
+    def _tell_next(self) -> None:
+        """The commands that take the adapter up."""
+        from dude_peft.terminal.next_steps import tell_next
+
+        model, adapter = self.config.model, str(self.folder.path / ADAPTER)
+        if model.trust_remote_code:
+            self.display.say(
+                "note: only dude train and dude plan run a model's own code; in Python, load the base model with "
+                "transformers, and the adapter with dude_peft.load_adapter"
+            )
+            return
+        base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]
+        tell_next(
+            self.display,
+            ["chat", adapter, *base],
+            ["eval", adapter, *base, "--tasks", "gsm8k", "-o", f"{self.folder.path}-scores"],
+            ["export", adapter, *base, "--to", "merged", "-o", f"{self.folder.path}-merged"],
+        )
+
+    def warn(self, text: str) -> None:
+        """Shows a warning and keeps it for the report."""
+        self.warnings.append(text)
+        self.display.warn(text)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)

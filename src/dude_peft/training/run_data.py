@@ -1,0 +1,233 @@
+"""The rows of a run: those to learn from, those to be judged on, and what is recorded and warned of about them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dude_peft.data.columns import Columns
+from dude_peft.data.encode import prompt_ids
+from dude_peft.data.formats import Reading, Row
+from dude_peft.data.held_out import first, held_out_questions, part_of
+from dude_peft.data.prepare import prepare
+from dude_peft.data.rows import load_rows, local_file, reading_of, stream_rows
+from dude_peft.data.template import Template
+from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.data.token_store import question_hash
+from dude_peft.errors import ConfigError
+from dude_peft.show import shown
+from dude_peft.config.schema import DataSection, RunConfig, ShareSection
+from dude_peft.training.training_set import GeneralTest, TrainingSet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_GENERAL_SPLIT, _GENERAL_TEST_SPLIT = "train", "test"
+_USUAL_SPLITS = ("train", "test")  # what the keys hold where nobody set them
+_ALL = "all"  # general rows are judged token by token, whatever is trained of the domain's
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows, ready for scoring."""
+
+    examples: TokenSet
+    asked: list[Row]
+    """Those that are answered and marked right or wrong."""
+    prompts: list[list[int]]
+    """Token ids of their questions."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All rows of a run."""
+
+    train: TrainingSet
+    held_out: HeldOut | None
+    record: dict[str, Any]
+    """What report.json says about them."""
+    warnings: list[str]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Hash of each set."""
+        return {name: part["sha256"] for name, part in self.record.items() if isinstance(part, dict)}
+
+    @property
+    def tokens_sha256(self) -> dict[str, str]:
+        """Hash of what each set became: token ids and masks, and the ids of the questions that are answered."""
+        found = {name: part["tokens_sha256"] for name, part in self.record.items() if isinstance(part, dict)}
+        if self.held_out is not None:
+            found["questions"] = hashlib.sha256(json.dumps(self.held_out.prompts).encode("ascii")).hexdigest()
+        return found
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example of all."""
+        return max(int(each.lengths.max()) for each in self._sets)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all."""
+        return max(each.counts.largest_id for each in self._sets)
+
+    def verify_unchanged(self) -> None:
+        """Raises DataError where a file was changed since it was read."""
+        for each in self._sets:
+            each.verify_unchanged()
+
+    @property
+    def _sets(self) -> list[TokenSet]:
+        test, general = self.held_out, self.train.general_test
+        return [self.train, *([test.examples] if test else []), *([general.examples] if general else [])]
+
+
+def glance(config: RunConfig) -> None:
+    """Reads the first row of every local source, before anything heavy is imported.
+
+    Raises:
+        DataError: a missing file, another format, a first row that is none.
+        ConfigError: a built-in set that does not exist, or a split of a file, which has none.
+    """
+    data = config.data
+    ours, theirs = Reading(), _reading(data)
+    wanted = [(data.train, data.train_split, theirs), (data.general, _GENERAL_SPLIT, ours)]
+    if config.evaluation.enabled:
+        wanted += [(data.general_test, _GENERAL_TEST_SPLIT, ours)]
+        if not isinstance(data.test, ShareSection):
+            wanted += [(data.test, data.test_split, theirs)]
+    for sources, split, reading in wanted:
+        if sources is None:
+            continue
+        if isinstance(sources, str):
+            entries = [(sources, split, reading)]
+        else:
+            entries = [(each.source, each.split or split, reading_of(each, reading)) for each in sources]
+        for name, own, names in entries:
+            local = local_file(name) is not None
+            if local and own not in _USUAL_SPLITS:
+                raise ConfigError(
+                    f"data: split {shown(own)} of {shown(name, 300)}: a local file has no splits; leave it out, "
+                    "and name the file that holds its rows"
+                )
+            if local or name.startswith("builtin:"):
+                next(iter(stream_rows(name, split=own, limit=1, seed=data.seed, reading=names)), None)
+
+
+def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lambda rows: None) -> RunData:
+    """All rows, tokenised now or found in the cache.
+
+    Raises:
+        DataError: rows that cannot be trained on.
+        ConfigError: a template or tokenizer that cannot be trained with.
+        ResourceError: the cache cannot be written.
+    """
+    data, evaluation = config.data, config.evaluation
+    template = Template(tokenizer, data.template, data.special_tokens)
+    record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
+    warnings: list[str] = []
+
+    def tokens(
+        source: Any,
+        split: str,
+        limit: int | None,
+        *,
+        train_on: str = data.train_on,
+        upft: int | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> TokenSet:
+        return prepare(
+            source,
+            template,
+            tokenizer,
+            max_length=data.max_length,
+            train_on=train_on,
+            upft=upft,
+            split=split,
+            limit=limit,
+            seed=data.seed,
+            columns=columns,
+            advance=advance,
+        )
+
+    def told(name: str, found: TokenSet, *, warn: bool = True) -> TokenSet:
+        hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
+        told = {"examples": len(found), "duplicates": found.duplicates}
+        record[name] = hashes | told | asdict(found.counts)
+        if warn:
+            lines = [*found.losses(data.max_length), *found.counts.spellings(data.special_tokens)]
+            warnings.extend(f"data.{name}: {line}" for line in lines)
+        return found
+
+    whole = (data.train, data.train_split, data.train_rows)
+    domain = tokens(*whole, upft=data.upft, columns=data.columns)
+    questions = None
+    if isinstance(data.test, ShareSection):
+        questions = held_out_questions(domain, data.test.share, data.seed)
+        domain = part_of(domain, questions, held_out=False)
+    told("train", domain)
+    if domain.duplicates:
+        warnings.append(f"{domain.duplicates} of {len(domain)} training examples are repetitions")
+    general = general_test = None
+    if data.general is not None:
+        general = told("general", tokens(data.general, _GENERAL_SPLIT, None, train_on=_ALL))
+    if evaluation.enabled and data.general_test is not None:
+        examples = told("general_test", tokens(data.general_test, _GENERAL_TEST_SPLIT, None, train_on=_ALL))
+        general_test = GeneralTest(examples)
+        record["general_test"]["measured"] = general_test.measured
+        if general is not None and (leaked := overlap(general, examples)):
+            warnings.append(f"{leaked} of {len(examples)} held-out general examples are general training examples too")
+    train = TrainingSet(domain, general, share=data.general_share, seed=data.seed, general_test=general_test)
+    if not evaluation.enabled or data.test is None:
+        return RunData(train, None, record, warnings)
+    if questions is None:
+        test = told("test", tokens(data.test, data.test_split, data.test_rows, columns=data.columns))
+    else:
+        test = part_of(tokens(*whole, columns=data.columns), questions, held_out=True)
+        if data.test_rows is not None:
+            test = first(test, data.test_rows)
+        told("test", test, warn=False)  # of the same rows it was told
+    if leaked := overlap(domain, test):
+        warnings.append(
+            f"{leaked} of {len(test)} held-out examples ask what a training example asks: their score is memory"
+        )
+    first_rows = _first_rows(data, evaluation.rows) if questions is None else _of(data, questions, evaluation.rows)
+    asked = [row for row in first_rows if not row.is_text and row.answer]
+    prompts = [prompt_ids(row, template, tokenizer) for row in asked]
+    return RunData(train, HeldOut(test, asked, prompts), record, warnings)
+
+
+def _reading(data: DataSection) -> Reading:
+    return Reading(Columns(data.columns))
+
+
+def _first_rows(data: DataSection, count: int) -> list[Row]:
+    if data.test is None or isinstance(data.test, ShareSection):
+        return []
+    limit = count if data.test_rows is None else min(count, data.test_rows)
+    options: dict[str, Any] = {"split": data.test_split, "seed": data.seed, "reading": _reading(data)}
+    if isinstance(data.test, str):
+        return list(itertools.islice(stream_rows(data.test, limit=limit, **options), limit))
+    return load_rows(data.test, limit=data.test_rows, **options)[:limit]
+
+
+def _of(data: DataSection, questions: NDArray[np.uint64], count: int) -> list[Row]:
+    """The first training rows that ask one of `questions`, each question once."""
+    limit = count if data.test_rows is None else min(count, data.test_rows)
+    wanted = set(questions.tolist())
+    options: dict[str, Any] = {"split": data.train_split, "limit": data.train_rows, "seed": data.seed}
+    options["reading"] = _reading(data)
+    rows = stream_rows(data.train, **options) if isinstance(data.train, str) else load_rows(data.train, **options)
+    found: list[Row] = []
+    for row in rows:
+        if not row.is_text and question_hash(row) in wanted:
+            wanted.remove(question_hash(row))
+            found.append(row)
+        if len(found) == limit:
+            break
+    return found

@@ -1,0 +1,74 @@
+"""What one place in a batch holds: an example, or several laid end to end, with their numbers for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dude_peft.data.batches import flat, pad_right
+from dude_peft.data.packing import pack
+from dude_peft.training.training_set import TrainingSet
+
+
+class Rows(Dataset[list[dict[str, Any]]]):
+    """One example a place; batches are padded."""
+
+    lengths: list[int]
+    """Tokens of each place."""
+    domain: int
+    """Places of the domain's examples; those of general ones follow."""
+
+    def __init__(self, examples: TrainingSet) -> None:
+        """Takes the examples as they are."""
+        self._examples = examples
+        self.lengths = examples.lengths.tolist()
+        self.domain = examples.domain
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self._numbered(index)]
+
+    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
+        """Places -> the model's arguments; `rows`, the numbers of their examples; `general`, the general ones alone.
+
+        General examples stand behind the domain's. Where there are none, there is no `general`.
+        """
+        examples = sorted((example for place in places for example in place), key=self._is_general)
+        general = [example for example in examples if self._is_general(example)]
+        batch = {**self._tensors(examples, pad_id), "rows": torch.tensor([example["row"] for example in examples])}
+        return {**batch, "general": self._tensors(general, pad_id)} if general else batch
+
+    def _is_general(self, example: dict[str, Any]) -> bool:
+        return bool(example["row"] >= self._examples.domain)
+
+    def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+        return pad_right(examples, pad_id)
+
+    def _numbered(self, index: int) -> dict[str, Any]:
+        return {**self._examples[index], "row": index}
+
+
+class Packs(Rows):
+    """As many examples of one kind a place as fit; batches are one row without padding."""
+
+    def __init__(self, examples: TrainingSet, capacity: int, seed: int) -> None:
+        """Packs the examples, at most `capacity` tokens each."""
+        super().__init__(examples)
+        tokens, domain = self.lengths, examples.domain
+        self._packs = pack(examples.lengths[:domain], capacity, seed)
+        self.domain = len(self._packs)
+        general = pack(examples.lengths[domain:], capacity, seed)
+        self._packs += [[domain + example for example in together] for together in general]
+        self.lengths = [sum(tokens[example] for example in together) for together in self._packs]
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self._numbered(example) for example in self._packs[index]]
+
+    def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+        return flat(examples)
