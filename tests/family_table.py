@@ -161,7 +161,7 @@ class Journey:
         }
         file = self.folder / "run.yaml"
         file.write_text(json.dumps(content))
-        made = plan(load_config(file), as_json=True)
+        made = plan(load_config(file), quiet=True)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         assert made.cost.static.trainable_parameters == trained
         if made.cost.uncounted:

@@ -494,7 +494,7 @@ def test_at_a_terminal(adapter):
 # --- dude generate ------------------------------------------------------------------------------------------------
 
 
-def test_a_line_a_prompt_in_order_in_any_batch(place, adapter, tmp_path, capsysbinary):
+def test_a_line_a_prompt_in_order_in_any_batch(place, adapter, tmp_path):
     file = str(write_rows(tmp_path / "rows.jsonl", 5))
     generate(adapter, file=file, output=tmp_path / "one.jsonl", batch_size=1, max_new_tokens=10, base_too=True)
     generate(adapter, file=file, output=tmp_path / "four.jsonl", batch_size=4, max_new_tokens=10, base_too=True)
@@ -503,55 +503,50 @@ def test_a_line_a_prompt_in_order_in_any_batch(place, adapter, tmp_path, capsysb
     assert [record["prompt"] for record in found] == [f"say {number}" for number in range(5)]
     assert set(found[0]) == {"prompt", "completion", "finish", "base_completion", "base_finish"}
     assert all(record["completion"] != record["base_completion"] for record in found)
-    capsysbinary.readouterr()
-    generate(str(place / "model"), [record["prompt"] for record in found], max_new_tokens=10)
-    plain = records(capsysbinary.readouterr().out.decode())
+    plain = generate(str(place / "model"), [record["prompt"] for record in found], max_new_tokens=10)
     assert [record["completion"] for record in plain] == [record["base_completion"] for record in found]
 
 
-def test_raw_takes_the_text_as_it_is(place, capsysbinary):
-    generate(str(place / "model"), ["ab"], raw=True, max_new_tokens=6)
-    (record,) = records(capsysbinary.readouterr().out.decode())
+def test_raw_takes_the_text_as_it_is(place):
+    (record,) = generate(str(place / "model"), ["ab"], raw=True, max_new_tokens=6)
     speaker = opened(place / "model")
     (found,) = decode(speaker, [speaker.tokenizer("ab")["input_ids"]], Decoding(6))
     assert record == {"prompt": "ab", "completion": found.text, "finish": found.finish}
 
 
-def test_prompts_come_from_standard_input_and_text_files(place, tmp_path, monkeypatch, capsysbinary):
+def test_prompts_come_from_standard_input_and_text_files(place, tmp_path, monkeypatch):
     piped(monkeypatch, "one", "", "two")
-    generate(str(place / "model"), max_new_tokens=2)
-    assert [record["prompt"] for record in records(capsysbinary.readouterr().out.decode())] == ["one", "two"]
+    found = generate(str(place / "model"), max_new_tokens=2)
+    assert [record["prompt"] for record in found] == ["one", "two"]
     (tmp_path / "prompts.txt").write_text("\ufeffone\n\nzwö\n", encoding="utf-8")
-    generate(str(place / "model"), file=str(tmp_path / "prompts.txt"), max_new_tokens=2)
-    assert [record["prompt"] for record in records(capsysbinary.readouterr().out.decode())] == ["one", "zwö"]
+    found = generate(str(place / "model"), file=str(tmp_path / "prompts.txt"), max_new_tokens=2)
+    assert [record["prompt"] for record in found] == ["one", "zwö"]
 
 
 def test_rows_without_an_answer_are_asked(place, tmp_path, capsysbinary):
     rows = [{"question": "q"}, {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}], "id": 1}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generate(str(place / "model"), file=str(tmp_path / "q.jsonl"), max_new_tokens=1)
+    one, two = generate(str(place / "model"), file=str(tmp_path / "q.jsonl"), max_new_tokens=1)
     told = capsysbinary.readouterr()
-    one, two = records(told.out.decode())
     assert (one["prompt"], two["prompt"], one["completion"]) == ("q", "q", two["completion"])
     assert two["tools"] == [{"type": "function", "function": {"name": "f"}}]
     assert "left out: id (1 of 2 rows), tools (1 of 2 rows)" in " ".join(told.err.decode().split())
 
 
-def test_a_conversation_is_a_prompt_too(place, tmp_path, capsysbinary, asked):
+def test_a_conversation_is_a_prompt_too(place, tmp_path, asked):
     turns = [("system", "s"), ("user", "u"), ("assistant", "gold")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), max_new_tokens=2)
-    assert records(capsysbinary.readouterr().out.decode())[0]["prompt"] == row["messages"][:-1]
+    (record,) = generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), max_new_tokens=2)
+    assert record["prompt"] == row["messages"][:-1]
     assert asked[0][0] == "<|system|>s<|end|>\n<|user|>u<|end|>\n<|assistant|>"
     with pytest.raises(DataError, match=r"rows.jsonl:1: 2 messages, and --raw"):
         generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), raw=True)
 
 
-def test_the_output_is_one_line_of_json_whatever_is_in_it(place, monkeypatch, capsysbinary):
+def test_the_output_is_one_line_of_json_whatever_is_in_it(place, monkeypatch):
     monkeypatch.setattr("dude_peft.chat.generate.encode_prompts", lambda *_, **__: [[65]])
-    generate(str(place / "model"), ["a\x1b\x9b\u2028\nö"], max_new_tokens=1)
-    out = capsysbinary.readouterr().out
+    out = generate(str(place / "model"), ["a\x1b\x9b\u2028\nö"], max_new_tokens=1).lines()
     assert out.count(b"\n") == 1
     assert not any(mark.encode() in out for mark in ("\x1b", "\x9b", "\u2028"))
     assert records(out.decode())[0]["prompt"] == "a\x1b\x9b\u2028\nö"
@@ -635,12 +630,11 @@ def assert_refused_last(done, code: int, label: str) -> None:
 
 
 @pytest.mark.assets
-def test_a_real_model_tells_a_story(assets, capsysbinary):
+def test_a_real_model_tells_a_story(assets):
     model = assets / "models" / "stories260k"
     if not model.is_dir():
         pytest.skip(f"{model} is not here")
-    generate(str(model), ["Once upon a time", "Lily and Tom"], raw=True, max_new_tokens=24, batch_size=2)
-    first, second = records(capsysbinary.readouterr().out.decode())
+    first, second = generate(str(model), ["Once upon a time", "Lily and Tom"], raw=True, max_new_tokens=24, batch_size=2)
     assert "there was a little" in first["completion"]
     assert second["completion"].isascii()
 

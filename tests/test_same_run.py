@@ -188,12 +188,12 @@ def one_run(folder, **changes):
     return settings
 
 
-def test_an_adapter_in_bfloat16_on_a_float32_checkpoint_is_of_use(rounded, tmp_path, capsys):
+def test_an_adapter_in_bfloat16_on_a_float32_checkpoint_is_of_use(rounded, tmp_path):
     folder, _ = rounded
     adapter = folder / "out" / "adapter"
     verify(adapter, base=str(folder / "model"), quiet=True)
-    generate(str(adapter), ["say 1"], max_new_tokens=2)
-    assert json.loads(capsys.readouterr().out)["finish"] == "length"
+    (record,) = generate(str(adapter), ["say 1"], max_new_tokens=2)
+    assert record["finish"] == "length"
     merge([adapter], tmp_path / "merged", verify=False, quiet=True)
     live = load_adapter(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16), adapter)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")

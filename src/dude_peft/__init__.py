@@ -1,6 +1,7 @@
 """DuDe: dual decomposition of weights and singular-value low-rank adaptation, inside PEFT.
 
     model = peft.get_peft_model(model, dude_peft.DudeConfig(r=16, target_modules="all-linear"))
+    report = dude_peft.train("run.yaml")
 
 Public names are loaded on first use, so that `import dude_peft` and the command stay fast.
 """
@@ -10,20 +11,39 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
+    from dude_peft.api import check_data, evaluate, export, generate, merge, plan, train, verify
+    from dude_peft.measure.movement import MovementCallback
+    from dude_peft.methods import METHODS
     from dude_peft.tuner import DudeConfig, load_adapter
 
-__all__ = ["DudeConfig", "__version__", "load_adapter"]
+__all__ = [
+    "METHODS", "DudeConfig", "MovementCallback", "__version__", "check_data", "evaluate", "export", "generate",
+    "load_adapter", "merge", "plan", "train", "verify",
+]  # fmt: skip
+
+_HOMES = {
+    "DudeConfig": "tuner",
+    "load_adapter": "tuner",
+    "METHODS": "methods",
+    "MovementCallback": "measure.movement",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("DudeConfig", "load_adapter"):
-        from dude_peft.parents import refusal_of
+    if name not in __all__:
+        raise AttributeError(f"module 'dude_peft' has no attribute '{name}'")
+    import importlib
 
-        try:
-            import dude_peft.tuner
-        except ImportError as error:
-            if (refusal := refusal_of(error)) is not None:
-                raise refusal from error
-            raise
-        return getattr(dude_peft.tuner, name)
-    raise AttributeError(f"module 'dude_peft' has no attribute '{name}'")
+    from dude_peft.parents import refusal_of
+
+    try:
+        home = importlib.import_module(f"dude_peft.{_HOMES.get(name, 'api')}")
+    except ImportError as error:
+        if (refusal := refusal_of(error)) is not None:
+            raise refusal from error
+        raise
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -91,28 +91,25 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after; the same command again goes on."""
-    from dude_peft.config.reading import load_config
-
-    run_config = load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
+    from dude_peft import api
 
     if processes is not None and strategy is None:
         raise ConfigError("--processes goes with --launch; add --launch ddp")
     if strategy is not None:
+        from dude_peft.config.reading import load_config
         from dude_peft.machine.launch import launch_if_first
 
+        load_config(config, overrides)  # a mistake is told before processes start
         launch_if_first(strategy, processes)
-
-    from dude_peft.evaluation.in_training import TasksOfRun
-    from dude_peft.exporting.run_card import card_of_run
-    from dude_peft.training.run import run
-
-    run(
-        run_config,
+    api.train(
+        config,
+        overrides or (),
+        output_dir=output_dir,
+        trainer=trainer,
         overwrite=overwrite,
         weights_only=weights_only,
         strategy=strategy or "ddp",
-        scorer_of=TasksOfRun,
-        card_of=card_of_run,
+        quiet=False,
     )
 
 
@@ -131,16 +128,18 @@ def plan(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
-    from dude_peft.config.reading import load_config
+    import json
 
-    run_config = load_config(config, overrides)
+    from dude_peft import api
+    from dude_peft.terminal.display import Display
+    from dude_peft.terminal.next_steps import tell_next
 
-    from dude_peft.evaluation.in_training import TasksOfRun
-    from dude_peft.planning.run import plan as run_plan
-
+    made = api.plan(config, overrides or (), device_memory=device_memory, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(made.as_dict(), indent=2))
+    made.check()
     sets = [word for override in overrides or [] for word in ("--set", override)]
-    command = ["train", str(config), *sets]
-    run_plan(run_config, device_memory=device_memory, as_json=as_json, scorer_of=TasksOfRun, command=command)
+    tell_next(Display(quiet=as_json), ["train", str(config), *sets])
 
 
 @app.command()
@@ -216,12 +215,12 @@ def data_check(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
-    from dude_peft.training.data_check import check
+    from dude_peft import api
 
     how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
-    how |= {"columns": _columns(columns), "seed": seed}
+    how |= {"columns": _columns(columns), "seed": seed, "max_length": max_length, "upft": upft}
     try:
-        check(source, model, gguf_file=gguf_file, test=test, max_length=max_length, upft=upft, **how)
+        api.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:
         raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was kept, start the command again") from None
 
@@ -310,9 +309,9 @@ def export(
     debug: _Debug = False,
 ) -> None:
     """Write an adapter as another program wants it, and prove that it does what the live adapter does."""
-    from dude_peft.exporting.run import export as run_export
+    from dude_peft import api
 
-    run_export(
+    api.export(
         adapter,
         to,
         output,
@@ -322,6 +321,7 @@ def export(
         verify=verify,
         max_kl=max_kl,
         allow_base_mismatch=allow_base_mismatch,
+        quiet=False,
     )
 
 
@@ -346,9 +346,9 @@ def merge(
     debug: _Debug = False,
 ) -> None:
     """Merge adapters into their base model, shard by shard, in the memory of a few blocks of one weight."""
-    from dude_peft.exporting.run import merge as run_merge
+    from dude_peft import api
 
-    run_merge(
+    api.merge(
         adapters,
         output,
         weights=weight,
@@ -360,6 +360,7 @@ def merge(
         dtype=dtype,
         verify=verify,
         allow_base_mismatch=allow_base_mismatch,
+        quiet=False,
     )
 
 
@@ -371,9 +372,9 @@ def verify(
     debug: _Debug = False,
 ) -> None:
     """Check an adapter's files, tell what it is and what each program will do with it."""
-    from dude_peft.exporting.verify import verify as run_verify
+    from dude_peft import api
 
-    run_verify(adapter, base=base, gguf_file=gguf_file)
+    api.verify(adapter, base=base, gguf_file=gguf_file, quiet=False)
 
 
 @app.command()
@@ -474,10 +475,10 @@ def generate(
     debug: _Debug = False,
 ) -> None:
     """Continue prompts in batches: a line of JSON each, {prompt, completion, finish}."""
-    from dude_peft.chat.generate import generate as run_generate
+    from dude_peft import api
 
     try:
-        run_generate(
+        found = api.generate(
             name,
             prompts or [],
             file=file,
@@ -498,7 +499,11 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            quiet=False,
         )
+        if output is None:
+            sys.stdout.buffer.write(found.lines())  # UTF-8 whatever the terminal's encoding is
+            sys.stdout.flush()
     except KeyboardInterrupt:
         message = "stopped by Ctrl-C; " + (
             "nothing was written" if output is None else "run the same command again, it goes on"
@@ -537,16 +542,29 @@ def evaluate(
     debug: _Debug = False,
 ) -> None:
     """Score an adapter beside its base, or a model, by lm-evaluation-harness; repeat it to resume."""
-    from dude_peft.evaluation.run import EvalOptions
-    from dude_peft.evaluation.run import evaluate as run_evaluate
+    from dude_peft import api
     from dude_peft.machine.launch import launch_if_first
 
-    names = tuple(part.strip() for part in tasks.split(",") if part.strip())
-    options = EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
     if processes is not None:
         launch_if_first("ddp", processes)
     try:
-        run_evaluate(name, options, output, base=base, gguf_file=gguf_file, overwrite=overwrite)
+        api.evaluate(
+            name,
+            output,
+            tasks=[part.strip() for part in tasks.split(",") if part.strip()],
+            data_dir=data_dir,
+            text=text,
+            limit=limit,
+            seed=seed,
+            chat_template=chat_template,
+            special_tokens=special_tokens,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            base=base,
+            gguf_file=gguf_file,
+            overwrite=overwrite,
+            quiet=False,
+        )
     except KeyboardInterrupt:
         message = "stopped by Ctrl-C; the same command goes on where it stopped"
         raise StoppedError(signal.SIGINT, message) from None

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from dude_peft.data import parse_row
 from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.html import table
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 
 # json leaves these as they are; some of them are commands to a terminal.
 _CONTROL = re.compile("[\x7f-\x9f\u2028\u2029]")
+
+
+class Completions(list[dict[str, Any]]):
+    """Records {prompt, completion, finish}, in the order of the prompts; of left-out ones there is none."""
+
+    def lines(self) -> bytes:
+        """As JSON lines, in UTF-8; no terminal obeys anything in them."""
+        return "".join(_line(record) for record in self).encode("utf-8")
+
+    def _repr_html_(self) -> str:
+        names = list(dict.fromkeys(name for record in self for name in record))
+        return table("completions", [[record.get(name, "") for name in names] for record in self], names)
 
 
 def generate(
@@ -51,8 +63,9 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> None:
-    """Continue prompts, and write {prompt, completion, finish} of each as a line of JSON, in order.
+    quiet: bool = False,
+) -> Completions:
+    """Continue prompts: {prompt, completion, finish} of each, in order, and into a file as lines of JSON.
 
     Greedy completions in float32 do not depend on the batch size; sampled ones do. With an output, the same call goes
     on after an interruption: completions that are there (`OUTPUT.part`) are not computed again.
@@ -63,7 +76,7 @@ def generate(
         file: a .txt file with one prompt a line, or a data set as `load_rows` reads it.
         limit: number of prompts of the file.
         columns: what the file calls its columns, as data.columns.
-        output: file that is written whole or not at all; None is standard output.
+        output: file that is written whole or not at all.
         overwrite: replace an output that is there.
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
@@ -79,6 +92,7 @@ def generate(
         temperature: 0 takes the likeliest token.
         top_p: share of probability that is drawn from.
         seed: of the drawing.
+        quiet: print nothing.
 
     Raises:
         ConfigError: an option, model or output that cannot be used.
@@ -102,7 +116,7 @@ def generate(
         from dude_peft.answer.decode import decode_all
         from dude_peft.answer.speaker import open_speaker
 
-    notes = Display(stderr=True)
+    notes = Display(stderr=True, quiet=quiet)
     with gathered_warnings(notes.warn):
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
         if base_too and not speaker.adapted:
@@ -134,11 +148,15 @@ def generate(
                 found.append(decode_all(speaker, ids, decoding, **how))
             pairs = zip(rows, zip(*found, strict=True), strict=True)
             records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
-            _write("".join(_line(record) for record in records if record is not None).encode("utf-8"), output)
+            completions = Completions(record for record in records if record is not None)
+            if output is not None:
+                with disk_errors(output):
+                    replace_file(output, completions.lines())
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
     if refused := records.count(None):
         notes.warn(f"{refused} completions are left out: empty, or no text that can be trained on")
+    return completions
 
 
 def _as_row(row: Row, completion: Completion) -> dict[str, Any] | None:
@@ -185,12 +203,3 @@ def _check_output(output: Path | None, overwrite: bool) -> None:
         raise ResourceError(
             f"output {named}: its folder cannot be written to; choose another, or change its permissions"
         )
-
-
-def _write(lines: bytes, output: Path | None) -> None:
-    if output is None:
-        sys.stdout.buffer.write(lines)  # UTF-8 whatever the terminal's encoding is
-        sys.stdout.flush()
-        return
-    with disk_errors(output):
-        replace_file(output, lines)

@@ -8,6 +8,7 @@ YAML 1.1's guesses (`no` as false, `017` as 15, `1:30` as 90), which stay text a
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,29 +35,32 @@ class _Tree:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, str] = field(default_factory=dict)
-    name: str = ""
+    top: str = ""
+    """Place of what was not written."""
 
     def place(self, key: Key) -> str:
         """Place of `key`, or of the nearest section around it."""
         while key and key not in self.places:
             key = key[:-1]
-        return self.places.get(key, f"{self.name}:1")
+        return self.places.get(key, self.top)
 
 
 def load_config(
-    path: str | Path, overrides: list[str] | None = None, options: Mapping[str, str | None] | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: list[str] | None = None,
+    options: Mapping[str, str | None] | None = None,
 ) -> RunConfig:
-    """The run that `path` describes, with other values written over it.
+    """The run that `source` describes, with other values written over it.
 
     Args:
-        path: the YAML file.
+        source: the YAML file, or what it would hold.
         overrides: "train.max_steps=80": a key, and its value as YAML.
         options: of the command: a key, and its value as it is; None leaves the key alone.
 
     Raises:
         ConfigError: the file is missing or unreadable, is not plain YAML, or a key or value is wrong.
     """
-    tree = _read_tree(path)
+    tree = _tree_of(source) if isinstance(source, Mapping) else _read_tree(source)
     for override in overrides or []:
         _apply_override(override, tree)
     for name, value in (options or {}).items():
@@ -74,10 +78,22 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return _read_tree(path).values
 
 
-def _read_tree(path: str | Path) -> _Tree:
-    tree = _Tree(name=shown(path, 300))
-    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{tree.name}:{line}")
+def _read_tree(path: str | os.PathLike[str]) -> _Tree:
+    name = shown(path, 300)
+    tree = _Tree(top=f"{name}:1")
+    _read_yaml(_read_text(Path(path)), tree, lambda line: f"{name}:{line}")
     return tree
+
+
+def _tree_of(values: Mapping[str, Any]) -> _Tree:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    return _Tree(plain(values), top="configuration")
 
 
 def dump_config(config: RunConfig) -> str:

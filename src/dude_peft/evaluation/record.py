@@ -9,6 +9,7 @@ from typing import Any
 from dude_peft.evaluation.forgetting import TextScore
 from dude_peft.measure.intervals import Comparison
 from dude_peft.evaluation.second_opinion import Disagreement
+from dude_peft.terminal.html import table
 
 RESULTS, SAMPLES, ANSWERS, TASKS = "results.json", "samples", "answers", "tasks"
 
@@ -69,6 +70,11 @@ class Evaluation:
     second_opinion: dict[str, list[Disagreement]] | None
     """math-verify against the harness, by task; None where it is not installed or nothing is GSM8K's."""
     provenance: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        from dude_peft.evaluation.table import facts_of
+
+        return table(f"{self.model}: 95 % intervals", facts_of(self))
 
     def text_of(self) -> str:
         """As JSON."""

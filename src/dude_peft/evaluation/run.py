@@ -97,6 +97,7 @@ def evaluate(
     base: str | None = None,
     gguf_file: str | None = None,
     overwrite: bool = False,
+    quiet: bool = False,
 ) -> Evaluation:
     """Score an adapter beside its base, or a plain model, and write results.json and a line for each question.
 
@@ -109,6 +110,7 @@ def evaluate(
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
         overwrite: replace the results of a finished evaluation; its answers are used again.
+        quiet: print nothing.
 
     Raises:
         ConfigError: an option, task, model or output that cannot be used.
@@ -122,7 +124,7 @@ def evaluate(
         raise ConfigError("dude eval needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
     _check_output(output, overwrite)
     first = processes.is_first()
-    display = Display(quiet=not first)
+    display = Display(quiet=quiet or not first)
     make_output(output)
     with gathered_warnings(display.warn), locked(output) if first else contextlib.nullcontext(), processes.joined():
         with quiet_imports():

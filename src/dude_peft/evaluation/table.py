@@ -12,13 +12,7 @@ from dude_peft.terminal.facts import show_facts
 
 def show(display: Display, evaluation: Evaluation) -> None:
     """Prints scores, differences and what one should know of them; subjects are in results.json alone."""
-    rows = [*evaluation.measures, *(part for part in evaluation.parts if "/" in part.task)]
-    facts = [(_name(measure), _line(measure)) for measure in rows]
-    if evaluation.text is not None:
-        facts += _text(evaluation.text)
-    elif evaluation.adapted:
-        facts.append(("forgetting on general text", "not measured; give a text with --text"))
-    show_facts(display, f"{evaluation.model}: 95 % intervals", facts)
+    show_facts(display, f"{evaluation.model}: 95 % intervals", facts_of(evaluation))
     for whose, counts in evaluation.counts.items():
         for what, by_task in (
             ("prompts longer than the model reads, cut at their beginning", counts.cut_prompts),
@@ -33,6 +27,17 @@ def show(display: Display, evaluation: Evaluation) -> None:
         display.say(
             f"{task}: math-verify judges {len({one.doc_id for one in found})} answers otherwise; see results.json"
         )
+
+
+def facts_of(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Scores and differences, each a name and a line; subjects are in results.json alone."""
+    rows = [*evaluation.measures, *(part for part in evaluation.parts if "/" in part.task)]
+    facts = [(_name(measure), _line(measure)) for measure in rows]
+    if evaluation.text is not None:
+        facts += _text(evaluation.text)
+    elif evaluation.adapted:
+        facts.append(("forgetting on general text", "not measured; give a text with --text"))
+    return facts
 
 
 def _name(measure: Measure) -> str:

@@ -17,6 +17,7 @@ from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folde
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.html import table
 from dude_peft.terminal.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 _RECORD = "dude_export.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and what was proved of it."""
+
+    path: Path
+    record: dict[str, Any]
+    """The content of its dude_export.json."""
+
+    def _repr_html_(self) -> str:
+        return table(str(self.path), [(name, json.dumps(value)) for name, value in self.record.items()])
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ def export(
     max_kl: float | None = None,
     allow_base_mismatch: bool = False,
     quiet: bool = False,
-) -> Path:
+) -> Export:
     """Write an adapter as another program wants it, and prove that it does what the live adapter does.
 
     Args:
@@ -83,9 +96,6 @@ def export(
         max_kl: mean KL divergence from the live adapter, nats a token, above which the export is refused.
         allow_base_mismatch: take a base with other weights; the export is then marked.
         quiet: print nothing.
-
-    Returns:
-        The output folder.
 
     Raises:
         ConfigError: a target, rank, base model or output that cannot be used.
@@ -116,7 +126,7 @@ def merge(
     verify: bool = True,
     allow_base_mismatch: bool = False,
     quiet: bool = False,
-) -> Path:
+) -> Export:
     """Write W0 + sum_i w_i (W'_i - W0) as a plain model, shard by shard, in the memory of a few blocks of one weight.
 
     Args:
@@ -132,9 +142,6 @@ def merge(
         verify: load the merged model in a fresh process, run prompts and compare with the live adapters.
         allow_base_mismatch: take a base with other weights; the model is then marked.
         quiet: print nothing.
-
-    Returns:
-        The output folder.
 
     Raises:
         ConfigError: a weight, base model or output that cannot be used.
@@ -189,7 +196,7 @@ class _Export:
         self.display = Display(quiet=settings.quiet)
         self.live: Live | None = None
 
-    def run(self, target: Target, combination: Combination | None) -> Path:
+    def run(self, target: Target, combination: Combination | None) -> Export:
         started = time.perf_counter()
         output = self.settings.output
         with quiet_imports():
@@ -219,11 +226,11 @@ class _Export:
                     if changed := tokenizer_change(adapter.folder, base.folder):
                         self.display.warn(f"{shown(adapter.folder, 300)} was trained with another tokenizer: {changed}")
                 made = self._make(target, base, folder, scratch)
-                self._record(target, base, folder, made)
+                record = self._record(target, base, folder, made)
             shutil.rmtree(scratch)
         self.display.say(f"{time.perf_counter() - started:.0f} s in all")
         self.display.say(f"written: {shown(output, None)}")
-        return output
+        return Export(output, record)
 
     def _checked_gguf(self, target: Target) -> Target:
         from dude_peft.exporting.to_gguf import check_gguf
@@ -394,7 +401,7 @@ class _Export:
                 f"{hint}"
             )
 
-    def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> None:
+    def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
         """What was done, beside the files: people and the model card read it."""
         from dude_peft.artifact.durable import replace_file
         from dude_peft.exporting.card import CARD, model_card, report_of
@@ -415,3 +422,4 @@ class _Export:
         adapter = self.weighted[0].adapter
         card = model_card(adapter, report_of(adapter.folder.absolute()), content)
         replace_file(folder / CARD, card.encode())
+        return content

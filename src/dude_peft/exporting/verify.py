@@ -3,21 +3,70 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from dude_peft.errors import ConfigError
+from dude_peft.exporting.serving import PROGRAMS, Serving, serving_matrix
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.html import table
 from dude_peft.terminal.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from dude_peft.exporting.adapter import SavedAdapter
 
 
-def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = False) -> None:
+@dataclass(frozen=True)
+class Verification:
+    """What is known of an adapter whose files are whole, unedited and finite."""
+
+    method: str
+    r: int
+    lora_alpha: float
+    layers: int
+    trained_numbers: int
+    base_model: str | None
+    saved_whole: tuple[str, ...]
+    """Modules that were trained whole."""
+    base_compared: bool
+    """Whether a base model was given; its weights then are those of the training."""
+    stock_refusal: str | None
+    """Why stock PEFT does not load it; empty where it does, None where the base model's configuration is not here."""
+    serving: tuple[Serving, ...]
+    """What each of `PROGRAMS` does with it."""
+    warnings: tuple[str, ...]
+
+    def facts(self) -> list[str]:
+        """Lines for a terminal."""
+        lines = [
+            f"{self.method}, r = {self.r}, lora_alpha = {self.lora_alpha:g}, {self.layers} layers, "
+            f"{self.trained_numbers:,} trained numbers, base model {shown(self.base_model, 300)}"
+        ]
+        if self.saved_whole:
+            lines.append(f"saved whole: {shown(', '.join(self.saved_whole), 300)}")
+        lines.append("files: whole, unedited, finite")
+        compared = "those the adapter was trained on" if self.base_compared else _NOT_COMPARED
+        lines.append(f"base weights: {compared}")
+        if self.stock_refusal is None:
+            lines.append("stock PEFT: not asked, the base model's configuration is not here; --base MODEL gives it")
+        return lines
+
+    def _repr_html_(self) -> str:
+        lines = [(line,) for line in self.facts()] + [(f"warning: {text}",) for text in self.warnings]
+        rows = [(row.file, *row.answers) for row in self.serving]
+        return table("adapter", lines) + table("what runs where", rows, ("file", *PROGRAMS))
+
+
+_NOT_COMPARED = "not compared; --base MODEL compares them"
+
+
+def verify(
+    adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = False
+) -> Verification:
     """Check every byte and every number of an adapter; with a base model, its weights as well.
 
     Args:
@@ -35,7 +84,6 @@ def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | Non
     with display.waiting("reading the adapter"), quiet_imports():
         from dude_peft.artifact.stock import STOCK_A, STOCK_B
         from dude_peft.exporting.adapter import open_adapter
-        from dude_peft.exporting.serving import PROGRAMS, serving_matrix
 
         opened = open_adapter(adapter)
         prefix, ranks, numbers = "base_model.model.", set(), 0
@@ -49,29 +97,37 @@ def verify(adapter: str | Path, *, base: str | None = None, gguf_file: str | Non
             ranks.add(factors[0].shape[0])  # type: ignore[union-attr]  # `layer` refused a missing one
             numbers += sum(t.numel() for t in (state.dA, state.dB, state.dm) if t is not None)
         whole = [name for name, _ in opened.whole()]
-    config = opened.config
-    display.say(
-        f"{config.method}, r = {config.r}, lora_alpha = {config.lora_alpha:g}, {len(opened.base)} layers, {numbers:,} "
-        f"trained numbers, base model {shown(config.base_model_name_or_path, 300)}"
-    )
-    if whole:
-        display.say(f"saved whole: {shown(', '.join(whole), 300)}")
-    display.say("files: whole, unedited, finite")
-    if base is None and gguf_file is None:
-        display.say("base weights: not compared; --base MODEL compares them")
-    else:
-        _compare(display, opened, base, gguf_file)
+    config, warnings = opened.config, []
+    compare = base is not None or gguf_file is not None
+    if compare and (changed := _compare(display, opened, base, gguf_file)):
+        warnings.append(f"the base model's tokenizer is not the one of the training: {changed}")
     refusal = _stock_refusal(opened, base, gguf_file)
-    if refusal is None:
-        display.say("stock PEFT: not asked, the base model's configuration is not here; --base MODEL gives it")
-    elif refusal:
-        display.warn(f"{refusal}; use --to merged")
-    table = Table(title="what runs where", title_justify="left")
+    if refusal:
+        warnings.append(f"{refusal}; use --to merged")
+    found = Verification(
+        method=config.method,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        layers=len(opened.base),
+        trained_numbers=numbers,
+        base_model=config.base_model_name_or_path,
+        saved_whole=tuple(whole),
+        base_compared=compare,
+        stock_refusal=refusal,
+        serving=tuple(serving_matrix(config.spec, ranks, loads=not refusal)),
+        warnings=tuple(warnings),
+    )
+    for line in found.facts():
+        display.say(line)
+    for line in warnings:
+        display.warn(line)
+    shape = Table(title="what runs where", title_justify="left")
     for column in ("file", *PROGRAMS):
-        table.add_column(column)
-    for row in serving_matrix(config.spec, ranks, loads=not refusal):
-        table.add_row(row.file, *row.answers)
-    display.console.print(table)
+        shape.add_column(column)
+    for row in found.serving:
+        shape.add_row(row.file, *row.answers)
+    display.console.print(shape)
+    return found
 
 
 def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None) -> str | None:
@@ -93,7 +149,8 @@ def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None
     return stock_refusal(model, opened.config.stock(), opened.base)
 
 
-def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file: str | None) -> None:
+def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file: str | None) -> str:
+    """How the base model's tokenizer differs from that of the training; empty where it does not."""
     from dude_peft.exporting.base import open_base, source_of
     from dude_peft.exporting.merge import Weighted, check_base, layers_of
     from dude_peft.exporting.tokenizer import tokenizer_change
@@ -107,6 +164,4 @@ def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file
         changed = tokenizer_change(opened.folder, found.folder)
     if problem is not None:
         raise problem
-    display.say("base weights: those the adapter was trained on")
-    if changed:
-        display.warn(f"the base model's tokenizer is not the one of the training: {changed}")
+    return changed

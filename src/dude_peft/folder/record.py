@@ -9,6 +9,7 @@ from typing import Any
 from dude_peft.artifact.sealed import read_sealed
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
+from dude_peft.terminal.html import table
 
 ADAPTER, CHECKPOINTS, RECOVERED, BEFORE = "adapter", "checkpoints", "recovered", "before.json"
 SCORES = "scores"
@@ -69,6 +70,28 @@ class RunReport:
     """What evaluation.tasks found, `measures` and `text`, as in scores/results.json."""
     files: dict[str, str] | None = None
     """sha256 of what else the run wrote beside its adapter, by name."""
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter."""
+        return Path(self.config["output_dir"]) / ADAPTER
+
+    def _repr_html_(self) -> str:
+        facts: list[tuple[object, ...]] = [
+            ("method", self.method),
+            ("steps", f"{self.steps:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("trained parameters", f"{self.trainable_parameters:,} of {self.total_parameters:,}"),
+            ("adapter", self.adapter),
+            *(("warning", text) for text in self.warnings),
+        ]
+        scores = [
+            (when, f"{score.loss:.4f}", f"{score.right} of {score.rows}", f"{score.interval[0]:.1%} to {score.interval[1]:.1%}")
+            for when, score in (("before", self.before), ("after", self.after))
+            if score is not None
+        ]
+        header = ("held-out rows", "loss, nats a token", "exact match", "95 % interval")
+        return table("run", facts) + (table("result", scores, header) if scores else "")
 
     @classmethod
     def read(cls, path: Path) -> RunReport:

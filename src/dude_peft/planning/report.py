@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from dude_peft.planning.speed import products_per_second
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
 from dude_peft.config.schema import RunConfig
+from dude_peft.errors import ResourceError
+from dude_peft.show import shown
+from dude_peft.terminal.html import table
 
 _PARTS = {
     "weights": "frozen weights",
@@ -79,6 +83,24 @@ class Plan:
         rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
         return rows * (self.rows.tokens_per_row if self.rows else self.length)
 
+    @property
+    def fits(self) -> bool:
+        """Whether memory and disk suffice."""
+        return self.cost.bill.total <= self.device.memory and self.disk.adapter <= self.disk.free
+
+    def check(self) -> None:
+        """Raises ResourceError where memory or disk does not suffice, with what would fit."""
+        need, have = self.cost.bill.total, self.device.memory
+        if need > have:
+            changes = " or ".join(f"{remedy} ({size(remedy.total)})" for remedy in self.remedies)
+            todo = f"fits with {changes}" if changes else "a smaller model or a larger device is needed"
+            raise ResourceError(f"training needs {size(need)} of memory, {self.device.name} has {size(have)}; {todo}")
+        if self.disk.adapter > self.disk.free:
+            raise ResourceError(
+                f"output_dir {shown(self.config.output_dir, 300)}: the adapter takes {size(self.disk.adapter)}, the "
+                f"disk has {size(self.disk.free)} free; free some space"
+            )
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, in bytes, seconds and plain numbers."""
         cost, config = self.cost, self.config
@@ -111,20 +133,24 @@ class Plan:
 
     def show(self, display: Display) -> None:
         """Prints the bill, then the rest."""
-        cost = self.cost
-        bill = asdict(cost.bill)
-        batch = self.config.train.per_device_train_batch_size
-        show_facts(
-            display,
-            f"peak memory of a step, {batch} rows of {self.length} tokens; in {cost.peak_in}",
-            [(words, size(bill[part])) for part, words in _PARTS.items() if bill[part]]
-            + [("in all", size(cost.bill.total)), (f"there is, {self.device.name}", size(self.device.memory))],
-        )
-        show_facts(display, "the run", self._facts())
-        if self.remedies:
-            show_facts(display, "what would fit", [(str(each), size(each.total)) for each in self.remedies])
+        for title, facts in self._tables():
+            show_facts(display, title, facts)
         for text in self.warnings:
             display.warn(text)
+
+    def _repr_html_(self) -> str:
+        notes = [("warning", text) for text in self.warnings]
+        return "".join(table(title, facts) for title, facts in self._tables()) + (table("", notes) if notes else "")
+
+    def _tables(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        cost, bill = self.cost, asdict(self.cost.bill)
+        batch = self.config.train.per_device_train_batch_size
+        parts = [(words, size(bill[part])) for part, words in _PARTS.items() if bill[part]]
+        whole = [("in all", size(cost.bill.total)), (f"there is, {self.device.name}", size(self.device.memory))]
+        yield f"peak memory of a step, {batch} rows of {self.length} tokens; in {cost.peak_in}", parts + whole
+        yield "the run", self._facts()
+        if self.remedies:
+            yield "what would fit", [(str(each), size(each.total)) for each in self.remedies]
 
     def _facts(self) -> list[tuple[str, str]]:
         static, train = self.cost.static, self.config.train

@@ -6,15 +6,12 @@ Exit codes are the real run's: what it would refuse is refused here in the same 
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
-from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.config.schema import RunConfig, ShareSection
 from dude_peft.folder.run_folder import check_output_dir
@@ -33,25 +30,22 @@ def plan(
     config: RunConfig,
     *,
     device_memory: str | None = None,
-    as_json: bool = False,
     scorer_of: ScorerOf | None = None,
-    command: Sequence[str] = (),
+    quiet: bool = False,
 ) -> Plan:
-    """Shows what the run will need, as a table or as JSON.
+    """Finds out what the run will need, and shows it; whether that is there, `Plan.check` tells.
 
     Args:
         config: the run, for example from `load_config`.
         device_memory: of the GPU that will train ("80GiB"); default: this machine's.
-        as_json: print one JSON object and nothing else.
         scorer_of: who would score evaluation.tasks, as for the run itself.
-        command: words behind `dude` that start the run; told at the end where it fits.
+        quiet: print nothing.
 
     Raises:
         ConfigError: a setting, model or target that the run would refuse.
         DataError: rows that the run would refuse.
-        ResourceError: it does not fit into the memory or onto the disk; the bill was printed before.
     """
-    display = Display(quiet=as_json)
+    display = Display(quiet=quiet)
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
         config = config.model_copy(update={"model": with_only_gguf(config.model)})
@@ -73,13 +67,8 @@ def plan(
             with display.waiting("tasks"):
                 scorer.check(tokenizer)
         made = _made(config.resolved(), where, tokenizer, device(device_memory), warnings, display)
-    if as_json:
-        print(json.dumps(made.as_dict(), indent=2))
-    else:
+    if not quiet:
         made.show(display)
-    _refuse_what_does_not_fit(made)
-    if command and not as_json:
-        tell_next(display, command)
     return made
 
 
@@ -131,18 +120,3 @@ def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
     if config.evaluation.enabled and held_out is not None and is_local(held_out):
         count_rows(data, tokenizer, model, held_out=True)  # for its errors
     return count_rows(data, tokenizer, model) if is_local(data.train) else None
-
-
-def _refuse_what_does_not_fit(made: Plan) -> None:
-    from dude_peft.planning.report import size
-
-    need, have = made.cost.bill.total, made.device.memory
-    if need > have:
-        changes = " or ".join(f"{remedy} ({size(remedy.total)})" for remedy in made.remedies)
-        todo = f"fits with {changes}" if changes else "a smaller model or a larger device is needed"
-        raise ResourceError(f"training needs {size(need)} of memory, {made.device.name} has {size(have)}; {todo}")
-    if made.disk.adapter > made.disk.free:
-        raise ResourceError(
-            f"output_dir {shown(made.config.output_dir, 300)}: the adapter takes {size(made.disk.adapter)}, the disk "
-            f"has {size(made.disk.free)} free; free some space"
-        )

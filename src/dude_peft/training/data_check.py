@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -21,6 +22,7 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.html import table
 from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
@@ -30,6 +32,51 @@ from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
 _SAMPLE_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a run would learn of a data set."""
+
+    formats: tuple[str, ...]
+    """Of the first rows, the most frequent first."""
+    template: str
+    """chat or plain."""
+    rows: int
+    examples: int
+    duplicates: int
+    """Examples that another one repeats."""
+    tokens: int
+    trained_tokens: int
+    lengths: tuple[int, int, int, int]
+    """Tokens of an example: least, median, 95 % at most, most."""
+    ended: int
+    """Examples whose end is learned."""
+    used: dict[str, int]
+    """Columns that are used, and in how many rows."""
+    left_out: tuple[str, ...]
+    """Lines on what is cut, dropped or not used."""
+    held_out: int | None
+    """Held-out examples; None where no test was given."""
+    overlap: int
+    """Held-out examples that ask what a training example asks."""
+    samples: tuple[str, ...]
+    """Some examples, trained tokens between « and »."""
+
+    def _repr_html_(self) -> str:
+        least, middle, high, most = self.lengths
+        facts = [
+            ("format", ", ".join(self.formats)),
+            ("template", self.template),
+            ("rows; examples; repetitions", f"{self.rows:,}; {self.examples:,}; {self.duplicates:,}"),
+            ("tokens, trained", f"{self.tokens:,}, {self.trained_tokens:,}"),
+            ("tokens of an example", f"{least} to {most}, median {middle}, 95 % at most {high}"),
+            ("learned end", f"{self.ended:,} of {self.examples:,} examples"),
+            *(("left out", line) for line in self.left_out),
+        ]
+        if self.held_out is not None:
+            facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} of them asked in training too"))
+        return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
 
 
 def check(
@@ -45,7 +92,8 @@ def check(
     upft: int | None = None,
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
-) -> None:
+    quiet: bool = False,
+) -> DataReport:
     """Shows what of `source` a run on `model` would train, and how much of it; the examples stay in the cache.
 
     `test` is a source too, or a share of the rows, as in 0.1, which `seed` chooses; `columns` is as data.columns.
@@ -59,7 +107,7 @@ def check(
         raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"--seed {seed}: give a whole number from 0 to 2**32 - 1")
-    display = Display()
+    display = Display(quiet=quiet)
     section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
     where = locate(section)
     names = Columns(columns)
@@ -80,23 +128,42 @@ def check(
             held_out = prepare(test, written, tokenizer, split="test", **options)
     display.say(f"format: {', '.join(shapes)}")
     display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
-    for line in _numbers(made, max_length):
+    lengths = _lengths(made)
+    for line in _numbers(made, lengths, max_length):
         display.say(line)
     if made.counts.used:
         display.say(f"used: {', '.join(f'{name} ({count})' for name, count in made.counts.used.items())}")
-    for line in [*made.losses(max_length), *made.counts.spellings(special_tokens)]:
+    left_out, asked = [*made.losses(max_length), *made.counts.spellings(special_tokens)], 0
+    if held_out is not None and share is None:
+        lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
+        left_out += [f"held-out: {line}" for line in lines]
+    for line in left_out:
         display.warn(line)
     if held_out is not None:
-        lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
-        for line in lines if share is None else ():
-            display.warn(f"held-out: {line}")
-        count = overlap(made, held_out)
-        line = f"{count} of {len(held_out)} held-out examples ask what a training example asks"
-        (display.warn if count else display.say)(line)
-    for index in sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]:
+        asked = overlap(made, held_out)
+        line = f"{asked} of {len(held_out)} held-out examples ask what a training example asks"
+        (display.warn if asked else display.say)(line)
+    shown_examples = sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]
+    for index in shown_examples:
         display.say(f"\nexample {index + 1}, {made.source(index)}; {_legend(display)}:")
         display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
+    return DataReport(
+        formats=tuple(shapes),
+        template=written.kind,
+        rows=made.counts.rows,
+        examples=len(made),
+        duplicates=made.duplicates,
+        tokens=made.counts.tokens,
+        trained_tokens=made.counts.trained_tokens,
+        lengths=lengths,
+        ended=made.counts.ended,
+        used=dict(made.counts.used),
+        left_out=tuple(left_out),
+        held_out=None if held_out is None else len(held_out),
+        overlap=asked,
+        samples=tuple(_marked(made[index], tokenizer, colour=False).plain for index in shown_examples),
+    )
 
 
 def _share(test: str) -> float | None:
@@ -127,15 +194,20 @@ def _ends(template: Template, tokenizer: Any) -> str:
     return ends
 
 
-def _numbers(made: TokenSet, max_length: int) -> list[str]:
+def _lengths(made: TokenSet) -> tuple[int, int, int, int]:
     import numpy as np
 
+    least, middle, high, most = (int(np.percentile(made.lengths, part, method="higher")) for part in (0, 50, 95, 100))
+    return least, middle, high, most
+
+
+def _numbers(made: TokenSet, lengths: tuple[int, int, int, int], max_length: int) -> list[str]:
     counts: Counts = made.counts
-    middle, high = (int(np.percentile(made.lengths, share, method="higher")) for share in (50, 95))
+    least, middle, high, most = lengths
     return [
         f"rows: {counts.rows:,}; examples: {len(made):,}, {made.duplicates:,} of them repetitions",
-        f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them trained; an example has {made.lengths.min()} to "
-        f"{made.lengths.max()}, the median {middle}, 95 % at most {high}; max_length is {max_length}",
+        f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them trained; an example has {least} to "
+        f"{most}, the median {middle}, 95 % at most {high}; max_length is {max_length}",
         f"learned end: {counts.ended:,} of {len(made):,} examples",
     ]
 
