@@ -218,7 +218,8 @@ def test_another_base_is_refused(bitsandbytes, model, tmp_path):
         [tmp_path / "adapter"], tmp_path / "merged", base=str(tmp_path / "other"), allow_base_mismatch=True,
         verify=False, quiet=True,
     )  # fmt: skip
-    assert json.loads((allowed / "dude_export.json").read_text())["base_mismatch_allowed"]
+    assert json.loads((allowed.path / "dude_export.json").read_text()) == allowed.record
+    assert allowed.record["base_mismatch_allowed"]
 
 
 def test_adapters_of_plain_bases_say_nothing_of_quantisation(model, tmp_path):
