@@ -8,9 +8,11 @@ import re
 import textwrap
 from pathlib import Path
 
+import peft
 import pytest
 import yaml
 from tiny import save_tiny, write_rows
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import dude_peft
 from dude_peft import api
@@ -65,6 +67,22 @@ def test_the_example_of_every_function_runs(place, monkeypatch, capfd, name):
     for result in results:
         assert dataclasses.is_dataclass(result)
         assert result._repr_html_().startswith("<table>")
+
+
+@pytest.mark.parametrize("name", ["DudeConfig", "load_adapter", "MovementCallback"])
+def test_the_examples_of_peft_s_own_way_run(place, monkeypatch, capfd, name):
+    monkeypatch.chdir(place)
+    loaded = AutoModelForCausalLM.from_pretrained("my-model")
+    adapted = peft.get_peft_model(loaded, dude_peft.DudeConfig(r=2, target_modules="all-linear"))
+    arguments = TrainingArguments("trainer", max_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+    names = {
+        "dude_peft": dude_peft, "peft": peft, "AutoModelForCausalLM": AutoModelForCausalLM, "Trainer": Trainer,
+        "model": AutoModelForCausalLM.from_pretrained("my-model") if name == "DudeConfig" else adapted,
+        "arguments": arguments, "rows": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8, "print": lambda *_: None,
+    }  # fmt: skip
+    exec(compile(example(getattr(dude_peft, name)), name, "exec"), names)
+    if name == "MovementCallback":
+        assert len(names["movement"].layers) == 14
 
 
 def test_all_names_are_there_and_come_when_they_are_asked_for():
