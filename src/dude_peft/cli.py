@@ -49,7 +49,6 @@ app = typer.Typer(
     cls=_Commands,
     help="DuDe: fine-tune language models through a trained magnitude and a principal low-rank direction.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -191,6 +190,25 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
     if len(found) < len(pairs or []):
         raise ConfigError("--column: the same name is given twice; keep one")
     return found
+
+
+@config_app.command("new")
+def config_new(
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="The training rows, as in dude data check.")],
+    model: Annotated[str, typer.Option("--model", metavar="M", help="The model to train; as in dude train.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="RUN.yaml", help="Default: standard output.")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
+    columns: _Columns = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write the configuration of a run on your rows, after looking at them."""
+    from dude_peft.training.new_config import new_config
+
+    text = new_config(source, model, gguf_file=gguf_file, columns=_columns(columns), output=output)
+    if output is None:
+        typer.echo(text, nl=False)
 
 
 data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)

