@@ -36,6 +36,18 @@ def dude(
     return _call(["dude", *map(str, arguments)], None, cwd, timeout, environment)
 
 
+def fresh(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`dude ARGUMENTS` in a process that has imported nothing, for tests of the start itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "dude_peft", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
 def script(
     path: Path, *arguments: object, cwd: Path | None = None, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:

@@ -12,24 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from served import dude
+from served import dude, fresh
 from tiny import save_tiny, write_rows
 
 from dude_peft.version import __version__
 
 PRODUCTS = {"adapter", "checkpoints", "run.json", "config.yaml", "metrics.jsonl", "loss.png", "report.json"}
-
-
-def fresh(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a process that has imported nothing."""
-    return subprocess.run(
-        [sys.executable, "-m", "dude_peft", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], code: int, label: str) -> str:

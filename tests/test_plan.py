@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 from models import make
-from served import dude
+from served import dude, fresh
 from tiny import save_tiny, write_rows
 from transformers.integrations import integration_utils
 
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_told_after_the_bill_with_what_would(place):
 
 def test_a_misspelt_key_costs_less_than_three_seconds(place):
     start = time.perf_counter()
-    done = dude("plan", place / "run.yaml", "--set", "train.learning_rat=1")
+    done = fresh("plan", place / "run.yaml", "--set", "train.learning_rat=1")
     assert time.perf_counter() - start < 3
     assert done.returncode == 2
     assert "learning_rate" in done.stderr
