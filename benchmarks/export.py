@@ -155,9 +155,9 @@ def difference(live: Tensor, export: Any, folder: Path) -> dict[str, float]:
     found = compare({"live.0": live, "base.0": base}, {"out.0": outputs(export)}, 1)
     return {
         "logits": found.logits,
-        "kl": found.kl,
-        "kl_worst": found.kl_worst,
-        "share": found.kl / found.kl_base,
+        "kl": found.kl_tuned_export,
+        "kl_worst": found.kl_tuned_export_worst,
+        "share": found.kl_tuned_export / found.kl_tuned_base,
         "agreement": found.agreement,
     }
 

@@ -74,7 +74,9 @@ def test_the_examples_of_peft_s_own_way_run(place, monkeypatch, capfd, name):
     monkeypatch.chdir(place)
     loaded = AutoModelForCausalLM.from_pretrained("my-model")
     adapted = peft.get_peft_model(loaded, dude_peft.DudeConfig(r=2, target_modules="all-linear"))
-    arguments = TrainingArguments("trainer", max_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+    arguments = TrainingArguments(
+        "trainer", max_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True
+    )
     names = {
         "dude_peft": dude_peft, "peft": peft, "AutoModelForCausalLM": AutoModelForCausalLM, "Trainer": Trainer,
         "model": AutoModelForCausalLM.from_pretrained("my-model") if name == "DudeConfig" else adapted,

@@ -16,6 +16,7 @@ from peft import get_peft_model
 
 from dude_peft import DudeConfig
 from dude_peft.artifact.manifest import cover_tokenizer
+from dude_peft.artifact.sealed import sealed
 from dude_peft.errors import ArtifactError, ConfigError, ResourceError
 from dude_peft.exporting.adapter import open_adapter
 from dude_peft.exporting.card import escaped, model_card
@@ -28,7 +29,11 @@ REPORT = {
     "data": {"train": {"rows": 100, "sha256": "ab" * 32}, "template": "chat"},
     "config": {"train": {"learning_rate": 1e-4, "seed": 0}, "output_dir": "runs/x"},
 }
-EXPORT = {"to": "merged", "difference": {"kl": 1e-9, "kl_base": 1e-2, "logits": 1e-6}, "base_mismatch_allowed": False}
+EXPORT = {
+    "to": "merged",
+    "difference": {"kl_tuned_export": 1e-9, "kl_tuned_base": 1e-2, "logits": 1e-6},
+    "base_mismatch_allowed": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +143,24 @@ def test_what_is_sent_to_the_hub(adapter, tmp_path, monkeypatch):
 def test_uploads_that_cannot_be(adapter, tmp_path, monkeypatch):
     import huggingface_hub
 
-    for name in ("mine", "a/b/c", "../x", "a/b c", ""):
+    refused = (
+        "mine",
+        "a/b/c",
+        "../x",
+        "a/b c",
+        "",
+        "me/a--b",
+        "me/-a",
+        "-me/a",
+        "me/a.git",
+        "me/a..b",
+        "me-/a",
+        "me/é",
+    )
+    for name in (*refused, f"me/{'a' * 94}", f"{'a' * 97}/b"):
         with pytest.raises(ConfigError, match="OWNER/NAME"):
-            upload(adapter, name, quiet=True)
+            upload(adapter, name, quiet=True, folder=tmp_path / "none")
+        assert not (tmp_path / "none").exists()
     with pytest.raises(ArtifactError):
         upload(tmp_path, "a/b", quiet=True)
 
@@ -185,6 +205,23 @@ def test_what_the_manifest_vouches_for_is_sent(adapter, tmp_path):
 def test_a_dry_run_into_no_place(adapter, place):
     with pytest.raises(ResourceError, match=f"output {place} cannot be written"):
         upload(adapter, "me/mine", folder=Path(place), quiet=True)
+
+
+def test_a_report_that_lost_its_seal_is_told_of_or_refused(adapter, tmp_path, capsys):
+    (tmp_path / "adapter").symlink_to(adapter)
+    report, run = tmp_path / "report.json", tmp_path / "run.json"
+    report.write_text(json.dumps(REPORT))
+    upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "alone")
+    assert "report.json has no seal" in " ".join(capsys.readouterr().out.split())
+    run.write_text(json.dumps({"format_version": 1, "config": {}}))  # an early version's run
+    upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "early", quiet=True)
+    for identity in ({"format_version": 2}, {}):
+        run.write_text(json.dumps(identity))
+        with pytest.raises(ArtifactError, match=r"report\.json is damaged"):
+            upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "edited", quiet=True)
+    report.write_text(json.dumps(sealed(REPORT)))
+    upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "whole")
+    assert "has no seal" not in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("part", [{"before": {**SCORE, "loss": "x"}}, {"before": {"loss": 1}}])

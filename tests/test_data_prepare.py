@@ -210,6 +210,10 @@ def test_mix_gives_each_source_its_share():
     first, again, other = (mix([100, 100], [1.0, 1.0], 60, seed)[0].tolist() for seed in (1, 1, 2))
     assert first == again != other
     assert first != mix([100, 100], [1.0, 1.0], 60, 1)[1].tolist()
+    with pytest.raises(ConfigError, match="999,999,999 rows is more than 10,000,000, the most that 30 are repeated to"):
+        mix([10, 20], [1.0, 1.0], 999_999_999, 0)
+    with pytest.warns(UserWarning, match=r"source 'b\.jsonl' of the mixture gives no row"):
+        mix([10, 10], [1e6, 1.0], 10, 0, ["a.jsonl", "b.jsonl"])
     # pinned: a seed gives the same rows on every machine and with every version of numpy
     assert mix([10], [1.0], 4, 0)[0].tolist() == PINNED
 

@@ -88,6 +88,23 @@ def write_config(path, folder, model, output, **changes):
     return path
 
 
+def test_a_mixture_in_a_run_ends_in_a_line_or_tells_who_gives_nothing(place, tmp_path, dude):
+    write_rows(tmp_path / "few.jsonl", 4)
+    config = write_config(tmp_path / "run.yaml", place, place / "model", tmp_path / "out")
+    settings = yaml.safe_load(config.read_text())
+    settings["data"]["train"] = [
+        {"source": str(place / "train.jsonl"), "weight": 1e6},
+        {"source": str(tmp_path / "few.jsonl"), "weight": 1},
+    ]
+    config.write_text(yaml.safe_dump(settings))
+    code, _, error = dude("train", config, "--set", "data.train_rows=999999999")
+    assert code == 2
+    assert "999,999,999 rows is more than" in line(error)
+    code, out, error = dude("train", config, "--set", "data.train_rows=8")
+    assert code == 0
+    assert (out + error).count("of the mixture gives no row") == 1
+
+
 # --- code ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,16 @@ from served import dude
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dude_peft.artifact.json_text import json_text
+from dude_peft.config.schema import EvaluationSection
+from dude_peft.data import renderer
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError
 from dude_peft.evaluation.forgetting import read_text
 from dude_peft.evaluation.harness_model import HarnessModel
+from dude_peft.evaluation.in_training import TasksOfRun
 from dude_peft.evaluation.local_tasks import write_tasks
+from dude_peft.evaluation.record import Evaluation, Measure, Value
 from dude_peft.evaluation.run import EvalOptions, evaluate
 from dude_peft.evaluation.subset import stratified
 
@@ -551,6 +557,37 @@ def test_templates_of_a_task_are_sandboxed(place, tmp_path):
         evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
 
 
+@pytest.mark.parametrize(
+    "hostile", ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}"]
+)
+def test_templates_of_a_task_share_one_time(place, tmp_path, monkeypatch, hostile):
+    monkeypatch.setattr(renderer, "RENDER_SECONDS", 1.0)
+    task = Path(task_file(tmp_path, "mine", 2))
+    honest = task.read_text()
+    task.write_text(honest.replace("'{{q}}'", f"'{hostile}'"))
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"mine.*it takes too long"):
+        evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o")
+    assert time.monotonic() - begin < 30
+    with pytest.raises(renderer.RenderError, match="it takes too long"):  # of whichever template
+        renderer.render_document("{{q}}", {"q": 1})
+    task.write_text(honest)  # another command has its own time
+    evaluate(str(place / "model"), EvalOptions((str(task),)), tmp_path / "o2")
+
+
+def test_templates_of_tasks_mean_what_they_mean_to_the_harness():
+    import lm_eval.utils
+
+    document = {"q": " è \u2028 x1y22 ", "n": [1, 2.5, None, True], "d": {"k": {"l": "v"}}}
+    for template in (
+        "{{q}}\n", "{{q.strip() | upper}}\n\n", "{{n}} {{d.k.l}} {{d}}", "{{q | regex_replace('[0-9]+', '#', 1)}}",
+        "{% set c = [] %}{% for x in n %}{{ c.append(x) or '' }}{% endfor %}{{c}}", "{{n[0] + 1}}{{ d | tojson }}",
+    ):  # fmt: skip
+        assert renderer.render_document(template, document) == lm_eval.utils.apply_template(template, document)
+    with pytest.raises(renderer.RenderError, match="'missing' is undefined"):
+        renderer.render_document("{{missing}}", document)
+
+
 def test_more_examples_than_there_are(place, tmp_path):
     with pytest.raises(ConfigError, match=r"--num-fewshot 50: task 'gsm8k' has 7 examples"):
         evaluate(str(place / "model"), EvalOptions(("gsm8k",), place / "data", num_fewshot=50), tmp_path / "o")
@@ -594,6 +631,39 @@ def test_a_general_text_is_read_before_anything_is_scored(place, tmp_path, monke
         text.write_bytes(content)
         with pytest.raises(DataError, match=error):
             evaluate(str(place / "model"), EvalOptions(("mmlu_anatomy",), place / "data", text=text), tmp_path / "o")
+
+
+def test_a_misspelt_task_is_told_before_anything_heavy(tmp_path, monkeypatch):
+    """The harness's index takes a quarter of a minute, a model may take more; this one is not even there."""
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", None)
+    names = ("wordmath", "mmlu_astronmy")
+    with pytest.raises(ConfigError, match="there is no task 'mmlu_astronmy'; did you mean 'mmlu_astronomy'"):
+        evaluate(str(tmp_path / "nothing"), EvalOptions(names), tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(ConfigError, match=r"^evaluation\.tasks: there is no task 'gsm8q'; did you mean 'gsm8k'"):
+        TasksOfRun(EvaluationSection(tasks=["gsm8q"]))
+
+
+@pytest.mark.slow
+def test_every_name_of_the_harness_is_found_in_its_files():
+    from lm_eval.tasks import TaskManager
+
+    from dude_peft.evaluation.task_names import _WORD, _spelt, harness_tasks
+
+    known = _spelt(harness_tasks())
+    assert [name for name in TaskManager().all_tasks if _WORD.fullmatch(name) and name not in known] == []
+
+
+def test_no_number_is_null_in_the_results():
+    value = Value(float("nan"), (0.0, float("inf")))
+    measure = Measure("t", "mcc", "none", 1, 1, value, None, None, True)
+    found = Evaluation("m", False, False, [measure], [], None, {}, None, {})
+    read = json.loads(found.text_of(), parse_constant=pytest.fail)
+    assert read["measures"][0]["model"] == {"value": None, "interval": [0.0, None]}
+    with pytest.raises(NumericsError, match=r"'a\.0\.b' is NaN or Inf"):
+        json_text({"a": [{"b": float("nan")}]})
 
 
 def test_an_unknown_task_names_the_closest(place, tmp_path):

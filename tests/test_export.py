@@ -329,7 +329,9 @@ def test_pefts_combinations_run_on_the_changes(kind, two, tmp_path):
     ("options", "parts"),
     [
         ({"weights": [1.0]}, ("2 adapters and 1 weights", "--weight")),
-        ({"weights": [1.0, float("nan")]}, ("finite",)),
+        ({"weights": [1.0, float("nan")]}, ("--weight nan", "at most 1000")),
+        ({"weights": [1.0, float("-inf")]}, ("--weight -inf", "at most 1000")),
+        ({"weights": [1e308, 1.0]}, ("--weight 1e+308", "at most 1000")),
         ({"combination": "tie"}, ("'tie' is unknown", "'ties'")),
         ({"combination": "ties"}, ("density", "0.5")),
         ({"combination": "ties", "density": 0.0}, ("density",)),
@@ -618,8 +620,8 @@ def test_an_export_is_run_in_a_fresh_process_without_our_package(target, worded,
     found = record["difference"]
     assert record["verified"] is True
     assert found["tokens"] > 500
-    assert found["kl_base"] > 1e-4
-    assert found["kl"] <= (1e-9 if target != "lora:32" else 1e-2 * found["kl_base"])
+    assert found["kl_tuned_base"] > 1e-4
+    assert found["kl_tuned_export"] <= (1e-9 if target != "lora:32" else 1e-2 * found["kl_tuned_base"])
     assert "same next token" in capsys.readouterr().out
     assert not (tmp_path / "out/.work").exists()
 
@@ -629,7 +631,7 @@ def test_several_adapters_are_verified_against_their_sum(worded, tmp_path):
     train(model, seed=3).save_pretrained(tmp_path / "second")
     merge([worded / "adapter", tmp_path / "second"], tmp_path / "out", weights=[0.5, 0.25], quiet=True)
     found = json.loads((tmp_path / "out/dude_export.json").read_text())["difference"]
-    assert found["kl"] <= 1e-9 < found["kl_base"]
+    assert found["kl_tuned_export"] <= 1e-9 < found["kl_tuned_base"]
 
 
 def test_an_export_that_is_not_the_adapter_is_removed(worded, tmp_path, monkeypatch):
@@ -643,10 +645,10 @@ def test_an_export_that_is_not_the_adapter_is_removed(worded, tmp_path, monkeypa
 
 def test_what_is_believed_to_be_rounding():
     full, half = {torch.float32}, {torch.float32, torch.bfloat16}
-    assert tolerance(full, kl_base=1.0) == 1e-6
-    assert tolerance(half, kl_base=1.0) == 5e-3
-    assert tolerance(half, kl_base=1e-3) == pytest.approx(2e-4)  # a weak adapter: a fifth of it is not rounding
-    assert tolerance(half, kl_base=0.0) == 1e-4
+    assert tolerance(full, kl_tuned_base=1.0) == 1e-6
+    assert tolerance(half, kl_tuned_base=1.0) == 5e-3
+    assert tolerance(half, kl_tuned_base=1e-3) == pytest.approx(2e-4)  # a weak adapter: a fifth of it is not rounding
+    assert tolerance(half, kl_tuned_base=0.0) == 1e-4
     assert tolerance(full, 1.0, "F16") == 1e-3
     assert tolerance(full, 1.0, "Q4_K_M") == 0.5
     assert tolerance({torch.float64}, 1.0) == 1e-6
@@ -685,19 +687,19 @@ def test_an_approximation_above_the_wanted_kl_is_removed(worded, tmp_path):
 
 def test_the_smallest_rank_that_reaches_a_kl_is_found(worded, tmp_path):
     export(worded / "adapter", "lora:8", tmp_path / "eight", quiet=True)
-    reached = json.loads((tmp_path / "eight/dude_export.json").read_text())["difference"]["kl"]
+    reached = json.loads((tmp_path / "eight/dude_export.json").read_text())["difference"]["kl_tuned_export"]
     export(worded / "adapter", "lora:auto", tmp_path / "out", max_kl=0.9 * reached, quiet=True)
     record = json.loads((tmp_path / "out/dude_export.json").read_text())
     assert record["rank"] == 16
-    assert record["difference"]["kl"] <= 0.9 * reached
+    assert record["difference"]["kl_tuned_export"] <= 0.9 * reached
 
 
 def test_the_comparison_is_the_textbook():
     generator = torch.Generator().manual_seed(0)
     live, out, base = (torch.randn(5, 7, generator=generator) for _ in range(3))
     found = compare({"live.0": live, "base.0": base}, {"out.0": out}, 1)
-    assert found.kl == pytest.approx(kl(live, out), rel=1e-5)
-    assert found.kl_base == pytest.approx(kl(live, base), rel=1e-5)
+    assert found.kl_tuned_export == pytest.approx(kl(live, out), rel=1e-5)
+    assert found.kl_tuned_base == pytest.approx(kl(live, base), rel=1e-5)
     assert found.logits == pytest.approx(float((live - out).abs().max() / live.abs().max()))
     assert found.agreement == float((live.argmax(-1) == out.argmax(-1)).float().mean())
     with pytest.raises(NumericsError, match="NaN or Inf"):
@@ -738,7 +740,7 @@ def test_a_model_that_masks_unused_vocabulary_is_exported(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     export(tmp_path / "adapter", "merged", tmp_path / "out", quiet=True)
     found = json.loads((tmp_path / "out/dude_export.json").read_text())["difference"]
-    assert found["kl"] <= 1e-9 < found["kl_base"]
+    assert found["kl_tuned_export"] <= 1e-9 < found["kl_tuned_base"]
     assert found["logits"] <= 1e-5
 
 

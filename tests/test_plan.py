@@ -26,6 +26,7 @@ from dude_peft.config.schema import (
     EvaluationSection,
     ModelSection,
     RunConfig,
+    SourceSection,
     TrainSection,
 )
 from dude_peft.data.batches import pad_right
@@ -317,6 +318,17 @@ def test_what_the_run_refuses_the_plan_refuses(place, settings, words):
         planned(place, settings)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_ends_in_a_line_or_in_bounded_memory(place):
+    """The run, which takes the same rows, is tested in tests/test_doors.py."""
+    weights = {"train.jsonl": 1e6, "few.jsonl": 1}
+    rows = [SourceSection(source=str(place / name), weight=weight) for name, weight in weights.items()]
+    write_rows(place / "few.jsonl", 4)
+    with pytest.raises(ConfigError, match="a mixture of 999,999,999 rows is more than"):
+        planned(place, {"data.train": rows, "data.train_rows": 999_999_999})
+    made = planned(place, {"data.train": rows, "data.train_rows": 20})
+    assert sum("few.jsonl' of the mixture gives no row" in warning for warning in made.warnings) == 1
 
 
 def test_rows_are_checked_too(place, tmp_path):

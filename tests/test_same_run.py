@@ -208,6 +208,16 @@ def test_a_wider_base_is_told_apart_with_the_dtype_to_load(rounded):
         load_adapter(tiny_llama(), folder / "out" / "adapter")
 
 
+def test_a_command_on_another_base_has_a_remedy_of_its_own(rounded, tmp_path):
+    save_tiny(tmp_path / "other")
+    tensors = safetensors.torch.load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1
+    safetensors.torch.save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"other base weights.*--base") as refused:
+        generate(str(rounded[0] / "out" / "adapter"), ["say 1"], base=str(tmp_path / "other"), max_new_tokens=2)
+    assert "allow_base_mismatch" not in str(refused.value)
+
+
 # --- the adapter's own tokenizer ------------------------------------------------------------------------------------
 
 

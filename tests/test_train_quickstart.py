@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+
 import pytest
 
 from dude_peft.config.reading import QUICKSTART, load_config
 from dude_peft.training.run import run
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)

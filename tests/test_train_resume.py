@@ -258,8 +258,10 @@ def test_another_base_model_is_refused(halfway, places, tmp_path):
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] += 1e-4
     try:
         save_file(tensors, places / "model/model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ArtifactError, match=r"1 of 4 differ .*layers\.1\.self_attn\.q_proj"):
+        expected = r"1 of 4 differ .*layers\.1\.self_attn\.q_proj.*--overwrite"
+        with pytest.raises(ArtifactError, match=expected) as refused:
             start(halfway)
+        assert "allow_base_mismatch" not in str(refused.value)
     finally:
         (places / "model/model.safetensors").write_bytes(kept)
 

@@ -127,15 +127,14 @@ def plan(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
-    import json
-
     from dude_peft import api
+    from dude_peft.artifact.json_text import json_text
     from dude_peft.terminal.display import Display
     from dude_peft.terminal.next_steps import tell_next
 
     made = api.plan(config, overrides or (), device_memory=device_memory, quiet=as_json)
     if as_json:
-        typer.echo(json.dumps(made.as_dict(), indent=2))
+        typer.echo(json_text(made.as_dict(), indent=2))
     made.check()
     sets = [word for override in overrides or [] for word in ("--set", override)]
     tell_next(Display(quiet=as_json), ["train", str(config), *sets])
@@ -321,7 +320,7 @@ def export(
     verify: _Verify = True,
     max_kl: Annotated[
         float | None,
-        _decimal("--max-kl", help="Refuse an export whose mean KL, nats a token, is larger."),
+        _decimal("--max-kl", help="Refuse an export whose mean KL(tuned || export), nats a token, is larger."),
     ] = None,
     allow_base_mismatch: _Mismatch = False,
     debug: _Debug = False,

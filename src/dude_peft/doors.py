@@ -104,6 +104,40 @@ def parse_json(text: bytes | str, **options: Any) -> Any:
     return value
 
 
+class JsonError(ValueError):
+    """Valid for Python's json module, not for us: duplicate keys, NaN."""
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json: an object's pairs as a dict; a JsonError where a key stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise JsonError(f"the key {quoted(twice)} appears twice in one object; keep one")
+    return found
+
+
+def check_size(key: str, value: int, tensors: int, largest: int, *, layers: bool) -> None:
+    """Refuse a number that is far from the weights beside it: a model of such sizes fills the memory, or hours.
+
+    Args:
+        key: what the number is called.
+        value: of a side, or of layers.
+        tensors: how many there are.
+        largest: of all their sides.
+        layers: whether it counts layers.
+
+    Raises:
+        ValueError: there are fewer tensors than layers, or the side is far larger than all of theirs.
+    """
+    if value > (tensors if layers else max(16 * largest, 1 << 16)):
+        raise ValueError(
+            f"its {quoted(key)} is {shown(value, 30)}, and the weights are {tensors} tensors of sides up to {largest}: "
+            "they belong to different models"
+        )
+
+
 def check_folder(folder: Path) -> None:
     """Look at all that other libraries read of a model's or an adapter's folder, before they do.
 

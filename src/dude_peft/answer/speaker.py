@@ -160,10 +160,12 @@ def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
     from dude_peft.exporting.dense import apply_as_trained_
     from dude_peft.tuner.load import load_adapter
+    from dude_peft.tuner.same_base import with_remedy
 
     model: Any = load_model(source, where, saved.quantization if saved else None)
     if saved is not None:
-        model = load_adapter(model, saved.folder)
+        with with_remedy("give the base model it was trained on with --base"):
+            model = load_adapter(model, saved.folder)
     apply_as_trained_(model.eval())
     return model
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dude_peft.doors import open_file, parse_json
+from dude_peft.doors import open_file, parse_json, without_duplicates
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 
@@ -124,16 +124,6 @@ def stored_sha256(stored: StoredTensor) -> str:
 def byte_count(dtype: str, shape: Iterable[int]) -> int:
     """Bytes that a tensor of this dtype and shape takes in a file."""
     return math.prod(shape) * _BITS[dtype] // 8
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json: an object's pairs as a dict; a ValueError where a key stands in it twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)!r} stands in it twice")
-    return found
 
 
 def _fill(file: Any, view: memoryview, stored: StoredTensor) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dude_peft import doors
-from dude_peft.doors import open_file
+from dude_peft.artifact.json_text import json_text
+from dude_peft.doors import open_file, read_json
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 
@@ -57,7 +57,7 @@ def unsealed(found: Any) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
     """The JSON object in a file of ours.
 
     Args:
@@ -71,7 +71,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     if not path.exists():
         raise ArtifactError(f"{shown(path, 300)} is missing{hint}")
     try:
-        content = doors.read_json(path)
+        content = read_json(path)
         if not isinstance(content, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError) as error:
@@ -80,8 +80,8 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
-    """What was sealed in a file; args and errors are those of `read_json`."""
-    content = read_json(path, remedy)
+    """What was sealed in a file; args and errors are those of `read_object`."""
+    content = read_object(path, remedy)
     try:
         return unsealed(content)
     except ValueError as error:
@@ -101,7 +101,7 @@ def seal_folder(folder: Path, facts: Mapping[str, Any]) -> str:
         if path.is_file() and path != folder / MANIFEST
     }
     content = sealed({**facts, _FILES: files})
-    (folder / MANIFEST).write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json_text(content) + "\n", encoding="utf-8")
     return str(content[_SEAL])
 
 
@@ -115,7 +115,7 @@ def folder_facts(folder: Path) -> tuple[dict[str, Any], str]:
     return {key: value for key, value in content.items() if key != _FILES}, content_sha256(content)
 
 
-def check_folder(folder: Path, needed: Iterable[str] = ()) -> None:
+def check_sealed_folder(folder: Path, needed: Iterable[str] = ()) -> None:
     """Compares every file that a folder's manifest lists with what was written.
 
     Args:

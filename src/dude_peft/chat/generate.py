@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.answer.decoding import Decoding
 from dude_peft.artifact.durable import disk_errors, replace_file
+from dude_peft.artifact.json_text import json_text
 from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
@@ -186,7 +187,7 @@ def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str,
 
 
 def _line(record: dict[str, Any]) -> str:
-    text = json.dumps(record, ensure_ascii=False)
+    text = json_text(record, ensure_ascii=False)
     return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
 
 

@@ -117,7 +117,9 @@ def _read_text(path: Path) -> str:
         with open_file(path) as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{shown(path, 300)}: no such file; dude config new writes one, and {QUICKSTART} is one") from None
+        raise ConfigError(
+            f"{shown(path, 300)}: no such file; dude config new writes one, and {QUICKSTART} is one"
+        ) from None
     except ConfigError:
         raise
     except NoFileError as error:

@@ -12,7 +12,7 @@ bad_rows.py       all bad rows of a source in one error
 mixture.py        several sources as one: how many rows each gives, and which
 template.py       a row as prompts and answers in text: chat or plain
 unwritten.py      what a template leaves out of a row
-renderer.py render_child.py    chat templates run in a process with limits
+renderer.py render_child.py    templates run in a process with limits
 encode.py         text as ids and labels; what does not fit is counted
 labels.py         the label of what is not learned
 answers.py        the final answer of a text, and whether two are the same

@@ -15,7 +15,8 @@ from typing import Any
 from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.file_lines import BOM, decode, lines, opened, refuse_magic
 from dude_peft.data.formats import Reading, Row
-from dude_peft.data.strict_json import DECODER, JsonError
+from dude_peft.data.strict_json import DECODER
+from dude_peft.doors import JsonError
 from dude_peft.errors import DataError
 
 MAX_ARRAY_BYTES = 256 * 2**20

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_peft.data.columns import REASONING, WEIGHTS, Record, is_nothing
-from dude_peft.data.strict_json import DECODER, JsonError
+from dude_peft.data.strict_json import DECODER
 from dude_peft.data.suggest import mapping_for_turn
+from dude_peft.doors import JsonError
 from dude_peft.errors import DataError
 from dude_peft.show import quoted
 

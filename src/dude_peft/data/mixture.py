@@ -7,12 +7,17 @@ the same rows on every machine.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from dude_peft.data.seeded import shuffled
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.show import quoted
+
+_MOST_ROWS, _MOST_ROUNDS = 10_000_000, 4
+"""A mixture holds so many rows, or so many times those that there are: some 100 bytes of memory each."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +72,13 @@ def entries_of(entries: Iterable[Entry], split: str) -> list[Part]:
     return parts
 
 
-def mix(sizes: Sequence[int], weights: Sequence[float | None], total: int | None, seed: int) -> list[NDArray[np.int64]]:
+def mix(
+    sizes: Sequence[int],
+    weights: Sequence[float | None],
+    total: int | None,
+    seed: int,
+    names: Sequence[str] | None = None,
+) -> list[NDArray[np.int64]]:
     """Of each source the indices of the rows it gives, ascending, repeats of all of them first.
 
     Args:
@@ -75,18 +86,33 @@ def mix(sizes: Sequence[int], weights: Sequence[float | None], total: int | None
         weights: share of each; None for all takes their sizes.
         total: rows of the mixture; None takes as many as the sources have together (`sum(sizes)`).
         seed: of the choice.
+        names: of the sources, for messages; one that gives no row is warned of by its name.
 
     Raises:
         DataError: a source with a share has no rows.
+        ConfigError: `total` is so many repeats of the rows that they would fill the memory.
     """
     import numpy as np
 
     shares = [float(size) if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]
-    counts = _apportioned(shares, sum(sizes) if total is None else total)
+    wanted, most = sum(sizes) if total is None else total, max(_MOST_ROWS, _MOST_ROUNDS * sum(sizes))
+    if wanted > most:
+        raise ConfigError(
+            f"a mixture of {wanted:,} rows is more than {most:,}, the most that {sum(sizes):,} are repeated to; take "
+            "fewer, and raise train.num_train_epochs"
+        )
+    counts = _apportioned(shares, wanted)
     chosen = []
     for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        name = f"source {number + 1}" if names is None else f"source {quoted(names[number], 300)}"
         if count and not size:
-            raise DataError(f"source {number + 1} of the mixture has no rows left to give; raise max_length or drop it")
+            raise DataError(f"{name} of the mixture has no rows left to give; raise max_length or drop it")
+        if not count and names is not None:
+            warnings.warn(
+                f"{name} of the mixture gives no row: its weight is too small for {wanted:,} rows; raise it, or drop "
+                "the source",
+                stacklevel=2,
+            )
         rounds, rest = divmod(count, size) if size else (0, 0)
         chosen.append(np.concatenate([np.tile(np.arange(size), rounds), np.sort(shuffled(size, seed, number)[:rest])]))
     return chosen

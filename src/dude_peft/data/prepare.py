@@ -98,7 +98,7 @@ def prepare(
     encoder()  # a wrong option is told before anything is read
     stored = [_stored(part, seed, settings, encoder, root, advance) for part in parts]
     sizes = [len(each.store) for each in stored]
-    return TokenSet(stored, mix(sizes, [part.weight for part in parts], total, seed))
+    return TokenSet(stored, mix(sizes, [part.weight for part in parts], total, seed, [part.source for part in parts]))
 
 
 def _stored(

@@ -1,9 +1,11 @@
-"""Runs chat templates, which are foreign programs, in a process of their own with limits on time and memory.
+"""Runs templates, which are foreign programs, in a process of their own with limits on time and memory.
 
-A template may loop for hours or ask for gigabytes in one expression; neither can be stopped in the same process. One
-child serves the whole process; it is started at the first chat template and ends with its parent. The time is one for
+They are chat templates, and those of task files, which `dude eval` reads. A template may loop for hours or ask for
+gigabytes in one expression; neither can be stopped in the same process. One child serves the whole process; it is
+started at the first template and ends with its parent. The time is one for
 all that a template is ever asked: a few seconds, and a little more with each message, so that many slow answers cost no
-more than a single one that never comes; a template that has used it up is not asked again.
+more than a single one that never comes; a template that has used it up is not asked again. The templates of task files
+share one time: a file may have any number.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _BYTES_PER_CONVERSATION = 64 * 2**10
 _BYTES_PER_BYTE = 16
 """What a template may write: far more than one that adds a long system message, or tools, to each conversation."""
 
+_OF_TASKS = "templates of task files"
 _START_SECONDS = 120.0
 _TOO_SLOW = "it takes too long"
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from dude_peft.data.render_child import main; main()"
@@ -55,7 +58,7 @@ class _Renderer:
         self._child: Any = None
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._left: dict[str, float] = {}
-        """Seconds that each template has left."""
+        """Seconds that each chat template has left, and those of task files together."""
 
     def render(
         self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], continued: bool = False
@@ -68,20 +71,31 @@ class _Renderer:
             "continued": continued,
             "now": moment(),
         }
-        data = json.dumps(request).encode("ascii") + b"\n"
-        messages = sum(len(said) for said, _, _ in conversations)
+        return self._ask(template, request, len(conversations), sum(len(said) for said, _, _ in conversations))
+
+    def render_document(self, template: str, document: Mapping[str, Any]) -> dict[str, str]:
+        """The same of a task's document; of values that JSON has not, as dates, the template sees the text."""
+        return self._ask(_OF_TASKS, {"template": template, "document": dict(document)}, 1, 1)[0]
+
+    def renew(self, whose: str) -> None:
+        """All of the time again."""
+        self._left.pop(whose, None)
+
+    def _ask(self, whose: str, request: Mapping[str, Any], count: int, messages: int) -> list[dict[str, str]]:
+        """`count` answers to a request of `messages` messages; the time is that of `whose`."""
+        data = json.dumps(request, default=str).encode("ascii") + b"\n"
         answers: list[dict[str, str]] = []
         with self._lock:
-            left = self._left.get(template, RENDER_SECONDS) + MESSAGE_SECONDS * messages
+            left = self._left.get(whose, RENDER_SECONDS) + MESSAGE_SECONDS * messages
             if left <= 0:
                 raise RenderError(_TOO_SLOW, 0)
             self._start()
             begin = time.monotonic()
-            room = 2**20 + _BYTES_PER_CONVERSATION * len(conversations) + _BYTES_PER_BYTE * len(data)
+            room = 2**20 + _BYTES_PER_CONVERSATION * count + _BYTES_PER_BYTE * len(data)
             try:
                 self._child.stdin.write(data)
                 self._child.stdin.flush()
-                for _ in conversations:
+                for _ in range(count):
                     line = self._line(begin + left - time.monotonic())
                     room -= len(line)
                     if room < 0:
@@ -97,7 +111,7 @@ class _Renderer:
                 raise
             finally:
                 # What was not needed for these messages is none of the next ones'.
-                self._left[template] = min(left - (time.monotonic() - begin), RENDER_SECONDS)
+                self._left[whose] = min(left - (time.monotonic() - begin), RENDER_SECONDS)
         return answers
 
     def _start(self) -> None:
@@ -118,7 +132,7 @@ class _Renderer:
             self._line(_START_SECONDS)
         except (OSError, queue.Empty) as error:
             self.stop()
-            raise ResourceError("the process for chat templates does not start; use template: plain") from error
+            raise ResourceError("the process for templates does not start; use template: plain") from error
 
     def _line(self, seconds: float) -> bytes:
         line = self._lines.get(timeout=max(seconds, 0.001))
@@ -167,6 +181,24 @@ def render(
         if "fault" in answer:
             raise RenderError(answer["fault"], index)
     return [answer["text"] for answer in answers]
+
+
+def render_document(template: str, document: Mapping[str, Any]) -> str:
+    """The text that a template of a task file makes of a document.
+
+    Raises:
+        RenderError: it failed, all such templates together took longer than they may, or one wanted too much.
+        ResourceError: no process can be started.
+    """
+    answer = _RENDERER.render_document(template, document)
+    if "fault" in answer:
+        raise RenderError(answer["fault"], 0)
+    return answer["text"]
+
+
+def renew_document_time() -> None:
+    """The time of task files' templates begins anew, as a command does."""
+    _RENDERER.renew(_OF_TASKS)
 
 
 def try_render(template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation]) -> list[str | None]:

@@ -81,7 +81,9 @@ def load_rows(
         list(stream_rows(e.source, split=e.split, limit=e.rows, seed=seed, reading=reading_of(e, reading)))
         for e in entries
     ]
-    chosen = mix([len(rows) for rows in sets], [each.weight for each in entries], limit, seed)
+    chosen = mix(
+        [len(rows) for rows in sets], [each.weight for each in entries], limit, seed, [e.source for e in entries]
+    )
     return [sets[number][index] for number, indices in enumerate(chosen) for index in indices]
 
 

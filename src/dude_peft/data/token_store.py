@@ -17,7 +17,6 @@ expected every few thousand sets.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dude_peft.artifact.durable import replace_file
+from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.encode import Counts, Example
 from dude_peft.data.formats import Row
@@ -127,9 +127,7 @@ class TokenWriter:
             file.close()
         files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
         body = {"key": key, "files": files, "counts": asdict(counts), "sha256": self._digest.hexdigest()}
-        replace_file(
-            self._folder / MANIFEST, json.dumps({"sha256": content_sha256(body), "body": body}).encode("ascii")
-        )
+        replace_file(self._folder / MANIFEST, json_text({"sha256": content_sha256(body), "body": body}).encode("ascii"))
 
     def _write(self, name: str, data: bytes) -> None:
         self._files[name].write(data)

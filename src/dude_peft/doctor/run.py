@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.artifact.json_text import json_text
 from dude_peft.doctor.packages import Package, packages
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.parents import refusal_of
@@ -62,7 +62,7 @@ def doctor(*, as_json: bool = False) -> None:
     found["training_works"] = problem is None
     found["problem"] = None if problem is None else str(problem)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found, indent=2))
     if problem is not None:
         raise problem
     display.say("training works here")

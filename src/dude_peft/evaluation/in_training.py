@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.artifact.json_text import with_nulls
 from dude_peft.config.schema import EvaluationSection
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluation.forgetting import read_text
 from dude_peft.evaluation.record import TASKS
 from dude_peft.evaluation.run import EvalOptions, load_chosen, make_output, measure, score_as_it_is
+from dude_peft.evaluation.task_names import check_names
 from dude_peft.evaluation.tasks import write_local
 from dude_peft.machine import processes
 from dude_peft.training.progress import Display
@@ -54,6 +56,7 @@ class TasksOfRun:
                 text=None if settings.tasks_text is None else Path(settings.tasks_text),
                 special_tokens=special_tokens,
             )
+            check_names(self._options.tasks)
         except (ConfigError, DataError) as error:
             raise _in_keys(error) from error
         self._chosen: list[Chosen] = []
@@ -84,7 +87,8 @@ class TasksOfRun:
         speaker = _speaker(model, tokenizer, name)
         found = measure(speaker, self._options, folder, display=display, chosen=self._chosen)
         text = None if found.text is None else asdict(found.text)
-        return {"measures": [asdict(one) for one in found.measures], "text": text}
+        kept: dict[str, Any] = with_nulls({"measures": [asdict(one) for one in found.measures], "text": text})[0]
+        return kept
 
 
 def _in_keys(error: Exception) -> Exception:

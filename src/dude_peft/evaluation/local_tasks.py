@@ -5,7 +5,6 @@ The folder that is written serves `lm-eval run --include_path FOLDER` as well: t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,16 @@ from typing import Any
 import yaml
 
 from dude_peft.artifact.durable import disk_errors, replace_file
+from dude_peft.artifact.json_text import json_text
 from dude_peft.data.word_problems import SIZES, word_problems
 from dude_peft.errors import DataError
 from dude_peft.evaluation import local_files
 from dude_peft.evaluation.local_files import Document
+from dude_peft.evaluation.task_names import GROUPS, GSM8K, WORDMATH, harness_tasks
 from dude_peft.show import shown
 
-GSM8K = ("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot")
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 MATH = ("SVAMP", "AddSub", "MultiArith", "SingleEq", "AQuA", "mawps")
-WORDMATH = "wordmath"
-LLM_ADAPTERS = ("commonsense", "math")
-GROUPS = ("mmlu", *LLM_ADAPTERS)
 
 _NUMBER = "(-?[$0-9.,]{2,})|(-?[0-9]+)"  # GSM8K's flexible-extract
 # (C); answer is C; answer: **C**; C alone or before a stop. An article, as in "A train", is no answer.
@@ -65,7 +62,7 @@ def write_tasks(name: str, data: Path | None, folder: Path) -> list[str]:
 
 def mmlu_category(task: str) -> str | None:
     """`stem`, `humanities`, `social_sciences` or `other`, as the harness groups MMLU; None for other tasks."""
-    path = _harness_tasks() / "mmlu" / "default" / f"{task}.yaml"
+    path = harness_tasks() / "mmlu" / "default" / f"{task}.yaml"
     if not path.is_file():
         return None
     tag = str(yaml.safe_load(path.read_text("utf-8"))["tag"])
@@ -168,11 +165,11 @@ def _write(
         (folder / "data").mkdir(parents=True, exist_ok=True)
         for split, documents in splits.items():
             path = folder / "data" / f"{name}-{split}.jsonl"
-            _replace_if_changed(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents))
+            _replace_if_changed(path, "".join(json_text(one, ensure_ascii=False) + "\n" for one in documents))
             files[split] = str(path.absolute())
         config = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, **settings}
         if include is not None:
-            config["include"] = str(_harness_tasks() / include)
+            config["include"] = str(harness_tasks() / include)
         text = yaml.safe_dump(config, sort_keys=False).replace(f"'{_SCORE}'", _SCORE)
         _replace_if_changed(folder / f"{name}.yaml", text)
     return name
@@ -185,12 +182,6 @@ def _replace_if_changed(path: Path, text: str) -> None:
         replace_file(path, content)
 
 
-def _harness_tasks() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
-
-
 def _subjects() -> list[str]:
-    folder = _harness_tasks() / "mmlu" / "default"
+    folder = harness_tasks() / "mmlu" / "default"
     return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dude_peft.artifact.json_text import json_text, with_nulls
 from dude_peft.evaluation.local_tasks import mmlu_category
 from dude_peft.evaluation.record import Measure, Value
 from dude_peft.evaluation.tasks import Chosen
@@ -125,7 +125,10 @@ def _is_mean(task: Any, metric: str) -> bool:
 
 
 def sample_lines(one: Chosen, model: Scored, base: Scored | None, scrub: Callable[[Any], Any] = str) -> Iterator[str]:
-    """One JSON line a question and filter: the harness's hashes, what was wanted, what each model made of it."""
+    """One JSON line a question and filter: the harness's hashes, what was wanted, what each model made of it.
+
+    A log-likelihood of -inf (a token that the model rules out) is null.
+    """
     for task in one.tasks:
         before = {(s["doc_id"], s["filter"]): s for s in base["samples"].get(task, [])} if base is not None else {}
         for sample in model["samples"].get(task, []):
@@ -137,7 +140,7 @@ def sample_lines(one: Chosen, model: Scored, base: Scored | None, scrub: Callabl
             }
             if before:
                 line["base"] = _answer(before[sample["doc_id"], sample["filter"]])
-            yield json.dumps(line, ensure_ascii=False, default=scrub) + "\n"
+            yield json_text(with_nulls(line)[0], ensure_ascii=False, default=scrub) + "\n"
 
 
 def _answer(sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dude_peft.artifact.json_text import json_text, with_nulls
 from dude_peft.evaluation.forgetting import TextScore
 from dude_peft.evaluation.second_opinion import Disagreement
 from dude_peft.measure.intervals import Comparison
@@ -77,5 +77,5 @@ class Evaluation:
         return table(f"{self.model}: 95 % intervals", facts_of(self))
 
     def text_of(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """As JSON; null stands where a metric has no number."""
+        return json_text(with_nulls(asdict(self))[0], indent=2, ensure_ascii=False) + "\n"

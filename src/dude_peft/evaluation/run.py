@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
+from dude_peft.artifact.json_text import with_nulls
 from dude_peft.artifact.sealed import file_sha256
 from dude_peft.data.control_tokens import SPECIAL_TOKENS
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
+from dude_peft.evaluation.task_names import GSM8K, check_names
 from dude_peft.machine import processes
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.show import quoted, shown
@@ -123,6 +125,7 @@ def evaluate(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("dude eval needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
     _check_output(output, overwrite)
+    check_names(options.tasks)
     first = processes.is_first()
     display = Display(quiet=quiet or not first)
     make_output(output)
@@ -208,6 +211,11 @@ def measure(
     if processes.is_first():
         _write(output, evaluation, chosen, model, base)
     show(display, evaluation)
+    if places := with_nulls(asdict(evaluation))[1]:
+        display.warn(
+            f"{len(places)} numbers are NaN or Inf, and null in {RESULTS} (first: {shown(places[0], 100)}); the task's "
+            "metric is not defined for these answers"
+        )
     display.say(f"results: {shown(output / RESULTS, 300)}; each question: {shown(output / SAMPLES, 300)}")
     return evaluation
 
@@ -407,7 +415,6 @@ def _generation(model: Any) -> dict[str, Any]:
 
 
 def _second_opinion(model: dict[str, Any]) -> dict[str, list[Any]] | None:
-    from dude_peft.evaluation.local_tasks import GSM8K
     from dude_peft.evaluation.second_opinion import available, disagreements
 
     tasks = [task for task in GSM8K if task in model["samples"]]

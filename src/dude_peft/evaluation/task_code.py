@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
+from dude_peft.data.renderer import RenderError, render_document
 from dude_peft.doors import read_file
 from dude_peft.errors import ConfigError
+from dude_peft.evaluation.task_names import harness_tasks
 from dude_peft.show import quoted, shown
 
 LARGEST_YAML_BYTES = 1 << 20
@@ -41,9 +45,7 @@ def files_with_code(manager: Any, names: list[str]) -> list[Path]:
     Raises:
         ConfigError: a task runs code that the model writes.
     """
-    import lm_eval.tasks
-
-    harness = Path(lm_eval.tasks.__file__).parent.resolve()
+    harness = harness_tasks().resolve()
     waiting, seen, found = [*_behind(manager, names)], set(), []
     while waiting:
         task, path = waiting.pop()
@@ -114,14 +116,14 @@ def _read(path: Path) -> _File:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Within: no metric comes from the current folder, and the harness's templates are sandboxed.
+    """Within: no metric comes from the current folder, and tasks' templates run in `data.renderer`'s process.
 
     Raises:
         ConfigError: a metric is a Python file of the current folder.
+        TemplateError: a template fails, or takes too much time or memory.
     """
     import evaluate
     import lm_eval.utils
-    from jinja2.sandbox import SandboxedEnvironment
 
     load: Any = evaluate.load
     refused: list[str] = []
@@ -136,17 +138,31 @@ def guarded() -> Iterator[None]:
         return load(path, *args, **kwargs)
 
     own: Any = lm_eval.utils.env
-    sandbox = SandboxedEnvironment(
-        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
-    )
-    sandbox.filters.update(own.filters)
-    evaluate.load, lm_eval.utils.env = load_from_hub, sandbox
+    evaluate.load, lm_eval.utils.env = load_from_hub, _Environment()
     try:
         yield
     finally:
         evaluate.load, lm_eval.utils.env = load, own
         if refused:  # the harness logs the error of a metric, and goes on without it
             raise ConfigError(refused[0])
+
+
+class _Environment:
+    """In place of the harness's jinja environment."""
+
+    def from_string(self, source: str) -> _Template:
+        return _Template(source)
+
+
+@dataclass(frozen=True)
+class _Template:
+    source: str
+
+    def render(self, **document: Any) -> str:
+        try:
+            return render_document(self.source, document)
+        except RenderError as error:  # as jinja's own, in which the harness's callers name the task
+            raise TemplateError(str(error)) from error
 
 
 def _script(name: str) -> Path | None:

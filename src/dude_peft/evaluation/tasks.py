@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 
 import yaml
 
+from dude_peft.data.renderer import renew_document_time
 from dude_peft.doors import read_file
 from dude_peft.errors import ConfigError, DataError, DudeError
-from dude_peft.evaluation.local_tasks import GROUPS, GSM8K, LLM_ADAPTERS, WORDMATH, is_local, only, write_tasks
+from dude_peft.evaluation.local_tasks import is_local, only, write_tasks
 from dude_peft.evaluation.task_code import LARGEST_YAML_BYTES, UNSAFE, files_with_code, guarded
+from dude_peft.evaluation.task_names import LLM_ADAPTERS, WORDMATH, is_yaml, unknown
 from dude_peft.show import quoted, shown
 
 
@@ -48,13 +49,14 @@ def load_tasks(
     lost = next((name for name in names if name in LLM_ADAPTERS and data is None), None)
     if lost is not None:
         raise ConfigError(f"--tasks: {quoted(lost)} needs LLM-Adapters' files; give their folder with --data-dir")
+    renew_document_time()
     local = write_local(names, data, folder)
     rest = [name for name in names if name not in local]
-    known = _manager(folder if local else None, defaults=any(not _is_yaml(name) for name in rest))
+    known = _manager(folder if local else None, defaults=any(not is_yaml(name) for name in rest))
     chosen: list[Chosen] = []
     for name in names:
-        if name not in local and not _is_yaml(name) and name not in known.all_tasks:
-            raise ConfigError(_unknown(name, known.all_tasks))
+        if name not in local and not is_yaml(name) and name not in known.all_tasks:
+            raise ConfigError(unknown(name, known.all_tasks))
         if name not in local:
             with _own_errors(name):
                 _look_at_code(known, name)
@@ -85,13 +87,9 @@ def write_local(names: Sequence[str], data: Path | None, folder: Path) -> dict[s
         ResourceError: the folder cannot be written.
     """
     written = {n: write_tasks(n, data, folder) for n in names if n == WORDMATH or (data is not None and is_local(n))}
-    asked = {Path(name).stem for name in names if _is_yaml(name)}  # one of them may lie there
+    asked = {Path(name).stem for name in names if is_yaml(name)}  # one of them may lie there
     only({task for tasks in written.values() for task in tasks} | asked, folder)
     return written
-
-
-def _is_yaml(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
 
 
 def _manager(folder: Path | None, *, defaults: bool) -> Any:
@@ -103,7 +101,7 @@ def _manager(folder: Path | None, *, defaults: bool) -> Any:
 
 def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[str, Any], frozenset[str]]:
     """(its tasks, the metrics that it means over tasks)."""
-    if _is_yaml(name) and not Path(name).is_file():
+    if is_yaml(name) and not Path(name).is_file():
         raise ConfigError(f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML, or a task's name")
     with _own_errors(name), guarded():
         found = _found(manager, written or [name])
@@ -123,7 +121,7 @@ def _own_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
-        if _is_yaml(name):
+        if is_yaml(name):
             raise ConfigError(f"--tasks: {shown(name, 300)} cannot be loaded as a task ({reason})") from error
         raise DataError(
             f"task {quoted(name)}: its data cannot be had ({reason}); give local files with --data-dir, or connect to "
@@ -134,7 +132,7 @@ def _own_errors(name: str) -> Iterator[None]:
 def _look_at_code(manager: Any, name: str) -> None:
     """Before the harness loads a task: refuses one that runs a model's code, and says which file has code itself."""
     try:
-        group = _group_in(Path(name)) if _is_yaml(name) and Path(name).is_file() else None
+        group = _group_in(Path(name)) if is_yaml(name) and Path(name).is_file() else None
     except (OSError, ValueError, yaml.YAMLError):  # for the harness to refuse
         group = None
     of_group = [] if group is None else files_with_code(_manager(Path(name).parent, defaults=True), [group])
@@ -144,7 +142,7 @@ def _look_at_code(manager: Any, name: str) -> None:
 
 def _found(manager: Any, names: list[str]) -> Any:
     """A group's file is loaded by the group's name: the harness's loader of files is for tasks alone."""
-    group = _group_in(Path(names[0])) if _is_yaml(names[0]) else None
+    group = _group_in(Path(names[0])) if is_yaml(names[0]) else None
     if group is None:
         return manager.load(names)
     # Of tasks in its own folder, or of the harness's.
@@ -171,13 +169,6 @@ def _refuse_what_we_cannot(name: str, task: Any) -> None:
         raise ConfigError(UNSAFE.format(quoted(name)))
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"task {quoted(name)} asks about images; choose tasks of text")
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    names = [*GROUPS, *GSM8K, WORDMATH, *known]
-    close = dict.fromkeys(difflib.get_close_matches(name, names, n=4, cutoff=0.5))
-    hint = f"did you mean {', '.join(map(quoted, close))}?" if close else "`lm-eval ls tasks` lists the harness's"
-    return f"--tasks: there is no task {quoted(name)}; {hint}"
 
 
 def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
-from dude_peft.artifact.sealed import read_json, read_sealed
+from dude_peft.artifact.sealed import read_object, read_sealed
 from dude_peft.errors import ArtifactError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.serving import PROGRAMS, serving_matrix
+from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.record import REPORT
 from dude_peft.show import shown
 from dude_peft.version import __version__
@@ -142,23 +143,36 @@ def model_card(
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=False)}---\n\n{body}"
 
 
-def report_of(adapter: Path) -> dict[str, Any] | None:
+def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
     """report.json of the run whose folder the adapter lies in; None where there is none.
 
+    Args:
+        adapter: its folder.
+        tell: hears of a report without a seal, as early versions wrote it.
+
     Raises:
-        ArtifactError: it is not as it was written, or its scores cannot be read.
+        ArtifactError: it is not as it was written, has lost its seal, or its scores cannot be read.
     """
     path, remedy = adapter.parent / REPORT, "restore it, or move it away"
     if not path.exists():
         return None
-    sealed = "sha256" in read_json(path, remedy)  # early versions did not seal theirs
-    report = read_sealed(path, remedy) if sealed else read_json(path, remedy)
+    report = read_object(path, remedy)
+    if "sha256" in report or _seals_its_files(adapter.parent):
+        report = read_sealed(path, remedy)
+    else:
+        tell(f"{shown(path, 300)} has no seal: nobody can tell whether its figures are those of the run")
     try:
         _scores(report)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {shown(error)}"
         raise ArtifactError(f"{shown(path, 300)}: its scores cannot be read ({reason}); {remedy}") from error
     return report
+
+
+def _seals_its_files(run: Path) -> bool:
+    """Whether run.json is of a version that seals what a run writes."""
+    path = run / RUN
+    return path.exists() and read_object(path, "restore it, or move it away").get("format_version") != 1
 
 
 def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -169,8 +183,8 @@ def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         rows.append(("rank", escaped(export["rank"])))
     difference = export.get("difference")
     if isinstance(difference, Mapping):
-        rows.append(("mean KL from the live adapter", f"{difference['kl']:.1e} nats a token"))
-        rows.append(("the same of the base model", f"{difference['kl_base']:.1e} nats a token"))
+        rows.append(("mean KL(tuned || export)", f"{difference['kl_tuned_export']:.1e} nats a token"))
+        rows.append(("mean KL(tuned || base)", f"{difference['kl_tuned_base']:.1e} nats a token"))
         rows.append(("largest logit difference, relative", f"{difference['logits']:.1e}"))
     else:
         rows.append(("verified", "no"))

@@ -36,22 +36,22 @@ _BY_DTYPE = {torch.float32: (1e-6, 1e-8), torch.float16: (1e-3, 1e-5), torch.bfl
 _BY_QUANTISATION = {"F32": (1e-6, 1e-8), "F16": (1e-3, 1e-4), "BF16": (5e-3, 1e-3), "Q8_0": (5e-2, 5e-2)}
 _COARSE = (0.5, 0.5)
 _OURS = {kind.exit_code: kind for kind in (ConfigError, DataError, ArtifactError, NumericsError, ResourceError)}
-_LOST = 0.2  # of KL(live || base): what training did
+_LOST = 0.2  # of KL(tuned || base): what training did
 
 
-def tolerance(dtypes: set[torch.dtype], kl_base: float, quantisation: str = "") -> float:
+def tolerance(dtypes: set[torch.dtype], kl_tuned_base: float, quantisation: str = "") -> float:
     """Mean KL that rounding alone may cause, and no more than a fifth of what training changed.
 
     Args:
         dtypes: those of the computation and of the stored weights.
-        kl_base: mean KL(live || base).
+        kl_tuned_base: mean KL(tuned || base).
         quantisation: of a GGUF file.
     """
     levels = [_BY_DTYPE[dtype] for dtype in dtypes if dtype in _BY_DTYPE] or [_BY_DTYPE[torch.float32]]
     if quantisation:
         levels.append(_BY_QUANTISATION.get(quantisation, _COARSE))
     largest, least = (max(level[side] for level in levels) for side in (0, 1))
-    return min(largest, max(least, _LOST * kl_base))
+    return min(largest, max(least, _LOST * kl_tuned_base))
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Difference:
 
     logits: float
     """Largest |difference of logits| / largest |logit|."""
-    kl: float
-    """Mean KL(live || export), nats a token."""
-    kl_worst: float
+    kl_tuned_export: float
+    """Mean KL(tuned || export), nats a token; `tuned` is the live adapter."""
+    kl_tuned_export_worst: float
     """The largest of one token."""
     agreement: float
     """Share of tokens whose most likely next token is the same."""
-    kl_base: float
-    """Mean KL(live || base model): what training changed."""
+    kl_tuned_base: float
+    """Mean KL(tuned || base model): what training changed."""
     tokens: int
 
 
@@ -172,8 +172,9 @@ def compare(live: dict[str, Tensor], export: dict[str, Tensor], count: int) -> D
 def summary(difference: Difference) -> str:
     """One line for people."""
     return (
-        f"{difference.tokens} tokens: largest logit difference {difference.logits:.1e} of the largest logit, KL "
-        f"{difference.kl:.1e} nats a token (worst {difference.kl_worst:.1e}, base model {difference.kl_base:.1e}), "
+        f"{difference.tokens} tokens: largest logit difference {difference.logits:.1e} of the largest logit, "
+        f"KL(tuned || export) {difference.kl_tuned_export:.1e} nats a token (worst "
+        f"{difference.kl_tuned_export_worst:.1e}), KL(tuned || base) {difference.kl_tuned_base:.1e}, "
         f"same next token {100 * difference.agreement:.1f} %"
     )
 

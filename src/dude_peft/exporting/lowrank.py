@@ -8,7 +8,6 @@ change (Eckart-Young); what it misses is the energy of the other triplets, told 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.header import DTYPES
+from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
 from dude_peft.core.svd import top_svd
 from dude_peft.core.threads import single_threaded_pool
@@ -108,7 +108,7 @@ def write_lora(
     )
     config: dict[str, Any] = stock.to_dict()  # type: ignore[no-untyped-call]
     config["target_modules"] = _short_names(layers, base.model)
-    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    text = json_text(config, indent=2, sort_keys=True, default=str)
     replace_file(folder / CONFIG_FILE, (text + "\n").encode())
     return fits
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.header import chunks
+from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
 from dude_peft.artifact.stock import EXTRA_A0, EXTRA_DM, EXTRA_M0
 from dude_peft.doors import read_json
@@ -32,4 +32,4 @@ def write_stock(adapter: SavedAdapter, folder: Path, base_model: str) -> None:
     config = read_json(adapter.folder / CONFIG_FILE)
     config["base_model_name_or_path"] = base_model
     write_pieces(folder / WEIGHTS_FILE, {"format": "pt"}, pieces)
-    replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    replace_file(folder / CONFIG_FILE, (json_text(config, indent=2, sort_keys=True) + "\n").encode())

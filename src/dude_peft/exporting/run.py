@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shutil
 import statistics
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 _RECORD = "dude_export.json"
+_LARGEST_WEIGHT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def export(
         gguf_file: name of the GGUF file that is the base model.
         dtype: of the merged weights: keep, float32, bfloat16 or float16.
         verify: load the export in a fresh process, run prompts and compare.
-        max_kl: mean KL divergence from the live adapter, nats a token, above which the export is refused.
+        max_kl: mean KL(tuned || export), nats a token, above which the export is refused.
         allow_base_mismatch: take a base with other weights; the export is then marked.
         quiet: print nothing.
 
@@ -132,7 +132,7 @@ def merge(
     Args:
         adapters: folders or hub ids, on one base model.
         output: folder that is made; nothing is there unless everything went well.
-        weights: w_i; None is 1 for each.
+        weights: w_i, from -1000 to 1000; None is 1 for each.
         combination: linear, ties, dare_linear, dare_ties or magnitude_prune (PEFT's, on the changes).
         density: share of entries that those but linear keep.
         seed: of what dare_* drops.
@@ -152,8 +152,11 @@ def merge(
     weights = list(weights) if weights else [1.0] * len(adapters)
     if not adapters or len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one --weight for each adapter")
-    if any(weight != weight or abs(weight) == float("inf") for weight in weights):
-        raise ConfigError("--weight has to be a finite number")
+    absurd = next((weight for weight in weights if not abs(weight) <= _LARGEST_WEIGHT), None)  # nan is absurd too
+    if absurd is not None:
+        raise ConfigError(
+            f"--weight {absurd:g}: a change is multiplied by at most {_LARGEST_WEIGHT:g}; 1 adds it as it was trained"
+        )
     settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
     with quiet_imports():
         from dude_peft.exporting.combine import Combination
@@ -388,22 +391,23 @@ class _Export:
             return
         limit, what = self.settings.max_kl, "above --max-kl"
         if limit is None and kind == "lora":
-            limit, what = found.kl_base, "no nearer to the adapter than the base model is"
+            limit, what = found.kl_tuned_base, "no nearer to the adapter than the base model is"
         elif limit is None:
             stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
             dtypes = stored if self.dtype is None else {*stored, self.dtype}
             dtypes |= set() if live is None else {getattr(torch, live)}
-            limit, what = tolerance(dtypes, found.kl_base, quantisation), "more than rounding explains"
-        if found.kl > limit:
+            limit, what = tolerance(dtypes, found.kl_tuned_base, quantisation), "more than rounding explains"
+        if found.kl_tuned_export > limit:
             hint = "choose a larger rank" if kind == "lora" else "it was removed; a wider --dtype or type rounds less"
             raise NumericsError(
-                f"the export's mean KL from the live adapter is {found.kl:.1e} nats a token, {what} ({limit:.1e}); "
-                f"{hint}"
+                f"the export's mean KL(tuned || export) is {found.kl_tuned_export:.1e} nats a token, {what} "
+                f"({limit:.1e}); {hint}"
             )
 
     def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
         """What was done, beside the files: people and the model card read it."""
         from dude_peft.artifact.durable import replace_file
+        from dude_peft.artifact.json_text import json_text
         from dude_peft.exporting.card import CARD, model_card, report_of
         from dude_peft.version import __version__
 
@@ -418,8 +422,8 @@ class _Export:
             "base_mismatch_allowed": self.settings.allow_base_mismatch,
             **made,
         }
-        replace_file(folder / _RECORD, (json.dumps(content, indent=1) + "\n").encode())
+        replace_file(folder / _RECORD, (json_text(content, indent=1) + "\n").encode())
         adapter = self.weighted[0].adapter
-        card = model_card(adapter, report_of(adapter.folder.absolute()), content)
+        card = model_card(adapter, report_of(adapter.folder.absolute(), self.display.warn), content)
         replace_file(folder / CARD, card.encode())
         return content

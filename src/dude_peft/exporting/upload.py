@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from dude_peft.terminal.quiet import quiet_imports
 if TYPE_CHECKING:
     from dude_peft.exporting.adapter import SavedAdapter
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_LONGEST_NAME = 96  # the hub's
 _MOST_NAMES = 8
 
 
@@ -40,8 +40,7 @@ def upload(
         ArtifactError: the adapter is damaged.
         ResourceError: the hub refuses, or cannot be reached.
     """
-    if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(f"repository {shown(repository)!r}: write OWNER/NAME")
+    _check_name(repository)
     display = Display(quiet=quiet)
     with display.waiting("checking the adapter"), quiet_imports():
         from dude_peft.artifact.durable import disk_errors, whole_folder
@@ -50,20 +49,37 @@ def upload(
         opened = open_adapter(adapter)
     if folder is not None:
         with disk_errors(folder), whole_folder(folder) as target:
-            left = _gather(opened, target)
+            left = _gather(opened, target, display.warn)
         _say_what_stays(display, left)
         display.say(f"written: {shown(folder, None)}")
         return str(folder)
     with tempfile.TemporaryDirectory() as temporary:
         with disk_errors(Path(temporary)):
-            left = _gather(opened, Path(temporary))
+            left = _gather(opened, Path(temporary), display.warn)
         _say_what_stays(display, left)
         address = _send(Path(temporary), repository, private)
     display.say(f"uploaded: {shown(address, None)}")
     return address
 
 
-def _gather(opened: SavedAdapter, target: Path) -> list[str]:
+def _check_name(repository: str) -> None:
+    """Refuse what the hub would, before anything is made."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        if repository.count("/") != 1 or not repository.isascii() or len(repository) > _LONGEST_NAME:
+            raise HFValidationError
+        for name in (repository, *repository.split("/")):
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"repository {shown(repository)!r}: write OWNER/NAME, in at most {_LONGEST_NAME} characters; each is "
+            "letters, digits, '-', '_' and '.', does not begin or end with '-' or '.', and has no '--' or '..' in it; "
+            "NAME does not end in .git"
+        ) from error
+
+
+def _gather(opened: SavedAdapter, target: Path, tell: Callable[[str], None]) -> list[str]:
     """Copies the adapter's two files, its tokenizer if it has one, the loss curve, the card; names what it leaves."""
     from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
     from dude_peft.artifact.sealed import file_sha256
@@ -78,7 +94,7 @@ def _gather(opened: SavedAdapter, target: Path) -> list[str]:
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(adapter / name, target / name)
     picture = adapter.parent / "loss.png"
-    report = report_of(adapter.absolute())
+    report = report_of(adapter.absolute(), tell)
     if report is not None and picture.is_file():
         files = report.get("files")
         wanted = files.get(picture.name) if isinstance(files, dict) else None

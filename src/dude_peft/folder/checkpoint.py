@@ -17,7 +17,6 @@ or written, since the folder of a run is looked at before.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -28,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import check_space, disk_errors, sync, whole_folder
-from dude_peft.artifact.sealed import MANIFEST, check_folder, folder_facts, read_json, seal_folder
+from dude_peft.artifact.json_text import json_text
+from dude_peft.artifact.sealed import MANIFEST, check_sealed_folder, folder_facts, read_object, seal_folder
 from dude_peft.errors import ArtifactError, DudeError, NumericsError
 from dude_peft.show import shown
 from dude_peft.version import __version__
@@ -66,12 +66,12 @@ class Checkpoint:
     @functools.cached_property
     def state(self) -> dict[str, Any]:
         """Content of state.json."""
-        found: dict[str, Any] = read_json(self.path / STATE)
+        found: dict[str, Any] = read_object(self.path / STATE)
         return found
 
     def trainer_state(self) -> dict[str, Any]:
         """Content of trainer_state.json."""
-        found: dict[str, Any] = read_json(self.path / TRAINER_STATE)
+        found: dict[str, Any] = read_object(self.path / TRAINER_STATE)
         return found
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -260,7 +260,7 @@ class Checkpoints:
     def _check(self, path: Path, step: int) -> None:
         """Raises a DudeError for a checkpoint that is not what was written, or from which no run should go on."""
         facts, _ = _check_facts(path, step)
-        check_folder(path, (_WEIGHTS, OPTIMIZER, RANDOM, STATE, TRAINER_STATE))
+        check_sealed_folder(path, (_WEIGHTS, OPTIMIZER, RANDOM, STATE, TRAINER_STATE))
         for name in (_WEIGHTS, OPTIMIZER):
             _check_finite(path / name)
         try:
@@ -309,7 +309,7 @@ def _facts(step: int) -> dict[str, Any]:
 
 def _check_facts(path: Path, step: int) -> tuple[dict[str, Any], str]:
     """(facts, hash) of a manifest of this format and step. Raises ArtifactError for any other one."""
-    version = read_json(path / MANIFEST).get("format_version")
+    version = read_object(path / MANIFEST).get("format_version")
     if version != FORMAT_VERSION:  # those of other versions may be sealed otherwise
         raise ArtifactError(
             f"{shown(path, 300)} has checkpoint format {shown(version)}, dude-peft {__version__} reads "
@@ -326,7 +326,7 @@ def _check_best(path: Path, step: int, seal: str | None) -> None:
     _, found = _check_facts(path, step)
     if seal not in (None, found):
         raise ArtifactError(f"{shown(path, 300)} is another run's")
-    check_folder(path, (TRAINED,))
+    check_sealed_folder(path, (TRAINED,))
     _check_finite(path / TRAINED)
 
 
@@ -343,4 +343,4 @@ def _check_finite(path: Path) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content) + "\n", encoding="utf-8")

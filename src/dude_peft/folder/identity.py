@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dude_peft.artifact.sealed import read_json, read_sealed, sealed, unsealed
+from dude_peft.artifact.json_text import json_text
+from dude_peft.artifact.sealed import read_object, read_sealed, sealed, unsealed
 from dude_peft.data.tokenizer_parts import changed_parts
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.show import shown
@@ -52,7 +53,7 @@ class Identity:
 
     def text(self) -> str:
         """As JSON."""
-        return json.dumps(sealed(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+        return json_text(sealed(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
     def check_config(self, now: dict[str, Any]) -> None:
         """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
@@ -116,7 +117,7 @@ def read_identity(folder: Path) -> Identity | None:
     if path.is_symlink() or not path.is_file():
         return None
     remedy = "add --overwrite to start anew"
-    content = read_json(path, remedy)
+    content = read_object(path, remedy)
     try:
         if content["format_version"] == FORMAT_VERSION:
             found = Identity(**unsealed(content))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 
 from dude_peft.artifact.durable import hidden_name, replace_file, sync, whole_folder
+from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import file_sha256, read_sealed, sealed
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.folder.checkpoint import Checkpoints
@@ -210,7 +210,7 @@ class RunFolder:
     def write_before(self, before: Score, seconds: float) -> None:
         """Keeps what was measured before training, and how long that took, for a start after an interruption."""
         content = sealed({"score": asdict(before), "seconds": seconds})
-        self.write(BEFORE, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write(BEFORE, json_text(content, ensure_ascii=False) + "\n")
 
     def read_before(self, tell: Callable[[str], None]) -> tuple[Score, float] | None:
         """What `write_before` kept; None where it has to be measured again, which gives the same.
@@ -286,7 +286,7 @@ class RunFolder:
     def write_report(self, report: RunReport) -> Path:
         """Writes report.json; last of all files, so that its presence means a finished run."""
         content = sealed(asdict(report))
-        path = self.write(REPORT, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        path = self.write(REPORT, json_text(content, indent=2, ensure_ascii=False) + "\n")
         if self.writes:
             (self.path / BEFORE).unlink(missing_ok=True)
         return path

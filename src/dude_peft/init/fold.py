@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import check_space, disk_errors, refuse_existing, whole_folder
+from dude_peft.artifact.json_text import json_text
 from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
@@ -228,7 +229,7 @@ def _write_base(
         size = sum(piece.size for pieces in files.values() for piece in pieces)
         places = {piece.name: file for file, pieces in files.items() for piece in pieces}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        replace_file(output / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        replace_file(output / INDEX, (json_text(index, indent=2) + "\n").encode())
     copy_files(source, output, companions(source))
     config = read_json(source / "config.json")
     for key in ("torch_dtype", "auto_map"):

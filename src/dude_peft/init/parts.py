@@ -19,6 +19,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.json_text import json_text
 from dude_peft.doors import open_file, read_json
 from dude_peft.init.layer import LayerStart
 from dude_peft.model.stream import Piece
@@ -56,15 +57,15 @@ class Parts:
             for left in folder.glob(".dude-*"):
                 if left.is_file():
                     left.unlink()
-        replace_file(self.folder / _SETTINGS, json.dumps({"settings": self.settings}).encode())
+        replace_file(self.folder / _SETTINGS, json_text({"settings": self.settings}).encode())
 
     def write(self, index: int, layer: str, start: LayerStart) -> None:
         """Write one layer's part."""
         metadata = {
             "settings": self.settings,
             "layer": layer,
-            "base": json.dumps(start.base),
-            "captured": json.dumps(start.captured),
+            "base": json_text(start.base),
+            "captured": json_text(start.captured),
         }
         data = safetensors.torch.save(start.tensors, metadata)
         replace_file(self._path(index), hashlib.sha256(data).digest() + data)

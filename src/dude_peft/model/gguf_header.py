@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from dude_peft.doors import open_file
+from dude_peft.doors import check_size, open_file
 from dude_peft.errors import ArtifactError
 from dude_peft.show import quoted, shown
 
@@ -107,6 +107,5 @@ def _walk(reader: _Reader) -> None:
             raise ValueError("a tensor lies beyond its end")
         largest = max(largest, *shape, 0)
     for key, number in reader.whole.items():
-        limit = tensors if key.endswith(_LAYERS) else max(16 * largest, 1 << 16) if key.endswith(_SIDES) else None
-        if limit is not None and number > limit:
-            raise ValueError(f"{quoted(key)} is {number:,}, and it holds {tensors} tensors of sides up to {largest}")
+        if key.endswith((_LAYERS, *_SIDES)):
+            check_size(key, number, tensors, largest, layers=key.endswith(_LAYERS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.header import DTYPES, StoredTensor, byte_count, chunks
+from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.manifest import WEIGHTS_FILE, BaseRecord, sealed_metadata, sorted_header
 from dude_peft.errors import NumericsError
 from dude_peft.model.weights import INDEX, SINGLE
@@ -107,7 +107,7 @@ def write_checkpoint(folder: Path, files: dict[str, list[Piece]], done: Callable
         places = {piece.name: file for file, pieces in files.items() for piece in pieces}
         size = sum(piece.size for pieces in files.values() for piece in pieces)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        replace_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        replace_file(folder / INDEX, (json_text(index, indent=2) + "\n").encode())
 
 
 def write_adapter(

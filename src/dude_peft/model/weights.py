@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header, without_duplicates
-from dude_peft.doors import read_json
+from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
+from dude_peft.doors import check_size, read_json, without_duplicates
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 
@@ -171,16 +171,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _check_sizes(config: Path, checkpoint: WeightFiles) -> None:
     """Refuse settings that are far from the weights beside them: a model of such sizes fills the memory, or hours."""
+    largest = max((side for stored in checkpoint.tensors.values() for side in stored.shape), default=0)
     try:
         settings = read_json(config)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{shown(config, 300)} cannot be used ({shown(error, 200)}); download it again") from error
-    largest = max((side for stored in checkpoint.tensors.values() for side in stored.shape), default=0)
-    limits = dict.fromkeys(_LAYERS, len(checkpoint.tensors)) | dict.fromkeys(_SIDES, max(16 * largest, 1 << 16))
-    for part in (settings, *settings.values()):
-        for key, limit in limits.items():
-            if isinstance(part, dict) and isinstance(value := part.get(key), int) and value > limit:
-                raise ArtifactError(
-                    f"{shown(config, 300)}: {key} is {shown(value, 30)}, and the weights beside it hold "
-                    f"{len(checkpoint.tensors)} tensors of sides up to {largest}; they belong to different models"
-                )
+        for part in (settings, *settings.values()):
+            for key in (*_LAYERS, *_SIDES) if isinstance(part, dict) else ():
+                if isinstance(value := part.get(key), int):
+                    check_size(key, value, len(checkpoint.tensors), largest, layers=key in _LAYERS)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{shown(config, 300)} cannot be used ({shown(error, 300)}); download it again") from error

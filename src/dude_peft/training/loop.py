@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from typing_extensions import override
 
+from dude_peft.artifact.json_text import json_text
 from dude_peft.config.schema import EvaluationSection
 from dude_peft.errors import NumericsError
 from dude_peft.folder.checkpoint import BestAdapter, Checkpoint, Checkpoints
@@ -118,7 +118,7 @@ class Loop(TrainerCallback):
     def write(self, line: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+            self._metrics.write(json_text(line) + "\n")
 
     def adapter_writer(self, model: Any) -> Callable[[Path], None]:
         """A function that fills a folder with the adapter of `model`; every process has to ask for it."""

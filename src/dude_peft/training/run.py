@@ -293,11 +293,16 @@ class _Run:
 
         from dude_peft import DudeConfig, load_adapter
         from dude_peft.training.model_checks import check_start, keep_fingerprints, probe
+        from dude_peft.tuner.same_base import with_remedy
 
         transformers.set_seed(self.config.train.seed)
         fresh = self.start is None
         if not fresh:
-            self.model = load_adapter(model, str(self.start), is_trainable=True)
+            with with_remedy(
+                f"put the base model back that this run began with ({shown(self.config.model.name_or_path, 300)} is "
+                "another one now), or add --overwrite to start anew"
+            ):
+                self.model = load_adapter(model, str(self.start), is_trainable=True)
         elif processes.is_first():
             # Its keys are DudeConfig's own.
             settings = DudeConfig(**self.config.adapter.model_dump(), task_type="CAUSAL_LM")

@@ -32,6 +32,24 @@ _Fault = tuple[str, str]
 _REMEDY = "load the base model it was trained on, or pass allow_base_mismatch=True"
 
 
+class OtherBaseError(ArtifactError):
+    """The model is not the one that an adapter was trained on."""
+
+    def __init__(self, fault: str, remedy: str) -> None:
+        """`remedy` is what to do in Python; a command has its own (`with_remedy`)."""
+        super().__init__(f"{fault}; {remedy}")
+        self.fault = fault
+
+
+@contextmanager
+def with_remedy(remedy: str) -> Iterator[None]:
+    """Within: another base model is refused with the remedy of the command that loads the adapter."""
+    try:
+        yield
+    except OtherBaseError as error:
+        raise ArtifactError(f"{error.fault}; {remedy}") from error
+
+
 def check_base(base: nn.Module, recorded: BaseRecord, path: str, allow_mismatch: bool = False) -> None:
     """Compare a model in memory with the one that an adapter was trained on.
 
@@ -64,7 +82,7 @@ def checked_base(base: nn.Module, recorded: BaseRecord, path: str, allow_mismatc
                 continue
             fault, remedy = found
             if not allow_mismatch:
-                raise ArtifactError(f"adapter '{path}' {fault}; {remedy}")
+                raise OtherBaseError(f"adapter '{path}' {fault}", remedy)
             warnings.warn(f"adapter '{path}' {fault}; outputs will not be those of training", stacklevel=5)
 
 
@@ -80,16 +98,16 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
     modules = dict(base.named_modules())
     absent = [name for name in recorded if name not in modules or not frozen.is_supported(_base_layer(modules[name]))]
     if absent:
-        raise ArtifactError(
-            f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} has not (first: '{absent[0]}'); "
-            f"load it on the base model it was trained on"
+        raise OtherBaseError(
+            f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} has not (first: '{absent[0]}')",
+            "load it on the base model it was trained on",
         )
     for name, expected in recorded.items():
         shape = frozen.layer_shape(_base_layer(modules[name]))
         if sorted(shape) != sorted(expected["shape"]):
-            raise ArtifactError(
-                f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training; "
-                f"load it on the base model it was trained on"
+            raise OtherBaseError(
+                f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training",
+                "load it on the base model it was trained on",
             )
 
 
