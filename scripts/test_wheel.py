@@ -52,8 +52,9 @@ def main() -> None:
         run(dude, "--version")
         run(python, "-c", MODEL, "model")
         run(dude, "config", "new", "builtin:word-problems", "--model", "./model", "-o", "run.yaml")
-        run(dude, "train", "run.yaml", "--set", "train.max_steps=2", "--set", "evaluation.rows=2", "--set",
-            "data.train_rows=24", "--set", "data.test_rows=4", "--set", "adapter.r=4", "--output-dir", "out")  # fmt: skip
+        run(dude, "train", "run.yaml", "--set", "train.max_steps=2", "--set", "evaluation.rows=2",
+            "--set", "data.train_rows=24", "--set", "data.test_rows=4", "--set", "adapter.r=4",
+            "--output-dir", "out")  # fmt: skip
         run(dude, "verify", "out/adapter", "--base", "./model")
         run(dude, "plan", "builtin:quickstart", "--set", "model.name_or_path=./model", "--set", "model.gguf_file=null")
     print("the wheel installs, starts and trains")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folder
+from dude_peft.artifact.json_text import json_text
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -39,7 +40,7 @@ class Export:
     """The content of its dude_export.json."""
 
     def _repr_html_(self) -> str:
-        return table(str(self.path), [(name, json.dumps(value)) for name, value in self.record.items()])
+        return table(str(self.path), [(name, json_text(value)) for name, value in self.record.items()])
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ def upload(
 
 def _check_name(repository: str) -> None:
     """Refuse what the hub would, before anything is made."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         if repository.count("/") != 1 or not repository.isascii() or len(repository) > _LONGEST_NAME:
