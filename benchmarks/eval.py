@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.answer.speaker import open_speaker
+from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS
-from dude_peft.evaluation.run import EvalOptions, measure
+from dude_peft.evaluation.run import measure
 from dude_peft.evaluation.subset import stratified
 from dude_peft.evaluation.tasks import load_tasks
 from dude_peft.terminal.display import Display

@@ -31,8 +31,9 @@ from dude_peft.evaluation.forgetting import read_text
 from dude_peft.evaluation.harness_model import HarnessModel
 from dude_peft.evaluation.in_training import TasksOfRun
 from dude_peft.evaluation.local_tasks import write_tasks
+from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import Evaluation, Measure, Value
-from dude_peft.evaluation.run import EvalOptions, evaluate
+from dude_peft.evaluation.run import evaluate
 from dude_peft.evaluation.subset import stratified
 
 TASKS = ("gsm8k", "mmlu_anatomy")

@@ -18,7 +18,8 @@ from tiny import write_rows
 from dude_peft.config.schema import EvaluationSection, RunConfig
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluation.in_training import TasksOfRun
-from dude_peft.evaluation.run import EvalOptions, evaluate
+from dude_peft.evaluation.options import EvalOptions
+from dude_peft.evaluation.run import evaluate
 from dude_peft.planning.run import plan
 from dude_peft.training.loop import Loop
 from dude_peft.training.run import run

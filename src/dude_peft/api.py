@@ -200,7 +200,7 @@ def evaluate(
     Raises:
         ConfigError, DataError, ArtifactError, NumericsError, ResourceError, BusyError: see errors.py.
     """
-    from dude_peft.evaluation.run import EvalOptions
+    from dude_peft.evaluation.options import EvalOptions
     from dude_peft.evaluation.run import evaluate as scored
 
     options = EvalOptions(

@@ -15,8 +15,9 @@ from dude_peft.config.schema import EvaluationSection
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluation.forgetting import read_text
+from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import TASKS
-from dude_peft.evaluation.run import EvalOptions, load_chosen, make_output, measure, score_as_it_is
+from dude_peft.evaluation.run import load_chosen, make_output, measure, score_as_it_is
 from dude_peft.evaluation.task_names import check_names
 from dude_peft.evaluation.tasks import write_local
 from dude_peft.machine import processes
