@@ -154,7 +154,7 @@ class Scorer:
         }
 
 
-def generation_of(model: Any) -> dict[str, Any]:
+def _generation(model: Any) -> dict[str, Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return dict(inner.generation_config.to_diff_dict())
 
