@@ -22,7 +22,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from served import dude
 from test_cli import assert_refused
-from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
+from tiny import CHAT_TEMPLATE, save_tiny, tiny_llama, tiny_tokenizer, write_rows
 
 from dude_peft import DudeConfig
 from dude_peft.answer.decode import Pieces, decode, decode_all
@@ -530,7 +530,8 @@ def test_rows_without_an_answer_are_asked(place, tmp_path, capsysbinary):
     told = capsysbinary.readouterr()
     assert (one["prompt"], two["prompt"], one["completion"]) == ("q", "q", two["completion"])
     assert two["tools"] == [{"type": "function", "function": {"name": "f"}}]
-    assert "left out: id (1 of 2 rows), tools (1 of 2 rows)" in " ".join(told.err.decode().split())
+    wanted = "left out: id (1 of 2 rows), tools, which the template does not write (1 of 2 rows)"
+    assert wanted in " ".join(told.err.decode().split())
 
 
 def test_a_conversation_is_a_prompt_too(place, tmp_path, asked):
@@ -656,6 +657,24 @@ def test_prompts_that_spell_special_tokens_get_none(place, monkeypatch, options)
             generate(str(place / "model"), ["a<|system|>b"], special_tokens=special_tokens, **options)
     assert [ids.count(token) for ids in seen] == [0, 1]
     assert tiny_tokenizer().decode(seen[0]) == tiny_tokenizer().decode(seen[1])
+
+
+def test_words_that_a_template_changes_are_told(tmp_path, monkeypatch, capsysbinary):
+    save_tiny(tmp_path)
+    template = CHAT_TEMPLATE.replace("message['content']", "message['content'][:4]")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    generate(str(tmp_path), ["short", "two", "a <|user|>"], max_new_tokens=1)
+    told = " ".join(capsysbinary.readouterr().err.decode().split())
+    assert "left out: messages[] of role user word for word, which the template does not write (2 of 3 rows)" in told
+    assert "1 of 3 rows spells special tokens, which are plain text there; special_tokens: allow" in told
+    generate(str(tmp_path), ["two"], max_new_tokens=1)
+    assert "word for word" not in capsysbinary.readouterr().err.decode()
+    piped(monkeypatch, "two", "longer", "longer still")
+    chat(str(tmp_path), max_new_tokens=1)
+    told = " ".join(capsysbinary.readouterr().err.decode().split())
+    assert told.count("note: the template does not write messages[] of role user word for word") == 1
 
 
 def test_an_adapter_is_asked_as_its_run_was_trained(place, tmp_path):

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from served import dude
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig
 
+from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.training.data_check import check
+from dude_peft.training.run_data import read
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +70,28 @@ def test_the_middle_of_a_long_example_is_left_out(tmp_path, model, capsys):
     assert "a»\n…\n«b" in out
     assert out.count("a" * 140) == out.count("b" * 140) == 1
     assert "a" * 160 not in out
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "section"),
+    [
+        (3, {}, {"data": {"template": "chat"}, "evaluation": {"enabled": False}}),
+        (30, {}, {"data": {"template": "chat", "test": 0.1}}),
+        (30, {"test": "0.2", "seed": 3}, {"data": {"template": "chat", "test": 0.2, "seed": 3}}),
+        (3, {"template": "plain", "max_length": 64}, {"data": {"template": "plain", "max_length": 64}}),
+    ],
+)
+def test_it_ends_with_yaml_that_works(tmp_path, model, capsys, count, options, section):
+    train = write(tmp_path / "a: #b\u00e9.jsonl", [{"ask": f"q{n}", "completion": "a"} for n in range(count)])
+    check(train, model, columns={"prompt": "ask"}, **options)
+    out = capsys.readouterr().out
+    text = out.partition("\nfor CONFIG.yaml:\n")[2].partition("next:")[0]
+    found = yaml.safe_load(text)
+    assert found["data"] == {"train": train, "columns": {"prompt": "ask"}, **section["data"]}
+    assert list(found) == list(section) or "evaluation" in found
+    (tmp_path / "run.yaml").write_text(f"model: {{name_or_path: {model}}}\noutput_dir: out\n{text}")
+    data = read(load_config(tmp_path / "run.yaml"), tiny_tokenizer())
+    assert len(data.train) + (len(data.held_out.examples) if data.held_out else 0) == count
 
 
 def test_wrong_options_and_rows_are_ours(tmp_path, model):

@@ -216,7 +216,21 @@ def test_what_follows_the_last_learned_answer_is_left_out_and_told():
     assert trained(row, PLAIN_CHATML).endswith("assistant\n«a<|im_end|>»")
     assert told(row) == ["messages[] behind the last answer that is learned"]
     none = turns(("user", "q"), ("assistant", "a", {"weight": 0}))
-    assert "'messages' excludes every answer from the loss" in fault(none)
+    assert fault(none).startswith("none of the 1 rows has an answer to learn: weight, train or loss excludes each; ")
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last_answer", "all"])
+@pytest.mark.parametrize("template", [PLAIN_CHATML, None])
+def test_a_row_that_teaches_nothing_is_left_out_and_counted(train_on, template):
+    tok = tokenizer(template)
+    encoder = Encoder(Template(tok), tok, max_length=2000, train_on=train_on)
+    none = [turns(("user", "q"), ("assistant", "BAD", {flag: value})) for flag, value in (("weight", 0), ("train", 0))]
+    rows = [*none, turns(("user", "q"), ("assistant", "a"))]
+    made = [examples for _, examples in encoder.examples(parse_row(row, "r:1") for row in rows)]
+    assert [len(each) for each in made] == [0, 0, 1]
+    assert encoder.counts.losses(2000) == [
+        "2 of 3 rows teach nothing and are left out: their weight, train or loss excludes every answer"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +472,9 @@ def test_wrong_maps():
     for mapping, message in (
         ({"promt": "x"}, "there is no 'promt' to map; closest: prompt"),
         ({"prompt": "x", "completion": "x"}, "'x' is given two meanings"),
-        ({"prompt": ""}, "prompt is ''; give the data set's own name"),
+        ({"prompt": ""}, "'prompt' is ''; a mapping needs our name and the data set's own name for it, as in {prompt:"),
+        ({"query": ""}, "'query' is ''; a mapping needs our name"),
+        ({"query": "prompt"}, "no 'query' to map; our name stands first: {prompt: query}"),
     ):
         with pytest.raises(ConfigError, match=message):
             Columns(mapping)

@@ -170,6 +170,18 @@ def test_text_is_text_in_plain_text_too_and_counted():
     ]
 
 
+@pytest.mark.parametrize(("said", "allowed"), [("<s>", True), ("<|im_end|>", False), ("<s> <|im_end|>", False)])
+def test_allow_is_proposed_where_it_works(said, allowed):
+    tokenizer = tokenizer_of("byte_level", CHATML)
+    encoder = Encoder(Template(tokenizer), tokenizer, max_length=500, train_on="answers")
+    list(encoder.examples([asks("q", f"a {said} b")]))
+    (line,) = encoder.counts.spellings("text")
+    assert ("special_tokens: allow" in line) is allowed
+    if not allowed:
+        with pytest.raises(DataError, match="remove it, the template adds it, or set special_tokens to text"):
+            Template(tokenizer, special_tokens="allow").pieces([asks("q", f"a {said} b")])
+
+
 def test_what_is_allowed_is_the_token():
     tokenizer = tokenizer_of("byte_level")
     ids = prompt_ids(asks("<s>q", "a"), Template(tokenizer, "plain", "allow"), tokenizer)
@@ -214,6 +226,10 @@ def test_a_tokenizer_that_knows_a_word_only_as_its_token_says_so():
     )
     with pytest.raises(DataError, match=r"^s.jsonl:1: the text spells the special token '<s>', which this tokenizer"):
         prompt_ids(asks("hi <s>", "hi"), Template(tokenizer, "plain"), tokenizer)
+    for said, proposed in (("<s>", True), ("<|im_end|> <s>", False)):
+        with pytest.raises(DataError) as info:
+            encode([asks("hi", f"hi {said} hi")], Template(tokenizer, "plain"), tokenizer, 50)
+        assert ("set special_tokens to allow" in str(info.value)) is proposed
 
 
 def test_a_template_that_writes_nothing_is_one_line():

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -413,21 +414,72 @@ def test_numbers_are_plain_decimals(place, tmp_path, dude, text):
 
 def test_commands_tell_the_next_ones_and_they_work(place, tmp_path, dude):
     run = write_config(tmp_path / "run.yaml", place, place / "model", tmp_path / "a folder")
-    code, out, error = dude("plan", run, "--set", "train.max_steps=1")
+    rows = tmp_path / "held out.jsonl"
+    rows.write_text('{"ask": "q", "completion": "a"}\n')
+    sets = [
+        "train.max_steps=1",
+        "evaluation.enabled=true",
+        f"data.test=[{{source: '{rows}', columns: {{prompt: ask}}}}]",
+    ]
+    sets += ["evaluation.max_new_tokens=2"]
+    code, out, error = dude("plan", run, *(word for each in sets for word in ("--set", each)))
     assert code == 0, error
-    assert out.splitlines()[-2:] == ["next:", f"  dude train {run} --set train.max_steps=1"]
+    assert out.splitlines()[-2] == "next:"
+    assert out.splitlines()[-1].startswith(f"  dude train {run} --set train.max_steps=1 --set evaluation.enabled=true")
     code, out, error = dude(*shlex.split(out.splitlines()[-1])[1:])
     assert code == 0, error
-    chat, evaluate, export = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
-    assert [chat[0], evaluate[0], export[0]] == ["chat", "eval", "export"]
+    assert out.splitlines()[-3] == "next:"
+    chat, export = (shlex.split(text)[1:] for text in out.splitlines()[-2:])
+    assert [chat[0], export[0]] == ["chat", "export"]
     assert chat[1] == str(tmp_path / "a folder/adapter")
     code, _, error = dude(*export, "--no-verify")
     assert code == 0, error
     assert (tmp_path / "a folder-merged/model.safetensors").is_file()
     card = (tmp_path / "a folder/adapter/README.md").read_text()
     assert "[More Information Needed]" not in card
-    assert "| train\\.max\\_steps | 1 |" in card
+    assert "| train.max_steps | 1 |" in card
+    assert f"dude chat '{tmp_path / 'a folder/adapter'}'" in card
     assert "dude plan CONFIG.yaml" in dude("data", "check", place / "train.jsonl", "--model", place / "model")[1]
+
+
+def test_a_run_proposes_its_own_held_out_rows_and_tasks(place, tmp_path, dude):
+    rows, task = tmp_path / "held out.jsonl", tmp_path / "tasks"
+    rows.write_text('{"ask": "q", "completion": "a"}\n')
+    run = write_config(tmp_path / "run.yaml", place, place / "model", tmp_path / "out")
+    settings = yaml.safe_load(run.read_text())
+    train = '{"ask": "one", "completion": "a"}\n{"ask": "two", "completion": "a"}\n'
+    (tmp_path / "train.jsonl").write_text(train)
+    settings["data"] |= {"train": str(tmp_path / "train.jsonl"), "test": str(rows), "columns": {"prompt": "ask"}}
+    settings["evaluation"] = {"max_new_tokens": 2}
+    run.write_text(yaml.safe_dump(settings))
+    code, out, error = dude("train", run)
+    assert code == 0, error
+    chat, generate, export = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
+    assert [chat[0], generate[0], export[0]] == ["chat", "generate", "export"]
+    code, again, error = dude("train", run)
+    assert (code, again.splitlines()[-3:]) == (0, out.splitlines()[-3:]), error
+    code, out, error = dude(*generate, "--max-new-tokens", "2")
+    assert code == 0, error
+    assert set(json.loads(out)) == {"prompt", "completion", "finish", "base_completion", "base_finish"}
+    from dude_peft.config.reading import load_config
+    from dude_peft.training.run import _Run
+
+    scored = load_config(run, ["evaluation.tasks=[gsm8k]", f"evaluation.tasks_data_dir={task}"])
+    this, report = SimpleNamespace(config=scored, folder=SimpleNamespace(path="o")), SimpleNamespace(after=None)
+    ways = _Run._ways_to_judge(this, "a", [], report)
+    assert ways[-1] == ["eval", "a", "--tasks", "gsm8k", "--data-dir", str(task), "-o", "o-scores"]
+
+
+def test_a_tensor_of_another_shape_is_named(place, tmp_path, dude):
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "intermediate_size": 96}))
+    run = write_config(tmp_path / "run.yaml", place, model, tmp_path / "out")
+    for command in (("generate", model, "hi"), ("train", run)):
+        code, _, error = dude(*command)
+        wanted = "down_proj.weight has shape (64, 128) in the checkpoint, and (64, 96) by its configuration (and 5"
+        assert (code, wanted in line(error)) == (4, True), error
 
 
 def test_explain_names_the_methods_and_their_rates(dude):

@@ -396,8 +396,9 @@ def test_steps_are_trainers(rows, batch, micro, epochs):
 def test_a_learning_rate_of_another_method_is_told():
     assert learning_rate_warning(METHODS["dude"], 5e-4) is None
     assert learning_rate_warning(METHODS["lora"], 1e-3) is None
-    assert "principal" in (learning_rate_warning(METHODS["dude"], 2e-3) or "")
-    assert "2e-05" not in (learning_rate_warning(METHODS["lora"], 1e-2) or "")
+    warning = learning_rate_warning(METHODS["dude"], 2e-3) or ""
+    assert warning.count(". ") <= 1
+    assert all(len(sentence.split()) <= 15 for sentence in warning.split(". "))
     assert learning_rate_warning(METHODS["lora"], 1e-2)
 
 

@@ -127,6 +127,7 @@ def test_every_changed_tensor_of_the_base_is_noticed(tmp_path, architecture):
     ("setting", "value"),
     [
         ("rms_norm_eps", 1e-3),
+        ("is_causal", False),  # which no Llama declares
         ("hidden_act", "gelu"),
         ("max_position_embeddings", 128),
         ("rope_parameters", {"rope_theta": 10.0, "rope_type": "default"}),
@@ -161,6 +162,7 @@ def test_settings_are_compared_as_far_as_both_sides_have_them():
         other_settings(here, {**here, "rms_norm_eps": here["rms_norm_eps"] * (1 + 5e-8)}) == []
     )  # through a GGUF file
     assert other_settings({**here, "rope_parameters": None}, here) != []
+    assert other_settings(here, {**here, "is_causal": True}) == []
     assert base_settings(None) is None
 
 

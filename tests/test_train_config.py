@@ -146,10 +146,34 @@ def test_a_misspelt_key_names_line_and_closest(file, key):
         ("modle.name_or_path=x", "'model'"),
         ("adapter.ranks_pattern={}", "'adapter.rank_pattern'"),
         ("outputdir=x", "'output_dir'"),
+        ("lr=1e-4", "'train.learning_rate'"),
+        ("adapter.rank=4", "'adapter.r'"),
+        ("adapter.ranks=4", "'adapter.r'"),
+        ("alpha=4", "'adapter.lora_alpha'"),
+        ("adapter.target=[q]", "'adapter.target_modules'"),
+        ("batch_size=4", "'train.per_device_train_batch_size'"),
+        ("evaluation.max_tokens=4", "'evaluation.max_new_tokens'"),
+        ("train.max_length=4", "'data.max_length'"),
+        ("data.dataset=x", "'data.train'"),
+        ("base_model=x", "'model.name_or_path'"),
+        ("model=gpt2", "'model.name_or_path'"),
+        ("model.seed=1", "'train.seed'"),
     ],
 )
 def test_the_closest_key_is_found_across_sections(file, override, closest):
     assert f"closest: {closest}" in refusal(file, override)
+
+
+def test_every_word_of_other_tools_leads_to_a_key_that_exists(file):
+    from dude_peft.config.reading import _known_keys
+    from dude_peft.names import _KEYS
+
+    assert set(_KEYS.values()) <= set(_known_keys())
+    for word in set(_KEYS) - set(_known_keys()):
+        assert f"closest: {_KEYS[word]!r}" in refusal(file, f"adapter.{word}=1"), word
+    assert "set adapter.method to 'dora'" in refusal(file, "adapter.use_dora=true")
+    assert "as dude init --quantize writes one" in refusal(file, "model.load_in_4bit=true")
+    assert refusal(file, "training.lr=1").startswith("--set training.lr=1: ")
 
 
 WRONG = [

@@ -3,8 +3,10 @@
 Whatever is not known to be beside the point counts. Left out are: where the files are and what wrote them, in which
 dtype and by which kernels the model runs, what its outputs hold beside the logits, numbers of generation and of
 initialisation, names of labels, and sizes and ties, which the tensors tell. A setting that only one side has comes from
-another version of transformers, or from a file that carries more than the model reads, and tells nothing; inside a
-group of settings (how positions are rotated, say) it does, under one version.
+another version of transformers, or from a file that carries more than the model reads, and tells nothing: a key that
+the class of the configuration does not know is read by nobody but the model's own code. There are two exceptions: keys
+that transformers looks for in every configuration, and inside a group of settings (how positions are rotated, say) any
+key, under one version.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ _BESIDE_THE_POINT = {
     "mask_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
     "max_length", "initializer_range", "initializer_factor", "initializer_std", "rescale_every",
 }  # fmt: skip
+_READ_OF_ALL = {"is_causal": True}
+"""What transformers' shared code reads of any configuration, declared or not -> what it takes where it is missing."""
 _VERSION = "transformers_version"
 _FLOAT32 = 1e-7  # what a number loses on its way through a GGUF file
 
@@ -67,11 +71,11 @@ def _differences(
     before: dict[str, Any], here: dict[str, Any], place: str, same_version: bool
 ) -> Iterator[tuple[str, Any, Any]]:
     for name in sorted({**before, **here}):
-        one, other = before.get(name), here.get(name)
+        one, other = (side.get(name, _READ_OF_ALL.get(name)) for side in (before, here))
         if isinstance(one, dict) and isinstance(other, dict):
             yield from _differences(one, other, f"{place}{name}.", same_version)
             continue
-        known = (name in before and name in here) or (bool(place) and same_version)
+        known = (name in before and name in here) or name in _READ_OF_ALL or (bool(place) and same_version)
         if known and not _same(one, other):
             yield f"{place}{name}", one, other
 

@@ -8,6 +8,7 @@ from typing import Any
 from dude_peft.data import Message, Row, Template, parse_row, prompt_ids
 from dude_peft.data.encode import check_ids
 from dude_peft.errors import DataError
+from dude_peft.show import quoted
 
 _SOURCE = "this chat"
 
@@ -75,9 +76,20 @@ class Conversation:
         self.turns = kept
         return ids, dropped
 
-    def _ids(self, turns: list[Message]) -> list[int]:
+    def changes(self) -> list[str]:
+        """What of the conversation the template does not write as it is, and whether it spells special tokens."""
+        (pieces,) = self.template.changes([self._row(self.turns)])
+        changes = [f"the template does not write {what}" for what in pieces.unwritten]
+        if pieces.spelt and self.template.special_tokens == "text":
+            changes.append(f"{quoted(pieces.spelt)} is plain text here, no special token")
+        return changes
+
+    def _row(self, turns: list[Message]) -> Row:
         system = [Message("system", self.system)] if self.system else []
-        row = Row((*system, *turns, Message("assistant", "")), _SOURCE)
+        return Row((*system, *turns, Message("assistant", "")), _SOURCE)
+
+    def _ids(self, turns: list[Message]) -> list[int]:
+        row = self._row(turns)
         ids = prompt_ids(row, self.template, self.tokenizer)
         check_ids(_SOURCE, ids, self.tokenizer, self.vocabulary)
         return ids

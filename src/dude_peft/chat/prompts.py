@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +11,7 @@ from dude_peft.chat.typed import is_typed, piped_lines
 from dude_peft.data import Row, Template, load_rows, parse_row, prompt_ids
 from dude_peft.data.columns import Columns
 from dude_peft.data.control_tokens import ControlTokens
-from dude_peft.data.encode import check_ids
+from dude_peft.data.encode import Counts, check_ids
 from dude_peft.data.formats import Reading
 from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError
@@ -58,12 +57,18 @@ def as_json(row: Row) -> Any:
 
 
 def left_out(rows: Sequence[Row], template: Template | None) -> list[str]:
-    """One line for what of the rows is not in the prompts; none where all is, or where `template` is None."""
-    counts: Counter[str] = Counter()
-    for row, unwritten in zip(rows, template.unwritten(rows, with_answer=False) if template else (), strict=False):
-        counts.update((*row.left_out, *unwritten))
-    told = ", ".join(f"{name} ({count} of {len(rows)} rows)" for name, count in counts.items())
-    return [f"left out: {told}"] if counts else []
+    """A line for what of the rows is not in the prompts as it is, and one for special tokens that they spell.
+
+    None where all is, or where `template` is None. Raises what `Template.prompts` raises.
+    """
+    if template is None:
+        return []
+    counts = Counts(rows=len(rows))
+    for row, pieces in zip(rows, template.changes(rows), strict=True):
+        counts.spelling += bool(pieces.spelt)
+        counts.spelling_ends += bool(pieces.spelt and template.ends_in(row, row.prompt))
+        counts.add_left_out(row, pieces)
+    return [*counts.losses(0), *counts.spellings(template.special_tokens)]
 
 
 def raw_ids(row: Row, tokenizer: Any, control: ControlTokens) -> list[int]:

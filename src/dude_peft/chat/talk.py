@@ -80,6 +80,7 @@ class _Chat:
         self.display = Display()
         self.typed = is_typed()
         self.compare = False
+        self.told: set[str] = set()
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/reset": (self._reset, "forget the conversation; the system message stays"),
             "/system": (self._system, "/system TEXT: set the system message; without TEXT: remove it"),
@@ -134,6 +135,10 @@ class _Chat:
             raise
         if dropped:
             self.notes.say(f"note: the {dropped} oldest messages no longer fit into the model and are dropped")
+        told = [change for change in self.conversation.changes() if change not in self.told]
+        self.told.update(told)
+        if told:
+            self.notes.say(f"note: {'; '.join(told)}")
         try:
             text, note = self._say(ids)
         except BaseException:

@@ -7,6 +7,7 @@ from typing import Any
 from dude_peft.config.reading import closest_key
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.names import instead_of, our_key
 from dude_peft.show import quoted
 
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
@@ -40,8 +41,9 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
         word = key.rpartition(".")[2]
         # A key without its section is meant wherever it stands.
         places = [name for name in names if name.rpartition(".")[2] == word]
-        closest = places or [name for name in [closest_key(tuple(key.split(".")))] if name is not None]
-        hint = f"closest: {', '.join(closest)}" if closest else "dude config explain lists them all"
+        meant = dict.fromkeys([our_key(word), *places] if places else [closest_key(tuple(key.split(".")))])
+        closest = ", ".join(name for name in meant if name is not None)
+        hint = instead_of(word) or (f"closest: {closest}" if closest else "dude config explain lists them all")
         raise ConfigError(f"there is no key {quoted(key)}; {hint}")
     return found
 

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from dude_peft.config.schema import DECIMAL, RunConfig, Section
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
+from dude_peft.names import instead_of, our_key
 from dude_peft.show import quoted, shown
 
 QUICKSTART = "builtin:quickstart"
@@ -29,6 +30,9 @@ _DEEPEST = 8
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, "True": True, "False": False}
+
+_INSIDE = {"model": "model.name_or_path", "adapter": "adapter.method", "data": "data.train", "train": "data.train"}
+"""What the value is that stands where a section belongs."""
 
 Key = tuple[str | int, ...]
 
@@ -253,7 +257,9 @@ def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
     *sections, last = map(str, key)
     tree.places[key] = where
     section = tree.values
-    for part in sections:
+    for depth, part in enumerate(sections, start=1):
+        if part not in section:
+            tree.places[key[:depth]] = where
         inner = section.setdefault(part, {})
         if inner is None:
             inner = section[part] = {}
@@ -286,8 +292,8 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     key = _real_key(tree, problem["loc"])
     where, name = tree.place(key), _name(key)
     if problem["type"] == "extra_forbidden":
-        closest = closest_key(key)
-        hint = f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key))}"
+        closest = None if (hint := instead_of(str(key[-1]))) else closest_key(key)
+        hint = hint or (f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key))}")
         return f"{where}: key {name} is unknown; {hint}"
     if problem["type"] == "missing":
         return f"{where}: key {name} is missing; add it"
@@ -310,6 +316,8 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
         hint = "; write a plain decimal number"
     elif came is None:
         hint = "; give a value, or delete the line"
+    elif problem["type"] == "model_type" and len(key) == 1 and (meant := _INSIDE.get(str(key[0]))):
+        hint = f"; closest: {meant!r}"
     return f"{where}: key {name}: expected {expected}, got {_as_yaml(came)}{hint}"
 
 
@@ -391,20 +399,27 @@ def _siblings(key: Key) -> list[str]:
 
 
 def closest_key(key: Key) -> str | None:
-    """The known key that was probably meant: near in its own section, or the same word in another one."""
+    """The known key that was probably meant: what other tools call so, the same word elsewhere, or one that is near."""
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
-    near = difflib.get_close_matches(last, _siblings(key), n=1, cutoff=0.6) or _abbreviated(last, _siblings(key))
-    if near and last not in near:
-        return f"{prefix}.{near[0]}" if prefix else near[0]
-    words = {known.rpartition(".")[2]: known for known in _known_keys()}
-    elsewhere = difflib.get_close_matches(last, list(words), n=1, cutoff=0.6) or _abbreviated(last, list(words))
-    return words[elsewhere[0]] if elsewhere else None
+    siblings = _siblings(key)
+    elsewhere = {known.rpartition(".")[2]: known for known in _known_keys()}
+    if meant := our_key(last) or elsewhere.get(last):
+        return meant
+    if near := _near(last, siblings) or _abbreviated(last, siblings):
+        return f"{prefix}.{near}" if prefix else near
+    found = _near(last, list(elsewhere)) or _abbreviated(last, list(elsewhere))
+    return elsewhere[found] if found else None
 
 
-def _abbreviated(word: str, names: list[str]) -> list[str]:
-    """The first name of which `word` is the initials, as lr of learning_rate, or a part, as batch_size."""
+def _near(word: str, names: list[str]) -> str | None:
+    """The name of which `word` is a misspelling; of two or three letters every word is."""
+    return next(iter(difflib.get_close_matches(word, [name for name in names if len(name) > 3], n=1, cutoff=0.6)), None)
+
+
+def _abbreviated(word: str, names: list[str]) -> str | None:
+    """The first name of which `word` is the initials, or a part."""
     of_initials = [name for name in names if "_" in name and "".join(part[0] for part in name.split("_")) == word]
-    return (of_initials or [name for name in names if len(word) > 3 and word in name])[:1]
+    return next(iter(of_initials or [name for name in names if len(word) > 3 and word in name]), None)
 
 
 def _as_yaml(value: Any) -> str:

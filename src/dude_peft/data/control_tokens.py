@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -60,10 +60,14 @@ class ControlTokens:
     Raises ConfigError for another word than `text` and `allow`.
     """
 
-    def __init__(self, tokenizer: Any, special_tokens: str = "text", *, chat_template: str = "") -> None:
+    def __init__(
+        self, tokenizer: Any, special_tokens: str = "text", *, chat_template: str = "", ends: Collection[str] = ()
+    ) -> None:
+        """`chat_template` may write control tokens of its own; `ends` are those that no message may spell as tokens."""
         if special_tokens not in SPECIAL_TOKENS:
             raise ConfigError(f"special_tokens is {quoted(special_tokens)}; use {', '.join(SPECIAL_TOKENS)}")
         self._tokenizer = tokenizer
+        self._ends_of_answers = ends
         # A tokenizer that never reads special tokens in a text needs no help.
         self.allowed = special_tokens == "allow" or bool(getattr(tokenizer, "split_special_tokens", False))
         added = tokenizer.added_tokens_decoder.values()
@@ -147,7 +151,7 @@ class ControlTokens:
             return ordinary
         found = self.apart(text, meant, framed=framed)
         if found is None or found.count(self._tokenizer.unk_token_id) > ordinary.count(self._tokenizer.unk_token_id):
-            raise self._unwritable(text, where)
+            raise self._unwritable(text, meant, where)
         return found
 
     def apart(self, text: str, meant: Spans, *, framed: bool = False) -> list[int] | None:
@@ -175,11 +179,14 @@ class ControlTokens:
         count = sum(token in self._control_ids for token in ids) - (self._frame if framed else 0)
         return count <= 0 or count <= len(self.spans(text))
 
-    def _unwritable(self, text: str, where: str) -> DataError:
-        token = next((match.group() for match in self._any.finditer(text)), "")
+    def _unwritable(self, text: str, meant: Spans, where: str) -> DataError:
+        spelt = [match.group() for match in self._any.finditer(text) if match.span() not in meant]
+        ends = [token for token in spelt if token in self._ends_of_answers]
+        token = next(iter(ends or spelt), "")
+        allowing = "" if ends else ", or set special_tokens to allow, which makes the token of it"
         return DataError(
             f"{where}: the text spells the special token {quoted(token)}, which this tokenizer cannot write as text; "
-            "remove it, or set special_tokens to allow, which makes the token of it"
+            f"remove it{allowing}"
         )
 
     @cached_property

@@ -57,10 +57,14 @@ class Counts:
     """Rows left out because they are longer than max_length."""
     truncated: int = 0
     """Those of the dropped rows of whose answer a part, but not the end, would have fitted."""
+    unlearned: int = 0
+    """Rows left out because the data set excludes all their answers from the loss."""
     shortened: int = 0
     """Conversations of which only the first turns fit; the others are left out."""
     spelling: int = 0
     """Rows that spell special tokens, as text or, where that is allowed, as the tokens."""
+    spelling_ends: int = 0
+    """Those of them that spell an end token, which as a token only the template may write."""
     last_only: int = 0
     """Conversations whose earlier answers could not be trained, because of the chat template."""
     tokens: int = 0
@@ -78,6 +82,11 @@ class Counts:
     largest_id: int = 0
     """The largest token id."""
 
+    def add_left_out(self, row: Row, pieces: Pieces) -> None:
+        """Counts what of a row is not read, or not written as it is."""
+        unwritten = (f"{what}, which the template does not write" for what in pieces.unwritten)
+        _add(self.left_out, (*row.left_out, *unwritten))
+
     def losses(self, max_length: int) -> list[str]:
         """One line for each way in which rows or answers are not trained; empty where all are."""
         lines = []
@@ -89,6 +98,11 @@ class Counts:
             lines.append(
                 f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
                 f"({self.truncated} would lose only the end of their answer); the longest has {self.longest} tokens"
+            )
+        if self.unlearned:
+            lines.append(
+                f"{self.unlearned} of {self.rows} rows teach nothing and are left out: their weight, train or loss "
+                "excludes every answer"
             )
         if self.shortened:
             lines.append(
@@ -110,6 +124,8 @@ class Counts:
         rows = f"{self.spelling} of {self.rows} rows {'spells' if one else 'spell'} special tokens"
         if special_tokens == "allow":
             return [f"{rows}, and they are these tokens there (special_tokens: allow)"]
+        if self.spelling_ends:
+            return [f"{rows}, which are plain text there"]
         return [f"{rows}, which are plain text there; special_tokens: allow makes tokens of them"]
 
 
@@ -218,15 +234,20 @@ class Encoder:
             tokenised = _tokenised(batch, pieces, self.template, self.tokenizer)
             for row, each, ids in zip(batch, pieces, tokenised, strict=True):
                 self.counts.spelling += bool(each.spelt)
+                self.counts.spelling_ends += bool(each.spelt and self.template.ends_in(row, row.messages))
                 made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids)
                 self._count(made)
                 _add(self.counts.used, row.used)
-                unwritten = (f"{what}, which the template does not write" for what in each.unwritten)
-                _add(self.counts.left_out, (*row.left_out, *unwritten))
+                self.counts.add_left_out(row, each)
                 yield row, made
 
     def check_any(self, made: int, name: str = "") -> None:
         """Raises DataError, beginning with `name`, where no example was made of the rows read."""
+        if not made and self.counts.unlearned == self.counts.rows:
+            raise DataError(
+                f"{name}none of the {self.counts.rows} rows has an answer to learn: weight, train or loss excludes "
+                "each; take it from the answers that shall be learned"
+            )
         if not made:
             raise DataError(
                 f"{name}none of the {self.counts.rows} rows fits into max_length {self.max_length}; the longest needs "
@@ -235,6 +256,9 @@ class Encoder:
 
     def _conversation(self, row: Row, pieces: Pieces, ids: list[list[int]]) -> list[Example]:
         self._check_ends(row, ids[1::2])
+        if not row.is_learned:
+            self.counts.unlearned += 1
+            return []
         if self.template.kind == "plain":  # a chat template writes its own special tokens
             ids = [[*self._begin, *ids[0]], *ids[1:]]
         counts = self.counts

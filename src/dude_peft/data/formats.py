@@ -68,6 +68,11 @@ class Row:
         return self.messages[-1].role in (TEXT, PASSAGE)
 
     @property
+    def is_learned(self) -> bool:
+        """Whether there is something to learn: plain text, or an answer that the data set does not exclude."""
+        return self.is_text or any(self.messages[place].trained for place in self.answers)
+
+    @property
     def answers(self) -> list[int]:
         """Places of the answers: what the assistant says once something was asked; a greeting before it is context."""
         return _answers(self.messages)
@@ -203,15 +208,13 @@ class _Reader:
             raise DataError(f"{self.source}: '{name}' has no user message before the answer; add it")
 
     def _up_to_the_last_learned(self, messages: list[Message], ours: str) -> list[Message]:
-        """Without what follows the last answer that is learned: nothing of that reaches the loss."""
+        """Without what follows the last answer that is learned, if one is: nothing of that reaches the loss."""
         if self.questions:
             return messages
         name = self.record.name(ours)
         learned = [place for place in _answers(messages) if messages[place].trained]
         if not learned:
-            raise DataError(
-                f"{self.source}: '{name}' excludes every answer from the loss (weight, train, loss); remove the row"
-            )
+            return messages
         if learned[-1] < len(messages) - 1:
             self.left_out[f"{shown(name, 60)}[] behind the last answer that is learned"] = None
         return messages[: learned[-1] + 1]

@@ -113,7 +113,8 @@ class Template:
     @cached_property
     def control(self) -> ControlTokens:
         """The tokens that the template may write and messages may not. Raises what `source` raises."""
-        return ControlTokens(self._tokenizer, self.special_tokens, chat_template=self.source)
+        ends = {self._eos, self.turn_end}
+        return ControlTokens(self._tokenizer, self.special_tokens, chat_template=self.source, ends=ends)
 
     @cached_property
     def source(self) -> str:
@@ -176,6 +177,11 @@ class Template:
     def prompts(self, rows: Sequence[Row]) -> list[Pieces]:
         """The pieces of each conversation before its last answer, which may be anything."""
         return self._pieces(rows, with_answer=False)
+
+    def changes(self, rows: Sequence[Row]) -> list[Pieces]:
+        """`prompts`, each with all of the row that is not written as it is. Raises what `pieces` does."""
+        made, missing = self.prompts(rows), self.unwritten(rows, with_answer=False)
+        return [_told(each, what) for each, what in zip(made, missing, strict=True)]
 
     def unwritten(self, rows: Sequence[Row], *, with_answer: bool = True) -> list[tuple[str, ...]]:
         """What of each row the template does not write: its text is the same without it.
@@ -369,14 +375,17 @@ class Template:
 
     def _refuse_ends(self, row: Row, messages: Sequence[Message]) -> None:
         # Where texts may spell tokens it would become the real one: an end in the middle, or two at the end.
-        if row.is_text:
-            return  # where an end token parts documents
-        for end in {self._eos, self.turn_end}:
-            if end not in self.control and any(end in text for each in messages for text in (each.content, each.more)):
-                raise DataError(
-                    f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it, "
-                    "the template adds it"
-                )
+        if end := next((end for end in self.ends_in(row, messages) if end not in self.control), ""):
+            remedy = ", or set special_tokens to text" if self.special_tokens == "allow" else ""
+            raise DataError(
+                f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it, "
+                f"the template adds it{remedy}"
+            )
+
+    def ends_in(self, row: Row, messages: Sequence[Message]) -> list[str]:
+        """The end tokens that messages of a conversation spell; none in plain text, where they part documents."""
+        texts = [text for each in messages for text in (each.content, each.more)] if not row.is_text else []
+        return [end for end in {self._eos, self.turn_end} if any(end in text for text in texts)]
 
 
 def _conversation(row: Row, messages: Sequence[Message], generate: bool) -> Conversation:

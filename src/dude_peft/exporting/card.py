@@ -18,6 +18,8 @@ import yaml
 from dude_peft.artifact.sealed import read_object, read_sealed
 from dude_peft.errors import ArtifactError
 from dude_peft.exporting.adapter import SavedAdapter
+from dude_peft.exporting.card_settings import settings_of
+from dude_peft.exporting.card_usage import usage
 from dude_peft.exporting.serving import PROGRAMS, serving_matrix
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.record import REPORT
@@ -25,17 +27,36 @@ from dude_peft.show import shown
 from dude_peft.version import __version__
 
 CARD = "README.md"
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>$:@/])")
+_MARKUP = re.compile(
+    r"[\\`*|~$\[]"  # everywhere
+    r"|(?<![^\W_])_|_(?![^\W_])"  # but not inside a word
+    r"|\](?=[(\[:])"  # what would make a link of brackets
+    r"|@(?=\w)|#(?=\d|\s*$)|:(?=//)|:(?=[\w+-]+:)|(?<=\bwww)\."  # GitHub's links, mentions, numbers, emoji
+)
 _LONGEST = 300
 
 _TEMPLATE = """\
 # {{ title }}
 
-{{ method }} adapter of {{ base }}{{ revision }}, r = {{ r }}, lora\\_alpha = {{ alpha }}, {{ layers }} layers. \
-Made by dude\\-peft {{ version }}.
+{{ method }} adapter of {{ base }}{{ revision }}, r = {{ r }}, lora_alpha = {{ alpha }}, {{ layers }} layers. \
+Made by dude-peft {{ version }}.
 {% if mismatch %}
 
 **Warning: this was made for another base model than the adapter was trained on.**
+{% endif %}
+{% if python %}
+
+## How to load it
+
+```python
+{{ python }}
+```
+{% if commands %}
+
+```bash
+{{ commands | join("\n") }}
+```
+{% endif %}
 {% endif %}
 {% if export %}
 
@@ -87,8 +108,10 @@ Made by dude\\-peft {{ version }}.
 
 
 def escaped(value: object) -> str:
-    """A text on one line, nothing in it meaning anything to markdown or HTML."""
-    return _SPECIAL.sub(r"\\\1", html.escape(shown(" ".join(str(value).split()), _LONGEST), quote=True))
+    """A text on one line, nothing in it meaning anything to markdown or HTML; what means nothing stays as it is."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    plain = shown(" ".join(text.split()), _LONGEST)
+    return html.escape(_MARKUP.sub(lambda match: f"\\{match.group()}", plain), quote=False)
 
 
 def model_card(
@@ -96,6 +119,7 @@ def model_card(
     report: Mapping[str, Any] | None = None,
     export: Mapping[str, Any] | None = None,
     picture: bool = False,
+    place: str | None = None,
 ) -> str:
     """Markdown of a model card, front matter included.
 
@@ -104,6 +128,7 @@ def model_card(
         report: report.json of the run that trained it, where there is one.
         export: what was exported and what its verification found (dude_export.json).
         picture: loss.png lies beside the card.
+        place: folder or hub id where readers find what the card is about; None is the adapter's folder.
     """
     config = adapter.config
     base = config.base_model_name_or_path or "unknown"
@@ -118,7 +143,12 @@ def model_card(
     # No autoescape: what reaches the page is escaped for markdown as well, or is ours.
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(_TEMPLATE)
+    settings = _mapping(report.get("config"))
+    model = _mapping(settings.get("model"))
+    python, commands = usage(adapter, str(adapter.folder) if place is None else place, model, export)
     body = template.render(
+        python=python,
+        commands=commands,
         title=escaped(f"{config.method} on {base}"),
         method=escaped(config.method),
         base=escaped(base),
@@ -136,7 +166,7 @@ def model_card(
             for name, part in _mapping(report.get("data")).items()
             if isinstance(part, Mapping)
         ],
-        settings=[(escaped(key), escaped(value)) for key, value in _flat(_mapping(report.get("config")))],
+        settings=[(escaped(key), escaped(value)) for key, value in settings_of(settings)],
         programs=PROGRAMS,
         serving=serving_matrix(config.spec, ranks or {config.r}),
     )
@@ -204,16 +234,6 @@ def _scores(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("held-out loss, nats a token", escaped(losses[0]), escaped(losses[1])),
         ("exact match, 95 % interval", escaped(right[0]), escaped(right[1])),
     ]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            rows.append((f"{prefix}{key}", value))
-    return rows
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -425,6 +425,7 @@ class _Export:
         }
         replace_file(folder / _RECORD, (json_text(content, indent=1) + "\n").encode())
         adapter = self.weighted[0].adapter
-        card = model_card(adapter, report_of(adapter.folder.absolute(), self.display.warn), content)
+        report = report_of(adapter.folder.absolute(), self.display.warn)
+        card = model_card(adapter, report, content, place=str(self.settings.output))
         replace_file(folder / CARD, card.encode())
         return content

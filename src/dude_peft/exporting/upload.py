@@ -49,13 +49,13 @@ def upload(
         opened = open_adapter(adapter)
     if folder is not None:
         with disk_errors(folder), whole_folder(folder) as target:
-            left = _gather(opened, target, display.warn)
+            left = _gather(opened, target, repository, display.warn)
         _say_what_stays(display, left)
         display.say(f"written: {shown(folder, None)}")
         return str(folder)
     with tempfile.TemporaryDirectory() as temporary:
         with disk_errors(Path(temporary)):
-            left = _gather(opened, Path(temporary), display.warn)
+            left = _gather(opened, Path(temporary), repository, display.warn)
         _say_what_stays(display, left)
         address = _send(Path(temporary), repository, private)
     display.say(f"uploaded: {shown(address, None)}")
@@ -80,7 +80,7 @@ def _check_name(repository: str) -> None:
         ) from error
 
 
-def _gather(opened: SavedAdapter, target: Path, tell: Callable[[str], None]) -> list[str]:
+def _gather(opened: SavedAdapter, target: Path, repository: str, tell: Callable[[str], None]) -> list[str]:
     """Copies the adapter's two files, its tokenizer if it has one, the loss curve, the card; names what it leaves."""
     from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
     from dude_peft.artifact.sealed import file_sha256
@@ -103,7 +103,8 @@ def _gather(opened: SavedAdapter, target: Path, tell: Callable[[str], None]) -> 
             raise ArtifactError(f"{shown(picture, 300)} is damaged; restore it, or move it away")
         if wanted is not None or not picture.is_symlink():
             shutil.copyfile(picture, target / picture.name)
-    card = model_card(open_adapter(target), report, picture=(target / picture.name).is_file())
+    has_picture = (target / picture.name).is_file()
+    card = model_card(open_adapter(target), report, picture=has_picture, place=repository)
     (target / CARD).write_text(card, encoding="utf-8")
     known = {CARD, *(Path(name).parts[0] for name in sent)}
     return sorted(path.name for path in adapter.iterdir() if path.name not in known)

@@ -19,13 +19,8 @@ def learning_rate_warning(method: Method, learning_rate: float) -> str | None:
     """
     if learning_rate <= _FAR * method.learning_rate:
         return None
-    text = (
-        f"train.learning_rate {learning_rate:g} is {learning_rate / method.learning_rate:.0f} times the "
-        f"{method.learning_rate:g} that suits {method.name}"
+    times = learning_rate / method.learning_rate
+    return (
+        f"train.learning_rate {learning_rate:g} is {times:.0f} times the {method.learning_rate:g} that suits "
+        f"{method.name}. Leave it out for the method's own."
     )
-    if method.principal:
-        text += (
-            "; methods on principal factors want about a tenth of LoRA's rate (PiSSA in arXiv 2602.04998: 49.4 points "
-            "at 2e-5, 43.8 at 2e-4, where LoRA has 49.6)"
-        )
-    return text + "; leave train.learning_rate out for the method's own"

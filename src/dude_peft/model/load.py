@@ -171,10 +171,21 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     automatic = automatic_class(load_settings(section, where))
     with _loading("model", section, where):
         loaded: Any = automatic.from_pretrained(
-            where, trust_remote_code=section.trust_remote_code, output_loading_info=True, **options
+            where,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named, below
+            **options,
         )
     model: PreTrainedModel
     model, loading = loaded
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+        raise ArtifactError(
+            f"model {shown(section.name_or_path)}: tensor {shown(name)} has shape {tuple(stored)} in the checkpoint, "
+            f"and {tuple(wanted)} by its configuration{more}; take both from one model"
+        )
     if missing := sorted(loading["missing_keys"]):
         # transformers fills these at random and goes on.
         raise ArtifactError(

@@ -13,11 +13,11 @@ def tell_next(display: Display, *commands: Sequence[str]) -> None:
     """Prints commands, each given as the words behind `dude`."""
     display.say("next:")
     for words in commands:
-        display.say(f"  dude {' '.join(map(_word, words))}")
+        display.say(f"  dude {' '.join(map(word, words))}")
 
 
-def _word(text: str) -> str:
-    """Quoted where a shell wants it; what a terminal would obey is escaped as shells escape it."""
+def word(text: str) -> str:
+    """A word of a command, quoted where a shell wants it; what a terminal would obey is escaped as shells escape it."""
     if text.isprintable():
         return shlex.quote(text)
     inner = text.replace("\\", "\\\\").replace("'", "\\'")

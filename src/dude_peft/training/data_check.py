@@ -28,6 +28,7 @@ from dude_peft.terminal.html import table
 from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.training.data_section import data_section
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
@@ -147,6 +148,10 @@ def check(
     for index in shown_examples:
         display.say(f"\nexample {index + 1}, {made.source(index)}; {_legend(display)}:")
         display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
+    settings = {"train": source, "test": test if share is None else share, "columns": names.mapping, "seed": seed}
+    settings |= {"template": written.kind, "special_tokens": special_tokens, "train_on": train_on}
+    display.say("\nfor CONFIG.yaml:")
+    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, _questions(made)))
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
     return DataReport(
         formats=tuple(shapes),
@@ -192,6 +197,12 @@ def _ends(template: Template, tokenizer: Any) -> str:
     if template.turn_end != tokenizer.eos_token:
         ends += f", an answer's own end {quoted(template.turn_end)}"
     return ends
+
+
+def _questions(made: TokenSet) -> int:
+    import numpy as np
+
+    return len(np.unique(made.prompts()))
 
 
 def _lengths(made: TokenSet) -> tuple[int, int, int, int]:

@@ -177,7 +177,7 @@ class _Run:
             f"{self.seconds['total']:.0f} s in all"
         )
         display.say(f"adapter: {shown(self.folder.path / ADAPTER, None)}")
-        self._tell_next()
+        self._tell_next(report)
         return report
 
     def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
@@ -232,7 +232,7 @@ class _Run:
                 f"this run has ended: {report.steps} steps, adapter {shown(self.folder.path / ADAPTER, None)}; nothing "
                 "is left to do (--overwrite starts anew)"
             )
-            self._tell_next()
+            self._tell_next(report)
         return report
 
     def _find_checkpoint(self) -> None:
@@ -479,7 +479,7 @@ class _Run:
             files=self.folder.listed(),
         )
 
-    def _tell_next(self) -> None:
+    def _tell_next(self, report: RunReport) -> None:
         """The commands that take the adapter up."""
         from dude_peft.terminal.next_steps import tell_next
 
@@ -494,9 +494,26 @@ class _Run:
         tell_next(
             self.display,
             ["chat", adapter, *base],
-            ["eval", adapter, *base, "--tasks", "gsm8k", "-o", f"{self.folder.path}-scores"],
+            *self._ways_to_judge(adapter, base, report),
             ["export", adapter, *base, "--to", "merged", "-o", f"{self.folder.path}-merged"],
         )
+
+    def _ways_to_judge(self, adapter: str, base: list[str], report: RunReport) -> list[list[str]]:
+        """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
+        from dude_peft.data.rows import local_file
+
+        data, settings = self.config.data, self.config.evaluation
+        found = []
+        if isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
+            columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
+            found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])
+        if settings.tasks:
+            options = ["--tasks", ",".join(settings.tasks)]
+            options += [] if settings.tasks_data_dir is None else ["--data-dir", settings.tasks_data_dir]
+            options += [] if settings.tasks_num_fewshot is None else ["--num-fewshot", str(settings.tasks_num_fewshot)]
+            options += ["--chat"] if settings.tasks_chat else []
+            found.append(["eval", adapter, *base, *options, "-o", f"{self.folder.path}-scores"])
+        return found
 
     def warn(self, text: str) -> None:
         """Shows a warning and keeps it for the report."""

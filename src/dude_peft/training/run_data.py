@@ -197,7 +197,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
             f"{leaked} of {len(test)} held-out examples ask what a training example asks: their score is memory"
         )
     first_rows = _first_rows(data, evaluation.rows) if questions is None else _of(data, questions, evaluation.rows)
-    asked = [row for row in first_rows if not row.is_text and row.answer]
+    asked = [row for row in first_rows if not row.is_text and row.answer and row.is_learned]
     prompts = [prompt_ids(row, template, tokenizer) for row in asked]
     return RunData(train, HeldOut(test, asked, prompts), record, warnings)
 

@@ -22,6 +22,7 @@ from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, BaseRecord, M
 from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
+from dude_peft.names import instead_of, our_key
 from dude_peft.parents import fits
 from dude_peft.show import quoted, shown
 from dude_peft.tuner.patterns import check_patterns, check_quantization, exactly, in_any_order, overlapping
@@ -48,10 +49,16 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _INSTEAD = {
     "trainable_token_indices": "train added tokens with the whole embedding, as modules_to_save=['embed_tokens']",
     "ensure_weight_tying": "name both ends in modules_to_save, as ['embed_tokens', 'lm_head']",
-    "use_dora": "set method='dora'",
-    "use_rslora": "set method='rslora'",
-    "init_lora_weights": "set method, as method='pissa'",
 }
+
+
+def _ours(name: str, known: list[str]) -> str | None:
+    """A hint at the key that other tools call `name`."""
+    meant = our_key(name)
+    if meant is None:
+        return None
+    key = meant.removeprefix("adapter.")
+    return f"closest: {quoted(key)}" if key in known else "that is no setting of an adapter; give it to the trainer"
 
 
 def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
@@ -63,7 +70,8 @@ def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
-                raise ConfigError(f"DudeConfig has no key '{name}'; {_INSTEAD.get(name) or closest(name, known)}")
+                instead = _INSTEAD.get(name) or instead_of(name, "") or _ours(name, known) or closest(name, known)
+                raise ConfigError(f"DudeConfig has no key {quoted(name)}; {instead}")
         generated(self, *args, **settings)
 
     cls.__init__ = checked  # type: ignore[method-assign]

@@ -1,0 +1,75 @@
+"""How what a model card describes is loaded: Python that runs as it stands, and commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dude_peft.exporting.adapter import SavedAdapter
+from dude_peft.terminal.next_steps import word
+
+_PACKAGE = "package:"
+_AUTOMATIC = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_CAUSAL = "AutoModelForCausalLM"
+
+
+def usage(
+    adapter: SavedAdapter, place: str, model: Mapping[str, Any], export: Mapping[str, Any] | None
+) -> tuple[str, list[str]]:
+    """Lines of Python that load it, and of a shell that talk to it; empty where there are none.
+
+    Args:
+        adapter: what the card is about, or what was exported.
+        place: folder or hub id where readers find it.
+        model: section `model` of the run's configuration, as far as it is known.
+        export: what was exported, as in dude_export.json; None for the adapter itself.
+    """
+    kind = str(export.get("to", "")) if export is not None else ""
+    automatic = _AUTOMATIC.get(str(adapter.config.task_type), _CAUSAL)
+    code = bool(model.get("trust_remote_code"))
+    if kind.startswith("gguf"):
+        return "", []
+    if kind == "merged":
+        lines = [f"from transformers import {automatic}", "", f"model = {automatic}.from_pretrained({place!a})"]
+        return "\n".join(lines), _commands(place, []) if automatic == _CAUSAL else []
+    imports = [f"from transformers import {automatic}"]
+    name = adapter.config.base_model_name_or_path or "BASE_MODEL"
+    where = ascii(name)
+    if name.startswith(_PACKAGE):
+        imports.insert(0, "from importlib.resources import files\n")
+        where = f"str(files({name.removeprefix(_PACKAGE)!a}))"
+    gguf = model.get("gguf_file")
+    options: dict[str, Any] = {
+        "gguf_file": gguf,
+        "revision": adapter.config.revision,
+        "trust_remote_code": code or None,
+    }
+    if adapter.quantization is None:
+        options["dtype"] = adapter.record.dtype or "auto"
+    given = "".join(f", {key}={value!a}" for key, value in options.items() if value is not None)
+    base = f"base = {automatic}.from_pretrained({where}{given})"
+    stock = f"peft.PeftModel.from_pretrained(base, {place!a})"
+    if export is not None:
+        return "\n".join(["import peft", *imports, "", base, f"model = {stock}"]), []
+    lines = [
+        *imports,
+        "",
+        "from dude_peft import load_adapter",
+        "",
+        base,
+        f"model = load_adapter(base, {place!a})",
+        f"# Without DuDe, in place of the last line: import peft; model = {stock}",
+    ]
+    commands = [] if code or automatic != _CAUSAL else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
+    return "\n".join(lines), commands
+
+
+def _commands(place: str, options: list[str]) -> list[str]:
+    named = " ".join(map(word, [place, *options]))
+    return [f"dude chat {named}", f"dude generate {named} 'Who are you?'"]

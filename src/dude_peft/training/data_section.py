@@ -1,0 +1,32 @@
+"""The `data:` section that trains on what `dude data check` was shown, as YAML to paste into a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dude_peft.config.schema import DataSection
+
+_ENOUGH = 20
+"""Questions of which a tenth can be held out."""
+
+
+def data_section(settings: dict[str, Any], questions: int) -> str:
+    """YAML of the section, keys that say what is so anyway left out.
+
+    Args:
+        settings: keys of `DataSection`; where there is no `test`, one that works is chosen.
+        questions: number of different ones that the training rows ask.
+    """
+    import yaml
+
+    chosen = {name: value for name, value in settings.items() if value != DataSection.model_fields[name].default}
+    sections: dict[str, Any] = {"data": chosen}
+    if settings.get("test") is None and settings["train"].startswith("builtin:"):
+        chosen["test"] = settings["train"]  # another split of it
+    elif settings.get("test") is None and questions >= _ENOUGH:
+        chosen["test"] = 0.1
+    elif settings.get("test") is None:
+        sections["evaluation"] = {"enabled": False}
+    order = [name for name in DataSection.model_fields if name in chosen]
+    sections["data"] = {name: chosen[name] for name in order}
+    return str(yaml.safe_dump(sections, sort_keys=False, width=10**6)).rstrip()
