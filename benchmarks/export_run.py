@@ -25,14 +25,14 @@ from measure import arguments, finish, set_threads, show
 from peft import PeftModel
 
 from dude_peft import load_adapter
+from dude_peft.config.reading import load_config
 from dude_peft.data.encode import encode, prompt_ids
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.exporting import merge as merging
 from dude_peft.exporting.run import export
-from dude_peft.config.reading import load_config
-from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.measure.score import held_out_loss
+from dude_peft.model.load import load_model, load_tokenizer, locate
 
 COLUMNS = ["held_out_loss", "kl", "kl_worst", "logits", "agreement", "energy", "energy_worst", "greedy_equal"]
 

@@ -113,7 +113,8 @@ def make_adapter(model: Path, adapter: Path) -> None:
 def run(folder: Path) -> tuple[float, int]:
     """An undisturbed merge in a process of its own: seconds behind the imports, peak resident bytes with them."""
     program = (
-        "import sys, time; from dude_peft.exporting import base, merge as _; from dude_peft.exporting.run import merge\n"
+        "import sys, time; from dude_peft.exporting import base, merge as _\n"
+        "from dude_peft.exporting.run import merge\n"
         "start = time.perf_counter()\n"
         "merge([sys.argv[1]], sys.argv[2], base=sys.argv[3], verify=False, quiet=True)\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"

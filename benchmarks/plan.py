@@ -23,9 +23,6 @@ from measure import arguments, finish, set_threads, show
 from subjects import llama
 
 from dude_peft import DudeConfig
-from dude_peft.data.batches import pad_right
-from dude_peft.planning.bill import Cost, cost
-from dude_peft.planning.live_bytes import LiveBytes
 from dude_peft.config.schema import (
     AdapterSection,
     DataSection,
@@ -34,7 +31,10 @@ from dude_peft.config.schema import (
     RunConfig,
     TrainSection,
 )
+from dude_peft.data.batches import pad_right
 from dude_peft.model.load import load_model, load_settings, locate
+from dude_peft.planning.bill import Cost, cost
+from dude_peft.planning.live_bytes import LiveBytes
 
 _STEPS = 2  # the optimizer's states are there from the second on
 

@@ -3,9 +3,9 @@
     python benchmarks/quantised.py --json benchmarks/results/DATE-quantised.json
 
 Errors of the weights are ||what is applied - W0|| / ||W0||, KL is from the full-precision model to the start, nats a
-token, over the prompts of `exporting/check.py`. "m = ||W0||" is the same start with its rows rescaled to the norms of W0,
-the other choice there is. int8 also rounds the activations (LLM.int8), which no choice of weights undoes: kl_dense is
-from the quantised model to the dense model with the same weights, as `dude merge` writes it.
+token, over the prompts of `exporting/check.py`. "m = ||W0||" is the same start with its rows rescaled to the norms of
+W0, the other choice there is. int8 also rounds the activations (LLM.int8), which no choice of weights undoes: kl_dense
+is from the quantised model to the dense model with the same weights, as `dude merge` writes it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from measure import arguments, console, finish, numbers, set_threads, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dude_peft import load_adapter
+from dude_peft.config.schema import ModelSection
 from dude_peft.core.magnitude import row_norm
 from dude_peft.exporting.check import PROMPTS
 from dude_peft.exporting.dense import apply_as_trained_, densify_
 from dude_peft.init.fold import fold
-from dude_peft.config.schema import ModelSection
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.tuner import DudeLinear
 

@@ -23,18 +23,18 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from dude_peft import DudeConfig
+from dude_peft.config.schema import RunConfig
 from dude_peft.data.prepare import prepare
 from dude_peft.data.template import Template
-from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.folder.checkpoint import Checkpoints
-from dude_peft.config.schema import RunConfig
-from dude_peft.training.fit import fit, training_arguments
-from dude_peft.training.loop import Loop
 from dude_peft.folder.run_folder import save_adapter
+from dude_peft.machine.stop import Stop
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.model.probe import nature_of
+from dude_peft.terminal.quiet import quiet_imports
+from dude_peft.training.fit import fit, training_arguments
+from dude_peft.training.loop import Loop
 from dude_peft.training.progress import Display
-from dude_peft.machine.stop import Stop
 from dude_peft.training.training_set import TrainingSet
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -21,15 +21,15 @@ from tiny import tiny_tokenizer, write_rows
 from torch import Tensor
 
 from dude_peft import DudeConfig, load_adapter
-from dude_peft.model.weights import open_weights
 from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest
+from dude_peft.config.reading import load_config
 from dude_peft.errors import DudeError
 from dude_peft.exporting.run import export, merge
 from dude_peft.exporting.verify import verify
 from dude_peft.init.layer import compute
 from dude_peft.init.plan import make_plan
+from dude_peft.model.weights import open_weights
 from dude_peft.planning.run import plan
-from dude_peft.config.reading import load_config
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.stock_loading import stock_refusal
 

@@ -22,8 +22,8 @@ CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
 
 def child(request: dict[str, Any], report: int) -> None:
     """Runs one training and leaves with the code that the command would give."""
-    from dude_peft.errors import DudeError
     from dude_peft.config.schema import RunConfig
+    from dude_peft.errors import DudeError
     from dude_peft.training.run import run
 
     if request.get("limit") is not None:
@@ -67,10 +67,6 @@ def serve() -> None:
     import torch
     import transformers.trainer  # noqa: F401
     import trl.trainer.sft_trainer  # noqa: F401
-
-    import dude_peft.training.fit
-    import dude_peft.training.picture
-    import dude_peft.training.model_checks  # noqa: F401
 
     torch.set_num_threads(1)
     print("ready", flush=True)

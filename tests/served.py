@@ -20,7 +20,8 @@ from typing import Any
 
 _IMPORTS = (
     "torch", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "lm_eval.evaluator", "matplotlib.pyplot",
-    "dude_peft.training.fit", "dude_peft.training.picture", "dude_peft.training.model_checks", "dude_peft.training.data_check",
+    "dude_peft.training.fit", "dude_peft.training.picture", "dude_peft.training.model_checks",
+    "dude_peft.training.data_check",
     "dude_peft.model.probe", "dude_peft.exporting.run", "dude_peft.exporting.run_card", "dude_peft.exporting.verify",
     "dude_peft.evaluation.run", "dude_peft.evaluation.in_training", "dude_peft.chat.generate", "dude_peft.chat.talk",
     "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run",

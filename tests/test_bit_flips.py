@@ -17,12 +17,12 @@ from tiny import save_tiny, write_rows
 from dude_peft.answer.decode import decode
 from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.speaker import open_speaker
+from dude_peft.config.schema import RunConfig
 from dude_peft.errors import DudeError
 from dude_peft.exporting.upload import upload
 from dude_peft.exporting.verify import verify
 from dude_peft.terminal.display import Display
 from dude_peft.training import trainer as trainer_module
-from dude_peft.config.schema import RunConfig
 from dude_peft.training.run import run
 
 EVERYWHERE = 12

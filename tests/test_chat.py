@@ -25,17 +25,17 @@ from test_cli import assert_refused
 from tiny import save_tiny, tiny_llama, tiny_tokenizer, write_rows
 
 from dude_peft import DudeConfig
-from dude_peft.chat.conversation import Conversation
 from dude_peft.answer.decode import Pieces, decode, decode_all
 from dude_peft.answer.decoding import Decoding
-from dude_peft.chat.generate import generate
 from dude_peft.answer.speaker import open_speaker
+from dude_peft.chat.conversation import Conversation
+from dude_peft.chat.generate import generate
 from dude_peft.chat.talk import chat
 from dude_peft.data import Message, Row, Template, prompt_ids
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
+from dude_peft.measure.score import complete
 from dude_peft.show import shown_lines
 from dude_peft.terminal.display import Display
-from dude_peft.measure.score import complete
 
 QUIET = Display(quiet=True)
 
@@ -634,7 +634,9 @@ def test_a_real_model_tells_a_story(assets):
     model = assets / "models" / "stories260k"
     if not model.is_dir():
         pytest.skip(f"{model} is not here")
-    first, second = generate(str(model), ["Once upon a time", "Lily and Tom"], raw=True, max_new_tokens=24, batch_size=2)
+    first, second = generate(
+        str(model), ["Once upon a time", "Lily and Tom"], raw=True, max_new_tokens=24, batch_size=2
+    )
     assert "there was a little" in first["completion"]
     assert second["completion"].isascii()
 
@@ -645,7 +647,9 @@ def test_a_real_model_tells_a_story(assets):
 @pytest.mark.parametrize("options", [{}, {"raw": True}, {"template": "plain"}])
 def test_prompts_that_spell_special_tokens_get_none(place, monkeypatch, options):
     seen = []
-    monkeypatch.setattr("dude_peft.answer.decode.decode_all", lambda speaker, ids, *rest, **more: seen.extend(ids) or [])
+    monkeypatch.setattr(
+        "dude_peft.answer.decode.decode_all", lambda speaker, ids, *rest, **more: seen.extend(ids) or []
+    )
     token = tiny_tokenizer().convert_tokens_to_ids("<|system|>")
     for special_tokens in ("text", "allow"):
         with pytest.raises(ValueError, match="zip"):  # nothing was decoded

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from tiny import tiny_tokenizer
 
-from dude_peft.errors import ConfigError, DataError
 from dude_peft.config.reading import dump_config, load_config
+from dude_peft.errors import ConfigError, DataError
 from dude_peft.training.run_data import glance, read
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from served import dude
 
 from dude_peft.doctor import packages as found
 from dude_peft.doctor.packages import Package

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,8 +16,8 @@ import torch
 pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
 
 from eval_data import SUBJECTS, save_adapter, save_model, write_data
-from served import dude
 from lm_eval.models.huggingface import HFLM
+from served import dude
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -11,15 +11,15 @@ import yaml
 pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
 
 from eval_data import save_adapter, save_model, write_data
-from served import dude
 from safetensors.torch import load_file
+from served import dude
 from tiny import write_rows
 
+from dude_peft.config.schema import EvaluationSection, RunConfig
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluation.in_training import TasksOfRun
 from dude_peft.evaluation.run import EvalOptions, evaluate
 from dude_peft.planning.run import plan
-from dude_peft.config.schema import EvaluationSection, RunConfig
 from dude_peft.training.loop import Loop
 from dude_peft.training.run import run
 from dude_peft.training.task_scores import TaskScore, chosen_score

@@ -26,7 +26,6 @@ from served import dude
 from tiny import save_tiny
 
 from dude_peft import DudeConfig, load_adapter
-from dude_peft.model.weights import open_weights
 from dude_peft.artifact.durable import locked, whole_folder
 from dude_peft.artifact.header import DTYPES
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, NumericsError, ResourceError
@@ -36,6 +35,7 @@ from dude_peft.exporting.run import export, merge, parse_target
 from dude_peft.exporting.serving import serving_matrix
 from dude_peft.exporting.verify import verify
 from dude_peft.methods import METHODS
+from dude_peft.model.weights import open_weights
 from dude_peft.tuner.combine import Combination
 from dude_peft.tuner.layer import DudeLinear
 

@@ -17,11 +17,11 @@ from tiny import tiny_tokenizer
 from torch import nn
 
 from dude_peft import DudeConfig
-from dude_peft.model.weights import open_weights
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.exporting.run import export, merge
 from dude_peft.exporting.verify import verify
 from dude_peft.model.layout import layout_of
+from dude_peft.model.weights import open_weights
 from dude_peft.tuner.layer import DudeLinear
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"

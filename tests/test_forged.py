@@ -9,8 +9,6 @@ import os
 import shutil
 import stat
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
 
@@ -21,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import make
 from peft import get_peft_model
+from served import dude
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.header import read_header

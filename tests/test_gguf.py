@@ -17,11 +17,11 @@ from tiny import save_tiny, tiny_llama
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from dude_peft.config.schema import ModelSection
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.exporting import llama_tools
 from dude_peft.exporting.llama_tools import find_converter, find_quantiser
 from dude_peft.exporting.to_gguf import QUANTISATIONS, convert, quantisation_named
-from dude_peft.config.schema import ModelSection
 from dude_peft.model.load import load_model, load_tokenizer, locate
 
 IDS = [[5, 80, 200, 7, 7, 100], [258, 3, 90]]

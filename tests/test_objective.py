@@ -17,13 +17,13 @@ from tiny import save_tiny, tiny_llama, write_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dude_peft import DudeConfig
-from dude_peft.measure import divergence as divergence_module
-from dude_peft.measure.divergence import target_loss
+from dude_peft.config.reading import load_config
+from dude_peft.config.schema import RunConfig
 from dude_peft.data.batches import flat, pad_right
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.measure import divergence as divergence_module
+from dude_peft.measure.divergence import target_loss
 from dude_peft.planning.live_bytes import LiveBytes
-from dude_peft.config.schema import RunConfig
-from dude_peft.config.reading import load_config
 from dude_peft.training.general import general_scores
 from dude_peft.training.mixed_order import MixedOrder
 from dude_peft.training.objective import MixtureOfLosses, judged

@@ -24,8 +24,8 @@ import dude_peft
 import dude_peft.doctor.run as doctor_run
 from dude_peft import cli
 from dude_peft.errors import ConfigError
-from dude_peft.parents import TESTED, fits, refusal_of, require
 from dude_peft.machine.sharding import check_sharding
+from dude_peft.parents import TESTED, fits, refusal_of, require
 from dude_peft.training.trl_trainer import _trainer_class
 
 ROOT = Path(__file__).parent.parent

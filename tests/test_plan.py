@@ -20,17 +20,6 @@ from tiny import save_tiny, write_rows
 from transformers.integrations import integration_utils
 
 from dude_peft import DudeConfig
-from dude_peft.data.batches import pad_right
-from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
-from dude_peft.methods import METHODS
-from dude_peft.methods.learning_rate import learning_rate_warning
-from dude_peft.planning.bill import Cost, cost
-from dude_peft.planning.device import parse_size
-from dude_peft.planning.live_bytes import LiveBytes
-from dude_peft.planning.optimizers import state_bytes
-from dude_peft.planning.remedies import changed
-from dude_peft.planning.rows import optimizer_steps
-from dude_peft.planning.run import plan
 from dude_peft.config.schema import (
     AdapterSection,
     DataSection,
@@ -39,7 +28,18 @@ from dude_peft.config.schema import (
     RunConfig,
     TrainSection,
 )
+from dude_peft.data.batches import pad_right
+from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
+from dude_peft.methods import METHODS
+from dude_peft.methods.learning_rate import learning_rate_warning
 from dude_peft.model.load import load_settings
+from dude_peft.planning.bill import Cost, cost
+from dude_peft.planning.device import parse_size
+from dude_peft.planning.live_bytes import LiveBytes
+from dude_peft.planning.optimizers import state_bytes
+from dude_peft.planning.remedies import changed
+from dude_peft.planning.rows import optimizer_steps
+from dude_peft.planning.run import plan
 
 EVALUATION = EvaluationSection(enabled=False)
 

@@ -18,19 +18,19 @@ from torch.nn import functional
 from dude_peft import DudeConfig
 from dude_peft.answer.decode import decode_all
 from dude_peft.answer.decoding import Decoding
-from dude_peft.chat.generate import generate
 from dude_peft.answer.speaker import open_speaker
+from dude_peft.chat.generate import generate
+from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.data.batches import grouped
 from dude_peft.data.encode import encode
 from dude_peft.data.packing import packs_apart
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
-from dude_peft.terminal.display import Display
 from dude_peft.model import probe
-from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.model.load import load_model
 from dude_peft.model.probe import company_of, nature_of, quiet_router_
+from dude_peft.terminal.display import Display
 from dude_peft.training.run import run
 
 PAD = 257

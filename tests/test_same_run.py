@@ -21,12 +21,12 @@ from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.base_settings import base_settings, other_settings
 from dude_peft.artifact.manifest import FORMAT_VERSION, read_manifest
 from dude_peft.chat.generate import generate
+from dude_peft.config.schema import RunConfig
 from dude_peft.data import clock
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.exporting.run import merge
 from dude_peft.exporting.tokenizer import tokenizer_change
 from dude_peft.exporting.verify import verify
-from dude_peft.config.schema import RunConfig
 from dude_peft.training.run import run
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dude_peft.errors import ConfigError
-from dude_peft.config.schema import AdapterSection, RunConfig
 from dude_peft.config.reading import dump_config, load_config
+from dude_peft.config.schema import AdapterSection, RunConfig
+from dude_peft.errors import ConfigError
 
 GOOD = """\
 model:

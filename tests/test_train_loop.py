@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
 
 from dude_peft import DudeConfig
-from dude_peft.errors import ConfigError, NumericsError, ResourceError
-from dude_peft.training import loop as loop_module
 from dude_peft.config.schema import RunConfig, TrainSection
-from dude_peft.training.groups import parameter_groups
+from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.measure.movement import MovementCallback, movement
+from dude_peft.training import loop as loop_module
+from dude_peft.training.groups import parameter_groups
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.run import run
 

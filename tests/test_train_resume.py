@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_rows
 
 from dude_peft.artifact.sealed import folder_facts, seal_folder, sealed, unsealed
-from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError, StoppedError
-from dude_peft.training import trainer as trainer_module
-from dude_peft.folder.checkpoint import FORMAT_VERSION, Checkpoints
 from dude_peft.config.schema import RunConfig
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError, StoppedError
+from dude_peft.folder.checkpoint import FORMAT_VERSION, Checkpoints
 from dude_peft.folder.lock import RunLock
-from dude_peft.training.run import run
 from dude_peft.machine.stop import Stop
+from dude_peft.training import trainer as trainer_module
+from dude_peft.training.run import run
 
 STEPS = 24
 TIMES = ("tokens_per_second", "seconds", "memory_bytes")

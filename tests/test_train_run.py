@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
-from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
-from dude_peft.methods import METHODS
-from dude_peft.terminal.quiet import gathered_warnings
-from dude_peft.model import load as model_module
-from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.config.reading import load_config
+from dude_peft.config.schema import ModelSection, RunConfig
+from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.folder.run_folder import RunFolder
+from dude_peft.methods import METHODS
+from dude_peft.model import load as model_module
 from dude_peft.model.load import load_model, load_tokenizer, locate
-from dude_peft.training.run import run
+from dude_peft.terminal.quiet import gathered_warnings
 from dude_peft.training.model_checks import check_start
+from dude_peft.training.run import run
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 

@@ -11,10 +11,10 @@ from test_data_masks import TEMPLATES, tokenizer_of
 from tiny import save_tiny, tiny_tokenizer, write_rows
 
 from dude_peft.chat.generate import generate
+from dude_peft.config.schema import RunConfig
 from dude_peft.data import IGNORE, Message, Row, Template, encode, load_rows
 from dude_peft.data.prepare import prepare
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.config.schema import RunConfig
 from dude_peft.training.run import run
 
 TALK = Row(

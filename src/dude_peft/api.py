@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from dude_peft.planning.report import Plan
     from dude_peft.training.data_check import DataReport
 
-    RunSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
+    RunSource: TypeAlias = str | Path | Mapping[str, Any] | RunConfig
     """A YAML file, its content as a dict, or the configuration itself."""
 
 
@@ -28,7 +27,7 @@ def train(
     config: RunSource,
     overrides: Sequence[str] = (),
     *,
-    output_dir: str | os.PathLike[str] | None = None,
+    output_dir: str | Path | None = None,
     trainer: str | None = None,
     overwrite: bool = False,
     weights_only: bool = False,
@@ -102,7 +101,7 @@ def plan(
 
 
 def check_data(
-    source: str | os.PathLike[str],
+    source: str | Path,
     model: str,
     *,
     gguf_file: str | None = None,
@@ -159,12 +158,12 @@ def check_data(
 
 
 def evaluate(
-    name: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    name: str | Path,
+    output: str | Path,
     *,
     tasks: Sequence[str] = (),
-    data_dir: str | os.PathLike[str] | None = None,
-    text: str | os.PathLike[str] | None = None,
+    data_dir: str | Path | None = None,
+    text: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
     chat_template: bool = False,
@@ -207,19 +206,17 @@ def evaluate(
     options = EvalOptions(
         tuple(tasks), _path(data_dir), limit, seed, chat_template, num_fewshot, batch_size, _path(text), special_tokens
     )
-    return scored(
-        str(name), options, Path(output), base=base, gguf_file=gguf_file, overwrite=overwrite, quiet=quiet
-    )
+    return scored(str(name), options, Path(output), base=base, gguf_file=gguf_file, overwrite=overwrite, quiet=quiet)
 
 
 def generate(
-    name: str | os.PathLike[str],
+    name: str | Path,
     prompts: Sequence[str] = (),
     *,
-    file: str | os.PathLike[str] | None = None,
+    file: str | Path | None = None,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
-    output: str | os.PathLike[str] | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
     base: str | None = None,
     gguf_file: str | None = None,
@@ -295,8 +292,8 @@ def generate(
 
 
 def merge(
-    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
+    adapters: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
     weights: Sequence[float] | None = None,
     combination: str = "linear",
@@ -334,7 +331,7 @@ def merge(
     from dude_peft.exporting.run import merge as merged
 
     return merged(
-        [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters),  # type: ignore[list-item]
+        [adapters] if isinstance(adapters, (str, Path)) else adapters,
         output,
         weights=weights,
         combination=combination,
@@ -350,9 +347,9 @@ def merge(
 
 
 def export(
-    adapter: str | os.PathLike[str],
+    adapter: str | Path,
     to: str,
-    output: str | os.PathLike[str],
+    output: str | Path,
     *,
     base: str | None = None,
     gguf_file: str | None = None,
@@ -399,7 +396,7 @@ def export(
 
 
 def verify(
-    adapter: str | os.PathLike[str], *, base: str | None = None, gguf_file: str | None = None, quiet: bool = True
+    adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = True
 ) -> Verification:
     """Check every byte and number of an adapter, and tell what each program will do with it.
 
@@ -423,7 +420,7 @@ def verify(
 
 
 def _settings(
-    config: RunSource, overrides: Sequence[str], options: Mapping[str, str | os.PathLike[str] | None] | None = None
+    config: RunSource, overrides: Sequence[str], options: Mapping[str, str | Path | None] | None = None
 ) -> RunConfig:
     from dude_peft.config.reading import load_config
     from dude_peft.config.schema import RunConfig
@@ -433,5 +430,5 @@ def _settings(
     return load_config(source, list(overrides), given)
 
 
-def _path(path: str | os.PathLike[str] | None) -> Path | None:
+def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)

@@ -20,8 +20,8 @@ from dude_peft.artifact.durable import disk_errors, take
 from dude_peft.artifact.sealed import sealed, unsealed
 from dude_peft.doors import open_file
 from dude_peft.errors import ArtifactError, BusyError
-from dude_peft.show import shown
 from dude_peft.machine import processes
+from dude_peft.show import shown
 
 
 class AnswerCache:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.manifest import CONFIG_FILE
+from dude_peft.config.reading import read_values
+from dude_peft.config.schema import ModelSection
 from dude_peft.data.control_tokens import SPECIAL_TOKENS, ControlTokens
 from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter
 from dude_peft.exporting.base import source_named, source_of
-from dude_peft.show import shown
-from dude_peft.config.schema import ModelSection
-from dude_peft.config.reading import read_values
 from dude_peft.folder.identity import recorded_config
-from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate
 from dude_peft.folder.record import ADAPTER
 from dude_peft.folder.record import CONFIG as RUN_CONFIG
+from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate
+from dude_peft.show import shown
 
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.answer.decoding import Decoding
+from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row

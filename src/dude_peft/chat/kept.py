@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_peft.artifact.durable import disk_errors
 from dude_peft.answer.cache import AnswerCache, key_of
+from dude_peft.artifact.durable import disk_errors
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 

@@ -13,8 +13,8 @@ from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
-    from dude_peft.chat.conversation import Conversation
     from dude_peft.answer.speaker import Speaker
+    from dude_peft.chat.conversation import Conversation
 
 
 def chat(
@@ -56,8 +56,8 @@ def chat(
     """
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     with quiet_imports():
-        from dude_peft.chat.conversation import Conversation
         from dude_peft.answer.speaker import open_speaker
+        from dude_peft.chat.conversation import Conversation
 
     notes = Display(stderr=True)
     with gathered_warnings(notes.warn):

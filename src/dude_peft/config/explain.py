@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dude_peft.config.reading import closest_key
+from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted
-from dude_peft.config.schema import RunConfig
-from dude_peft.config.reading import closest_key
 
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from dude_peft.config.schema import DECIMAL, RunConfig, Section
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
-from dude_peft.config.schema import DECIMAL, RunConfig, Section
 
 _LARGEST_FILE_BYTES = 256 * 1024
 _DEEPEST = 8

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dude_peft.measure.divergence import divergence
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.data.file_lines import opened
 from dude_peft.errors import DataError, NumericsError
+from dude_peft.machine.processes import count, gathered, rank
+from dude_peft.measure.divergence import divergence
 from dude_peft.measure.intervals import Comparison, bootstrap_mean, compare
 from dude_peft.show import shown
-from dude_peft.machine.processes import count, gathered, rank
 
 if TYPE_CHECKING:
     from dude_peft.answer.speaker import Speaker

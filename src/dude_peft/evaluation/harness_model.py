@@ -27,9 +27,9 @@ from dude_peft.data.encode import check_ids
 from dude_peft.errors import ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.evaluation.chat_prompts import ChatPrompts
 from dude_peft.machine.out_of_memory import is_out_of_memory
+from dude_peft.machine.processes import count, gathered, rank
 from dude_peft.parents import fits
 from dude_peft.show import shown
-from dude_peft.machine.processes import count, gathered, rank
 
 Items = set[tuple[str, int]]
 """(task, number of the document) of each."""

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.config.schema import EvaluationSection
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.evaluation.forgetting import read_text
@@ -17,7 +18,6 @@ from dude_peft.evaluation.record import TASKS
 from dude_peft.evaluation.run import EvalOptions, load_chosen, make_output, measure, score_as_it_is
 from dude_peft.evaluation.tasks import write_local
 from dude_peft.machine import processes
-from dude_peft.config.schema import EvaluationSection
 from dude_peft.training.progress import Display
 from dude_peft.training.task_scores import TaskScore
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dude_peft.measure.intervals import SHARE, bootstrap_mean, bootstrap_mean_of_means, compare, mean_of_means
 from dude_peft.evaluation.local_tasks import mmlu_category
 from dude_peft.evaluation.record import Measure, Value
 from dude_peft.evaluation.tasks import Chosen
+from dude_peft.measure.intervals import SHARE, bootstrap_mean, bootstrap_mean_of_means, compare, mean_of_means
 from dude_peft.measure.score import wilson_interval
 
 Scored = Mapping[str, Any]

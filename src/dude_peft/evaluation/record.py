@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dude_peft.evaluation.forgetting import TextScore
-from dude_peft.measure.intervals import Comparison
 from dude_peft.evaluation.second_opinion import Disagreement
+from dude_peft.measure.intervals import Comparison
 from dude_peft.terminal.html import table
 
 RESULTS, SAMPLES, ANSWERS, TASKS = "results.json", "samples", "answers", "tasks"

@@ -23,11 +23,11 @@ from dude_peft.artifact.sealed import file_sha256
 from dude_peft.data.control_tokens import SPECIAL_TOKENS
 from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Counts, Evaluation, Measure
+from dude_peft.machine import processes
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.machine import processes
 
 if TYPE_CHECKING:
     from dude_peft.answer.speaker import Speaker

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dude_peft.evaluation.forgetting import TextScore
-from dude_peft.measure.intervals import Comparison
 from dude_peft.evaluation.local_tasks import GSM8K
 from dude_peft.evaluation.record import Evaluation, Measure, Value
+from dude_peft.measure.intervals import Comparison
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
 

@@ -12,17 +12,17 @@ from typing import Any, get_args
 
 from torch import nn
 
-from dude_peft.model.weights import WeightFiles, open_weights
 from dude_peft.artifact.companions import companions, copy_files
+from dude_peft.config.schema import ModelSection
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.dense import densify_
 from dude_peft.exporting.rounded import narrower_dtype, write_rounded
 from dude_peft.model.architecture import empty_model, fetch_checkpoint, parameter_names
 from dude_peft.model.layout import Layout, layout_of
-from dude_peft.show import shown
-from dude_peft.config.schema import ModelSection
 from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate, with_only_gguf
+from dude_peft.model.weights import WeightFiles, open_weights
+from dude_peft.show import shown
 from dude_peft.tuner.same_base import check_base
 
 _DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)

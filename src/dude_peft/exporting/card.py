@@ -19,8 +19,8 @@ from dude_peft.artifact.sealed import read_json, read_sealed
 from dude_peft.errors import ArtifactError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.serving import PROGRAMS, serving_matrix
-from dude_peft.show import shown
 from dude_peft.folder.record import REPORT
+from dude_peft.show import shown
 from dude_peft.version import __version__
 
 CARD = "README.md"

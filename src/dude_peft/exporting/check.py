@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dude_peft.measure.divergence import divergence
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
+from dude_peft.measure.divergence import divergence
 from dude_peft.show import shown
 
 PROMPTS = (

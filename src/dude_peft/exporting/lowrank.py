@@ -18,12 +18,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from dude_peft.model.weights import read_weight
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.effective import effective_weight
 from dude_peft.artifact.header import DTYPES
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
-from dude_peft.model.stream import Piece, write_pieces
 from dude_peft.core.svd import top_svd
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ConfigError
@@ -31,6 +29,8 @@ from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.base import Base
 from dude_peft.exporting.merge import Layer
 from dude_peft.exporting.serving import SERVED_RANKS
+from dude_peft.model.stream import Piece, write_pieces
+from dude_peft.model.weights import read_weight
 from dude_peft.show import shown
 
 

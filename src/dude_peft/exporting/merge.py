@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.model.weights import is_plain, loads_as
 from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks
-from dude_peft.model.stream import NAMES, Piece, stored_piece, write_checkpoint
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.doors import read_json
@@ -29,6 +27,8 @@ from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.base import Base
 from dude_peft.exporting.combine import Combination
+from dude_peft.model.stream import NAMES, Piece, stored_piece, write_checkpoint
+from dude_peft.model.weights import is_plain, loads_as
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.same_base import settings_fault

@@ -9,9 +9,9 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.header import chunks
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
 from dude_peft.artifact.stock import EXTRA_A0, EXTRA_DM, EXTRA_M0
-from dude_peft.model.stream import Piece, write_pieces
 from dude_peft.doors import read_json
 from dude_peft.exporting.adapter import SavedAdapter
+from dude_peft.model.stream import Piece, write_pieces
 
 _OURS = tuple(f".{name}" for name in (EXTRA_A0, EXTRA_M0, EXTRA_DM))
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from dude_peft.model.weights import WeightFiles, fits
 from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.manifest import BaseRecord
-from dude_peft.model.stream import Piece, stored_piece, write_checkpoint
 from dude_peft.doors import read_json
 from dude_peft.model.layout import Layout
+from dude_peft.model.stream import Piece, stored_piece, write_checkpoint
+from dude_peft.model.weights import WeightFiles, fits
 
 
 def narrower_dtype(layout: Layout, base: BaseRecord) -> torch.dtype | None:

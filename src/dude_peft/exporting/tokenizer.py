@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dude_peft.data.tokenizer_parts import changed_parts, tokenizer_parts
 from dude_peft.config.schema import ModelSection
+from dude_peft.data.tokenizer_parts import changed_parts, tokenizer_parts
 
 _CONFIG = "tokenizer_config.json"
 

@@ -164,4 +164,4 @@ def _compare(display: Display, opened: SavedAdapter, base: str | None, gguf_file
         changed = tokenizer_change(opened.folder, found.folder)
     if problem is not None:
         raise problem
-    return changed
+    return changed or ""

@@ -86,7 +86,12 @@ class RunReport:
             *(("warning", text) for text in self.warnings),
         ]
         scores = [
-            (when, f"{score.loss:.4f}", f"{score.right} of {score.rows}", f"{score.interval[0]:.1%} to {score.interval[1]:.1%}")
+            (
+                when,
+                f"{score.loss:.4f}",
+                f"{score.right} of {score.rows}",
+                f"{score.interval[0]:.1%} to {score.interval[1]:.1%}",
+            )
             for when, score in (("before", self.before), ("after", self.after))
             if score is not None
         ]

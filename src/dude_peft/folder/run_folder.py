@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from dude_peft.artifact.durable import hidden_name, replace_file, sync, whole_folder
 from dude_peft.artifact.sealed import file_sha256, read_sealed, sealed
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
-from dude_peft.show import shown
 from dude_peft.folder.checkpoint import Checkpoints
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity, read_identity
@@ -36,6 +35,7 @@ from dude_peft.folder.record import (
     Score,
     score_from,
 )
+from dude_peft.show import shown
 
 _TEMPORARY = re.compile(r"\.dude-[0-9a-f]{16}")  # `durable.hidden_name`
 _START = ".dude-start"

@@ -25,10 +25,10 @@ from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
-    from dude_peft.model.weights import WeightFiles
     from dude_peft.artifact.fingerprint import TensorPrint
-    from dude_peft.model.stream import Piece
     from dude_peft.init.plan import Plan
+    from dude_peft.model.stream import Piece
+    from dude_peft.model.weights import WeightFiles
 
 _FOLDED = {"dude": "dora", "pissa": "lora"}
 """Method -> the one that trains its A and B themselves, without a frozen start."""
@@ -87,9 +87,9 @@ def fold(
     output, residual, display = Path(output), Path(residual), Display(quiet=quiet)
     _check_outputs(output, residual)
     with display.waiting("imports"), quiet_imports():
-        from dude_peft.model.weights import open_weights
         from dude_peft.init.bnb import check_format
         from dude_peft.init.plan import make_plan
+        from dude_peft.model.weights import open_weights
         from dude_peft.tuner import DudeConfig
 
     with display.waiting("reading the model"), gathered_warnings(display.warn):
@@ -162,8 +162,8 @@ def _target(model_name: str, folder: Path, checkpoint: WeightFiles, plan: Plan, 
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from dude_peft.model.architecture import empty_model, parameter_names
     from dude_peft.init.bnb import settings
+    from dude_peft.model.architecture import empty_model, parameter_names
 
     model = empty_model(model_name, folder, checkpoint.dtype, dtype)
     names, modules = parameter_names(model), dict(model.named_modules())
@@ -204,13 +204,15 @@ def _compute(plan: Plan, form: str, scratch: Path, display: Display) -> tuple[li
     return errors, base
 
 
-def _write_base(output: Path, source: Path, checkpoint: WeightFiles, plan: Plan, scratch: Path, target: _Target) -> None:
+def _write_base(
+    output: Path, source: Path, checkpoint: WeightFiles, plan: Plan, scratch: Path, target: _Target
+) -> None:
     """The quantised model: the checkpoint's own files, with the tensors of target layers replaced."""
-    from dude_peft.model.weights import INDEX
     from dude_peft.artifact.companions import companions, copy_files
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.header import chunks
     from dude_peft.model.stream import Piece, write_pieces
+    from dude_peft.model.weights import INDEX
 
     quantised = {task.stored.name: scratch / f"{number}.base" for number, task in enumerate(plan.layers)}
     files: dict[str, list[Piece]] = {file: [] for file in checkpoint.files}

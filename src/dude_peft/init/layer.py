@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dude_peft.model.weights import read_weight
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import StoredTensor
 from dude_peft.artifact.stock import LayerTensors, to_stock
 from dude_peft.methods import Method, SplitOptions
 from dude_peft.methods.start import start_of
+from dude_peft.model.weights import read_weight
 
 
 @dataclass(frozen=True)

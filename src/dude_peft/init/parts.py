@@ -19,9 +19,9 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.model.stream import Piece
 from dude_peft.doors import open_file, read_json
 from dude_peft.init.layer import LayerStart
+from dude_peft.model.stream import Piece
 
 FOLDER = ".dude-init"
 _SETTINGS = "settings.json"

@@ -14,14 +14,14 @@ import peft
 import torch
 
 from dude_peft.artifact.base_settings import base_settings
-from dude_peft.model.weights import WeightFiles, is_plain, print_of
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import StoredTensor
 from dude_peft.errors import ArtifactError, ConfigError
-from dude_peft.model.architecture import empty_model, parameter_names
 from dude_peft.init.layer import LayerTask
-from dude_peft.model.layout import layout_of
 from dude_peft.methods import Method
+from dude_peft.model.architecture import empty_model, parameter_names
+from dude_peft.model.layout import layout_of
+from dude_peft.model.weights import WeightFiles, is_plain, print_of
 from dude_peft.show import a_, shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
 from dude_peft.tuner.beside import relied_on
@@ -48,7 +48,9 @@ class Plan:
         return {name: prints[place] for name, place in self.beside.items()}
 
 
-def make_plan(model_name: str, folder: Path, checkpoint: WeightFiles, config: DudeConfig, dtype: str, seed: int) -> Plan:
+def make_plan(
+    model_name: str, folder: Path, checkpoint: WeightFiles, config: DudeConfig, dtype: str, seed: int
+) -> Plan:
     """Plan of the adapter that `get_peft_model` would make.
 
     Args:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dude_peft.model.weights import read_weight
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors, to_stock
 from dude_peft.core.magnitude import row_norm
@@ -23,6 +22,7 @@ from dude_peft.init.bnb import quantise
 from dude_peft.init.layer import LayerTask
 from dude_peft.methods import Method, SplitOptions
 from dude_peft.methods.start import start_of
+from dude_peft.model.weights import read_weight
 
 
 @dataclass(frozen=True)

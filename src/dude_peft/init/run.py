@@ -75,11 +75,11 @@ def initialise(
     folder = checkpoint_folder(model)
     display = Display(quiet=quiet)
     with display.waiting("imports"), quiet_imports():
-        from dude_peft.model.weights import open_weights
         from dude_peft.artifact.durable import locked
         from dude_peft.init.parts import Parts
         from dude_peft.init.plan import make_plan
         from dude_peft.init.workers import usual_count
+        from dude_peft.model.weights import open_weights
         from dude_peft.tuner import DudeConfig
 
     with display.waiting("reading the model"), gathered_warnings(display.warn):

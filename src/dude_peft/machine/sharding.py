@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from dude_peft.errors import ConfigError
-from dude_peft.parents import require
 from dude_peft.machine.processes import count
+from dude_peft.parents import require
 
 
 def check_sharding() -> None:

@@ -29,7 +29,7 @@ def target_loss(logits: Tensor, places: Tensor, labels: Tensor, base: Tensor) ->
     Returns:
         A scalar in nats, float32, or float64 for such logits.
     """
-    found: Tensor = _TargetLoss.apply(logits, places, labels, base)
+    found: Tensor = _TargetLoss.apply(logits, places, labels, base)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -75,8 +75,8 @@ def _chunks(logits: Tensor, places: Tensor, labels: Tensor, base: Tensor) -> lis
     size = max(1, _CHUNK // logits.shape[1])
     learned = len(places) - len(base)
     return [
-        *zip(places[:learned].split(size), labels[:learned].split(size), strict=True),
-        *zip(places[learned:].split(size), base.split(size), strict=True),
+        *zip(places[:learned].split(size), labels[:learned].split(size), strict=True),  # type: ignore[no-untyped-call]
+        *zip(places[learned:].split(size), base.split(size), strict=True),  # type: ignore[no-untyped-call]
     ]
 
 

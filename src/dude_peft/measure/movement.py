@@ -33,7 +33,14 @@ def movement(model: Any) -> dict[str, dict[str, float]]:
 
 @fits()
 class MovementCallback(TrainerCallback):
-    """For any Trainer: logs the mean `movement` of all layers at every logging step, and keeps the last in `layers`."""
+    """For any Trainer: logs the mean `movement` of all layers at every logging step, and keeps the last in `layers`.
+
+        movement = dude_peft.MovementCallback()
+        Trainer(model, arguments, train_dataset=rows, callbacks=[movement]).train()
+        print(movement.layers)
+
+    Source: DoRA section 3.2, made relative.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[str, dict[str, float]] = {}

@@ -14,9 +14,9 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from dude_peft.model.weights import WeightFiles
 from dude_peft.artifact.header import StoredTensor
 from dude_peft.errors import ArtifactError
+from dude_peft.model.weights import WeightFiles
 from dude_peft.show import shown
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dude_peft.model.gguf_header import check_gguf_file
+from dude_peft.config.schema import ModelSection
 from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.show import shown
-from dude_peft.config.schema import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -249,8 +249,8 @@ def hub_reachable() -> bool:
 @contextlib.contextmanager
 def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     """Turns what loading raises into one line that says which model, why, and what else works."""
-    from dude_peft.model.architecture import code_refusal
     from dude_peft.machine.out_of_memory import is_out_of_memory
+    from dude_peft.model.architecture import code_refusal
 
     try:
         # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from dude_peft.model.weights import INDEX, SINGLE
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.header import DTYPES, StoredTensor, byte_count, chunks
 from dude_peft.artifact.manifest import WEIGHTS_FILE, BaseRecord, sealed_metadata, sorted_header
 from dude_peft.errors import NumericsError
+from dude_peft.model.weights import INDEX, SINGLE
 from dude_peft.show import shown
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

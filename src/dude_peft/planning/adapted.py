@@ -8,11 +8,11 @@ from typing import Any
 import peft
 import torch
 
-from dude_peft.model.weights import open_weights
+from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError, DudeError
 from dude_peft.model.architecture import model_of
+from dude_peft.model.weights import open_weights
 from dude_peft.show import shown
-from dude_peft.config.schema import RunConfig
 from dude_peft.tuner import DudeConfig
 
 

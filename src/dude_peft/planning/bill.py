@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dude_peft.config.schema import RunConfig
 from dude_peft.planning.adapted import adapted_model
 from dude_peft.planning.dry_step import DryStep, dry_step
 from dude_peft.planning.layers import shorten
 from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
 from dude_peft.show import shown
-from dude_peft.config.schema import RunConfig
 from dude_peft.tuner import DudeLinear
 
 # A process that has done nothing yet: libraries, and on a GPU its context and the workspace of its products. Assumed.

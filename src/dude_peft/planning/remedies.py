@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dude_peft.planning.bill import Cost
 from dude_peft.config.schema import RunConfig
+from dude_peft.planning.bill import Cost
 
 _ENOUGH = 3
 _SHORTEST, _SMALLEST_RANK = 128, 4

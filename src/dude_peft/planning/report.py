@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
+from dude_peft.config.schema import RunConfig
+from dude_peft.errors import ResourceError
 from dude_peft.planning.bill import Cost
 from dude_peft.planning.device import Device
 from dude_peft.planning.disk import Disk
 from dude_peft.planning.remedies import Remedy
 from dude_peft.planning.rows import Rows, optimizer_steps
 from dude_peft.planning.speed import products_per_second
+from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
-from dude_peft.config.schema import RunConfig
-from dude_peft.errors import ResourceError
-from dude_peft.show import shown
 from dude_peft.terminal.html import table
 
 _PARTS = {

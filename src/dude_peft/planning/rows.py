@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import encode
 from dude_peft.data.formats import Reading
@@ -14,7 +15,6 @@ from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
-from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
 
 _MOST_ROWS = 4000  # tokenised in a second or two
 

@@ -9,13 +9,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.errors import ConfigError
-from dude_peft.show import shown
-from dude_peft.terminal.display import Display
-from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.config.schema import RunConfig, ShareSection
+from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
 from dude_peft.model.load import code_note, load_settings, load_tokenizer, locate, with_only_gguf
+from dude_peft.terminal.display import Display
+from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.run_data import glance
 from dude_peft.training.task_scores import ScorerOf, scorer_for
 

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
+from dude_peft.config.schema import ModelSection
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.formats import Reading
@@ -20,14 +21,13 @@ from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.errors import ConfigError
+from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
 from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
-from dude_peft.config.schema import ModelSection
-from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3

@@ -14,19 +14,19 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from dude_peft.config.schema import RunConfig, TrainSection
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
+from dude_peft.machine.processes import count
+from dude_peft.machine.sharding import check_sharding, shard
+from dude_peft.model.probe import Nature
 from dude_peft.parents import require
-from dude_peft.config.schema import RunConfig, TrainSection
 from dude_peft.training.general import GeneralMeter, general_scores
 from dude_peft.training.loop import Loop
 from dude_peft.training.mixed_order import MixedOrder
+from dude_peft.training.model_checks import probe
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
-from dude_peft.model.probe import Nature
-from dude_peft.machine.processes import count
-from dude_peft.machine.sharding import check_sharding, shard
-from dude_peft.training.model_checks import probe
 from dude_peft.training.trainer import RunTrainer
 from dude_peft.training.training_rows import Packs, Rows
 from dude_peft.training.training_set import TrainingSet

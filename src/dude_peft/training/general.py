@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 from typing_extensions import override
 
-from dude_peft.measure.divergence import divergence
 from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.errors import NumericsError
+from dude_peft.measure.divergence import divergence
 from dude_peft.parents import fits
 from dude_peft.training.objective import judged
 from dude_peft.training.training_set import GeneralTest

@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 from typing_extensions import override
 
-from dude_peft.errors import NumericsError
-from dude_peft.parents import fits
-from dude_peft.folder.checkpoint import BestAdapter, Checkpoint, Checkpoints
 from dude_peft.config.schema import EvaluationSection
-from dude_peft.measure.movement import movement
-from dude_peft.training.progress import Display
+from dude_peft.errors import NumericsError
+from dude_peft.folder.checkpoint import BestAdapter, Checkpoint, Checkpoints
 from dude_peft.folder.state import load_random_state, random_state, sharded_state, trained_state
 from dude_peft.machine.stop import Stop
+from dude_peft.measure.movement import movement
+from dude_peft.parents import fits
+from dude_peft.training.progress import Display
 from dude_peft.training.task_scores import TaskScore, chosen_score
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.config.schema import RunConfig
 from dude_peft.data.batches import pad_right
 from dude_peft.data.packing import packs_apart
 from dude_peft.errors import ConfigError, DataError, NumericsError
-from dude_peft.config.schema import RunConfig
 from dude_peft.model.probe import Nature, check_causal
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dude_peft.measure.divergence import target_loss
 from dude_peft.data.labels import IGNORE
 from dude_peft.machine.processes import count
+from dude_peft.measure.divergence import target_loss
 from dude_peft.tuner.untouched import as_base
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from dude_peft.folder.record import Answer, Score
 from dude_peft.show import shown
 from dude_peft.terminal import display
-from dude_peft.folder.record import Answer, Score
 
 _LONGEST_ANSWER = 700
 

@@ -15,18 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.config.reading import dump_config
+from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.folder.identity import Identity
+from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, SCORES, Answer, RunReport, Score
+from dude_peft.folder.run_folder import RunFolder, save_adapter
+from dude_peft.machine import processes
+from dude_peft.machine.environment import environment, hardware, versions
+from dude_peft.model.load import with_only_gguf
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.machine import processes
-from dude_peft.config.schema import RunConfig
-from dude_peft.config.reading import dump_config
-from dude_peft.machine.environment import environment, hardware, versions
-from dude_peft.folder.run_folder import RunFolder, save_adapter
-from dude_peft.folder.identity import Identity
-from dude_peft.model.load import with_only_gguf
 from dude_peft.training.picture import check_picture, loss_curve
-from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, SCORES, Answer, RunReport, Score
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
@@ -100,8 +100,8 @@ class _Run:
         *,
         quiet: bool,
     ) -> None:
-        from dude_peft.training.progress import Display
         from dude_peft.machine.stop import Stop
+        from dude_peft.training.progress import Display
 
         self.config = config
         self.folder = folder
@@ -342,9 +342,9 @@ class _Run:
             self.warn(f"this is not where the run began ({told}): its numbers may differ in the last bits")
 
     def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
+        from dude_peft.folder.state import load_trained_state
         from dude_peft.training.fit import fit
         from dude_peft.training.loop import Loop, metric_name
-        from dude_peft.folder.state import load_trained_state
 
         held_out, scorer = data.held_out, self.scorer
         loop = Loop(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dude_peft.config.schema import DataSection, RunConfig, ShareSection
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import prompt_ids
 from dude_peft.data.formats import Reading, Row
@@ -20,7 +21,6 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.data.token_store import question_hash
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
-from dude_peft.config.schema import DataSection, RunConfig, ShareSection
 from dude_peft.training.training_set import GeneralTest, TrainingSet
 
 if TYPE_CHECKING:

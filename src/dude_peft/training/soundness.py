@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dude_peft.core.finite import first_not_finite
 from dude_peft.errors import NumericsError
-from dude_peft.machine.processes import gathered
 from dude_peft.folder.state import held
+from dude_peft.machine.processes import gathered
 
 
 def check_numbers(model: Any, step: int, optimizer: Mapping[str, Tensor] | None = None, rest: Any = None) -> None:

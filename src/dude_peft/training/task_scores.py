@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dude_peft.errors import ConfigError
 from dude_peft.config.schema import EvaluationSection
+from dude_peft.errors import ConfigError
 from dude_peft.training.progress import Display
 
 

@@ -14,17 +14,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, get_scheduler
 from typing_extensions import override
 
-from dude_peft.errors import NumericsError
-from dude_peft.parents import fits, newer
-from dude_peft.folder.checkpoint import OPTIMIZER, RANDOM, Checkpoint
 from dude_peft.config.schema import TrainSection
-from dude_peft.training.general import GeneralMeter
-from dude_peft.training.groups import parameter_groups
-from dude_peft.training.loop import Loop
-from dude_peft.training.objective import CausalLoss, MixtureOfLosses
-from dude_peft.training.order import EpochOrder
-from dude_peft.machine.processes import gathered, summed
-from dude_peft.training.soundness import check_numbers
+from dude_peft.errors import NumericsError
+from dude_peft.folder.checkpoint import OPTIMIZER, RANDOM, Checkpoint
 from dude_peft.folder.state import (
     load_optimizer_state,
     load_random_state,
@@ -32,6 +24,14 @@ from dude_peft.folder.state import (
     random_state,
     whole,
 )
+from dude_peft.machine.processes import gathered, summed
+from dude_peft.parents import fits, newer
+from dude_peft.training.general import GeneralMeter
+from dude_peft.training.groups import parameter_groups
+from dude_peft.training.loop import Loop
+from dude_peft.training.objective import CausalLoss, MixtureOfLosses
+from dude_peft.training.order import EpochOrder
+from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "nothing was stepped with it: lower train.learning_rate, or use model.dtype: float32"
 _MOST_ROWS = 40
@@ -68,7 +68,7 @@ class RunTrainer(Trainer):
         self._rows: Tensor | None = None  # those of the micro-batch in work
         super().__init__(callbacks=[loop] if meter is None else [loop, meter], **settings)
         self.order = order_of(self.train_dataset)
-        self.remove_callback(PrinterCallback)  # type: ignore[no-untyped-call]
+        self.remove_callback(PrinterCallback)
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -15,8 +15,8 @@ from typing_extensions import override
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import ConfigError
-from dude_peft.parents import fits
 from dude_peft.model.probe import quiet_router_, trains_cross_entropy
+from dude_peft.parents import fits
 from dude_peft.training.trainer import RunTrainer
 
 if TYPE_CHECKING:

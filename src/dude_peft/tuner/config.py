@@ -74,7 +74,10 @@ def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
 @_names_unknown_keys
 @dataclass
 class DudeConfig(PeftConfig):
-    """Configuration of an adapter, for `peft.get_peft_model(model, DudeConfig(...))`.
+    """Configuration of an adapter, for `peft.get_peft_model`.
+
+        model = peft.get_peft_model(model, dude_peft.DudeConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        model.save_pretrained("my-adapter")
 
     Raises:
         ConfigError: a value that cannot work, or a key that does not exist.

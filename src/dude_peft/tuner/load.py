@@ -32,6 +32,9 @@ def load_adapter(
 ) -> PeftModel:
     """Load a DuDe adapter with its frozen start, without an SVD.
 
+        model = AutoModelForCausalLM.from_pretrained("my-model")
+        model = dude_peft.load_adapter(model, "runs/mine/adapter", is_trainable=True)
+
     Stock `peft.PeftModel.from_pretrained(model, path)` loads the same files as a plain DoRA or LoRA adapter: right for
     inference, but a DuDe run can only be continued from here.
 

@@ -133,9 +133,7 @@ class _Beside:
         held: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
         held = {_plain_name(name): tensor for name, tensor in held.items()}
         self._new = newly_initialised(base)
-        self._unknown = [
-            name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers
-        ]
+        self._unknown = [name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers]
         self._holds = pool.map(lambda name: name in held and _holds(held[name], self._beside[name]), self._beside)
 
     def fault(self) -> _Fault | None:
@@ -143,8 +141,8 @@ class _Beside:
         drawn = [name for name in other if name.rpartition(".")[0] in self._new]
         if drawn:
             warnings.warn(
-                f"adapter '{self._path}': '{drawn[0]}' is neither saved with it nor in the base model's checkpoint, and "
-                "was drawn anew; outputs that depend on it are not those of training",
+                f"adapter '{self._path}': '{drawn[0]}' is neither saved with it nor in the base model's checkpoint, "
+                "and was drawn anew; outputs that depend on it are not those of training",
                 stacklevel=6,
             )
         if self._unknown:
@@ -157,8 +155,8 @@ class _Beside:
         if not wrong:
             return None
         return (
-            f"relies on '{shown(wrong[0], 200)}', which is another one here, and was not saved with it ({len(wrong)} of "
-            f"{len(self._beside)} such tensors)",
+            f"relies on '{shown(wrong[0], 200)}', which is another one here, and was not saved with it ({len(wrong)} "
+            f"of {len(self._beside)} such tensors)",
             "load it on the model it was trained on, or name it in modules_to_save",
         )
 

@@ -1,0 +1,130 @@
+"""The Python interface: every public function's own example runs, prints nothing, and gives a typed result."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import peft
+import pytest
+import yaml
+from tiny import save_tiny, write_rows
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import dude_peft
+from dude_peft import api
+from dude_peft.config.reading import load_config
+from dude_peft.errors import ConfigError
+
+# In the order in which each finds what it needs.
+FUNCTIONS = ("check_data", "plan", "train", "generate", "verify", "merge", "export", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What the examples name: run.yaml, mine.jsonl, my-model, runs/mine/adapter."""
+    folder = tmp_path_factory.mktemp("api")
+    save_tiny(folder / "my-model")
+    write_rows(folder / "mine.jsonl", 24)
+    (folder / "general.txt").write_text("some general text\n" * 40)
+    settings = {
+        "model": {"name_or_path": "my-model"},
+        "adapter": {"r": 4},
+        "data": {"train": "mine.jsonl", "test": 0.25},
+        "train": {"max_steps": 2, "learning_rate": 0.01},
+        "evaluation": {"rows": 2, "max_new_tokens": 4},
+        "output_dir": "runs/mine",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        dude_peft.train("run.yaml")
+    return folder
+
+
+def example(function) -> str:
+    """The indented block behind the first paragraph of a docstring."""
+    body = inspect.getdoc(function).partition("\n\n")[2]
+    block = re.match(r"((?: {4}.*\n|\n)+)", body)
+    assert block, f"{function.__name__} has no example"
+    return textwrap.dedent(block[1])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_example_of_every_function_runs(place, monkeypatch, capfd, name):
+    if name == "evaluate":
+        pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
+    monkeypatch.chdir(place)
+    code = example(getattr(api, name))
+    capfd.readouterr()
+    names = {"dude_peft": dude_peft, "print": lambda *values: None}
+    exec(compile(code, name, "exec"), names)
+    assert capfd.readouterr().out == ""
+    results = [value for key, value in names.items() if key in ("report", "plan", "found", "made")]
+    for result in results:
+        assert dataclasses.is_dataclass(result)
+        assert result._repr_html_().startswith("<table>")
+
+
+@pytest.mark.parametrize("name", ["DudeConfig", "load_adapter", "MovementCallback"])
+def test_the_examples_of_peft_s_own_way_run(place, monkeypatch, capfd, name):
+    monkeypatch.chdir(place)
+    loaded = AutoModelForCausalLM.from_pretrained("my-model")
+    adapted = peft.get_peft_model(loaded, dude_peft.DudeConfig(r=2, target_modules="all-linear"))
+    arguments = TrainingArguments("trainer", max_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+    names = {
+        "dude_peft": dude_peft, "peft": peft, "AutoModelForCausalLM": AutoModelForCausalLM, "Trainer": Trainer,
+        "model": AutoModelForCausalLM.from_pretrained("my-model") if name == "DudeConfig" else adapted,
+        "arguments": arguments, "rows": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8, "print": lambda *_: None,
+    }  # fmt: skip
+    exec(compile(example(getattr(dude_peft, name)), name, "exec"), names)
+    if name == "MovementCallback":
+        assert len(names["movement"].layers) == 14
+
+
+def test_all_names_are_there_and_come_when_they_are_asked_for():
+    assert set(FUNCTIONS) < set(dude_peft.__all__)
+    assert dir(dude_peft) == sorted(dude_peft.__all__)
+    for name in dude_peft.__all__:
+        assert getattr(dude_peft, name) is not None
+
+
+def test_a_configuration_is_a_file_or_its_content_or_itself(place, monkeypatch):
+    monkeypatch.chdir(place)
+    content = yaml.safe_load(Path("run.yaml").read_text())
+    ways = [dude_peft.plan(given) for given in ("run.yaml", Path("run.yaml"), content, load_config("run.yaml"))]
+    assert len({str(made.as_dict()["memory"]["activations"]) for made in ways}) == 1
+    assert dude_peft.plan(content, ["train.max_steps=7"]).steps == 7
+
+
+def test_a_mistake_in_a_dict_is_told_by_its_key():
+    with pytest.raises(ConfigError, match=r"configuration: key 'train.learning_rat' is unknown; closest"):
+        dude_peft.plan({"model": {"name_or_path": "x"}, "train": {"learning_rat": 1}})
+
+
+def test_completions_are_records_and_lines(place, monkeypatch):
+    monkeypatch.chdir(place)
+    found = dude_peft.generate("runs/mine/adapter", ["<b>say</b> 1"], max_new_tokens=2)
+    assert found[0]["prompt"] == "<b>say</b> 1"
+    assert found.lines().count(b"\n") == 1
+    assert "<b>say" not in found._repr_html_()
+    assert "&lt;b&gt;say" in found._repr_html_()
+
+
+def test_the_options_are_those_of_the_command():
+    """By name: an option of the command is a parameter of its function, but for what only a command has."""
+    import typer
+
+    from dude_peft import cli
+
+    commands = typer.main.get_command(cli.app).commands
+    commands = {**commands, "check_data": commands["data"].commands["check"], "evaluate": commands["eval"]}
+    only_here = {"debug", "as_json", "help", "strategy", "processes", "config"}
+    renamed = {"weight": "weights"}
+    for name in FUNCTIONS:
+        ours = set(inspect.signature(getattr(api, name)).parameters)
+        theirs = {renamed.get(p.name, p.name) for p in commands[name].params} - only_here
+        assert theirs <= ours, f"{name}: {theirs - ours}"
