@@ -42,16 +42,16 @@ def _ratio(found: dict[str, Any]) -> str:
 
 
 def quickstart() -> str:
-    name = "2026-11-22-quickstart-dude"
-    run = _record(name)
-    before, after = run["before"], run["after"]
-    shares = [_share(score["right"] / score["rows"], score["interval"]) for score in (before, after)]
-    rows = [
-        [f"exact match on {before['rows']} held-out problems, 95 % interval", *shares],
-        ["held-out loss, nats a token", f"{before['loss']:.3f}", f"{after['loss']:.3f}"],
-        ["training time, two CPU cores", "", f"{run['seconds']['training']:.0f} s of {run['seconds']['total']:.0f} s"],
-    ]
-    return _table([f"dude, {run['steps']} steps of 8 rows, one seed ({_link(name)})", "before", "after"], rows)
+    rows, titles = [], {"2026-11-22": "first code", "2026-11-28": "later code, another order of rows"}
+    for day, title in titles.items():
+        name = f"{day}-quickstart-dude"
+        run = _record(name)
+        cells = []
+        for score in (run["before"], run["after"]):
+            cells += [f"{score['loss']:.3f}", _share(score["right"] / score["rows"], score["interval"])]
+        rows.append([f"{title} ({_link(name)})", *cells])
+    head = f"dude, {run['steps']} steps of 8 rows, {run['after']['rows']} held-out problems, one seed"
+    return _table([head, "loss before", "exact match, 95 %", "loss after", "exact match, 95 %"], rows)
 
 
 def gsm8k_sweep() -> str:
