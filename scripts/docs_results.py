@@ -84,10 +84,8 @@ def gsm8k_eval() -> str:
         )
         differences = []
         for compared in (m["comparison"] for m in found):
-            low, high = compared["interval"]
-            differences.append(
-                f"{100 * compared['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p = {compared['p_value']:.2g}"
-            )
+            difference, low, high = (100 * value for value in (compared["difference"], *compared["interval"]))
+            differences.append(f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p = {compared['p_value']:.2g}")
         rows.append(["its difference to the base, points; McNemar", "", *differences])
     unstopped = [records["dude"]["counts"]["base"], *(records[method]["counts"]["model"] for method in names)]
     rows.append(["answers that never stopped", *(str(counts["unstopped"]["gsm8k"]) for counts in unstopped)])
@@ -213,7 +211,10 @@ def memory() -> str:
             for one in ("PEFT LoRA", "DuDe", "PEFT DoRA", "PEFT PiSSA + DoRA")
         ]
         rows.append([title, *cells])
-    return _table([f"peak of live activations, ratio ({_link(name)})", "PEFT LoRA", "DuDe", "PEFT DoRA", "PEFT PiSSA + DoRA"], rows)
+    return _table(
+        [f"peak of live activations, ratio ({_link(name)})", "PEFT LoRA", "DuDe", "PEFT DoRA", "PEFT PiSSA + DoRA"],
+        rows,
+    )
 
 
 def costs() -> str:
@@ -235,7 +236,7 @@ def costs() -> str:
         name = f"2026-11-24-load-{dtype}"
         rows.append(
             [
-                f"loading an adapter, base and file hashed, over PEFT LoRA, which checks nothing, {dtype} ({_link(name)})",
+                f"loading an adapter, all hashed, over PEFT LoRA, which checks nothing, {dtype} ({_link(name)})",
                 _ratio(_record(name)["results"]["dude"]),
             ]
         )

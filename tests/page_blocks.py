@@ -1,10 +1,10 @@
 """The code blocks of a Markdown page, run as a reader would run them: on a tiny model, in a folder of the page's own.
 
-    ```python   one after the other, in one namespace
-    ```bash     `dude` commands, each ends with 0
-    ```yaml     keys and values of a run's configuration
-    ```json     rows of data
-    ```console  what cannot run here, and transcripts: not run
+python   one after the other, in one namespace
+bash     `dude` commands, each ends with 0
+yaml     keys and values of a run's configuration
+json     rows of data
+console  what cannot run here, and transcripts: not run
 """
 
 from __future__ import annotations
@@ -54,12 +54,11 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def add_adapter(folder: Path) -> Path:
-    """The finished run `runs/mine`."""
+def add_adapter(folder: Path) -> None:
+    """The finished run `runs/mine`; `folder` is the current one."""
     import dude_peft
 
-    dude_peft.train("run.yaml")
-    return folder / "runs" / "mine" / "adapter"
+    dude_peft.train(str(folder / "run.yaml"))
 
 
 def run_page(page: Path, folder: Path) -> None:

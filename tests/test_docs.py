@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 RUN_HERE = [page for page in DOCS if blocks(page, "python", "bash", "yaml", "json")]
-SLOW = {"export.md", "evaluation.md"}  # a process of its own for each proof; the harness
+SLOW = {"export.md", "evaluation.md", "training.md"}  # several runs, proofs in processes of their own, the harness
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
@@ -25,11 +26,11 @@ def named(paths, slow=()):
     return [pytest.param(p, id=p.name, marks=[pytest.mark.slow] * (p.name in slow)) for p in paths]
 
 
-def test_made_parts_are_current():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "docs.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_made_parts_are_current(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    docs = importlib.import_module("docs")
+    stale = [page.name for page in docs.pages() if page.read_text("utf-8") != docs.made(page)]
+    assert not stale, "run python scripts/docs.py"
 
 
 def headings(page):
@@ -60,20 +61,25 @@ def test_every_page_is_in_the_menu():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What pages speak of, with a finished run."""
-    folder, here = make_folder(tmp_path_factory.mktemp("pages")), Path.cwd()
-    os.chdir(folder)
-    try:
+    """What pages speak of."""
+    return make_folder(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory):
+    """The same, with a finished run."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("finished") / "pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         add_adapter(folder)
-    finally:
-        os.chdir(here)
     return folder
 
 
 @pytest.mark.parametrize("page", named(RUN_HERE, SLOW))
-def test_code_runs(page, prepared, tmp_path, monkeypatch):
+def test_code_runs(page, request, tmp_path, monkeypatch):
+    code = "".join(text for _, text in blocks(page, "python", "bash"))
     folder = tmp_path / "page"
-    shutil.copytree(prepared, folder)
+    shutil.copytree(request.getfixturevalue("finished" if "runs/mine/adapter" in code else "prepared"), folder)
     monkeypatch.chdir(folder)
     run_page(page, folder)
 
