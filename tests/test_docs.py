@@ -105,7 +105,6 @@ def test_notebooks_use_public_names_alone_and_carry_no_output():
         assert not any(cell["outputs"] for cell in cells), path.name
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_reads_nothing_from_elsewhere(tmp_path):
     mkdocs = Path(sys.executable).parent / "mkdocs"
     if not mkdocs.is_file():
