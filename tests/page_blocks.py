@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> Path:
     write_rows(folder / "test.jsonl", 4, start=40)
     texts = [f"General text, sentence {number}, of no use but to be read." for number in range(8)]
     (folder / "general.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "general.txt").write_text("\n".join(texts) + "\n")
+    (folder / "general.txt").write_text("\n".join(texts * 4) + "\n")
     questions = [{"prompt": f"say {number}"} for number in range(3)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
