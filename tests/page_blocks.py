@@ -68,8 +68,9 @@ def run_page(page: Path, folder: Path) -> None:
     """
     names: dict[str, Any] = {"batches": [{"input_ids": tokens(), "labels": tokens()}] * 2}
     for kind, text in blocks(page):
+        text = _HUB_MODEL.sub("my-model", text)
         if kind == "python":
-            exec(compile(_HUB_MODEL.sub("my-model", text), str(page), "exec"), names)
+            exec(compile(text, str(page), "exec"), names)
         elif kind == "bash":
             for line in text.replace("\\\n", " ").splitlines():
                 run_command(line, folder)
@@ -95,7 +96,9 @@ def check_configuration(text: str) -> None:
     """Reads a part of a configuration over that of `run.yaml`."""
     from dude_peft.config.reading import load_config
 
-    load_config(_over(RUN, yaml.safe_load(text)))
+    asked = yaml.safe_load(text)
+    below = {**RUN, "train": {}} if "num_train_epochs" in asked.get("train", {}) else RUN
+    load_config(_over(below, asked))
 
 
 def check_rows(text: str) -> None:

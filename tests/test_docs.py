@@ -16,9 +16,10 @@ from page_blocks import add_adapter, blocks, make_folder, run_page
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
-RUN_HERE = [page for page in DOCS if blocks(page, "python", "bash", "yaml", "json")]
-SLOW = {"export.md", "evaluation.md", "training.md"}  # several runs, proofs in processes of their own, the harness
+README = ROOT / "README.md"
+PAGES = [*DOCS, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+RUN_HERE = [page for page in (*DOCS, README) if blocks(page, "python", "bash", "yaml", "json")]
+SLOW = {"index.md", "export.md", "evaluation.md", "training.md"}  # several runs, proofs in processes of their own, the harness
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
@@ -52,6 +53,12 @@ def test_links_lead_somewhere(page):
         assert path.is_file(), f"{page.name}: {target}"
         if anchor:
             assert anchor in headings(path), f"{page.name}: {target}"
+
+
+def test_readme_is_one_page():
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    assert (ROOT / "docs" / "images" / "quickstart.svg").is_file()
 
 
 def test_every_page_is_in_the_menu():
