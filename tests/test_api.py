@@ -53,7 +53,10 @@ def example(function) -> str:
     return textwrap.dedent(block[1])
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("merge", "export"))) for name in FUNCTIONS],
+)
 def test_the_example_of_every_function_runs(place, monkeypatch, capfd, name):
     if name == "evaluate":
         pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")

@@ -19,7 +19,13 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = ROOT / "README.md"
 PAGES = [*DOCS, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 RUN_HERE = [page for page in (*DOCS, README) if blocks(page, "python", "bash", "yaml", "json")]
-SLOW = {"index.md", "export.md", "evaluation.md", "training.md"}  # several runs, proofs in processes of their own, the harness
+SLOW = {
+    "README.md",
+    "index.md",
+    "export.md",
+    "evaluation.md",
+    "training.md",
+}  # several runs, proofs in processes of their own, the harness
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 

@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,7 +112,7 @@ def dump_config(config: RunConfig) -> str:
 
 def _read_text(path: Path) -> str:
     if str(path) == QUICKSTART:
-        return (files("dude_peft.config") / "quickstart.yaml").read_text(encoding="utf-8")
+        path = Path(__file__).with_name("quickstart.yaml")
     try:
         path = path.expanduser()
         if path.is_dir():
