@@ -21,12 +21,6 @@ PAGES = [*DOCS, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / 
 RUN_HERE = [page for page in (*DOCS, README) if blocks(page, "python", "bash", "yaml", "json")]
 # Several runs, proofs in processes of their own, the harness.
 SLOW = {"README.md", "index.md", "export.md", "evaluation.md", "training.md"}
-    "README.md",
-    "index.md",
-    "export.md",
-    "evaluation.md",
-    "training.md",
-}  # several runs, proofs in processes of their own, the harness
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
