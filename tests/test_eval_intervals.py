@@ -15,8 +15,8 @@ from dude_peft.measure.intervals import (
     compare,
     mcnemar_exact,
     mean_of_means,
+    wilson_interval,
 )
-from dude_peft.measure.score import wilson_interval
 
 DRAWS = 2000
 

@@ -8,7 +8,8 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from dude_peft.data.batches import pad_left, pad_right
 from dude_peft.data.labels import IGNORE
-from dude_peft.measure.score import complete, end_of_turn_ids, held_out_loss, wilson_interval
+from dude_peft.measure.intervals import wilson_interval
+from dude_peft.measure.score import complete, end_of_turn_ids, held_out_loss
 
 
 def example(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:

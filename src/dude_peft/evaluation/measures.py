@@ -10,8 +10,14 @@ from dude_peft.artifact.json_text import json_text, with_nulls
 from dude_peft.evaluation.local_tasks import mmlu_category
 from dude_peft.evaluation.record import Measure, Value
 from dude_peft.evaluation.tasks import Chosen
-from dude_peft.measure.intervals import SHARE, bootstrap_mean, bootstrap_mean_of_means, compare, mean_of_means
-from dude_peft.measure.score import wilson_interval
+from dude_peft.measure.intervals import (
+    SHARE,
+    bootstrap_mean,
+    bootstrap_mean_of_means,
+    compare,
+    mean_of_means,
+    wilson_interval,
+)
 
 Scored = Mapping[str, Any]
 """What `lm_eval.evaluate` returns: `samples` and `results`, by task."""

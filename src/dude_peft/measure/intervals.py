@@ -1,7 +1,4 @@
-"""Whether two models differ on the same items: paired bootstrap, McNemar's exact test, and the outcome in words.
-
-One accuracy alone has the Wilson interval of `measure/score.py`.
-"""
+"""How far a number may be trusted: an accuracy's interval, and whether two models differ on the same items."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95
+_Z95 = 1.959963984540054
 _DRAWS = 10_000
 # Added to counts of right and wrong, or of lost, tied and won, so that items that are all alike are no certainty.
 SHARE, SHARES_APART = {0.0: 0.5, 1.0: 0.5}, {-1.0: 0.5, 0.0: 1.0, 1.0: 0.5}
@@ -33,6 +31,16 @@ class Comparison:
     """McNemar's exact test; None where values are not right or wrong."""
     verdict: str
     """`better`, `worse` or `no significant difference`."""
+
+
+def wilson_interval(right: int, rows: int) -> tuple[float, float]:
+    """95 % interval of the share right / rows (Wilson 1927), sensible down to 0 and up to all."""
+    if rows == 0:
+        return 0.0, 1.0
+    share, z2 = right / rows, _Z95**2
+    centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
+    half = _Z95 * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def compare(

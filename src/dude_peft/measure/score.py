@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +18,6 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 """Called with the number of rows that were just finished."""
-
-_Z95 = 1.959963984540054
-
-
-def wilson_interval(right: int, rows: int) -> tuple[float, float]:
-    """95 % interval of the share right / rows (Wilson 1927), sensible down to 0 and up to all."""
-    if rows == 0:
-        return 0.0, 1.0
-    share, z2 = right / rows, _Z95**2
-    centre = (share + z2 / (2 * rows)) / (1 + z2 / rows)
-    half = _Z95 * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.inference_mode()

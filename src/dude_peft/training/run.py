@@ -391,7 +391,8 @@ class _Run:
         if held_out is None:
             return None
         from dude_peft.data.answers import expected_answer, is_match
-        from dude_peft.measure.score import complete, held_out_loss, wilson_interval
+        from dude_peft.measure.intervals import wilson_interval
+        from dude_peft.measure.score import complete, held_out_loss
 
         settings = self.config.evaluation
         work = len(held_out.examples) + len(held_out.prompts)
