@@ -29,6 +29,11 @@ SCALING = 2.5
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}  # float32: of a long sum
 
 
+def sweep(*usual, nightly):
+    """Values of a parameter; those for the night are slow, since Triton's interpreter is."""
+    return [*usual, *(pytest.param(value, marks=pytest.mark.slow) for value in nightly)]
+
+
 @pytest.fixture(autouse=True)
 def _interpreter_knows_bfloat16(monkeypatch):
     """Triton's interpreter multiplies bfloat16 matrices as integers, and cuts off where a GPU rounds to nearest."""
@@ -91,7 +96,7 @@ def exact_arguments(dtype, tokens, out, k, with_gain=True, with_bias=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 3, 16, 32, 256])
+@pytest.mark.parametrize("k", sweep(1, 16, nightly=(3, 32, 256)))
 @pytest.mark.parametrize(("with_gain", "with_bias", "keep"), [(True, True, True), (True, False, False), (False,) * 3])
 def test_compose_gives_the_bits_of_the_torch_path(monkeypatch, dtype, k, with_gain, with_bias, keep):
     arguments = exact_arguments(dtype, 70, 133, k, with_gain, with_bias)
@@ -198,7 +203,7 @@ def test_a_value_that_fits_stays_as_it_is(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 32, 100, 256])
+@pytest.mark.parametrize("k", sweep(1, 100, nightly=(32, 256)))
 def test_spread(monkeypatch, dtype, k):
     tokens, out = 150, 301  # three blocks of rows, three spans of columns
     monkeypatch.setattr(kernels, "_span", lambda k: 128)
@@ -229,7 +234,7 @@ def test_spread_does_only_what_is_asked():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k", [1, 16, 100])
+@pytest.mark.parametrize("k", sweep(16, nightly=(1, 100)))
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_product_is_as_good_as_float32(monkeypatch, dtype, k, transposed):
     out, in_ = 35, 301  # three depths

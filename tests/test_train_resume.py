@@ -507,7 +507,7 @@ def newest_step(out: Path) -> int:
 
 @pytest.mark.timeout(3600)
 def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp_path, server):
-    kills, runs = int(os.environ.get("DUDE_KILLS", "30")), 0
+    kills, runs = int(os.environ.get("DUDE_KILLS", "10")), 0
     chance = random.Random(0)
     killed = 0
     began = time.perf_counter()
@@ -538,7 +538,7 @@ def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
     wanted = settings(places, tmp_path / "count", save_steps=12)
     total = server.run(wanted)["calls"]
     assert total > 40
-    chosen = range(1, total + 1) if os.environ.get("DUDE_KILLS") else range(1, total + 1, 6)
+    chosen = range(1, total + 1) if os.environ.get("DUDE_KILLS") else range(1, total + 1, 12)
     for number in chosen:
         out = tmp_path / f"out{number}"
         wanted = settings(places, out, save_steps=12)
@@ -554,7 +554,7 @@ def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
 @pytest.mark.parametrize(("number", "code"), [(15, 143), (2, 130)], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_path, server, number, code):
     chance = random.Random(number)
-    asked = int(os.environ.get("DUDE_SIGNALS", "6"))
+    asked = int(os.environ.get("DUDE_SIGNALS", "3"))
     began = time.perf_counter()
     assert server.run(settings(places, tmp_path / "measure", save_steps=50))["code"] == 0
     longest = time.perf_counter() - began
@@ -599,7 +599,7 @@ def test_a_stop_that_a_library_caught_is_still_a_stop():
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(places, whole, tmp_path, server):
     chance = random.Random(7)
-    for attempt in range(int(os.environ.get("DUDE_SIGNALS", "6"))):
+    for attempt in range(int(os.environ.get("DUDE_SIGNALS", "3"))):
         out = tmp_path / f"out{attempt}"
         wanted = settings(places, out)
         # The second comes 0 to 50 ms behind the first.
@@ -614,7 +614,7 @@ def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
     out = tmp_path / "first"
     start(settings(places, out, save_steps=8))
     largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    sweep = 40
+    sweep = 40 if os.environ.get("DUDE_KILLS") else 8
     failed = 0
     for number in range(sweep):
         out = tmp_path / f"out{number}"
@@ -630,7 +630,7 @@ def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
         found = result(out)
         assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"]), number
         shutil.rmtree(out)
-    assert failed >= sweep - 4
+    assert failed >= sweep - max(1, sweep // 10)
 
 
 def test_of_two_starts_one_wins(places, tmp_path, server):
