@@ -59,6 +59,22 @@ def configuration() -> str:
     return "\n\n".join(blocks)
 
 
+def python() -> str:
+    """The public functions as a table, for readers of the clone."""
+    import inspect
+
+    import dude_peft
+
+    rows = ["| name | does |", "|---|---|"]
+    for name in ("train", "plan", "check_data", "generate", "evaluate", "merge", "export", "verify", "load_adapter"):
+        function = getattr(dude_peft, name)
+        parts = [p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+                 for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]  # fmt: skip
+        first = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
+        rows.append(f"| `{name}({_cell(', '.join(parts))})` | {_cell(first)} |")
+    return "\n".join(rows)
+
+
 def commands() -> str:
     import typer.main
 
@@ -156,6 +172,7 @@ def _default(text: str) -> str:
 MAKERS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "commands": commands,
+    "python": python,
     "layout": layout,
     **docs_results.MAKERS,
 }

@@ -8,6 +8,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import yaml
@@ -133,3 +134,65 @@ def test_the_options_are_those_of_the_command():
         ours = set(inspect.signature(getattr(api, name)).parameters)
         theirs = {renamed.get(p.name, p.name) for p in commands[name].params} - only_here
         assert theirs <= ours, f"{name}: {theirs - ours}"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: dude_peft.load_adapter("my-model", "runs/mine/adapter"), "takes a model that is loaded"),
+        (lambda: dude_peft.check_data([{"prompt": "a"}], "my-model"), "rows are read from a file"),
+        (lambda: dude_peft.plan("mine.jsonl"), "dude config new mine.jsonl"),
+        (lambda: dude_peft.verify("runs/mine"), "give its adapter, runs/mine/adapter"),
+    ],
+)
+def test_a_wrong_kind_is_told_what_to_do(place, monkeypatch, call, words):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match=words):
+        call()
+
+
+def test_an_override_replaces_its_rival_and_results_are_short(place, monkeypatch):
+    monkeypatch.chdir(place)
+    made = dude_peft.plan("run.yaml", ["train.num_train_epochs=2"])
+    assert made.config.train.max_steps is None
+    assert len(repr(made)) < 200
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dude_peft.plan(None),
+        lambda: dude_peft.plan(b"x"),
+        lambda: dude_peft.plan("run.yaml", None),
+        lambda: dude_peft.plan("run.yaml", [1]),
+        lambda: dude_peft.verify("runs/mine/adapter", base=1),
+        lambda: dude_peft.check_data("mine.jsonl", True),
+        lambda: dude_peft.check_data("mine.jsonl", "my-model", columns=["x"]),
+        lambda: dude_peft.check_data("mine.jsonl", "my-model", seed=1.5),
+        lambda: dude_peft.check_data("mine.jsonl", "my-model", upft=True),
+        lambda: dude_peft.generate("runs/mine/adapter", ["x"], temperature=None),
+        lambda: dude_peft.generate("runs/mine/adapter", ["x"], output=True),
+        lambda: dude_peft.merge([1], "merged-1"),
+    ],
+)
+def test_a_wrong_kind_is_one_line(place, monkeypatch, call):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(place, monkeypatch):
+    monkeypatch.chdir(place)
+    found = dude_peft.check_data("mine.jsonl", "my-model", seed=np.int64(3), max_length=np.int32(64))
+    assert found.examples == 24
+    content = yaml.safe_load(Path("run.yaml").read_text())
+    content["train"]["learning_rate"] = np.float32(0.5)
+    assert dude_peft.plan(content).config.train.learning_rate == 0.5
+
+
+def test_a_configuration_that_holds_itself_ends():
+    loop: dict = {"model": {}}
+    loop["model"]["name_or_path"] = loop
+    with pytest.raises(ConfigError, match="nested deeper"):
+        dude_peft.plan(loop)

@@ -205,7 +205,6 @@ WRONG = [
     ("train.bf16=no", "true or false"),
     ("train.bf16=1", "true or false"),
     ("train.lr_scheduler_type=cosin", "'cosine'"),
-    ("train.num_train_epochs=2", "keep one"),
     ("train=5", "a section"),
     ("adapter=[]", "a section"),
     ("adapter.r=0", ">= 1"),
@@ -247,6 +246,11 @@ def test_a_missing_key_is_named(file, missing):
     file.write_text(GOOD.replace(missing, "").replace("model:\n  \n", "model: {}\n"))
     key = missing.partition(":")[0]
     assert re.search(rf"key '[\w.]*{key}' is missing; add it", refusal(file))
+
+
+def test_two_lengths_of_a_run_in_one_file_are_refused(file):
+    file.write_text(GOOD.replace("max_steps:", "num_train_epochs: 2\n  max_steps:"))
+    assert "keep one" in refusal(file)
 
 
 def test_a_typo_is_told_before_the_key_that_it_hides(file):

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from dude_peft.errors import ConfigError
+from dude_peft.kinds import checked
 
 if TYPE_CHECKING:
     from dude_peft.chat.generate import Completions
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     """A YAML file, its content as a dict, or the configuration itself."""
 
 
+@checked
 def train(
     config: RunSource,
     overrides: Sequence[str] = (),
@@ -75,6 +80,7 @@ def train(
     )
 
 
+@checked
 def plan(
     config: RunSource, overrides: Sequence[str] = (), *, device_memory: str | None = None, quiet: bool = True
 ) -> Plan:
@@ -100,8 +106,9 @@ def plan(
     return made(settings, device_memory=device_memory, scorer_of=TasksOfRun, quiet=quiet)
 
 
+@checked
 def check_data(
-    source: str | Path,
+    source: str | os.PathLike[str],
     model: str,
     *,
     gguf_file: str | None = None,
@@ -139,6 +146,9 @@ def check_data(
         ConfigError: a wrong option, tokenizer or template.
         ResourceError: the cache cannot be written.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError("source: rows are read from a file; write them into a .jsonl file, one JSON object a line")
+
     from dude_peft.training.data_check import check
 
     return check(
@@ -157,6 +167,7 @@ def check_data(
     )
 
 
+@checked
 def evaluate(
     name: str | Path,
     output: str | Path,
@@ -209,6 +220,7 @@ def evaluate(
     return scored(str(name), options, Path(output), base=base, gguf_file=gguf_file, overwrite=overwrite, quiet=quiet)
 
 
+@checked
 def generate(
     name: str | Path,
     prompts: Sequence[str] = (),
@@ -291,6 +303,7 @@ def generate(
     )
 
 
+@checked
 def merge(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -346,6 +359,7 @@ def merge(
     )
 
 
+@checked
 def export(
     adapter: str | Path,
     to: str,
@@ -395,6 +409,7 @@ def export(
     )
 
 
+@checked
 def verify(
     adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = True
 ) -> Verification:
@@ -425,6 +440,8 @@ def _settings(
     from dude_peft.config.reading import load_config
     from dude_peft.config.schema import RunConfig
 
+    if not isinstance(config, (str, Path, Mapping, RunConfig)):
+        raise ConfigError("config: give a YAML file, its content as a dict, or a RunConfig")
     source = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else config
     given = {key: None if value is None else str(value) for key, value in (options or {}).items()}
     return load_config(source, list(overrides), given)

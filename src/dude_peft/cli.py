@@ -384,7 +384,10 @@ def merge(
 @app.command()
 def verify(
     adapter: _Adapter,
-    base: _Base = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Compare its weights with those of the training."),
+    ] = None,
     gguf_file: _GgufFile = None,
     debug: _Debug = False,
 ) -> None:

@@ -15,7 +15,7 @@ from dude_peft.config.schema import ModelSection
 from dude_peft.data.control_tokens import SPECIAL_TOKENS, ControlTokens
 from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
-from dude_peft.exporting.adapter import SavedAdapter, open_adapter
+from dude_peft.exporting.adapter import SavedAdapter, open_adapter, refuse_run_folder
 from dude_peft.exporting.base import source_named, source_of
 from dude_peft.folder.identity import recorded_config
 from dude_peft.folder.record import ADAPTER
@@ -132,10 +132,8 @@ def _is_adapter(name: str) -> bool:
     if not name.strip():
         raise ConfigError("the model's name is empty; give the folder or hub id of an adapter or a model")
     folder = folder_of(name)
-    if folder is not None and (folder / ADAPTER / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{shown(folder, 300)} is the folder of a run; give its adapter, {shown(folder / ADAPTER, 300)}"
-        )
+    if folder is not None and not (folder / "config.json").is_file():
+        refuse_run_folder(folder)
     return _hub_has_adapter(name) if folder is None else (folder / CONFIG_FILE).is_file()
 
 

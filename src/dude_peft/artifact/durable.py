@@ -23,13 +23,15 @@ except ImportError:  # Windows has none; nothing is locked there
 _SPARE_BYTES = 16 << 20
 
 
-def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+def replace_file(path: Path, data: bytes | Iterable[bytes], *, new: bool = False) -> None:
     """Writes `path` whole: a reader sees the old file or the new one, never a part, also after a power cut.
 
     A symbolic link at `path` is replaced, never written through. Data may come in pieces, for files larger than memory.
+    With `new`, nothing is replaced: what another process made there meanwhile stays.
 
     Raises:
         OSError: the disk or a permission does not allow it; the old file stays, nothing is left beside it.
+        FileExistsError: there is one, and `new` wants none.
     """
     temporary = hidden_name(path.parent)
     try:
@@ -38,7 +40,11 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if new:
+            os.link(temporary, path)  # which fails where there is one
+            temporary.unlink()
+        else:
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -29,6 +29,18 @@ class TensorPrint(TypedDict):
     xxh3_128: str
 
 
+def is_print(found: Any) -> bool:
+    """Whether something out of a file has the form of a fingerprint."""
+    return (
+        isinstance(found, dict)
+        and set(found) == set(TensorPrint.__annotations__)
+        and isinstance(found["dtype"], str)
+        and isinstance(found["shape"], list)
+        and all(isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in found["shape"])
+        and isinstance(found["xxh3_128"], str)
+    )
+
+
 def sha256_of(tensors: Iterable[Tensor]) -> str:
     """Hexadecimal sha256 of the values of some tensors, row-major, one after the other."""
     return _digest(hashlib.sha256(), tensors)

@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
-from dude_peft.artifact.fingerprint import TensorPrint, sha256_of
+from dude_peft.artifact.fingerprint import TensorPrint, is_print, sha256_of
 from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
 from dude_peft.artifact.sealed import content_sha256, file_sha256
 from dude_peft.core.threads import single_threaded_pool
@@ -264,7 +264,7 @@ def _parse(text: str, path: Path) -> Manifest:
         if not _is_quantization(manifest.quantization):
             raise TypeError("quantization has to have a config and a float dtype")
         prints = [*manifest.base.values(), *(manifest.beside or {}).values()]
-        if not all(set(entry) == set(TensorPrint.__annotations__) for entry in prints):
+        if not all(is_print(entry) for entry in prints):
             raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
     except ArtifactError:
         raise

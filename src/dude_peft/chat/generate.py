@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +151,8 @@ def generate(
             records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
             completions = Completions(record for record in records if record is not None)
             if output is not None:
-                with disk_errors(output):
-                    replace_file(output, completions.lines())
+                with disk_errors(output), _unclaimed(output):
+                    replace_file(output, completions.lines(), new=not overwrite)
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
     if refused := records.count(None):
@@ -189,6 +189,15 @@ def _record(row: Row, completions: Sequence[Completion], raw: bool) -> dict[str,
 def _line(record: dict[str, Any]) -> str:
     text = json_text(record, ensure_ascii=False)
     return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
+
+
+@contextlib.contextmanager
+def _unclaimed(output: Path) -> Iterator[None]:
+    """Within: a file that another command has made in the meantime is left alone."""
+    try:
+        yield
+    except FileExistsError:
+        raise ConfigError(f"output {shown(output, 300)} was made by another command; choose another name") from None
 
 
 def _check_output(output: Path | None, overwrite: bool) -> None:

@@ -18,22 +18,26 @@ from typing import Any, get_args
 from dude_peft.config.schema import DECIMAL, RunConfig, Section
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
+from dude_peft.kinds import unwrapped
 from dude_peft.names import instead_of, our_key
 from dude_peft.show import quoted, shown
 
 QUICKSTART = "builtin:quickstart"
 """The name of the configuration that comes with the package."""
 
+Key = tuple[str | int, ...]
+
+# Two ways to say how long a run is.
+_RIVALS: dict[Key, str] = {("train", "max_steps"): "num_train_epochs", ("train", "num_train_epochs"): "max_steps"}
 _LARGEST_FILE_BYTES = 256 * 1024
 _DEEPEST = 8
+_DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, "True": True, "False": False}
 
 _INSIDE = {"model": "model.name_or_path", "adapter": "adapter.method", "data": "data.train", "train": "data.train"}
 """What the value is that stands where a section belongs."""
-
-Key = tuple[str | int, ...]
 
 
 @dataclass
@@ -93,14 +97,18 @@ def _read_tree(path: str | os.PathLike[str]) -> _Tree:
 
 
 def _tree_of(values: Mapping[str, Any]) -> _Tree:
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: plain(inner) for name, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(inner) for inner in value]
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return _Tree(_plain(values), top="configuration")
 
-    return _Tree(plain(values), top="configuration")
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """As a file would hold it: paths as text, NumPy's numbers as Python's."""
+    if depth > _DEEPEST:
+        raise ConfigError(f"configuration: nested deeper than {_DEEPEST} levels; no key is that deep")
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner, depth + 1) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, depth + 1) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else unwrapped(value)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -113,6 +121,11 @@ def dump_config(config: RunConfig) -> str:
 def _read_text(path: Path) -> str:
     if str(path) == QUICKSTART:
         path = Path(__file__).with_name("quickstart.yaml")
+    if path.suffix.lower() in _DATA:
+        raise ConfigError(
+            f"{shown(path, 300)}: is data, not a configuration; write one with: dude config new {shown(path, 300)} "
+            "--model MODEL"
+        )
     try:
         path = path.expanduser()
         if path.is_dir():
@@ -253,6 +266,9 @@ def _apply_override(override: str, tree: _Tree) -> None:
 
 
 def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
+    train = tree.values.get("train")
+    if value is not None and key in _RIVALS and isinstance(train, dict):
+        train.pop(_RIVALS[key], None)  # what the command says replaces what the file says of the same thing
     *sections, last = map(str, key)
     tree.places[key] = where
     section = tree.values
@@ -282,6 +298,8 @@ def _validate(tree: _Tree) -> RunConfig:
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         more = len({_real_key(tree, problem["loc"])[:2] for problem in problems}) - 1
         tail = f" (and {more} more)" if more > 0 else ""
+        if more > 2 and problems[0]["type"] == "extra_forbidden":
+            tail += "; docs/coming-from.md has the keys of other tools"
         raise ConfigError(_explain(problems, tree) + tail) from None
 
 

@@ -51,6 +51,8 @@ class EvalOptions:
         if self.data_dir is not None and not self.data_dir.is_dir():
             what = "is no folder" if self.data_dir.exists() else "no such folder"
             raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; docs/evaluation.md tells what it holds")
+        if self.text is not None and self.text.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet"):
+            raise DataError(f"--text {shown(self.text, 300)}: is rows of data; give a file of plain text")
         target = None if self.text is None else self.text.expanduser()
         if target is not None and (target.is_dir() or not target.exists()):
             what = "is a folder" if target.is_dir() else "no such file"

@@ -21,7 +21,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Evaluation, Measure
 from dude_peft.evaluation.scorer import SEEDS, Scorer, libraries
-from dude_peft.evaluation.task_names import GSM8K, check_names
+from dude_peft.evaluation.task_names import GSM8K, check_names, is_yaml
 from dude_peft.machine import processes
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -73,6 +73,8 @@ def evaluate(
     display = Display(quiet=quiet or not first)
     make_output(output)
     with gathered_warnings(display.warn), locked(output) if first else contextlib.nullcontext(), processes.joined():
+        if first:
+            _check_output(output, overwrite)  # another one may have finished in the meantime
         with quiet_imports():
             import lm_eval.evaluator  # noqa: F401 - its chatter belongs here
 
@@ -143,7 +145,7 @@ def measure(
         parts,
         text,
         scorer.counts,
-        _second_opinion(model),
+        _second_opinion(chosen, model),
         {
             **_provenance(speaker, options, chosen, items, model),
             **scorer.provenance(),
@@ -206,10 +208,12 @@ def _generation_of_the_checkpoint(speaker: Speaker) -> Iterator[None]:
         model.generation_config = ours
 
 
-def _second_opinion(model: dict[str, Any]) -> dict[str, list[Any]] | None:
+def _second_opinion(chosen: Sequence[Chosen], model: dict[str, Any]) -> dict[str, list[Any]] | None:
     from dude_peft.evaluation.second_opinion import available, disagreements
 
-    tasks = [task for task in GSM8K if task in model["samples"]]
+    # A task of the user's own may have the name, and no answers of that kind.
+    own = {task for one in chosen if is_yaml(one.name) for task in one.tasks}
+    tasks = [task for task in GSM8K if task in model["samples"] and task not in own]
     return {task: disagreements(model["samples"][task]) for task in tasks} if tasks and available() else None
 
 

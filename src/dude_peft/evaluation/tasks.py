@@ -167,6 +167,8 @@ def _group_in(file: Path) -> str | None:
 def _refuse_what_we_cannot(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
         raise ConfigError(UNSAFE.format(quoted(name)))
+    if not task.get_config("metric_list") and not getattr(task, "_metric_fn_list", True):
+        raise ConfigError(f"task {quoted(name)} has no metric, so nothing would be told; name one in its metric_list")
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"task {quoted(name)} asks about images; choose tasks of text")
 

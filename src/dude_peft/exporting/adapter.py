@@ -24,6 +24,7 @@ from dude_peft.artifact.manifest import (
 from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.folder.record import ADAPTER
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.config import adapter_folder
@@ -111,6 +112,7 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     Raises:
         ArtifactError: a file is missing, damaged, edited, or not ours, the tokenizer's among them.
     """
+    refuse_run_folder(Path(path))
     folder = adapter_folder(str(path))
     if not Path(path).is_dir():
         _fetch_tokenizer(str(path))
@@ -119,6 +121,13 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     assert manifest is not None
     check_complete(folder, manifest)
     return SavedAdapter(folder, config, manifest.record, read_header(folder / WEIGHTS_FILE).tensors, manifest.files)
+
+
+def refuse_run_folder(folder: Path) -> None:
+    """Raises ConfigError for a run's own folder, and names the adapter in it."""
+    adapter = folder / ADAPTER
+    if (adapter / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{shown(folder, 300)} is the folder of a run; give its adapter, {shown(adapter, 300)}")
 
 
 def _fetch_tokenizer(name: str) -> None:

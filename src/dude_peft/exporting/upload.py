@@ -47,6 +47,9 @@ def upload(
         from dude_peft.exporting.adapter import open_adapter
 
         opened = open_adapter(adapter)
+    base = opened.config.base_model_name_or_path
+    if base and Path(base).is_dir():
+        display.warn(f"the base model is a folder of this machine ({shown(base, 200)}): others need a hub id there")
     if folder is not None:
         with disk_errors(folder), whole_folder(folder) as target:
             left = _gather(opened, target, repository, display.warn)

@@ -42,7 +42,7 @@ class Score:
     """All of them, in the order of the rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunReport:
     """Everything that is needed to judge a run and to repeat it; what report.json holds."""
 
@@ -75,6 +75,14 @@ class RunReport:
     def adapter(self) -> Path:
         """Folder of the adapter."""
         return Path(self.config["output_dir"]) / ADAPTER
+
+    def __repr__(self) -> str:
+        losses = [
+            f"{when} {score.loss:.4f}" for when, score in (("before", self.before), ("after", self.after)) if score
+        ]
+        return (
+            f"RunReport({self.method}, {self.steps} steps, loss {', '.join(losses) or 'not measured'}, {self.adapter})"
+        )
 
     def _repr_html_(self) -> str:
         facts: list[tuple[object, ...]] = [

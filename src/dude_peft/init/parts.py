@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import Any
 import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
-from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.fingerprint import TensorPrint, is_print
+from dude_peft.artifact.header import DTYPES
 from dude_peft.artifact.json_text import json_text
 from dude_peft.doors import open_file, read_json
 from dude_peft.init.layer import LayerStart
@@ -80,13 +82,20 @@ class Parts:
             return None
         if hashlib.sha256(data[_DIGEST_BYTES:]).digest() != data[:_DIGEST_BYTES]:
             return None
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a header that is none of ours
+            return self._parsed(path, layer, data)
+        return None
+
+    def _parsed(self, path: Path, layer: str, data: bytes) -> Part | None:
         start = _DIGEST_BYTES + 8 + int.from_bytes(data[_DIGEST_BYTES : _DIGEST_BYTES + 8], "little")
         header = json.loads(data[_DIGEST_BYTES + 8 : start])
         metadata = header.pop("__metadata__")
-        if (metadata["settings"], metadata["layer"]) != (self.settings, layer):
+        base, captured = json.loads(metadata["base"]), json.loads(metadata["captured"])
+        right = (metadata["settings"], metadata["layer"]) == (self.settings, layer) and is_print(base)
+        if not right or not (captured is None or isinstance(captured, (int, float))):
             return None
         pieces = [_piece(path, layer, name, entry, start, data) for name, entry in header.items()]
-        return Part(layer, json.loads(metadata["base"]), json.loads(metadata["captured"]), pieces)
+        return Part(layer, base, captured, pieces)
 
     def remove(self) -> None:
         """Remove everything; the settings last, so that a removal that is cut short can be taken up again."""
@@ -108,6 +117,8 @@ def settings_found(output: Path) -> str | None:
 
 def _piece(path: Path, layer: str, name: str, entry: dict[str, Any], start: int, data: bytes) -> Piece:
     first, last = (start + offset for offset in entry["data_offsets"])
+    if entry["dtype"] not in DTYPES or math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first:
+        raise ValueError("the sizes do not fit")
 
     def read() -> Iterator[bytes]:
         with open_file(path) as file:

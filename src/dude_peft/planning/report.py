@@ -34,7 +34,7 @@ _PARTS = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What is known of a run before it starts."""
 
@@ -138,6 +138,10 @@ class Plan:
         for text in self.warnings:
             display.warn(text)
 
+    def __repr__(self) -> str:
+        need, fits = size(self.cost.bill.total), "fits" if self.fits else "does not fit"
+        return f"Plan({self.config.adapter.method}, {self.steps} steps, {need} of memory: {fits})"
+
     def _repr_html_(self) -> str:
         notes = [("warning", text) for text in self.warnings]
         return "".join(table(title, facts) for title, facts in self._tables()) + (table("", notes) if notes else "")
@@ -167,7 +171,7 @@ class Plan:
             facts.append(("optimizer steps", f"{self.steps:,} of {self.tokens_per_step:,.0f} tokens"))
         if self.rows is not None and self.steps is not None:
             seen = self.steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
-            facts.append(("epochs", f"{seen / self.rows.rows:.2g}"))
+            facts.append(("epochs", f"{train.num_train_epochs or seen / self.rows.rows:.2g}"))
         disk = self.disk
         facts.append(("adapter on disk", f"{size(disk.adapter)}, with optimizer {size(disk.checkpoint)}"))
         facts.append(("free there", size(disk.free)))

@@ -67,17 +67,27 @@ def new_config(
         ConfigError: the output is there already, or the model has no tokenizer.
         DataError: rows that cannot be trained on.
     """
-    if output is not None and (output.exists() or output.is_symlink()):
-        raise ConfigError(f"output {shown(output, 300)} is there already; choose another name")
+    if output is not None:
+        if not output.parent.is_dir():
+            raise ConfigError(f"output {shown(output, 300)}: there is no such folder; make it, or choose another name")
+        if output.exists() or output.is_symlink():
+            raise _taken(output)
     looked = check(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1], quiet=True)
     text = _written(source, model, gguf_file, columns, output, looked)
     if output is not None:
-        with disk_errors(output):
-            replace_file(output, text.encode("utf-8"))
+        try:
+            with disk_errors(output):
+                replace_file(output, text.encode("utf-8"), new=True)
+        except FileExistsError:
+            raise _taken(output) from None
         display = Display()
         display.say(f"written: {shown(output, 300)}")
         tell_next(display, ["plan", str(output)], ["train", str(output)])
     return text
+
+
+def _taken(output: Path) -> ConfigError:
+    return ConfigError(f"output {shown(output, 300)} is there already; choose another name")
 
 
 def _written(

@@ -54,6 +54,10 @@ def load_adapter(
         NumericsError: NaN or Inf in the adapter.
         ConfigError: the name is taken, the model has adapters of another kind, or an option does not exist.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "load_adapter takes a model that is loaded, as AutoModelForCausalLM.from_pretrained(NAME) gives it"
+        )
     for name in hub_options:
         if name not in _OPTIONS:
             raise ConfigError(f"load_adapter has no option '{name}'; {closest(name, _OPTIONS)}")
