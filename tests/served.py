@@ -48,6 +48,14 @@ def fresh(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedPr
     )
 
 
+def children_seconds() -> float:
+    """CPU time of the processes that have ended so far: how long a start takes, however busy the machine is."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def script(
     path: Path, *arguments: object, cwd: Path | None = None, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:

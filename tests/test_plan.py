@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import transformers
 import yaml
 from models import make
-from served import dude, fresh
+from served import children_seconds, dude, fresh
 from tiny import save_tiny, write_rows
 from transformers.integrations import integration_utils
 
@@ -288,9 +287,9 @@ def test_what_does_not_fit_is_told_after_the_bill_with_what_would(place):
 
 
 def test_a_misspelt_key_costs_less_than_three_seconds(place):
-    start = time.perf_counter()
+    before = children_seconds()
     done = fresh("plan", place / "run.yaml", "--set", "train.learning_rat=1")
-    assert time.perf_counter() - start < 3
+    assert children_seconds() - before < 3
     assert done.returncode == 2
     assert "learning_rate" in done.stderr
 
