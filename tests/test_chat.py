@@ -596,6 +596,18 @@ def test_an_output_is_whole_or_as_it_was(place, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="folder"):
         generate(str(place / "model"), ["a"], output=tmp_path / "none" / "out.jsonl")
 
+    def meanwhile(*_: object, **__: object) -> bytes:
+        (tmp_path / "race.jsonl").write_text("another's")
+        return b"ours"
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dude_peft.chat.generate.Completions.lines", meanwhile)
+        with pytest.raises(ConfigError, match="made by another command"):
+            generate(str(place / "model"), ["a"], output=tmp_path / "race.jsonl", max_new_tokens=1)
+    assert (tmp_path / "race.jsonl").read_text() == "another's"
+    for left in tmp_path.glob("race.jsonl*"):
+        left.unlink()
+
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

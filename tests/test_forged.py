@@ -225,6 +225,15 @@ def test_a_forged_manifest_ends_in_one_of_our_errors(copied, small, data):
         load_adapter(base(), copied)
 
 
+@pytest.mark.parametrize("key", ["dtype", "shape", "xxh3_128"])
+@pytest.mark.parametrize("value", [5, 1.5, None, True, {"a": 1}, [[1]], [1.5], [-1]])
+def test_a_fingerprint_of_odd_kinds_is_damage(key, value, copied):
+    reseal(copied, lambda manifest: next(iter(manifest["base"].values())).update({key: value}))
+    for use in (lambda: load_adapter(base(), copied), lambda: verify(copied, quiet=True)):
+        with pytest.raises(ArtifactError):
+            use()
+
+
 NAMES = ["../x", "/etc/passwd", "a/b", "x" * 5000, "\x00", "\x1b[2J", "CON", "a\u202eb", "", "..", "model..layers"]
 
 

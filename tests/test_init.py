@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -224,6 +225,39 @@ def test_only_what_is_missing_or_damaged_is_computed(checkpoint, adapter, interr
     monkeypatch.setattr(workers, "run_layers", spy)
     init(checkpoint, interrupted)
     assert done == [2, 5, 7, 9]
+    assert_same(interrupted, adapter)
+
+
+def test_parts_with_odd_headers_and_a_right_seal_are_made_again(checkpoint, adapter, interrupted):
+    def resealed(path, change):
+        data = path.read_bytes()[32:]
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        body = len(text).to_bytes(8, "little") + text + data[8 + length :]
+        path.write_bytes(hashlib.sha256(body).digest() + body)
+
+    def tensor_of(header):
+        return next(entry for name, entry in header.items() if name != "__metadata__")
+
+    changes = [
+        lambda header: header["__metadata__"].update(base="true"),
+        lambda header: header["__metadata__"].update(base="{}"),
+        lambda header: header["__metadata__"].update(captured='{"a": {}}'),
+        lambda header: header["__metadata__"].pop("settings"),
+        lambda header: header.update(__metadata__=1),
+        lambda header: header.update(zzz=1),
+        lambda header: tensor_of(header).update(shape="x"),
+        lambda header: tensor_of(header).update(dtype=7),
+        lambda header: tensor_of(header).update(data_offsets=[0, 10**9]),
+    ]
+    parts = sorted((interrupted / PARTS).glob("*.part"))
+    for path, change in zip(parts, changes, strict=False):
+        resealed(path, change)
+    parts[-1].write_bytes(hashlib.sha256(b"").digest())
+    parts[-2].write_bytes(hashlib.sha256(b"\xff" * 100).digest() + b"\xff" * 100)
+    init(checkpoint, interrupted)
     assert_same(interrupted, adapter)
 
 

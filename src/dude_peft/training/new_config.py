@@ -75,11 +75,11 @@ def new_config(
     looked = check(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1], quiet=True)
     text = _written(source, model, gguf_file, columns, output, looked)
     if output is not None:
-        try:
-            with disk_errors(output):
+        with disk_errors(output):
+            try:
                 replace_file(output, text.encode("utf-8"), new=True)
-        except FileExistsError:
-            raise _taken(output) from None
+            except FileExistsError:
+                raise _taken(output) from None
         display = Display()
         display.say(f"written: {shown(output, 300)}")
         tell_next(display, ["plan", str(output)], ["train", str(output)])
