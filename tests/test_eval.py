@@ -594,6 +594,7 @@ def test_more_examples_than_there_are(place, tmp_path):
         evaluate(str(place / "model"), EvalOptions(("gsm8k",), place / "data", num_fewshot=50), tmp_path / "o")
 
 
+@pytest.mark.slow
 def test_a_group_that_names_the_harness_own_tasks(place, tmp_path):
     """Its YAML alone does not hold them; their data is at the hub, which is not there."""
     group = tmp_path / "group.yaml"
@@ -604,6 +605,7 @@ def test_a_group_that_names_the_harness_own_tasks(place, tmp_path):
     assert "KeyError" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_two_groups_of_one_name(place, tmp_path):
     """The harness finds the first of them, which may be the other file."""
     folder = tmp_path / "groups"
