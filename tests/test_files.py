@@ -19,6 +19,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 
 from dude_peft import DudeConfig, load_adapter
+from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import fingerprint, same_values
 from dude_peft.artifact.manifest import FORMAT_VERSION, read_manifest
 from dude_peft.errors import ArtifactError, DudeError, NumericsError
@@ -429,3 +430,18 @@ def test_no_adapter_with_nan_is_saved_by_anyone(tmp_path, where):
         model.save_pretrained(tmp_path / "adapter")
     assert not list(tmp_path.rglob("*.safetensors")), name
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_a_new_file_replaces_none(tmp_path, monkeypatch, links):
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    replace_file(tmp_path / "file", b"one", new=True)
+    with pytest.raises(FileExistsError):
+        replace_file(tmp_path / "file", b"two", new=True)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"one")]
+    replace_file(tmp_path / "file", b"two")
+    assert (tmp_path / "file").read_bytes() == b"two"

@@ -98,7 +98,8 @@ def train(
         from dude_peft.config.reading import load_config
         from dude_peft.machine.launch import launch_if_first
 
-        load_config(config, overrides)  # a mistake is told before processes start
+        # A mistake is told before processes start.
+        load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
         launch_if_first(strategy, processes)
     api.train(
         config,
@@ -563,15 +564,19 @@ def evaluate(
 ) -> None:
     """Score an adapter beside its base, or a model, by lm-evaluation-harness; repeat it to resume."""
     from dude_peft import api
+    from dude_peft.evaluation.options import EvalOptions
     from dude_peft.machine.launch import launch_if_first
 
+    names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     if processes is not None:
+        # A mistake is told before processes start.
+        EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
         launch_if_first("ddp", processes)
     try:
         api.evaluate(
             name,
             output,
-            tasks=[part.strip() for part in tasks.split(",") if part.strip()],
+            tasks=names,
             data_dir=data_dir,
             text=text,
             limit=limit,

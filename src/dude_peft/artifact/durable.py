@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -41,14 +42,26 @@ def replace_file(path: Path, data: bytes | Iterable[bytes], *, new: bool = False
             file.flush()
             os.fsync(file.fileno())
         if new:
-            os.link(temporary, path)  # which fails where there is one
-            temporary.unlink()
+            _link(temporary, path)
+            temporary.unlink(missing_ok=True)
         else:
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives a file its name, which nobody else has yet."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, as those of memory cards
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
 
 
 def hidden_name(folder: Path) -> Path:

@@ -31,7 +31,7 @@ Key = tuple[str | int, ...]
 _RIVALS: dict[Key, str] = {("train", "max_steps"): "num_train_epochs", ("train", "num_train_epochs"): "max_steps"}
 _LARGEST_FILE_BYTES = 256 * 1024
 _DEEPEST = 8
-_DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+_DATA = (".jsonl", ".csv", ".tsv", ".parquet")
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, "True": True, "False": False}

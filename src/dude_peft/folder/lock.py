@@ -18,7 +18,10 @@ _PATIENCE_SECONDS = 1.0
 
 
 class RunLock:
-    """The lock file of a run's folder; held from the constructor to `release`."""
+    """The lock file of a run's folder; held from the constructor to `release`.
+
+    Not the library filelock's, which does not tell who has the lock.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Takes the lock.

@@ -76,13 +76,14 @@ class RunReport:
         """Folder of the adapter."""
         return Path(self.config["output_dir"]) / ADAPTER
 
+    def scores(self) -> list[tuple[str, Score]]:
+        """Those that were measured, `before` and `after`."""
+        both = (("before", self.before), ("after", self.after))
+        return [(when, score) for when, score in both if score is not None]
+
     def __repr__(self) -> str:
-        losses = [
-            f"{when} {score.loss:.4f}" for when, score in (("before", self.before), ("after", self.after)) if score
-        ]
-        return (
-            f"RunReport({self.method}, {self.steps} steps, loss {', '.join(losses) or 'not measured'}, {self.adapter})"
-        )
+        losses = ", ".join(f"{when} {score.loss:.4f}" for when, score in self.scores()) or "not measured"
+        return f"RunReport({self.method}, {self.steps} steps, loss {losses}, {self.adapter})"
 
     def _repr_html_(self) -> str:
         facts: list[tuple[object, ...]] = [
@@ -93,18 +94,17 @@ class RunReport:
             ("adapter", self.adapter),
             *(("warning", text) for text in self.warnings),
         ]
-        scores = [
+        rows = [
             (
                 when,
                 f"{score.loss:.4f}",
                 f"{score.right} of {score.rows}",
-                f"{score.interval[0]:.1%} to {score.interval[1]:.1%}",
+                " to ".join(f"{x:.1%}" for x in score.interval),
             )
-            for when, score in (("before", self.before), ("after", self.after))
-            if score is not None
+            for when, score in self.scores()
         ]
         header = ("held-out rows", "loss, nats a token", "exact match", "95 % interval")
-        return table("run", facts) + (table("result", scores, header) if scores else "")
+        return table("run", facts) + (table("result", rows, header) if rows else "")
 
     @classmethod
     def read(cls, path: Path) -> RunReport:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, is_print
-from dude_peft.artifact.header import DTYPES
+from dude_peft.artifact.header import byte_count
 from dude_peft.artifact.json_text import json_text
 from dude_peft.doors import open_file, read_json
 from dude_peft.init.layer import LayerStart
@@ -117,7 +116,7 @@ def settings_found(output: Path) -> str | None:
 
 def _piece(path: Path, layer: str, name: str, entry: dict[str, Any], start: int, data: bytes) -> Piece:
     first, last = (start + offset for offset in entry["data_offsets"])
-    if entry["dtype"] not in DTYPES or math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize != last - first:
+    if byte_count(entry["dtype"], entry["shape"]) != last - first:
         raise ValueError("the sizes do not fit")
 
     def read() -> Iterator[bytes]:

@@ -100,9 +100,8 @@ def _written(
 ) -> str:
     longest = looked.lengths[-1]
     names = "".join(f"\n    {ours}: {_yaml(theirs)}" for ours, theirs in (columns or {}).items())
-    test = _yaml(source) if source == _BUILTIN else "0.1                  # this share of the questions is held out"
-    if looked.examples < _FEW_ROWS and source != _BUILTIN:
-        test = "0.2                  # this share of the questions is held out"
+    share = 0.2 if looked.examples < _FEW_ROWS else 0.1
+    held_out = f"{share}                  # this share of the questions is held out"
     return _TEXT.format(
         title=f"{looked.examples:,} examples ({', '.join(looked.formats)}), {looked.template} template",
         file="RUN.yaml" if output is None else shown(output, 300),
@@ -110,7 +109,7 @@ def _written(
         gguf="" if gguf_file is None else f"\n  gguf_file: {_yaml(gguf_file)}",
         source=_yaml(source),
         columns=f"\n  columns:{names}" if names else "",
-        test=test,
+        test=_yaml(source) if source == _BUILTIN else held_out,
         max_length=next((length for length in _LENGTHS if length >= longest), _LENGTHS[-1]),
         lengths=f"the longest example has {longest}, 95 % have at most {looked.lengths[2]}",
         output_dir=_yaml(f"runs/{_name(source)}"),

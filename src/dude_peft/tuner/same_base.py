@@ -118,7 +118,10 @@ class _Weights:
         self._layers = recorded.layers
         modules = dict(base.named_modules())
         self._modules = {name: modules[name] for name in self._layers}
-        self._held = pool.map(lambda name: _layer_holds(self._modules[name], self._layers[name]), self._layers)
+        held = pool.map(lambda name: _layer_holds(self._modules[name], self._layers[name]), self._layers)
+        plain = all(frozen.plain_weight(_base_layer(module)) is not None for module in self._modules.values())
+        # Packed layers write into themselves where they are tried, as they are when an adapter is put in.
+        self._held = held if plain else list(held)
 
     def fault(self) -> _Fault | None:
         wrong = [name for name, holds in zip(self._layers, self._held, strict=True) if not holds]
