@@ -150,6 +150,35 @@ def test_wrong_usage_exits_with_2(arguments):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["merge", "runs/mine/adapter"], "example: dude merge runs/mine/adapter -o merged"),
+        (["train"], "example: dude train run.yaml --set train.max_steps=80"),
+        (["train", "run.yaml", "--learning-rate", "3e-4"], "--set train.learning_rate=VALUE"),
+        (["plan", "run.yaml", "--lora_rank", "8"], "--set adapter.r=VALUE"),
+        (["train", "run.yaml", "--outputdir", "x"], "--output-dir"),
+        (["merge", "a", "-o", "b", "--lora_rank", "8"], "example: dude merge runs/mine/adapter -o merged"),
+    ],
+)
+def test_wrong_usage_shows_what_to_write(arguments, hint):
+    assert hint in assert_refused(dude(*arguments), 2, "config")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "runs/a/adapter"], ["merge", ".", "./nowhere", "-o", "out"], ["chat", "/nowhere"],
+        ["export", "../nowhere", "--to", "peft", "-o", "out"], ["generate", "runs/a/adapter", "hi"],
+        ["eval", "runs/a/adapter", "-o", "out"], ["upload", "runs/a/adapter", "me/mine"],
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_there_is_told_at_once(arguments, tmp_path):
+    done = dude(*arguments, cwd=tmp_path)
+    assert "there is no such folder" in assert_refused(done, 4, "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_control_characters_do_not_reach_the_terminal():
     line = assert_refused(dude("train", "\x1b[31mred\x07\n.yaml"), 2, "config")
     assert "\x1b" not in line

@@ -387,9 +387,11 @@ def test_a_hint_that_maps_nothing_is_left_out():
 def test_preference_data_say_so():
     pairs = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert "chosen, rejected: preference data" in fault(pairs)
-    assert fault(pairs).endswith("set data.columns: {completion: chosen}")
+    assert fault(pairs).endswith(
+        "set data.columns: {completion: chosen} (without a configuration: --column completion=chosen)"
+    )
     lists = {"chosen": turns(("user", "q"), ("assistant", "a"))["messages"], "rejected": []}
-    assert fault(lists).endswith("set data.columns: {messages: chosen}")
+    assert "set data.columns: {messages: chosen}" in fault(lists)
     row = Reading(Columns({"messages": "chosen"})).row(lists, "r:1")
     assert (row.answer, row.left_out) == ("a", ())
 
@@ -452,8 +454,10 @@ def test_columns_keys_and_roles_have_the_names_that_the_data_gives_them():
         (
             {"dialog": [{"speaker": "user", "text": "q"}]},
             {},
-            "closest: data.columns: {messages: dialog, role: speaker, content: text}",
+            "closest: data.columns: {messages: dialog, role: speaker, content: text} (without a configuration: "
+            "--column messages=dialog --column role=speaker --column content=text)",
         ),
+        ({"My question": "q", "My answer": "a"}, {}, "--column 'prompt=My question' --column 'completion=My answer'"),
         ({"messages": [{"speaker": "user", "text": "q"}]}, {}, "closest: data.columns: {role: speaker, content: text}"),
         (
             {"customer_query": "q", "completion": "a"},

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError
 from dude_peft.kinds import checked
 
@@ -211,6 +212,7 @@ def evaluate(
     Raises:
         ConfigError, DataError, ArtifactError, NumericsError, ResourceError, BusyError: see errors.py.
     """
+    require_place(str(name))
     from dude_peft.evaluation.options import EvalOptions
     from dude_peft.evaluation.run import evaluate as scored
 
@@ -276,6 +278,7 @@ def generate(
     Raises:
         ConfigError, DataError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
+    require_place(str(name))
     from dude_peft.chat.generate import generate as generated
 
     return generated(
@@ -341,10 +344,13 @@ def merge(
     Raises:
         ConfigError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
+    names = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    for name in names:
+        require_place(str(name))
     from dude_peft.exporting.run import merge as merged
 
     return merged(
-        [adapters] if isinstance(adapters, (str, Path)) else adapters,
+        names,
         output,
         weights=weights,
         combination=combination,
@@ -393,6 +399,7 @@ def export(
     Raises:
         ConfigError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
+    require_place(str(adapter))
     from dude_peft.exporting.run import export as exported
 
     return exported(
@@ -429,6 +436,7 @@ def verify(
         NumericsError: NaN or Inf.
         ConfigError: the base model cannot be found.
     """
+    require_place(str(adapter))
     from dude_peft.exporting.verify import verify as verified
 
     return verified(str(adapter), base=base, gguf_file=gguf_file, quiet=quiet)

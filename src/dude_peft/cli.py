@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.show import shown, shown_lines
@@ -68,28 +69,32 @@ def _dude(
     pass
 
 
-@app.command()
+@app.command(epilog="Example: dude train run.yaml --set train.max_steps=80")
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run; examples/ holds some.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File of the run, or builtin:quickstart.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace one key, as in train.max_steps=80; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, as in train.max_steps=80. Repeat it."),
     ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Replace output_dir.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in an output folder that is not empty.")
     ] = False,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Go on from a checkpoint's adapter alone, where the rest is lost.")
+        bool, typer.Option("--weights-only", help="Resume from a checkpoint's weights alone, where the rest is lost.")
     ] = False,
-    trainer: Annotated[str | None, typer.Option("--trainer", help="transformers or trl: train.trainer.")] = None,
+    trainer: Annotated[
+        str | None, typer.Option("--trainer", help="Replace train.trainer: transformers or trl.")
+    ] = None,
     strategy: Annotated[
         str | None, typer.Option("--launch", metavar="ddp|fsdp2|zero3", help="Train in several processes.")
     ] = None,
-    processes: Annotated[int | None, _whole("--processes", help="With --launch: how many; default: one a GPU.")] = None,
+    processes: Annotated[
+        int | None, _whole("--processes", help="Number of processes for --launch; default: one for each GPU.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Fine-tune a language model, and measure it before and after; the same command again goes on."""
+    """Fine-tune a language model, and measure it before and after. The same command again resumes."""
     from dude_peft import api
 
     if processes is not None and strategy is None:
@@ -113,21 +118,25 @@ def train(
     )
 
 
-@app.command()
+@app.command(epilog="Example: dude plan run.yaml")
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run, as for dude train.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="File of the run, or builtin:quickstart.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace one key, as in train.max_steps=80; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, as in train.max_steps=80. Repeat it."),
     ] = None,
     device_memory: Annotated[
         str | None,
-        typer.Option("--device-memory", metavar="SIZE", help="Of the GPU that will train, as 80GiB; default: here."),
+        typer.Option(
+            "--device-memory",
+            metavar="SIZE",
+            help="Memory of the GPU that will train, as 80GiB; default: this machine's.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Check a run and tell the memory, disk and steps that it will need, without loading its weights."""
+    """Check a run, and show the memory, disk and steps that it needs, without loading weights."""
     from dude_peft import api
     from dude_peft.artifact.json_text import json_text
     from dude_peft.terminal.display import Display
@@ -141,18 +150,18 @@ def plan(
     tell_next(Display(quiet=as_json), ["train", str(config), *sets])
 
 
-@app.command()
+@app.command(epilog="Example: dude doctor")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Tell what is installed, what this machine has, and what works here."""
+    """Show what is installed, what this machine has, and what works here."""
     from dude_peft.doctor.run import doctor as run_doctor
 
     run_doctor(as_json=as_json)
 
 
-config_app = typer.Typer(help="What a run's configuration may say.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration of a run.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 
@@ -166,11 +175,13 @@ def config_schema() -> None:
     typer.echo(json.dumps(schema(), indent=2))
 
 
-@config_app.command("explain")
+@config_app.command("explain", epilog="Example: dude config explain train.learning_rate")
 def config_explain(
-    key: Annotated[str | None, typer.Argument(metavar="KEY", help="As train.learning_rate, or a section.")] = None,
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, as train.learning_rate, or a section.")
+    ] = None,
 ) -> None:
-    """Tell what a key means, what it takes and what it is if left out; without a key, of all of them."""
+    """Show what a key means, what it takes, and its default. Without a key, show them all."""
     from dude_peft.config.explain import choices, explain
 
     for name, values, default, meaning in explain(key):
@@ -181,7 +192,9 @@ def config_explain(
 
 _Columns = Annotated[
     list[str] | None,
-    typer.Option("--column", metavar="OURS=THEIRS", help="What the data calls a column, as data.columns; repeat it."),
+    typer.Option(
+        "--column", metavar="OURS=THEIRS", help="Name of a column in your data, as in data.columns. Repeat it."
+    ),
 ]
 
 
@@ -192,18 +205,22 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
-@config_app.command("new")
+@config_app.command("new", epilog="Example: dude config new mine.jsonl --model MODEL -o run.yaml")
 def config_new(
-    source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="The training rows, as in dude data check.")],
-    model: Annotated[str, typer.Option("--model", metavar="M", help="The model to train; as in dude train.")],
+    source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="The training rows: a file or a hub id.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="The model to train: a folder, a hub id or package:NAME.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="RUN.yaml", help="Default: standard output.")
+        Path | None, typer.Option("--output", "-o", metavar="RUN.yaml", help="File to write; default: standard output.")
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option("--gguf-file", help="Name of the GGUF file, if the model is one.")
+    ] = None,
     columns: _Columns = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Write the configuration of a run on your rows, after looking at them."""
+    """Write the configuration of a run on your rows, after reading them."""
     from dude_peft.training.new_config import new_config
 
     text = new_config(source, model, gguf_file=gguf_file, columns=_columns(columns), output=output)
@@ -211,28 +228,30 @@ def config_new(
         typer.echo(text, nl=False)
 
 
-data_app = typer.Typer(help="What a run would learn from.", no_args_is_help=True)
+data_app = typer.Typer(help="The rows of a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
-@data_app.command("check")
+@data_app.command("check", epilog="Example: dude data check mine.jsonl --model MODEL")
 def data_check(
     source: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A file, builtin:word-problems, or a hub id.")],
-    model: Annotated[str, typer.Option("--model", metavar="M", help="Whose tokenizer reads it; as in dude train.")],
-    gguf_file: Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")] = None,
+    model: Annotated[str, typer.Option("--model", metavar="M", help="The model whose tokenizer reads the rows.")],
+    gguf_file: Annotated[
+        str | None, typer.Option("--gguf-file", help="Name of the GGUF file, if the model is one.")
+    ] = None,
     test: Annotated[
-        str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows to compare, or a share: 0.1.")
+        str | None, typer.Option("--test", metavar="FILE_OR_ID", help="Held-out rows, or a share: 0.1.")
     ] = None,
     columns: _Columns = None,
-    seed: Annotated[int, _whole(help="Which rows a share takes, as data.seed.")] = 0,
-    template: Annotated[str, typer.Option(help="auto, chat or plain.")] = "auto",
-    max_length: Annotated[int, _whole(help="Tokens a row may have.")] = 512,
+    seed: Annotated[int, _whole(help="Seed of a share, as data.seed.")] = 0,
+    template: Annotated[str, typer.Option(help="auto, chat or plain, as data.template.")] = "auto",
+    max_length: Annotated[int, _whole(help="Longest row, in tokens.")] = 512,
     special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
-    train_on: Annotated[str, typer.Option(help="answers, last_answer or all.")] = "answers",
-    upft: Annotated[int | None, _whole(help="Tokens of each answer that are trained, as data.upft.")] = None,
+    train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
+    upft: Annotated[int | None, _whole(help="Train this many first tokens of each answer, as data.upft.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show what is trained of a data set, token by token, and what is left out; no weights are read."""
+    """Show which tokens of a data set are trained, and what is left out. No weights are read."""
     from dude_peft import api
 
     how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
@@ -243,34 +262,37 @@ def data_check(
         raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was kept, start the command again") from None
 
 
-@app.command()
+@app.command(epilog="Example: dude init MODEL -o start --r 16")
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with safetensors weights, or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="ADAPTER", help="Folder of the adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="ADAPTER", help="Folder for the adapter.")],
     method: Annotated[str, typer.Option(help="dude, dora, pissa, lora or rslora.")] = "dude",
-    r: Annotated[int, _whole("--r", "-r", help="Rank.")] = 16,
+    r: Annotated[int, _whole("--r", "-r", help="Rank of the change.")] = 16,
     lora_alpha: Annotated[float, _decimal(help="The change is scaled by lora_alpha / r.")] = 16,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names separated by commas, or a regular expression.")
     ] = "all-linear",
-    exclude_modules: Annotated[str | None, typer.Option(help="Names to leave out, written the same way.")] = None,
+    exclude_modules: Annotated[str | None, typer.Option(help="Modules to leave out, written the same way.")] = None,
     rank_pattern: Annotated[str | None, typer.Option(help="Ranks of single layers: '{\"q_proj\": 8}'.")] = None,
     alpha_pattern: Annotated[str | None, typer.Option(help="Alphas of single layers, written the same way.")] = None,
-    svd_tol: Annotated[float, _decimal(help="Where the SVD stops; 0 takes a full one.")] = 1e-3,
+    svd_tol: Annotated[float, _decimal(help="Relative gain at which the SVD stops; 0: a full SVD.")] = 1e-3,
     svd_seed: Annotated[int, _whole(help="Seed of the SVD.")] = 0,
     seed: Annotated[int, _whole(help="Seed of a random start (lora, dora, rslora).")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the model in use: auto, float32, bfloat16, float16.")] = "auto",
-    workers: Annotated[int | None, _whole(help="Processes, one thread each; default: cores, at most 4.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the model in use: auto, float32, bfloat16, float16.")
+    ] = "auto",
+    workers: Annotated[int | None, _whole(help="Number of processes; default: the cores, at most 4.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="nf4 or int8: quantise what the factors leave of each weight, into --residual.")
+        str | None,
+        typer.Option(help="nf4 or int8: write what the factors leave of each weight, quantised, to --residual."),
     ] = None,
     residual: Annotated[
-        Path | None, typer.Option(metavar="MODEL", help="With --quantize: folder of the quantised model.")
+        Path | None, typer.Option(metavar="MODEL", help="Folder for the quantised model of --quantize.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Write the start of an adapter from a checkpoint that need not fit into memory; repeat it to resume."""
+    """Write the start of an adapter, for a model larger than the memory too. The same command again resumes."""
     from dude_peft.init.fold import fold
     from dude_peft.init.options import int_if_whole, module_names, pattern
     from dude_peft.init.run import initialise
@@ -297,20 +319,21 @@ def init(
 
 
 _Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or hub id of the adapter.")]
-_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A folder that is made.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder.")]
 _Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model; default: the adapter's own.")]
-_GgufFile = Annotated[str | None, typer.Option("--gguf-file", help="The GGUF file in it, where it is one.")]
-_Dtype = Annotated[str, typer.Option(help="Of the merged weights: keep, float32, bfloat16 or float16.")]
+_GgufFile = Annotated[str | None, typer.Option("--gguf-file", help="Name of the GGUF file, if the model is one.")]
+_Dtype = Annotated[str, typer.Option(help="Data type of the merged weights: keep, float32, bfloat16 or float16.")]
 _Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Run prompts in a fresh process and compare with the live adapter.")
+    bool,
+    typer.Option("--verify/--no-verify", help="Run prompts in a fresh process, and compare with the live adapter."),
 ]
 _Mismatch = Annotated[
-    bool, typer.Option("--allow-base-mismatch", help="Take a base model with other weights; the output is marked.")
+    bool, typer.Option("--allow-base-mismatch", help="Accept a base model with other weights. The output says so.")
 ]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-@app.command()
+@app.command(epilog="Example: dude export runs/mine/adapter --to lora:16 -o lora-16")
 def export(
     adapter: _Adapter,
     to: Annotated[str, typer.Option("--to", help="merged, peft, lora:K, lora:auto or gguf:TYPE.")],
@@ -321,12 +344,12 @@ def export(
     verify: _Verify = True,
     max_kl: Annotated[
         float | None,
-        _decimal("--max-kl", help="Refuse an export whose mean KL(tuned || export), nats a token, is larger."),
+        _decimal("--max-kl", help="Largest mean KL(tuned || export), in nats a token."),
     ] = None,
     allow_base_mismatch: _Mismatch = False,
     debug: _Debug = False,
 ) -> None:
-    """Write an adapter as another program wants it, and prove that it does what the live adapter does."""
+    """Write an adapter for another program, and compare it with the live adapter."""
     from dude_peft import api
 
     api.export(
@@ -343,19 +366,21 @@ def export(
     )
 
 
-@app.command()
+@app.command(epilog="Example: dude merge runs/mine/adapter -o merged")
 def merge(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, on one base model.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids. All have the same base model.")
+    ],
     output: _Output,
     weight: Annotated[
         list[float] | None,
-        _decimal("--weight", help="Of each adapter's change, in order; default: 1."),
+        _decimal("--weight", help="Weight of each adapter's change, in their order; default: 1."),
     ] = None,
     combination: Annotated[
         str, typer.Option(help="linear, ties, dare_linear, dare_ties or magnitude_prune.")
     ] = "linear",
-    density: Annotated[float | None, _decimal(help="Share of entries that those but linear keep.")] = None,
-    seed: Annotated[int, _whole(help="Of what dare_* drops.")] = 0,
+    density: Annotated[float | None, _decimal(help="Share of entries to keep; for all but linear.")] = None,
+    seed: Annotated[int, _whole(help="Seed of dare_*.")] = 0,
     base: _Base = None,
     gguf_file: _GgufFile = None,
     dtype: _Dtype = "keep",
@@ -363,7 +388,7 @@ def merge(
     allow_base_mismatch: _Mismatch = False,
     debug: _Debug = False,
 ) -> None:
-    """Merge adapters into their base model, shard by shard, in the memory of a few blocks of one weight."""
+    """Merge adapters into their base model, shard by shard, with little memory."""
     from dude_peft import api
 
     api.merge(
@@ -382,66 +407,66 @@ def merge(
     )
 
 
-@app.command()
+@app.command(epilog="Example: dude verify runs/mine/adapter")
 def verify(
     adapter: _Adapter,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="Compare its weights with those of the training."),
+        typer.Option("--base", metavar="MODEL", help="Compare this base model with that of the training."),
     ] = None,
     gguf_file: _GgufFile = None,
     debug: _Debug = False,
 ) -> None:
-    """Check an adapter's files, tell what it is and what each program will do with it."""
+    """Check an adapter's files, and show what it is and which program can run it."""
     from dude_peft import api
 
     api.verify(adapter, base=base, gguf_file=gguf_file, quiet=False)
 
 
-@app.command()
+@app.command(epilog="Example: dude upload runs/mine/adapter OWNER/NAME --dry-run upload")
 def upload(
     adapter: _Adapter,
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="If it is made now, make it private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     folder: Annotated[
-        Path | None, typer.Option("--dry-run", metavar="FOLDER", help="Write what would be sent there, send nothing.")
+        Path | None, typer.Option("--dry-run", metavar="FOLDER", help="Write there what would be sent; send nothing.")
     ] = None,
     debug: _Debug = False,
 ) -> None:
-    """Send an adapter to the hub, verified, with a model card that fills itself."""
+    """Send an adapter to the hub, verified, with its model card."""
+    require_place(adapter)
     from dude_peft.exporting.upload import upload as run_upload
 
     run_upload(adapter, repository, private=private, folder=folder)
 
 
-_Speaker = Annotated[
-    str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Folder or hub id of either, or package:NAME of a model.")
-]
+_Speaker = Annotated[str, typer.Argument(metavar="ADAPTER_OR_MODEL", help="A folder, a hub id, or package:NAME.")]
 _Template = Annotated[str | None, typer.Option(help="auto, chat or plain; default: as in the training run.")]
 _SpecialTokens = Annotated[
-    str | None, typer.Option(help="What texts that spell them are: text, or allow; default: as in the training run.")
+    str | None, typer.Option(help="text or allow, as data.special_tokens; default: as in the training run.")
 ]
-_Temperature = Annotated[float, _decimal(help="0 takes the likeliest token; above, tokens are drawn.")]
-_TopP = Annotated[float, _decimal("--top-p", help="Draw from the likeliest tokens of this probability.")]
-_Seed = Annotated[int, _whole(help="Of the drawing.")]
+_Temperature = Annotated[float, _decimal(help="0: the likeliest token. Above 0: a random draw.")]
+_TopP = Annotated[float, _decimal("--top-p", help="Draw from the likeliest tokens with this total probability.")]
+_Seed = Annotated[int, _whole(help="Seed of the draw.")]
 
 
-@app.command()
+@app.command(epilog="Example: dude chat runs/mine/adapter --compare")
 def chat(
     name: _Speaker,
     base: _Base = None,
     gguf_file: _GgufFile = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer as well.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer too.")] = False,
     template: _Template = None,
     special_tokens: _SpecialTokens = None,
-    max_new_tokens: Annotated[int, _whole(help="Tokens of one answer at most.")] = 512,
+    max_new_tokens: Annotated[int, _whole(help="Longest answer, in tokens.")] = 512,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
     seed: _Seed = 0,
     debug: _Debug = False,
 ) -> None:
-    """Talk to an adapter or a model, at a terminal or through a pipe; /help lists the commands."""
+    """Talk to an adapter or a model, at a terminal or through a pipe."""
+    require_place(name)
     from dude_peft.chat.talk import chat as run_chat
 
     try:
@@ -462,40 +487,43 @@ def chat(
         raise StoppedError(signal.SIGINT, "the chat was ended by Ctrl-C") from None
 
 
-@app.command()
+@app.command(epilog='Example: dude generate runs/mine/adapter "Why is the sky blue?"')
 def generate(
     name: _Speaker,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="Or lines on standard input.")
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; without any, lines of standard input.")
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", metavar="DATA", help="Prompts: .txt, one a line, or rows as dude train reads."),
+        typer.Option(
+            "--file", metavar="DATA", help="File of prompts: .txt, one on each line, or rows as for dude train."
+        ),
     ] = None,
-    limit: Annotated[int | None, _whole(help="The first prompts of --file only.")] = None,
+    limit: Annotated[int | None, _whole(help="Only this many prompts of --file, from the first.")] = None,
     columns: _Columns = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.jsonl", help="Default: standard output.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.jsonl", help="File to write; default: standard output."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     base: _Base = None,
     gguf_file: _GgufFile = None,
     base_too: Annotated[bool, typer.Option("--base-too", help="Add the base model's completion.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No template: continue the text as it is.")] = False,
     as_rows: Annotated[
-        bool, typer.Option("--as-rows", help="Write rows that dude train reads: prompt and completion alone.")
+        bool, typer.Option("--as-rows", help="Write rows for dude train: prompt and completion only.")
     ] = False,
-    samples: Annotated[int, _whole(help="Completions of each prompt, one line each; needs --temperature.")] = 1,
+    samples: Annotated[int, _whole(help="Completions of each prompt; above 1, set --temperature.")] = 1,
     template: _Template = None,
     special_tokens: _SpecialTokens = None,
-    batch_size: Annotated[int, _whole(help="Prompts at a time.")] = 8,
-    max_new_tokens: Annotated[int, _whole(help="Tokens of one completion at most.")] = 256,
+    batch_size: Annotated[int, _whole(help="Prompts in one batch.")] = 8,
+    max_new_tokens: Annotated[int, _whole(help="Longest completion, in tokens.")] = 256,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
     seed: _Seed = 0,
     debug: _Debug = False,
 ) -> None:
-    """Continue prompts in batches: a line of JSON each, {prompt, completion, finish}."""
+    """Continue prompts in batches. Each gives one line of JSON: {prompt, completion, finish}."""
     from dude_peft import api
 
     try:
@@ -532,37 +560,44 @@ def generate(
         raise StoppedError(signal.SIGINT, message) from None
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: dude eval runs/mine/adapter --tasks gsm8k -o scores")
 def evaluate(
     name: _Speaker,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Of the results; resumes there.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder of the results; the same command again resumes there."
+        ),
+    ],
     tasks: Annotated[
-        str, typer.Option("--tasks", metavar="NAME,...", help="gsm8k, mmlu, ..., any task of lm-eval, or its YAML.")
+        str,
+        typer.Option("--tasks", metavar="NAME,...", help="gsm8k, mmlu, any other task of lm-eval, or a task's YAML."),
     ] = "",
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", metavar="DIR", help="Local benchmark files; default: the hub.")
+        Path | None,
+        typer.Option("--data-dir", metavar="DIR", help="Folder of local benchmark files; default: the hub."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="General text: perplexity, and what was forgotten.")
+        Path | None, typer.Option("--text", metavar="FILE", help="General text, to measure what was forgotten.")
     ] = None,
     processes: Annotated[
         int | None,
-        _whole("--processes", help="Share the questions, a GPU each; default: one process."),
+        _whole("--processes", help="Divide the questions among processes, one for each GPU; default: 1."),
     ] = None,
-    limit: Annotated[int | None, _whole(help="Questions of each task: a seeded sample, stratified by subject.")] = None,
-    seed: Annotated[int, _whole(help="Of the sample and the intervals.")] = 0,
-    chat_template: Annotated[bool, typer.Option("--chat", help="Prompts through the chat template.")] = False,
+    limit: Annotated[int | None, _whole(help="At most this many questions of each task, a seeded sample.")] = None,
+    seed: Annotated[int, _whole(help="Seed of the sample and the intervals.")] = 0,
+    chat_template: Annotated[bool, typer.Option("--chat", help="Send prompts through the chat template.")] = False,
     special_tokens: _SpecialTokens = None,
-    num_fewshot: Annotated[int | None, _whole(help="Examples in each prompt; default: each task's own.")] = None,
-    batch_size: Annotated[int | None, _whole(help="Sequences at a time; default: found by itself.")] = None,
+    num_fewshot: Annotated[int | None, _whole(help="Examples in each prompt; default: the task's own number.")] = None,
+    batch_size: Annotated[int | None, _whole(help="Sequences in one batch; default: found automatically.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace finished results; their answers are used again.")
+        bool, typer.Option("--overwrite", help="Compute finished results again, from their stored answers.")
     ] = False,
     base: _Base = None,
     gguf_file: _GgufFile = None,
     debug: _Debug = False,
 ) -> None:
-    """Score an adapter beside its base, or a model, by lm-evaluation-harness; repeat it to resume."""
+    """Score an adapter and its base by lm-evaluation-harness. The same command again resumes."""
     from dude_peft import api
     from dude_peft.evaluation.options import EvalOptions
     from dude_peft.machine.launch import launch_if_first
@@ -643,8 +678,21 @@ def _usage(error: Any, *, debug: bool) -> None:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         sys.exit(ConfigError.exit_code)
-    message = f"{error.format_message().rstrip('.')}; {command} --help lists what there is"
+    example = getattr(getattr(context, "command", None), "epilog", None)
+    hint = _key_of(error, command) or (f"{example[:1].lower()}{example[1:]}; " if example else "")
+    message = f"{error.format_message().rstrip('.')}; {hint}{command} --help lists the options"
     _fail(ConfigError.label, message, ConfigError.exit_code, debug=debug)
+
+
+def _key_of(error: Any, command: str) -> str:
+    """The key of the configuration that somebody wrote as an option, as other tools take it."""
+    unknown = getattr(error, "option_name", None) if not getattr(error, "possibilities", None) else None
+    if unknown is None or not command.endswith((" train", " plan")):
+        return ""
+    from dude_peft.config.reading import closest_key
+
+    key = closest_key((unknown.lstrip("-").replace("-", "_"),))
+    return f"for a key of the run: --set {key}=VALUE; " if key else ""
 
 
 def _fail(label: str, message: str, code: int, *, debug: bool) -> None:

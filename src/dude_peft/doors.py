@@ -43,6 +43,20 @@ _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "
 _LARGEST_SETTINGS_BYTES = 16 * _MEGABYTE
 
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def require_place(name: str) -> None:
+    """Refuses a folder that is not there, before the libraries are imported that would look for it on the hub.
+
+    Raises:
+        ArtifactError: it is neither a path that exists nor a name that the hub or a package can have.
+    """
+    is_name = name.startswith("package:") or _HUB_ID.fullmatch(name)
+    if not is_name and not os.path.lexists(name):
+        raise ArtifactError(f"{shown(name, 300)}: there is no such folder; check the path, or let the run finish first")
+
+
 class NoFileError(OSError):
     """A FIFO, a device or a socket stands where a file is wanted; `strerror` says which."""
 

@@ -2,7 +2,7 @@
 
 The same objects are the YAML file, the `--set` options, the `config.yaml` beside the result and the record in
 `report.json`. Names are PEFT's and Trainer's own. Nothing here imports torch or transformers, so that a typo in a
-configuration is reported at once; `config_file.load_config` turns what pydantic finds into one line.
+configuration is reported at once; `reading.load_config` turns what pydantic finds into one line.
 """
 
 from __future__ import annotations
@@ -90,16 +90,15 @@ class ModelSection(Section):
     """Data type of the frozen weights; `auto` takes the checkpoint's own."""
 
     trust_remote_code: bool = False
-    """Run the Python code that this model brings along, on this machine and with your rights: the one way to allow it.
-    Read the code first, and name its commit in `revision`. Other commands, and adapters, never run any."""
+    """Run the Python code in this model's folder, with your rights. Read the code first, and name its commit in
+    `revision`. Nothing else allows it: other commands never run such code, nor an adapter's."""
 
 
 class AdapterSection(Section):
     """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""
 
     method: Text = "dude"
-    """Which entry of the method table (`dude_peft.methods.METHODS`) is trained; checked when the run is resolved, since
-    the table imports torch."""
+    """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch
 
     r: Count = 16
     """Rank of the update."""
@@ -148,17 +147,17 @@ class SourceSection(Section):
     """A local file, `builtin:word-problems`, or a data set id on the hub, as for data.train."""
 
     split: Text | None = None
-    """Split of the source, where it has some; left out, it is data.train_split or data.test_split."""
+    """Split to read, where the source has splits. The default is data.train_split, or data.test_split."""
 
     rows: Count | None = None
     """At most this many rows, from the first."""
 
     weight: Positive | None = None
-    """Share of the mixture, relative to the other sources'; for all sources or for none. Without weights each source
-    gives all its rows."""
+    """This source's share of the mixture, relative to the others. Give a weight to every source or to none. Without
+    weights, each source gives all its rows."""
 
     columns: Columns | None = None
-    """What this source calls its columns, in place of data.columns."""
+    """The same as data.columns, for this source alone."""
 
 
 Sources = Source | Annotated[list[SourceSection], Field(min_length=1)]
@@ -168,7 +167,7 @@ class ShareSection(Section):
     """Rows that are taken from others."""
 
     share: Annotated[Number, Field(gt=0, lt=1)]
-    """Share of the training questions that is held out, a choice by data.seed; repeated ones stay on one side."""
+    """Share of the training questions to hold out. data.seed chooses them. A repeated question stays on one side."""
 
 
 def _as_share(value: Any) -> Any:
@@ -184,12 +183,12 @@ class DataSection(Section):
     `id:config`), or a list of sources that are mixed."""
 
     test: Annotated[Sources | ShareSection | None, BeforeValidator(_as_share)] = None
-    """Held-out rows, written the same way; never trained on. A number (0.1, or `{share: 0.1}`) takes that share of the
-    training rows away. Needed unless evaluation.enabled is false."""
+    """Held-out rows, written like `train`. They are never trained on. A number (0.1, or `{share: 0.1}`) holds out that
+    share of the training rows. Required, unless evaluation.enabled is false."""
 
     columns: Columns = {}
-    """What `train` and `test` call their columns, and messages their keys and roles, by our names:
-    `{prompt: customer_query, completion: agent_reply}`, `{messages: dialog, role: speaker, user: client}`."""
+    """Names of columns in your data, by our names: `{prompt: customer_query, completion: agent_reply}`. Keys and roles
+    of messages are mapped in the same place: `{messages: dialog, role: speaker, user: client}`."""
 
     train_split: Text = "train"
     """Split of `train`, where the source has splits."""
@@ -198,7 +197,7 @@ class DataSection(Section):
     """Split of `test`, where the source has splits."""
 
     train_rows: Count | None = None
-    """At most this many training rows, from the first; of a mixture exactly this many, by the weights."""
+    """Use at most this many training rows, from the first. A mixture with weights gives exactly this many."""
 
     test_rows: Count | None = None
     """The same for held-out rows."""
@@ -207,35 +206,35 @@ class DataSection(Section):
     """`chat` is the tokenizer's own template, `plain` needs none; `auto` takes chat where there is one."""
 
     special_tokens: Literal["text", "allow"] = "text"
-    """What a special token that a row spells is (<|im_start|>, </s>): `text` as any other, or, by `allow`, the token
-    itself, as the template writes it. The same in chat, generate and eval of the adapter."""
+    """How a special token (<|im_start|>, </s>) in a row is read. `text`: as plain text. `allow`: as the token itself.
+    Chat, generate and eval of the adapter follow the same rule."""
 
     train_on: Literal["answers", "last_answer", "all"] = "answers"
-    """What is learned of a conversation: every answer, only the last one, or all tokens, the questions' too."""
+    """Which tokens of a conversation are trained: those of every answer, of the last answer, or all of them."""
 
     upft: Count | None = None
-    """Train on this many first tokens of each answer, without its end, and leave the rest out (UPFT, arXiv 2503.02875):
-    for answers that the model sampled itself, as `dude generate --as-rows` writes them. Held-out rows stay whole."""
+    """Train on the first tokens of each answer, this many, and not on its end (UPFT, arXiv 2503.02875). The method is
+    for answers of the model itself, as `dude generate --as-rows` writes them. Held-out rows stay whole."""
 
     general: Sources | None = None
-    """General rows on which the model shall stay what it is, written as train; needed by train.objective: mol. All of
-    their tokens are judged. Split: train, where a source has splits and names none."""
+    """General rows on which the model should not change, written like `train`. train.objective: mol needs them. All of
+    their tokens count. The default split is train."""
 
     general_share: Annotated[Number, Field(gt=0, lt=1)] = 0.5
-    """Share of the general rows among the training rows, in every step alike: a seeded choice of them, or repeats."""
+    """Share of general rows in every step. A seed chooses them; where there are too few, they repeat."""
 
     general_test: Sources | None = None
-    """Held-out general rows, with any objective: their loss, and their KL to the base model, is measured before, every
-    evaluation.eval_steps and after. Split: test, where a source has splits and names none."""
+    """Held-out general rows, for any objective. Their loss and their KL to the base model are measured before, every
+    evaluation.eval_steps, and after. The default split is test."""
 
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 512
-    """Tokens a row may have."""
+    """Longest row, in tokens."""
 
     packing: bool = False
-    """Lay rows end to end up to max_length instead of padding them; for models that keep them apart."""
+    """Lay rows end to end up to max_length, without padding. The model must keep the rows apart; the run tests that."""
 
     seed: Seed = 0
-    """Seed of generated rows, and of what a mixture takes of each source."""
+    """Seed of generated rows, of a held-out share, and of the choice of rows for a mixture."""
 
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> DataSection:
@@ -260,13 +259,13 @@ class TrainSection(Section):
     general ability (mixture of losses, arXiv 2505.12043)."""
 
     learning_rate: Positive | None = None
-    """Peak learning rate. Left out, it is the method's own (`Method.learning_rate`): principal methods peak lower."""
+    """Peak learning rate. The default is the method's own."""
 
     max_steps: Count | None = None
-    """Optimizer steps; excludes num_train_epochs."""
+    """Optimizer steps. Set this or num_train_epochs, not both."""
 
     num_train_epochs: Positive | None = None
-    """Passes over the training rows, 1 unless max_steps is given."""
+    """Passes over the training rows; 1 unless max_steps is set."""
 
     per_device_train_batch_size: Count = 8
     """Rows in one forward pass."""
@@ -275,15 +274,16 @@ class TrainSection(Section):
     """Forward passes in one optimizer step."""
 
     warmup_steps: NonNegative = 0.05
-    """Steps of linear warm-up; below 1 a share of all steps. The first step has a rate too: 1 / (these steps + 1)."""
+    """Steps of linear warm-up; a number below 1 is a share of all steps. The rate is never 0: step i of n has
+    i / (n + 1) of the peak."""
 
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         "cosine"
     )
-    """Course of the learning rate after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
 
     weight_decay: NonNegative = 0.0
-    """Pull of the deviations toward the pretrained model."""
+    """Weight decay of the trained change: it pulls toward the pretrained model, not toward zero."""
 
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
@@ -312,16 +312,16 @@ class TrainSection(Section):
     """Steps between two lines of metrics.jsonl."""
 
     movement_steps: Count | None = None
-    """Steps between two lines of metrics.jsonl that tell how far magnitude and direction of each layer have moved."""
+    """Steps between two lines of metrics.jsonl with each layer's movement: of its magnitude and of its direction."""
 
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
-    """Trackers that get the same numbers, as transformers' Trainer serves them."""
+    """Trackers that get the same numbers, through transformers' Trainer."""
 
     save_steps: Count = 50
     """Steps between two checkpoints; one is written at the end too."""
 
     save_total_limit: Annotated[int, Field(ge=2, le=_LARGEST_COUNT)] = 2
-    """Checkpoints kept."""
+    """Checkpoints to keep."""
 
     bf16: bool = False
     """bfloat16 autocast."""
@@ -340,13 +340,13 @@ class EvaluationSection(Section):
     """What is measured on the held-out rows, before and after."""
 
     enabled: bool = True
-    """Off trains without measuring anything on held-out rows."""
+    """Measure held-out rows. `false` trains without any measurement."""
 
     rows: Count = 64
-    """Rows that are answered and marked right or wrong; the loss takes all held-out rows."""
+    """Held-out rows that the model answers; each answer is marked right or wrong. The loss uses all held-out rows."""
 
     max_new_tokens: Count = 128
-    """Longest answer."""
+    """Longest answer, in tokens."""
 
     batch_size: Count = 16
     """Rows evaluated at once."""
@@ -355,40 +355,40 @@ class EvaluationSection(Section):
     """Answers shown before and after, side by side."""
 
     eval_steps: Count | None = None
-    """Steps between two measurements of the held-out loss during training; null measures before and after alone."""
+    """Steps between two measurements of the held-out loss; null measures before and after only."""
 
     tasks: list[Text] = []
-    """Benchmark tasks, as in `dude eval --tasks`: scored at the end beside the base model, into scores/."""
+    """Benchmark tasks, as in `dude eval --tasks`. They are scored at the end, beside the base model, into scores/."""
 
     tasks_data_dir: Source | None = None
-    """Their local files, as in `dude eval --data-dir`; null takes them from the hub."""
+    """Folder of the tasks' local files, as in `dude eval --data-dir`; null uses the hub."""
 
     tasks_limit: Count | None = None
-    """Questions of each task at most: a seeded sample, the same each time."""
+    """At most this many questions of each task: a seeded sample, the same each time."""
 
     tasks_chat: bool = False
-    """Their prompts go through the chat template."""
+    """Send the tasks' prompts through the chat template."""
 
     tasks_num_fewshot: CountOrZero | None = None
-    """Examples in each of their prompts; null takes each task's own number."""
+    """Examples in each prompt of a task; null uses the task's own number."""
 
     tasks_text: Source | None = None
-    """General text, as in `dude eval --text`: at the end, its loss and KL to the base tell what was forgotten."""
+    """General text, as in `dude eval --text`. Its loss and its KL to the base show what was forgotten."""
 
     tasks_steps: Count | None = None
-    """Steps between two scorings of the tasks during training; null scores them at the end alone."""
+    """Steps between two scorings of the tasks; null scores them at the end only."""
 
     metric_for_best_model: Text = "loss"
-    """What tells the best adapter: the held-out `loss`, or a task's name (its first metric) or TASK/METRIC,FILTER."""
+    """What decides the best adapter: the held-out `loss`, a task (its first metric), or TASK/METRIC,FILTER."""
 
     early_stopping_patience: Count | None = None
-    """Training ends after this many measurements of metric_for_best_model without a better one."""
+    """Stop training after this many measurements of metric_for_best_model without a better one."""
 
     early_stopping_threshold: NonNegative = 0.0
-    """By how much a better one has to be better for patience to begin anew; the best adapter does not depend on it."""
+    """An improvement smaller than this does not reset the patience. It does not decide the best adapter."""
 
     load_best_model_at_end: bool = True
-    """Where metric_for_best_model is measured on the way: its best adapter is the result, otherwise the last one."""
+    """Keep the best adapter by metric_for_best_model, if that is measured during training. `false` keeps the last."""
 
     @model_validator(mode="after")
     def _tasks_to_score(self) -> EvaluationSection:
@@ -397,7 +397,7 @@ class EvaluationSection(Section):
         named = self.metric_for_best_model
         if named != "loss" and (self.tasks_steps is None or named.partition("/")[0] not in self.tasks):
             raise ValueError(
-                f"key 'evaluation.metric_for_best_model': {named!r} is not measured on the way; name it in "
+                f"key 'evaluation.metric_for_best_model': {named!r} is not measured during training; name it in "
                 "'evaluation.tasks', and set 'evaluation.tasks_steps'"
             )
         return self
@@ -421,7 +421,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
     output_dir: Source
-    """Folder of everything the run writes: new, empty, or that of the same run, which then goes on."""
+    """Folder of everything that the run writes. It is new or empty, or it holds the same run, which then resumes."""
 
     @model_validator(mode="after")
     def _something_to_evaluate(self) -> RunConfig:
@@ -433,7 +433,7 @@ class RunConfig(Section):
     def _general_rows_for_mol_alone(self) -> RunConfig:
         mol = self.train.objective == "mol"
         if mol and self.data.general is None:
-            raise ValueError("key 'data.general' is missing; train.objective: mol compares with the base model on it")
+            raise ValueError("key 'data.general' is missing; train.objective: mol needs general rows")
         if not mol and self.data.general is not None:
             raise ValueError("key 'data.general' is not used by train.objective: sft; remove it, or set mol")
         if mol and self.train.trainer == "trl":

@@ -24,7 +24,7 @@ from typing import Any
 
 from dude_peft.data.columns import PREFERENCE, STANDARD, Columns, Record, is_nothing
 from dude_peft.data.message import PASSAGE, TEXT, Message, json_text, read_message, reasoning, text_of, tools_text
-from dude_peft.data.suggest import closest, mapping_for
+from dude_peft.data.suggest import closest, mapping_for, written
 from dude_peft.errors import DataError
 from dude_peft.show import quoted, shown
 
@@ -301,11 +301,9 @@ class Reading:
                 return f"'{missing[0]}' is mapped to another name of ours; map {missing[0]} in data.columns, too"
             near = closest(record.name(missing[0]), [name for name in record.names() if name != there])
             known = {record.name(key) for key in shape.keys}
-            meant = (
-                f"closest: data.columns: {{{missing[0]}: {shown(near, 40)}}}" if near and near not in known else None
-            )
-            found = mapping_for(record.names(), record.values()) if meant is None else None
-            hint = meant or (f"closest: {found}" if found else FORMATS_HINT)
+            meant = written({missing[0]: near}) if near and near not in known else None
+            found = meant or mapping_for(record.names(), record.values())
+            hint = f"closest: {found}" if found else FORMATS_HINT
             return f"'{there}' without '{record.name(missing[0])}'; {hint}"
         return None
 
@@ -324,7 +322,7 @@ def _preference(record: Record) -> str:
     how = "messages" if isinstance(chosen, (list, tuple)) else "completion"
     return (
         f"{', '.join(there)}: preference data, of which dude train cannot learn what is better; "
-        f"to learn the chosen answers alone, set data.columns: {{{how}: chosen}}"
+        f"to learn the chosen answers alone, set {written({how: 'chosen'})}"
     )
 
 

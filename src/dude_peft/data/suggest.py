@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -41,20 +42,20 @@ def mapping_for(names: Sequence[str], values: Mapping[str, Any] | None = None) -
     for name, value in (values or {}).items():
         turns = [turn for turn in value if isinstance(turn, Mapping)] if isinstance(value, (list, tuple)) else []
         if turns and (found := _turn([str(key) for key in turns[0]])):
-            return _written({"messages": str(name), **found})
+            return written({"messages": str(name), **found})
     prompt = _meant("prompt", names)
     completion = _meant("completion", [name for name in names if name != prompt])
     if prompt and completion:
-        return _written({"prompt": prompt, "completion": completion})
+        return written({"prompt": prompt, "completion": completion})
     messages = _meant("messages", names)
     text = _meant("text", names) if len(names) == 1 else None
-    return _written({"messages": messages}) if messages else _written({"text": text}) if text else None
+    return written({"messages": messages}) if messages else written({"text": text}) if text else None
 
 
 def mapping_for_turn(keys: Sequence[str]) -> str | None:
     """The same for the keys of a message."""
     found = _turn(keys)
-    return _written(found) if found else None
+    return written(found) if found else None
 
 
 def _turn(keys: Sequence[str]) -> dict[str, str] | None:
@@ -77,6 +78,9 @@ def _meant(ours: str, names: Sequence[str]) -> str | None:
     return None
 
 
-def _written(mapping: Mapping[str, str]) -> str | None:
-    pairs = ", ".join(f"{ours}: {shown(theirs, 40)}" for ours, theirs in mapping.items() if ours != theirs)
-    return f"data.columns: {{{pairs}}}" if pairs else None
+def written(mapping: Mapping[str, str]) -> str | None:
+    """The mapping as a line of a configuration, and as options of the commands that need none."""
+    pairs = {ours: shown(theirs, 40) for ours, theirs in mapping.items() if ours != theirs}
+    line = ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs.items())
+    options = " ".join(f"--column {shlex.quote(f'{ours}={theirs}')}" for ours, theirs in pairs.items())
+    return f"data.columns: {{{line}}} (without a configuration: {options})" if pairs else None
