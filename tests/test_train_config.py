@@ -253,6 +253,11 @@ def test_two_lengths_of_a_run_in_one_file_are_refused(file):
     assert "keep one" in refusal(file)
 
 
+def test_two_lengths_of_a_run_on_the_command_line_are_refused(file):
+    assert "keep one" in refusal(file, "train.num_train_epochs=2", "train.max_steps=3")
+    assert load_config(file, ["train.num_train_epochs=2"]).train.max_steps is None
+
+
 def test_a_typo_is_told_before_the_key_that_it_hides(file):
     file.write_text(GOOD.replace("name_or_path", "name_or_pth"))
     assert "closest: 'model.name_or_path' (and 1 more)" in refusal(file)

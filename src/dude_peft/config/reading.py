@@ -268,7 +268,9 @@ def _apply_override(override: str, tree: _Tree) -> None:
 def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
     train = tree.values.get("train")
     if value is not None and key in _RIVALS and isinstance(train, dict):
-        train.pop(_RIVALS[key], None)  # what the command says replaces what the file says of the same thing
+        rival = _RIVALS[key]
+        if not tree.places.get(("train", rival), "").startswith("--set"):  # two of the command's own contradict
+            train.pop(rival, None)  # what the command says replaces what the file says of the same thing
     *sections, last = map(str, key)
     tree.places[key] = where
     section = tree.values
