@@ -8,6 +8,7 @@ what a library reads when it is imported (HF_HOME, PYTHON...) use `subprocess`.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -113,6 +114,8 @@ def _serve() -> None:
             except ImportError:  # an extra that is not installed
                 if name.startswith("dude_peft"):
                     raise
+    gc.collect()
+    gc.freeze()  # a child's collections leave what it inherits alone
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

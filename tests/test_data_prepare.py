@@ -254,6 +254,7 @@ def test_sources_without_a_file(ready):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path, ready):
     def peak(count: int) -> int:
         path = write(tmp_path / f"{count}.jsonl", [(f"question {i} " * 20, "answer " * 20) for i in range(count)])

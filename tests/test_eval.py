@@ -282,6 +282,7 @@ def test_two_files_of_one_name_keep_their_samples(place, tmp_path):
     assert samples(tmp_path / "o", "mine-again")[0]["task"] == "b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_group_means_as_it_says(place, tmp_path, weighted):
     """Over all items, or over tasks: the harness's own number, with an interval around it."""
@@ -424,6 +425,7 @@ def test_another_config_or_length_finds_no_answers(place, tmp_path):
     assert found.provenance["answers"]["model"]["found"] == 0
 
 
+@pytest.mark.slow
 def test_overwriting_forgets_the_tasks_of_before(place, tmp_path):
     """Local rows that an earlier call wrote are never scored in the place of the hub's."""
     evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath"), place / "data", limit=4), tmp_path / "o")

@@ -219,6 +219,7 @@ def test_a_metric_that_the_task_has_not(place):
 # ---- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(place, tmp_path):
     options = EvalOptions(tuple(TASKS), place / "data", batch_size=2, text=place / "text.txt")
     one = evaluate(str(place / "adapter"), options, tmp_path / "one")

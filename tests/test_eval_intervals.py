@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from night import some_by_day
 
 from dude_peft.measure import intervals
 from dude_peft.measure.intervals import (
@@ -32,7 +33,10 @@ def test_one_accuracy_is_covered(items):
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
 
-@pytest.mark.parametrize(("items", "wins", "losses"), [(200, 0.20, 0.10), (400, 0.08, 0.08), (1000, 0.05, 0.03)])
+@pytest.mark.parametrize(
+    ("items", "wins", "losses"),
+    some_by_day([(200, 0.20, 0.10), (400, 0.08, 0.08), (1000, 0.05, 0.03)], [(200, 0.20, 0.10)]),
+)
 def test_a_paired_difference_is_covered(items, wins, losses):
     generator = np.random.default_rng(1)
     covered = 0
@@ -73,6 +77,7 @@ def test_a_mean_over_tasks_is_covered(paired, monkeypatch):
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
 
+@pytest.mark.slow
 def test_real_values_over_tasks_are_covered(monkeypatch):
     monkeypatch.setattr(intervals, "_DRAWS", 1000)
     sizes, generator = [20, 60, 150], np.random.default_rng(5)

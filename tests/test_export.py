@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 from models import logits, make, perturb, tokens
+from night import some_by_day
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from served import dude
@@ -613,7 +614,7 @@ def worded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("target", ["merged", "peft", "lora:32"])
+@pytest.mark.parametrize("target", some_by_day(["merged", "peft", "lora:32"], ["merged"]))
 def test_an_export_is_run_in_a_fresh_process_without_our_package(target, worded, tmp_path, capsys):
     export(worded / "adapter", target, tmp_path / "out")
     record = json.loads((tmp_path / "out/dude_export.json").read_text())
@@ -626,6 +627,7 @@ def test_an_export_is_run_in_a_fresh_process_without_our_package(target, worded,
     assert not (tmp_path / "out/.work").exists()
 
 
+@pytest.mark.slow
 def test_several_adapters_are_verified_against_their_sum(worded, tmp_path):
     model = get_peft_model(load(worded / "base"), DudeConfig(method="dora", r=8, target_modules=["q_proj", "up_proj"]))
     train(model, seed=3).save_pretrained(tmp_path / "second")
@@ -654,6 +656,7 @@ def test_what_is_believed_to_be_rounding():
     assert tolerance({torch.float64}, 1.0) == 1e-6
 
 
+@pytest.mark.slow
 def test_dropped_magnitudes_are_noticed(worded, tmp_path, monkeypatch):
     """What PEFT's own conversions do."""
     from dude_peft.artifact import effective as module
@@ -666,6 +669,7 @@ def test_dropped_magnitudes_are_noticed(worded, tmp_path, monkeypatch):
     refused(call, NumericsError, "more than rounding", output=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_went_wrong_is_noticed(worded, tmp_path, monkeypatch):
     real = runs._Export._merge
 
@@ -685,6 +689,7 @@ def test_an_approximation_above_the_wanted_kl_is_removed(worded, tmp_path):
     refused(call, NumericsError, "above --max-kl", "larger rank", output=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_smallest_rank_that_reaches_a_kl_is_found(worded, tmp_path):
     export(worded / "adapter", "lora:8", tmp_path / "eight", quiet=True)
     reached = json.loads((tmp_path / "eight/dude_export.json").read_text())["difference"]["kl_tuned_export"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 import transformers
 from models import logits, make, perturb, tokens
+from night import some_by_day
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 
@@ -92,8 +94,10 @@ def refused(folder, error=ArtifactError, *parts, base=None):
         assert part in text, text
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("with_dude", [True, False])
+@pytest.mark.parametrize(
+    ("with_dude", "method"),
+    some_by_day(itertools.product([True, False], METHODS), [(True, "dude"), (False, "dude"), (False, "pissa")]),
+)
 def test_another_process_gets_the_same_logits_with_and_without_our_package(method, with_dude, trained, tmp_path):
     folder, expected = trained(method)
     torch.save(expected, tmp_path / "expected.pt")

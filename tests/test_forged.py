@@ -116,6 +116,7 @@ def test_a_forged_header_is_refused_at_once(name, copied):
     assert peak < 50e6
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_small_adapter_counts(copied):
     for name in (WEIGHTS, CONFIG):
         data = (copied / name).read_bytes()

@@ -441,6 +441,7 @@ print(max(peaks.values()))
 """
 
 
+@pytest.mark.slow
 def test_no_process_needs_more_than_three_of_the_largest_tensor(tmp_path):
     large = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 1, "num_attention_heads": 32}
     config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=1, dtype="bfloat16", **large)

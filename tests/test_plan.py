@@ -14,6 +14,7 @@ import torch
 import transformers
 import yaml
 from models import make
+from night import some_by_day
 from served import children_seconds, dude, fresh
 from tiny import save_tiny, write_rows
 from transformers.integrations import integration_utils
@@ -132,7 +133,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_by_day(CASES, ["bfloat16", "checkpointing", "adafactor", "head trained"]))
 def test_the_peak_is_that_of_a_real_step(case, tmp_path):
     dtype, adapter, train = CASES[case]
     config, length = run_of(tmp_path, adapter, dtype, **train), 96
@@ -150,7 +151,7 @@ def test_the_peak_is_that_of_a_real_step(case, tmp_path):
 
 
 @pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("name", ["llama", "gemma", "patterns"])
+@pytest.mark.parametrize("name", some_by_day(["llama", "gemma", "patterns"], ["patterns"]))
 def test_layers_of_each_kind_stand_for_all(name, train, tmp_path):
     adapter: dict[str, Any] = {}
     if name == "gemma":  # sliding and full attention in turn
@@ -346,6 +347,7 @@ def test_rows_longer_than_the_model_reads(tmp_path, place):
         planned(place, {"data.train": str(long), "data.max_length": 1024})
 
 
+@pytest.mark.slow
 def test_every_remedy_fits_when_it_is_planned(place):
     large = {"train.per_device_train_batch_size": 2048}
     made = planned(place, large, "1000MiB")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from models import logits, make
+from night import some_by_day
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_cli import assert_refused, dude
@@ -171,7 +172,7 @@ def test_merging_gives_a_dense_model_that_does_what_the_adapter_does(form, model
     assert not list(tmp_path.rglob(".work"))
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("name", some_by_day(["nf4", "int8"], ["nf4"]))
 def test_the_command_proves_the_merge_in_fresh_processes(name, model, tmp_path):
     form = _runnable(next(f for f in FORMATS if f.name == name), model)
     live, _ = trained(load(model, form))
@@ -453,6 +454,7 @@ def test_whatever_ends_it_leaves_nothing_half_written(bitsandbytes, model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command(bitsandbytes, model, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     arguments = ("init", model, "-o", adapter, "--r", 4, "--quantize", "nf4", "--residual", base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from night import NIGHT, some_by_day
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_rows
 
@@ -25,6 +27,7 @@ from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, R
 from dude_peft.folder.checkpoint import FORMAT_VERSION, Checkpoints
 from dude_peft.folder.lock import RunLock
 from dude_peft.machine.stop import Stop
+from dude_peft.training import run as run_module
 from dude_peft.training import trainer as trainer_module
 from dude_peft.training.run import run
 
@@ -89,6 +92,12 @@ def result(out: Path) -> dict:
     }
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch) -> None:
+    """matplotlib takes a quarter of such a short run."""
+    monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
+
+
 @pytest.fixture(scope="module")
 def whole(places) -> dict:
     """The run without any interruption."""
@@ -116,7 +125,7 @@ def cut_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- exactness ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("step", some_by_day(range(1, STEPS + 1), [1, 4, 14, 23]))
 def test_resuming_at_every_step_changes_no_bit(places, whole, tmp_path, monkeypatch, step):
     wanted = settings(places, tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -128,7 +137,7 @@ def test_resuming_at_every_step_changes_no_bit(places, whole, tmp_path, monkeypa
     assert result(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", some_by_day(range(3), [0]))
 def test_a_chain_of_interruptions_changes_no_bit(places, whole, tmp_path, monkeypatch, seed):
     wanted = settings(places, tmp_path / "out")
     for step in sorted(random.Random(seed).sample(range(1, STEPS), 5)):
@@ -140,21 +149,20 @@ def test_a_chain_of_interruptions_changes_no_bit(places, whole, tmp_path, monkey
     assert result(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize(
-    "train",
-    [
-        {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"},
-        {"optim": "adafactor"},
-        {"optim": "adamw_8bit"},
-        {"optim": "sgd", "train_sampling_strategy": "group_by_length"},
-        {"loraplus_lr_ratio": 4.0, "magnitude_lr_ratio": 0.5, "max_steps": None, "num_train_epochs": 2.5},
-        {"bf16": True, "gradient_checkpointing": True},
-        {"trainer": "trl"},
-        {"packing": True},
-        {"packing": True, "trainer": "trl"},
-    ],
-    ids=str,
-)
+OTHER_SETTINGS = [
+    {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"},
+    {"optim": "adafactor"},
+    {"optim": "adamw_8bit"},
+    {"optim": "sgd", "train_sampling_strategy": "group_by_length"},
+    {"loraplus_lr_ratio": 4.0, "magnitude_lr_ratio": 0.5, "max_steps": None, "num_train_epochs": 2.5},
+    {"bf16": True, "gradient_checkpointing": True},
+    {"trainer": "trl"},
+    {"packing": True},
+    {"packing": True, "trainer": "trl"},
+]
+
+
+@pytest.mark.parametrize("train", some_by_day(OTHER_SETTINGS, OTHER_SETTINGS[4:8]), ids=str)
 def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
     if "8bit" in train.get("optim", ""):
         pytest.importorskip("bitsandbytes", reason="8-bit optimizers are bitsandbytes'")
@@ -285,8 +293,13 @@ FILES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "one bit", "cut", "link"])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    some_by_day(
+        itertools.product(["missing", "one bit", "cut", "link"], FILES),
+        [*itertools.product(["one bit"], FILES), ("missing", FILES[0]), ("cut", FILES[2]), ("link", FILES[4])],
+    ),
+)
 def test_a_damaged_checkpoint_is_skipped_and_named(halfway, whole, tmp_path, name, damage):
     out = tmp_path / "out"
     newest = max((out / "checkpoints").glob("step-*")) / name
@@ -507,7 +520,7 @@ def newest_step(out: Path) -> int:
 
 @pytest.mark.timeout(3600)
 def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp_path, server):
-    kills, runs = int(os.environ.get("DUDE_KILLS", "10")), 0
+    kills, runs = int(os.environ.get("DUDE_KILLS", "4")), 0
     chance = random.Random(0)
     killed = 0
     began = time.perf_counter()
@@ -532,14 +545,14 @@ def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
     """Not at random: right before each fsync, rename, mkdir, unlink and truncation of a whole run."""
     wanted = settings(places, tmp_path / "count", save_steps=12)
     total = server.run(wanted)["calls"]
     assert total > 40
-    chosen = range(1, total + 1) if os.environ.get("DUDE_KILLS") else range(1, total + 1, 24)
-    for number in chosen:
+    for number in range(1, total + 1):
         out = tmp_path / f"out{number}"
         wanted = settings(places, out, save_steps=12)
         assert server.run(wanted, kill_call=number)["code"] == -9
@@ -551,10 +564,10 @@ def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize(("number", "code"), [(15, 143), (2, 130)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(("number", "code"), some_by_day([(15, 143), (2, 130)], [(15, 143)]))
 def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_path, server, number, code):
     chance = random.Random(number)
-    asked = int(os.environ.get("DUDE_SIGNALS", "3"))
+    asked = int(os.environ.get("DUDE_SIGNALS", "2"))
     began = time.perf_counter()
     assert server.run(settings(places, tmp_path / "measure", save_steps=50))["code"] == 0
     longest = time.perf_counter() - began
@@ -599,7 +612,7 @@ def test_a_stop_that_a_library_caught_is_still_a_stop():
 
 def test_a_second_signal_ends_at_once_and_harms_nothing(places, whole, tmp_path, server):
     chance = random.Random(7)
-    for attempt in range(int(os.environ.get("DUDE_SIGNALS", "3"))):
+    for attempt in range(int(os.environ.get("DUDE_SIGNALS", "2"))):
         out = tmp_path / f"out{attempt}"
         wanted = settings(places, out)
         # The second comes 0 to 50 ms behind the first.
@@ -614,7 +627,7 @@ def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
     out = tmp_path / "first"
     start(settings(places, out, save_steps=8))
     largest = max(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    sweep = 40 if os.environ.get("DUDE_KILLS") else 8
+    sweep = 40 if NIGHT else 4
     failed = 0
     for number in range(sweep):
         out = tmp_path / f"out{number}"
@@ -636,7 +649,7 @@ def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
 def test_of_two_starts_one_wins(places, tmp_path, server):
     other = Server()
     try:
-        for number in range(20 if os.environ.get("DUDE_KILLS") else 5):
+        for number in range(20 if NIGHT else 2):
             wanted = settings(places, tmp_path / f"out{number}", max_steps=4)
             server.send(wanted)
             other.send(wanted)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from night import some_by_day
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
@@ -159,7 +160,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-@pytest.mark.parametrize("name", [*FORMATS, "rows.parquet", "rows.json"])
+@pytest.mark.parametrize(
+    "name", some_by_day([*FORMATS, "rows.parquet", "rows.json"], ["messages.jsonl", "rows.parquet"])
+)
 def test_every_format_trains(settings, tmp_path, name, template):
     path = tmp_path / name
     rows = [{"prompt": f"say {number}", "completion": "yes"} for number in range(16)]

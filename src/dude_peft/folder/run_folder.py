@@ -261,7 +261,7 @@ class RunFolder:
             temporary = hidden_name(self.path)
             temporary.mkdir()
             try:
-                save_adapter(model, temporary, state)
+                save_adapter(model, temporary, state, card=True)
                 tokenizer.save_pretrained(str(temporary))
                 cover_tokenizer(temporary)
                 for file in temporary.rglob("*"):
@@ -311,13 +311,24 @@ class RunFolder:
             ) from error
 
 
-def save_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+def save_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None, *, card: bool = False) -> None:
     """Fills `folder` with the adapter of a PEFT model, as stock PEFT has it.
 
     Args:
         model: the PEFT model.
         folder: made if it is not there.
         state: the trained tensors, where the model holds only a shard of each.
+        card: write PEFT's README.md as well. Nobody reads a checkpoint's, and its template takes longer than the rest.
     """
-    # Embeddings stay the base's: who trains them names them in modules_to_save.
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    with contextlib.nullcontext() if card else _without_card(model):
+        # Embeddings stay the base's: who trains them names them in modules_to_save.
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+
+
+@contextlib.contextmanager
+def _without_card(model: Any) -> Iterator[None]:
+    model.create_or_update_model_card = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
