@@ -449,7 +449,7 @@ def _settings(
     from dude_peft.config.schema import RunConfig
 
     if not isinstance(config, (str, Path, Mapping, RunConfig)):
-        raise ConfigError("config: give a YAML file, its content as a dict, or a RunConfig")
+        raise ConfigError("config: give a YAML file, a dict with its content, or a RunConfig")
     source = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else config
     given = {key: None if value is None else str(value) for key, value in (options or {}).items()}
     return load_config(source, list(overrides), given)
