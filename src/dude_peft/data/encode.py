@@ -96,13 +96,13 @@ class Counts:
             lines.append(f"left out: {', '.join(listed[:_MOST_NAMES])}{more}")
         if self.dropped:
             lines.append(
-                f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
+                f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and are left out "
                 f"({self.truncated} would lose only the end of their answer); the longest has {self.longest} tokens"
             )
         if self.unlearned:
             lines.append(
-                f"{self.unlearned} of {self.rows} rows teach nothing and are left out: their weight, train or loss "
-                "excludes every answer"
+                f"{self.unlearned} of {self.rows} rows have nothing to learn and are left out: their weight, train or "
+                "loss excludes every answer"
             )
         if self.shortened:
             lines.append(
@@ -111,8 +111,8 @@ class Counts:
             )
         if self.last_only:
             lines.append(
-                f"of {self.last_only} of {self.rows} conversations only the last answer is trained: the chat template "
-                "writes earlier ones differently later, or without an end"
+                f"of {self.last_only} of {self.rows} conversations, only the last answer is trained: the chat "
+                "template rewrites earlier ones, or writes them without an end"
             )
         return lines
 
@@ -123,10 +123,10 @@ class Counts:
         one = self.spelling == 1
         rows = f"{self.spelling} of {self.rows} rows {'spells' if one else 'spell'} special tokens"
         if special_tokens == "allow":
-            return [f"{rows}, and they are these tokens there (special_tokens: allow)"]
+            return [f"{rows}; they are read as those tokens (special_tokens: allow)"]
         if self.spelling_ends:
             return [f"{rows}, which are plain text there"]
-        return [f"{rows}, which are plain text there; special_tokens: allow makes tokens of them"]
+        return [f"{rows}, which are plain text there; special_tokens: allow reads them as tokens"]
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,14 @@ def prompt_ids(row: Row, template: Template, tokenizer: Any) -> list[int]:
     answer; and what `Template.pieces` raises.
     """
     if row.is_text:
-        raise DataError(f"{row.source}: plain text asks nothing that could be answered; set evaluation.enabled: false")
+        raise DataError(f"{row.source}: plain text has no question to answer; set evaluation.enabled: false")
     begin = _begin(tokenizer) if template.kind == "plain" else []
     (pieces,) = _tokenised([row], template.prompts([row]), template, tokenizer)
     ids = [*begin, *itertools.chain.from_iterable(pieces)]
     if not ids:
         raise ConfigError(
-            f"{row.source}: the template writes nothing before the answer, and a model needs at least one token; "
-            "use template: plain"
+            f"{row.source}: the template writes nothing before the answer, but a model needs at least one token; use "
+            "template: plain"
         )
     return ids
 
@@ -246,12 +246,12 @@ class Encoder:
         if not made and self.counts.unlearned == self.counts.rows:
             raise DataError(
                 f"{name}none of the {self.counts.rows} rows has an answer to learn: weight, train or loss excludes "
-                "each; take it from the answers that shall be learned"
+                "every one; remove it from the answers to learn"
             )
         if not made:
             raise DataError(
                 f"{name}none of the {self.counts.rows} rows fits into max_length {self.max_length}; the longest needs "
-                f"{self.counts.longest} tokens: raise max_length"
+                f"{self.counts.longest} tokens; raise max_length"
             )
 
     def _conversation(self, row: Row, pieces: Pieces, ids: list[list[int]]) -> list[Example]:
@@ -289,7 +289,7 @@ class Encoder:
             trained += [learned[place]] * kept[place] + [False] * (len(part) - kept[place])
         trained[0] = False
         if not any(trained):
-            raise DataError(f"{row.source}: the answer has no token before its end for upft to train; remove the row")
+            raise DataError(f"{row.source}: the answer is empty, so upft has no token to train; remove the row")
         return [Example([*itertools.chain.from_iterable(ids[:used])][: needed(used)], trained[: needed(used)])]
 
     def _learned(self, row: Row, pieces: Pieces, count: int) -> list[bool]:
@@ -299,8 +299,8 @@ class Encoder:
         excluded = sum(not message.trained for message in row.messages)
         if self.train_on == "all" and excluded != pieces.learned.count(False):
             raise DataError(
-                f"{row.source}: a message is excluded from the loss that train_on: all cannot tell apart; "
-                "use train_on: answers"
+                f"{row.source}: train_on: all cannot leave out a single message, as this row asks; use train_on: "
+                "answers"
             )
         answers = iter(pieces.learned)
         return [next(answers) if place % 2 else self.train_on == "all" for place in range(count)]
@@ -313,7 +313,9 @@ class Encoder:
 
     def _text(self, row: Row, ids: list[int]) -> list[Example]:
         if self.upft is not None:
-            raise DataError(f"{row.source}: plain text has no answer whose beginning upft trains; remove the row")
+            raise DataError(
+                f"{row.source}: plain text has no answer, and upft trains the beginning of an answer; remove the row"
+            )
         return list(self._blocks(ids))
 
     def _blocks(self, ids: list[int]) -> Iterator[Example]:
@@ -345,8 +347,8 @@ class Encoder:
             token = self.tokenizer.convert_tokens_to_ids(end)
             if not answer or answer[-1] != token:
                 raise ConfigError(
-                    f"{row.source}: the tokenizer does not read its own end token {quoted(end)} as one token "
-                    f"(id {token}); add it to the tokenizer as a special token"
+                    f"{row.source}: the tokenizer does not encode its own end token {quoted(end)} as one token (id "
+                    f"{token}); add it to the tokenizer as a special token"
                 )
 
 
