@@ -190,7 +190,7 @@ def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | No
     if "sha256" in report or _seals_its_files(adapter.parent):
         report = read_sealed(path, remedy)
     else:
-        tell(f"{shown(path, 300)} has no seal: nobody can tell whether its figures are those of the run")
+        tell(f"{shown(path, 300)} has no checksum, so its numbers cannot be checked")
     try:
         _scores(report)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
