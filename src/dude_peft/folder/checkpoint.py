@@ -199,8 +199,7 @@ class Checkpoints:
         if faults:
             raise ArtifactError(
                 f"no checkpoint of this run can be used: {faults[0]}; add --weights-only to continue from an adapter "
-                "only, "
-                "or --overwrite to start over"
+                "only, or --overwrite to start over"
             )
         return None
 
