@@ -166,7 +166,7 @@ def test_text_is_text_in_plain_text_too_and_counted():
     list(encoder.examples([asks("<s>", "a"), asks("> s", "a <"), row]))
     assert encoder.counts.spelling == 2
     assert encoder.counts.spellings("text") == [
-        "2 of 3 rows spell special tokens, which are plain text there; special_tokens: allow makes tokens of them"
+        "2 of 3 rows spell special tokens, which are plain text there; special_tokens: allow reads them as tokens"
     ]
 
 
@@ -224,7 +224,7 @@ def test_a_tokenizer_that_knows_a_word_only_as_its_token_says_so():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<|im_end|>", bos_token="<s>", unk_token="<unk>"
     )
-    with pytest.raises(DataError, match=r"^s.jsonl:1: the text spells the special token '<s>', which this tokenizer"):
+    with pytest.raises(DataError, match=r"^s.jsonl:1: the text contains the special token '<s>', which this tokenizer"):
         prompt_ids(asks("hi <s>", "hi"), Template(tokenizer, "plain"), tokenizer)
     for said, proposed in (("<s>", True), ("<|im_end|> <s>", False)):
         with pytest.raises(DataError) as info:

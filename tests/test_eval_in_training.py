@@ -264,4 +264,4 @@ def test_two_processes_train_and_score(place, tmp_path):
     assert report["tasks"]["measures"][0]["items"] == 4
     refused = dude("train", path, "--launch", "fsdp2", "--processes", 2, "--output-dir", tmp_path / "cut")
     assert refused.returncode == 2
-    assert "fsdp2 has cut up" in refused.stderr
+    assert "split by fsdp2" in refused.stderr

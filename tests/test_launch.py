@@ -183,7 +183,7 @@ def test_a_bad_number_in_one_process_stops_both(places, tmp_path):
     ("arguments", "words"),
     [
         (["--launch", "ddpp", "--processes", "2"], "there is ddp, fsdp2, zero3"),
-        (["--launch", "ddp", "--processes", "0"], "at least one"),
+        (["--launch", "ddp", "--processes", "0"], "give at least 1"),
         (["--launch", "ddp"], "give --processes N"),
     ],
 )

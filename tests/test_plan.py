@@ -342,7 +342,7 @@ def test_rows_are_checked_too(place, tmp_path):
 def test_rows_longer_than_the_model_reads(tmp_path, place):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "a" * 600, "completion": "b"}) + "\n")
-    with pytest.raises(ConfigError, match="the model reads 512"):
+    with pytest.raises(ConfigError, match="the model can read only 512"):
         planned(place, {"data.train": str(long), "data.max_length": 1024})
 
 

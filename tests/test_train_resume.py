@@ -273,7 +273,7 @@ def test_another_environment_is_warned_of(halfway, tmp_path):
     identity["environment"]["hardware"]["threads"] = 77
     path.write_text(json.dumps(sealed(identity)))
     report = start(halfway)
-    told = [warning for warning in report.warnings if "not where the run began" in warning]
+    told = [warning for warning in report.warnings if "started in another environment" in warning]
     assert len(told) == 1
     assert "versions.torch" in told[0]
     assert "hardware.threads 77" in told[0]
@@ -358,7 +358,7 @@ def test_a_checkpoint_with_nan_is_passed_over(halfway, whole, tmp_path, name):
     seal_folder(newest, facts)
     report = start(halfway)
     assert any(
-        "checkpoint skipped: " in told and f"{name} holds NaN or Inf" in told and "going on from step-00000008" in told
+        "checkpoint skipped: " in told and f"{name} has NaN or Inf" in told and "resuming from step-00000008" in told
         for told in report.warnings
     )
     assert result(tmp_path / "out") == whole
@@ -572,7 +572,7 @@ def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_pa
                 assert answer["code"] == code, answer
             stopped += 1
             if "which is saved" in answer["message"]:
-                assert f"behind step {newest_step(out)} of {STEPS}" in answer["message"]
+                assert f"after step {newest_step(out)} of {STEPS}" in answer["message"]
             assert server.run(wanted)["code"] == 0
         found = result(out)
         assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"])

@@ -34,7 +34,7 @@ def read_prompts(
         DataError: an empty prompt, or a file that cannot be used.
     """
     if arguments and file is not None:
-        raise ConfigError("prompts came both as arguments and with --file; give only one of them")
+        raise ConfigError("prompts came both as arguments and with --file; give one of them")
     if limit is not None and (file is None or limit < 1):
         raise ConfigError(f"--limit {limit}: give a whole number of prompts from 1, together with --file")
     if arguments:
