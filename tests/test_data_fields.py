@@ -216,7 +216,7 @@ def test_what_follows_the_last_learned_answer_is_left_out_and_told():
     assert trained(row, PLAIN_CHATML).endswith("assistant\n«a<|im_end|>»")
     assert told(row) == ["messages[] after the last answer that is learned"]
     none = turns(("user", "q"), ("assistant", "a", {"weight": 0}))
-    assert fault(none).startswith("none of the 1 rows has an answer to learn: weight, train or loss excludes every one;")
+    assert fault(none).startswith("none of the 1 rows has an answer to learn: weight, train or loss excludes every ")
 
 
 @pytest.mark.parametrize("train_on", ["answers", "last_answer", "all"])

@@ -42,7 +42,7 @@ _TEMPLATE = """\
 Made by dude-peft {{ version }}.
 {% if mismatch %}
 
-**Warning: this was made for another base model than the adapter was trained on.**
+**Warning: this export uses a different base model from the one the adapter was trained on.**
 {% endif %}
 {% if python %}
 

@@ -25,7 +25,7 @@ model:
 
 adapter:
   method: dude               # dude, dora, pissa, lora, rslora
-  r: 16                      # rank: more of it learns more, and costs more
+  r: 16                      # rank: a higher rank can learn more, but costs more
   target_modules: all-linear
 
 data:
@@ -37,10 +37,10 @@ train:
   num_train_epochs: 3
   per_device_train_batch_size: 4
   gradient_accumulation_steps: 2
-  save_steps: 50             # an interrupted run goes on from there
+  save_steps: 50             # steps between checkpoints; an interrupted run resumes
 
 evaluation:
-  rows: 32                   # held-out questions that are answered before and after
+  rows: 32                   # held-out questions to answer before and after training
 
 output_dir: {output_dir}
 """
