@@ -201,9 +201,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ArtifactError(_missing(directory, wanted))
     header = read_header(path)
     if _KEY not in header.metadata:
-        raise ArtifactError(
-            f"'{path}' has no DuDe manifest, so DuDe did not save it; load it with peft.PeftModel"
-        )
+        raise ArtifactError(f"'{path}' has no DuDe manifest, so DuDe did not save it; load it with peft.PeftModel")
     sealed = {"format": "pt", _KEY: header.metadata[_KEY], _SEAL: _text_sha256(header.metadata[_KEY])}
     if header.metadata != sealed:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")

@@ -106,9 +106,7 @@ def read_message(value: Any, key: str, source: str, record: Record, *, question:
         more["tool_calls"] = _calls(_decoded(text_of(content, place, source), place, source), place, source)
         role, content = "assistant", ""
     if role != "assistant" and "tool_calls" in more:
-        raise DataError(
-            f"{source}: {key} has role {role} but calls a tool; only an assistant's message may do that"
-        )
+        raise DataError(f"{source}: {key} has role {role} but calls a tool; only an assistant's message may do that")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more or (question and role == "assistant")
     content = "" if content is None and may_be_empty and role != "system" else content
     text = text_of(content, place, source, may_be_empty=may_be_empty)

@@ -78,8 +78,8 @@ def make_plan(
         base: Any = module.get_base_layer()
         if frozen.plain_weight(base) is None:
             raise ConfigError(
-                f"target '{module.layer_name}' is {a_(type(base).__name__)}, which has no plain weight matrix; leave it "
-                "out with --exclude-modules, or initialise in memory with get_peft_model"
+                f"target '{module.layer_name}' is {a_(type(base).__name__)}, which has no plain weight matrix; leave "
+                "it out with --exclude-modules, or initialise in memory with get_peft_model"
             )
         stored = layout.find(f"{module.layer_name}.weight", names_of[id(base.weight)])
         if not is_plain(stored):

@@ -212,9 +212,7 @@ def _show(display: Display, done: Iterable[float | None], total: int) -> None:
 def _trusted(parts: Parts, index: int, layer: str) -> Part:
     part = parts.read(index, layer)
     if part is None:
-        raise ResourceError(
-            f"the part of layer '{layer}' is damaged; check the disk, then repeat the command"
-        )
+        raise ResourceError(f"the part of layer '{layer}' is damaged; check the disk, then repeat the command")
     return part
 
 

@@ -76,7 +76,7 @@ class DataReport:
             *(("left out", line) for line in self.left_out),
         ]
         if self.held_out is not None:
-            facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} of them with a question that is also in training"))
+            facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} with a question of training"))
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
 
 

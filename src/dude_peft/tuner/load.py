@@ -55,9 +55,7 @@ def load_adapter(
         ConfigError: the name is taken, the model has adapters of another kind, or an option does not exist.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            "load_adapter needs a loaded model, such as AutoModelForCausalLM.from_pretrained(NAME)"
-        )
+        raise ConfigError("load_adapter needs a loaded model, such as AutoModelForCausalLM.from_pretrained(NAME)")
     for name in hub_options:
         if name not in _OPTIONS:
             raise ConfigError(f"load_adapter has no option '{name}'; {closest(name, _OPTIONS)}")
