@@ -218,11 +218,15 @@ class Encoder:
         if self.train_on not in TRAIN_ON:
             raise ConfigError(f"train_on is {quoted(self.train_on)}; use {', '.join(TRAIN_ON)}")
         if self.upft is not None and (self.upft < 1 or self.train_on == "all"):
-            raise ConfigError(f"upft is {self.upft}; give a whole number of tokens from 1, beside train_on: answers")
+            raise ConfigError(
+                f"upft is {self.upft}; give a whole number of tokens from 1, together with train_on: answers"
+            )
         self._begin = _begin(self.tokenizer)
         self.ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.template.turn_end)}
         if len(self._begin) > self.max_length - 2:
-            raise ConfigError(f"max_length is {self.max_length}; the tokenizer alone writes {len(self._begin)} tokens")
+            raise ConfigError(
+                f"max_length is {self.max_length}, but the tokenizer itself adds {len(self._begin)} tokens; raise it"
+            )
 
     def examples(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Example]]]:
         """Each row and its examples: one, none where it does not fit, several of plain text. Memory stays bounded.

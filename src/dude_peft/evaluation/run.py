@@ -298,7 +298,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if len(output.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
         raise ConfigError(f"output {named}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ConfigError(f"output {named} is no folder; choose another name")
+        raise ConfigError(f"output {named} is not a folder; choose another name")
     if (output / RESULTS).exists() and not overwrite:
         raise ConfigError(
             f"output {named} already has a finished evaluation; choose another folder, or add --overwrite"

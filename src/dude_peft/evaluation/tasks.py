@@ -102,7 +102,9 @@ def _manager(folder: Path | None, *, defaults: bool) -> Any:
 def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[str, Any], frozenset[str]]:
     """(its tasks, the metrics that it means over tasks)."""
     if is_yaml(name) and not Path(name).is_file():
-        raise ConfigError(f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML, or a task's name")
+        raise ConfigError(
+            f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML file, or the name of a task"
+        )
     with _own_errors(name), guarded():
         found = _found(manager, written or [name])
     tasks: dict[str, Any] = found["tasks"]
@@ -137,7 +139,7 @@ def _look_at_code(manager: Any, name: str) -> None:
         group = None
     of_group = [] if group is None else files_with_code(_manager(Path(name).parent, defaults=True), [group])
     for file in sorted({*files_with_code(manager, [name]), *of_group}):
-        warnings.warn(f"{shown(file, 300)} runs Python code of its own (!function)", stacklevel=2)
+        warnings.warn(f"{shown(file, 300)} runs its own Python code (!function)", stacklevel=2)
 
 
 def _found(manager: Any, names: list[str]) -> Any:

@@ -41,7 +41,7 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
         ConfigError: an unknown strategy, a missing package, a number that makes no sense.
     """
     if strategy not in STRATEGIES:
-        raise ConfigError(f"--launch {shown(strategy)}: there is {', '.join(STRATEGIES)}")
+        raise ConfigError(f"--launch {shown(strategy)}: choose {', '.join(STRATEGIES)}")
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--launch zero3 needs DeepSpeed: pip install deepspeed")
     if "RANK" in os.environ:

@@ -47,8 +47,8 @@ DUDE_TYPE = _PeftType("DUDE")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Keys of PEFT's LoraConfig that people bring along -> what does the same here.
 _INSTEAD = {
-    "trainable_token_indices": "train added tokens with the whole embedding, as modules_to_save=['embed_tokens']",
-    "ensure_weight_tying": "name both ends in modules_to_save, as ['embed_tokens', 'lm_head']",
+    "trainable_token_indices": "train added tokens with the whole embedding: modules_to_save=['embed_tokens']",
+    "ensure_weight_tying": "list both layers in modules_to_save: ['embed_tokens', 'lm_head']",
 }
 
 
@@ -345,7 +345,7 @@ def _check_kinds(config: DudeConfig) -> None:
     """Of a string or another kind PEFT makes something that nobody meant, or an error of its own."""
     names = config.modules_to_save
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ConfigError(f"modules_to_save={shown(repr(names))}; it is a list of names, as ['lm_head']")
+        raise ConfigError(f"modules_to_save={shown(repr(names))}; it must be a list of names, such as ['lm_head']")
     layers = config.layers_to_transform
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(layer) for layer in numbers):
