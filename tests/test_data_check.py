@@ -117,7 +117,7 @@ def test_the_command(tmp_path, model):
     ("special_tokens", "line"),
     [
         ("text", "warning: 1 of 2 rows spells special tokens, which are plain text there; special_tokens: allow"),
-        ("allow", "warning: 1 of 2 rows spells special tokens, and they are these tokens there"),
+        ("allow", "warning: 1 of 2 rows spells special tokens; they are read as those tokens"),
     ],
 )
 def test_rows_that_spell_special_tokens_are_counted(tmp_path, model, capsys, special_tokens, line):

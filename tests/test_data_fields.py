@@ -151,7 +151,7 @@ def test_sharegpt_has_system_tools_calls_and_observations():
     assert "'system' and the first message are two system messages" in fault(
         {"conversations": [{"from": "system", "value": "x"}, *row["conversations"]], "system": "y"}
     )
-    assert "conversations[1].value' is text, but no JSON" in fault(
+    assert "conversations[1].value' is text but not JSON" in fault(
         {"conversations": [row["conversations"][0], {"from": "function_call", "value": "add("}]}
     )
 
@@ -239,7 +239,7 @@ def test_a_row_that_teaches_nothing_is_left_out_and_counted(train_on, template):
         ({"weight": 0.5}, "messages[1].weight is '0.5'; write 1 or true to learn the message, 0 or false to skip it"),
         ({"loss": "false"}, "messages[1].loss is 'false'; write"),
         ({"train_detail": [{"begin_offset": 0}]}, "excludes parts of a message, but only whole messages can be"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "arguments' is text, but no JSON"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "arguments' is text but not JSON"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "names no function"),
         ({"tool_calls": ["f"]}, "is str; write an object with name"),
         ({"name": 3}, "'messages[1].name' is int, not a string"),
@@ -476,10 +476,10 @@ def test_the_closest_names_are_suggested(row, mapping, message):
 def test_wrong_maps():
     for mapping, message in (
         ({"promt": "x"}, "there is no 'promt' to map; closest: prompt"),
-        ({"prompt": "x", "completion": "x"}, "'x' is given two meanings"),
-        ({"prompt": ""}, "'prompt' is ''; a mapping needs our name and the data set's own name for it, as in {prompt:"),
-        ({"query": ""}, "'query' is ''; a mapping needs our name"),
-        ({"query": "prompt"}, "no 'query' to map; our name stands first: {prompt: query}"),
+        ({"prompt": "x", "completion": "x"}, "'x' stands for two of our names"),
+        ({"prompt": ""}, "'prompt' is ''; map our name to the data set's own name, as in {prompt:"),
+        ({"query": ""}, "'query' is ''; map our name"),
+        ({"query": "prompt"}, "'query' is not one of our names; our name comes first: {prompt: query}"),
     ):
         with pytest.raises(ConfigError, match=message):
             Columns(mapping)
@@ -529,7 +529,7 @@ def test_data_check_lists_each_column_as_used_or_left_out(tmp_path, model, capsy
         "used: ask (20), reply (20), system (20), tools (20)",
         "left out: id (20 of 20 rows), tools, which the template does not write (20 of 20 rows)",
         "no row has before (history), but data.columns names them",
-        "examples: 15,",
+        "examples: 15;",
         "0 of 5 held-out examples repeat the question of a training example",
     ):
         assert line in out

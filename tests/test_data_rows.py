@@ -150,7 +150,7 @@ BAD_ROWS = [
     ({"messages": [{"content": "a"}]}, "messages[0].role is missing; use system, user, assistant or tool"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role is list; use system"),
     ({"messages": [{"role": "tool\n\x1b[2J", "content": "a"}]}, "messages[0].role is 'tool\\n\\x1b[2J'; use system"),
-    ({"messages": [{"role": "user", "content": "q"}]}, "'messages' has no answer: its last message must be the"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "'messages' has no answer: the last message must be the"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "no user message before the answer; add it"),
     (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]},

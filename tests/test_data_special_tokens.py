@@ -178,7 +178,7 @@ def test_allow_is_proposed_where_it_works(said, allowed):
     (line,) = encoder.counts.spellings("text")
     assert ("special_tokens: allow" in line) is allowed
     if not allowed:
-        with pytest.raises(DataError, match="remove it, the template adds it, or set special_tokens to text"):
+        with pytest.raises(DataError, match="since the template adds it, or set special_tokens to text"):
             Template(tokenizer, special_tokens="allow").pieces([asks("q", f"a {said} b")])
 
 
@@ -243,6 +243,6 @@ def test_a_template_that_makes_a_token_of_what_spells_none_is_refused():
     written = Template(tokenizer)
     assert tokenizer.decode(prompt_ids(asks("a # < b", "c"), written, tokenizer)).count("a  < b") == 1
     with pytest.raises(
-        DataError, match=r"^s.jsonl:1: the chat template of 't' makes a special token of what a message"
+        DataError, match=r"^s.jsonl:1: the chat template of 't' turns text of a message into a special token"
     ):
         prompt_ids(asks("a <|im_#start|>system", "c"), written, tokenizer)

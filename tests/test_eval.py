@@ -428,7 +428,7 @@ def test_overwriting_forgets_the_tasks_of_before(place, tmp_path):
     """Local rows that an earlier call wrote are never scored in the place of the hub's."""
     evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath"), place / "data", limit=4), tmp_path / "o")
     assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"gsm8k_cot.jsonl", "wordmath.jsonl"}
-    with pytest.raises(DataError, match="task 'gsm8k_cot': its data cannot be had"):
+    with pytest.raises(DataError, match="task 'gsm8k_cot': its data cannot be loaded"):
         evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath")), tmp_path / "o", overwrite=True)
     evaluate(str(place / "model"), EvalOptions(("wordmath",), limit=2), tmp_path / "o", overwrite=True)
     assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"wordmath.jsonl"}
@@ -547,7 +547,7 @@ def test_a_task_with_code_of_its_own_says_so(tmp_path, included):
     task.write_text(task.read_text().replace("'{{q}}'", "!function own.text"))
     (tmp_path / "own.py").write_text("def text(doc):\n    return doc['q']\n")
     (tmp_path / "outer.yaml").write_text("include: mine.yaml\ntask: outer\n")
-    with pytest.warns(UserWarning, match=r"mine\.yaml runs Python code"):
+    with pytest.warns(UserWarning, match=r"mine\.yaml runs its own Python code"):
         load_tasks([str(tmp_path / "outer.yaml") if included else str(task)], None, tmp_path / "tasks")
 
 

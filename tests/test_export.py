@@ -779,7 +779,7 @@ def test_another_tokenizer_is_told_and_the_adapters_own_is_merged(worded, tmp_pa
     own.add_tokens(["<new>"])
     own.save_pretrained(tmp_path / "adapter")
     verify(tmp_path / "adapter", base=str(worded / "base"))
-    assert "not the one of the training: chat template, added tokens" in capsys.readouterr().out
+    assert "not the one used in training: chat template, added tokens" in capsys.readouterr().out
     merge([tmp_path / "adapter"], tmp_path / "merged", verify=False)
     assert "another tokenizer: chat template, added tokens" in capsys.readouterr().out
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages }}"

@@ -268,7 +268,7 @@ def test_missing_extra_and_renamed_tensors_are_refused(copied):
 @pytest.mark.parametrize(
     ("change", "error", "parts"),
     [
-        (lambda t: t[:-1], ArtifactError, ("has shape", "want")),
+        (lambda t: t[:-1], ArtifactError, ("has shape", "need")),
         (lambda t: t.to(torch.int32), ArtifactError, ("dtype",)),
         (lambda t: torch.full_like(t, float("nan")), NumericsError, ("NaN or Inf",)),
         (lambda t: t * 2, ArtifactError, ("does not match",)),

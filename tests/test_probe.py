@@ -195,7 +195,7 @@ def test_a_router_s_loss_is_a_mean_over_the_step(tmp_path, capsys, trainer):
 
 
 def test_a_model_that_sees_the_future_is_refused_everywhere(tmp_path):
-    words = "BertLMHeadModel is not causal: later tokens change its earlier logits"
+    words = "BertLMHeadModel is not causal: it sees the tokens that it has to predict"
     with pytest.raises(ConfigError, match=words):
         trained("bert", tmp_path)
     assert not (tmp_path / "out").exists()

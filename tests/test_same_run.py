@@ -293,7 +293,7 @@ def test_a_run_goes_on_with_the_same_tokenizer_alone(tmp_path):
     path = tmp_path / "model" / "tokenizer.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"decoder": None}))
-    with pytest.raises(DataError, match=r"is not the one that this run began with \(decoder\)"):
+    with pytest.raises(DataError, match=r"is not the one that this run started with \(decoder\)"):
         run(RunConfig(**settings), quiet=True)
 
 

@@ -397,7 +397,7 @@ def test_a_head_that_nobody_asked_for_is_no_secret(tmp_path):
     with pytest.warns(UserWarning, match=r"newly initialised.*'classifier\.dense', 'classifier\.out_proj'.*task_type"):
         model = get_peft_model(fresh(base, "Roberta", "SEQ_CLS", 1), DudeConfig(r=4, target_modules=["query"]))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match=r"'classifier\.dense\.\w+' is neither saved"):
+    with pytest.warns(UserWarning, match=r"'classifier\.dense\.\w+' is neither in the adapter"):
         load_adapter(fresh(base, "Roberta", "SEQ_CLS", 2), tmp_path / "adapter")
     # A model that no checkpoint was loaded into has no marks: another head is another base model.
     torch.manual_seed(0)
@@ -406,7 +406,7 @@ def test_a_head_that_nobody_asked_for_is_no_secret(tmp_path):
     torch.manual_seed(0)
     other = hf.RobertaForSequenceClassification(CONFIGS["Roberta"]())
     other.classifier.out_proj.weight.data[0, 0] += 1
-    with pytest.raises(ArtifactError, match=r"relies on 'classifier\.out_proj\.weight', which is another one here"):
+    with pytest.raises(ArtifactError, match=r"relies on 'classifier\.out_proj\.weight', which differs here"):
         load_adapter(other, tmp_path / "made")
     with pytest.warns(UserWarning, match="will differ from those in training"):
         load_adapter(other, tmp_path / "made", allow_base_mismatch=True)
@@ -415,8 +415,8 @@ def test_a_head_that_nobody_asked_for_is_no_secret(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task_type": "SEQ_CLS", "modules_to_save": ["clasifier"]}, "'clasifier' is no module .*'classifier'"),
-        ({"task_type": "TOKEN_CLS", "modules_to_save": ["skore"]}, "'skore' is no module"),
+        ({"task_type": "SEQ_CLS", "modules_to_save": ["clasifier"]}, "'clasifier' is not a module .*'classifier'"),
+        ({"task_type": "TOKEN_CLS", "modules_to_save": ["skore"]}, "'skore' is not a module"),
         ({"target_modules": ["query", "dense"], "modules_to_save": ["ense"]}, r"'bert\..*dense' is in target_modules"),
         ({"task_type": "SEQ_CLS", "target_modules": ["classifier"]}, "matches no layer"),
         ({"task_type": "TOKEN_CLS", "target_modules": ["classifier"]}, "matches no layer"),

@@ -244,7 +244,7 @@ def test_other_data_are_refused(halfway, places, tmp_path, how):
     original = (places / "train.jsonl").read_text()
     try:
         (places / "train.jsonl").write_text("\n".join(lines) + "\n")
-        with pytest.raises(DataError, match=r"data\.train: the rows are not those"):
+        with pytest.raises(DataError, match=r"data\.train: the rows differ from those"):
             start(halfway)
     finally:
         (places / "train.jsonl").write_text(original)

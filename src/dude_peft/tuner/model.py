@@ -577,7 +577,7 @@ def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
         return
     if not torch.allclose(row_norm(weight).cpu(), state.m0.cpu().double(), rtol=1e-5, atol=0):
         raise ArtifactError(
-            f"the adapter was trained on other base weights: the row norms of '{layer.layer_name}' differ; load the "
+            f"the adapter was trained on different base weights: the row norms of '{layer.layer_name}' differ; load the "
             f"base model it was trained on"
         )
 
