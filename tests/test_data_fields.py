@@ -475,7 +475,7 @@ def test_the_closest_names_are_suggested(row, mapping, message):
 
 def test_wrong_maps():
     for mapping, message in (
-        ({"promt": "x"}, "there is no 'promt' to map; closest: prompt"),
+        ({"promt": "x"}, "'promt' is not one of our names; closest: prompt"),
         ({"prompt": "x", "completion": "x"}, "'x' stands for two of our names"),
         ({"prompt": ""}, "'prompt' is ''; map our name to the data set's own name, as in {prompt:"),
         ({"query": ""}, "'query' is ''; map our name"),

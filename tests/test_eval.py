@@ -630,7 +630,7 @@ def test_a_task_that_lies_among_ours_is_kept(place, tmp_path):
 def test_a_general_text_is_read_before_anything_is_scored(place, tmp_path, monkeypatch):
     monkeypatch.setattr(HarnessModel, "loglikelihood", None)
     text = tmp_path / "text.txt"
-    for content, error in ((b"short", "too short"), (b"\xff" * 9000, "is not UTF-8")):
+    for content, error in ((b"short", "shorter than one block"), (b"\xff" * 9000, "is not UTF-8")):
         text.write_bytes(content)
         with pytest.raises(DataError, match=error):
             evaluate(str(place / "model"), EvalOptions(("mmlu_anatomy",), place / "data", text=text), tmp_path / "o")

@@ -256,7 +256,7 @@ def test_programs_are_found_in_the_documented_order(tmp_path, monkeypatch):
     _command(checkout / "build" / "bin" / "llama-quantize")
     monkeypatch.setenv("LLAMA_CPP", str(checkout))
     assert find_quantiser() == [str(checkout / "build" / "bin" / "llama-quantize")]
-    with pytest.raises(ConfigError, match=r"LLAMA_CPP .* holds no convert_hf_to_gguf.py"):
+    with pytest.raises(ConfigError, match=r"LLAMA_CPP .* has no convert_hf_to_gguf.py"):
         find_converter()
     (checkout / "convert_hf_to_gguf.py").touch()
     assert find_converter()[1] == str(checkout / "convert_hf_to_gguf.py")
