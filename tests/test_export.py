@@ -766,7 +766,7 @@ def test_files_have_the_usual_permissions_and_the_umask_is_never_touched(usual, 
 def test_verify_tells_what_an_adapter_is(usual, capsys):
     verify(usual.adapter, base=str(usual.base))
     text = capsys.readouterr().out
-    for part in ("dude, r = 4", "14 layers", "complete, unchanged, finite", "the ones the adapter was trained on", "vLLM"):
+    for part in ("dude, r = 4", "14 layers", "complete, unchanged, finite", "ones the adapter was trained on", "vLLM"):
         assert part in text, text
 
 
