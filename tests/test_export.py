@@ -473,7 +473,7 @@ def test_a_base_of_another_shape_or_architecture_is_refused(usual, tmp_path):
     refused(
         lambda: merge([usual.adapter], tmp_path / "out", base=str(tmp_path / "nowhere"), **QUIET),
         ConfigError,
-        "not a local folder",
+        "no folder",
         output=tmp_path / "out",
     )
 

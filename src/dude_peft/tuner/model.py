@@ -577,8 +577,8 @@ def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
         return
     if not torch.allclose(row_norm(weight).cpu(), state.m0.cpu().double(), rtol=1e-5, atol=0):
         raise ArtifactError(
-            f"the adapter was trained on different base weights: the row norms of '{layer.layer_name}' differ; load the "
-            f"base model it was trained on"
+            f"the adapter was trained on different base weights: the row norms of '{layer.layer_name}' differ; load "
+            "the base model it was trained on"
         )
 
 
