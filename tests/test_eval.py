@@ -789,7 +789,7 @@ def test_an_adapter_for_another_base(place, tmp_path):
         (["--tasks", "gsm8k", "-o", "x" * 300], 2, "longer than 255 bytes"),
         (["--tasks", "gsm8k", "--data-dir", __file__], 3, "this is a file"),
         (["--text", "nowhere.txt"], 3, "nowhere.txt: no such file"),
-        (["--text", "."], 3, "--text .: is a folder"),
+        (["--text", "."], 3, "--text .: this is a folder"),
         (["--tasks", "gsm8k", "--data-dir", "nowhere"], 3, "no such folder"),
     ],
 )
