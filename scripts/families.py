@@ -22,15 +22,15 @@ from family_table import cells_or_fault, markdown  # noqa: E402
 _PAGE = """\
 # Model families
 
-Each family of transformers as a tiny model with random weights, taken through everything that DuDe does
-(`python scripts/families.py` writes this page; `tests/test_families.py` tries it again). "yes" is right, compared with
-the live adapter; a number is a note below, where what is refused says so in one line.
+Each family of transformers is a tiny model with random weights, tested with everything that DuDe does
+(`python scripts/families.py` writes this page; `tests/test_families.py` repeats the tests). "yes" means that the result
+matches the live adapter. A number refers to a note below, with the error or warning.
 
 - train: `get_peft_model` with `target_modules="all-linear"` starts as the base model bit by bit; two steps move every
   layer that the batch depends on, and nothing of the base.
 - save, load: `save_pretrained` and `dude verify`; `load_adapter` and stock `peft.PeftModel` give the same logits.
 - merge: `merge_and_unload`, and `dude merge` on the checkpoint, whose tensors keep their names.
-- export: `dude export --to lora:8` in stock PEFT is nearer to the adapter than the base model is.
+- export: `dude export --to lora:8` in stock PEFT is closer to the adapter than the base model is.
 - plan: `dude plan` counts the trained parameters and the memory. init: `dude init` gives the bits of `get_peft_model`.
 
 """

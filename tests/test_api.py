@@ -139,10 +139,10 @@ def test_the_options_are_those_of_the_command():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: dude_peft.load_adapter("my-model", "runs/mine/adapter"), "takes a model that is loaded"),
+        (lambda: dude_peft.load_adapter("my-model", "runs/mine/adapter"), "needs a loaded model"),
         (lambda: dude_peft.check_data([{"prompt": "a"}], "my-model"), "rows are read from a file"),
         (lambda: dude_peft.plan("mine.jsonl"), "dude config new mine.jsonl"),
-        (lambda: dude_peft.verify("runs/mine"), "give its adapter, runs/mine/adapter"),
+        (lambda: dude_peft.verify("runs/mine"), "give the adapter inside it, runs/mine/adapter"),
     ],
 )
 def test_a_wrong_kind_is_told_what_to_do(place, monkeypatch, call, words):

@@ -62,8 +62,8 @@ def test_a_wrong_setting_is_refused_when_the_config_is_made(settings, parts):
         ("llama", {"target_modules": ["q_porj"]}, ("'q_porj'", "'q_proj'", "LlamaForCausalLM")),
         ("llama", {"target_modules": ["q_proj", "vproj"]}, ("'vproj'", "'v_proj'")),
         ("llama", {"target_modules": r".*nothing"}, ("matches no layer", "all-linear")),
-        ("llama", {"target_modules": r"(q_proj"}, ("no regular expression",)),
-        ("llama", {"exclude_modules": r"(q_proj"}, ("exclude_modules", "no regular expression")),
+        ("llama", {"target_modules": r"(q_proj"}, ("not a valid regular expression",)),
+        ("llama", {"exclude_modules": r"(q_proj"}, ("exclude_modules", "not a valid regular expression")),
         ("llama", {"target_modules": []}, ("is left to adapt",)),
         ("llama", {"target_modules": "q_proj"}, ("regular expression", "write ['q_proj']")),
         ("llama", {"target_modules": "all-linear", "exclude_modules": ".*"}, ("is left to adapt",)),
@@ -223,7 +223,7 @@ def test_a_base_of_another_size_is_refused(tmp_path):
     refused(error, "k_proj", "in training")
     with pytest.raises(ArtifactError) as error:
         load_adapter(make("gpt2-conv1d"), tmp_path)
-    refused(error, "GPT2LMHeadModel has not")
+    refused(error, "GPT2LMHeadModel does not have")
 
 
 def test_all_linear_leaves_out_what_cannot_be_adapted():
@@ -244,13 +244,13 @@ def test_all_linear_leaves_out_what_cannot_be_adapted():
         ({"exclude_modules": "((.*)*)*Q"}, "exclude_modules='((.*)*)*Q' takes longer than 2 s"),
         ({"rank_pattern": {"((.*)*)*Q": 2}}, "rank_pattern='((.*)*)*Q' takes longer than 2 s"),
         ({"modules_to_save": ["(.*.*)*x"]}, "modules_to_save='(.*.*)*x' takes longer than 2 s"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'; it is a list of names"),
-        ({"modules_to_save": [None]}, "it is a list of names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'; it must be a list of names"),
+        ({"modules_to_save": [None]}, "it must be a list of names"),
         ({"layers_to_transform": "\x1b[31m"}, "it is the number of a layer"),
         ({"layers_to_transform": [1.5]}, "it is the number of a layer"),
         ({"rank_pattern": {7: 1}}, "it maps patterns of layer names to numbers"),
         ({"alpha_pattern": ("q_proj",)}, "it maps patterns of layer names to numbers"),
-        ({"alpha_pattern": {"(q_proj": 2}}, "alpha_pattern='(q_proj' is no regular expression"),
+        ({"alpha_pattern": {"(q_proj": 2}}, "alpha_pattern='(q_proj' is not a valid regular expression"),
     ],
 )
 def test_a_pattern_that_never_ends_or_is_none_is_refused(changes, words):

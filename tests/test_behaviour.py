@@ -181,7 +181,7 @@ def test_what_does_not_map_rows_is_refused_by_name(kind):
     with pytest.raises(ConfigError, match=r"target 'lin' is an? ") as caught:
         get_peft_model(nn.ModuleDict({"lin": REFUSED[kind]()}), DudeConfig(r=3, target_modules=["lin"]))
     assert "\n" not in str(caught.value)
-    assert "not a linear layer" in str(caught.value) or "no linear map of rows of 10 features" in str(caught.value)
+    assert "not a linear layer" in str(caught.value) or "not a linear map of 10 input features" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, "scaled", "rounded", "parametrized"])
@@ -202,7 +202,7 @@ def test_the_adapted_layer_is_the_textbooks(kind):
         merged = model.merge_and_unload()
         assert (merged(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     else:
-        with pytest.raises(ConfigError, match="cannot take a merge"):
+        with pytest.raises(ConfigError, match="cannot be merged into"):
             model.merge_adapter()
 
 

@@ -82,7 +82,7 @@ def test_a_card_tells_what_was_done(adapter):
         assert part in body, body
     assert "Warning" not in body
     marked = model_card(open_adapter(adapter), None, {**EXPORT, "base_mismatch_allowed": True})
-    assert "another base model" in marked
+    assert "different base model" in marked
 
 
 HOSTILE = st.sampled_from(
@@ -270,7 +270,7 @@ def test_only_what_belongs_to_an_adapter_is_sent(adapter, tmp_path, capsys):
     upload(folder, "me/mine", folder=tmp_path / "dry")
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert {path.name for path in (tmp_path / "dry").iterdir()} == names
-    said = next(line for line in capsys.readouterr().out.splitlines() if "not sent" in line)
+    said = next(line for line in capsys.readouterr().out.splitlines() if "not uploaded" in line)
     for name in ("token.json", "secrets.json", "trainer_state.json", "other.safetensors", "my.model", "vocab.json"):
         assert name in said
 
@@ -297,7 +297,7 @@ def test_a_report_that_lost_its_seal_is_told_of_or_refused(adapter, tmp_path, ca
     report, run = tmp_path / "report.json", tmp_path / "run.json"
     report.write_text(json.dumps(REPORT))
     upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "alone")
-    assert "report.json has no seal" in " ".join(capsys.readouterr().out.split())
+    assert "report.json has no checksum" in " ".join(capsys.readouterr().out.split())
     run.write_text(json.dumps({"format_version": 1, "config": {}}))  # an early version's run
     upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "early", quiet=True)
     for identity in ({"format_version": 2}, {}):
@@ -306,7 +306,7 @@ def test_a_report_that_lost_its_seal_is_told_of_or_refused(adapter, tmp_path, ca
             upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "edited", quiet=True)
     report.write_text(json.dumps(sealed(REPORT)))
     upload(tmp_path / "adapter", "me/mine", folder=tmp_path / "whole")
-    assert "has no seal" not in " ".join(capsys.readouterr().out.split())
+    assert "has no checksum" not in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("part", [{"before": {**SCORE, "loss": "x"}}, {"before": {"loss": 1}}])

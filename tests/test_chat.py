@@ -213,16 +213,16 @@ def test_options_that_cannot_work(wrong):
 
 
 def test_what_cannot_be_opened(place, adapter, tmp_path):
-    with pytest.raises(ConfigError, match=r"folder of a run; give its adapter"):
+    with pytest.raises(ConfigError, match=r"run's folder; give the adapter"):
         opened(place / "run")
-    with pytest.raises(ConfigError, match="--base goes with an adapter"):
+    with pytest.raises(ConfigError, match="--base needs an adapter"):
         opened(place / "model", base="x")
     with pytest.raises(ConfigError, match="name is empty"):
         opened(" ")
     with pytest.raises(ConfigError, match="no such folder"):
         opened("nobody/nothing")
     save_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(ArtifactError, match="other base weights"):
+    with pytest.raises(ArtifactError, match="different base weights"):
         opened(adapter, base=str(tmp_path / "other"))
 
 
@@ -314,7 +314,7 @@ def test_a_message_that_is_too_long_costs_nothing():
     talk.answer("a")
     before = list(talk.turns)
     talk.ask("x" * 64)
-    with pytest.raises(DataError, match="the model reads 64; shorten it"):
+    with pytest.raises(DataError, match="can read only 64; shorten"):
         talk.prompt(10)
     assert talk.take_back() == "x" * 64
     assert talk.turns == before
@@ -390,7 +390,7 @@ def test_a_person_may_make_mistakes(place, monkeypatch, capsys, asked):
     typed(monkeypatch, "/nope", "/retry", "/compare", "a<|end|>", "x" * 600, "hi")
     chat(str(place / "model"), max_new_tokens=2)
     err = capsys.readouterr().err
-    for part in ("no command '/nope'", "nothing to answer again", "nothing to compare", "the model reads"):
+    for part in ("no command '/nope'", "no message to answer again", "nothing to compare", "the model can read only"):
         assert part in err
     assert "<|user|>a<|end|><|end|>\n<|assistant|>" in [text for text, _ in asked]  # which is text, and no mistake
 
@@ -541,7 +541,7 @@ def test_a_conversation_is_a_prompt_too(place, tmp_path, asked):
     (record,) = generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), max_new_tokens=2)
     assert record["prompt"] == row["messages"][:-1]
     assert asked[0][0] == "<|system|>s<|end|>\n<|user|>u<|end|>\n<|assistant|>"
-    with pytest.raises(DataError, match=r"rows.jsonl:1: 2 messages, and --raw"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 2 messages, but --raw"):
         generate(str(place / "model"), file=str(tmp_path / "rows.jsonl"), raw=True)
 
 
@@ -557,10 +557,10 @@ def test_the_output_is_one_line_of_json_whatever_is_in_it(place, monkeypatch):
     ("options", "error", "words"),
     [
         ({"prompts": ["a", ""]}, DataError, "prompt 2: 'prompt' is empty"),
-        ({"prompts": ["x" * 600]}, DataError, "prompt 1: the prompt has 6.. tokens, the model reads 512"),
+        ({"prompts": ["x" * 600]}, DataError, "prompt 1: the prompt has 6.. tokens, but the model can read only 512"),
         ({"prompts": ["x"], "max_new_tokens": 512}, ConfigError, "lower --max-new-tokens to 507"),
         ({"prompts": ["x"], "file": "y.txt"}, ConfigError, "give one of them"),
-        ({"prompts": ["x"], "limit": 3}, ConfigError, "of a --file"),
+        ({"prompts": ["x"], "limit": 3}, ConfigError, "together with --file"),
         ({"prompts": ["x"], "raw": True, "template": "plain"}, ConfigError, "give one of them"),
         ({"prompts": ["x"], "template": "odd"}, ConfigError, "use auto, chat, plain"),
         ({"prompts": ["x"], "base_too": True}, ConfigError, "not an adapter"),
@@ -736,7 +736,7 @@ def test_an_interrupted_command_goes_on_and_writes_the_same_file(adapter, tmp_pa
             generate(adapter, prompts, output=out, **options)
         assert part.exists()
         assert not out.exists()
-    with pytest.raises(ConfigError, match=r"out.jsonl.part holds .* completions of another command or model; give"):
+    with pytest.raises(ConfigError, match=r"out.jsonl.part holds .* completions of another command or model; repeat"):
         generate(adapter, prompts[1:], output=out, **options)
     with part.open("ab") as file:
         file.write(b'{"model:1": ["torn')  # by a kill

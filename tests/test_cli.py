@@ -175,7 +175,7 @@ def test_wrong_usage_shows_what_to_write(arguments, hint):
 )  # fmt: skip
 def test_a_folder_that_is_not_there_is_told_at_once(arguments, tmp_path):
     done = dude(*arguments, cwd=tmp_path)
-    assert "there is no such folder" in assert_refused(done, 4, "artifact")
+    assert "no such folder" in assert_refused(done, 4, "artifact")
     assert list(tmp_path.iterdir()) == []
 
 

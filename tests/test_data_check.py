@@ -52,12 +52,12 @@ def test_it_shows_what_is_trained(tmp_path, model, capsys):
     for line in (
         "format: prompt + completion, messages",
         "template: chat; the end token is '<|end|>'",
-        "rows: 4; examples: 3, 1 of them repetitions",
+        "rows: 4; examples: 3; duplicates: 1",
         "max_length is 60",
-        "learned end: 3 of 3 examples",
-        "warning: 1 of 4 rows are longer than max_length 60 and left out (1 would lose only the end of their answer)",
-        "warning: 1 of 2 held-out examples ask what a training example asks",
-        f"example 3, {train}:4; trained tokens stand between « and »:",
+        "answers with a trained end: 3 of 3 examples",
+        "warning: 1 of 4 rows are longer than max_length 60 and are left out (1 would lose only the end of their ",
+        "warning: 1 of 2 held-out examples repeat the question of a training example",
+        f"example 3, {train}:4; trained tokens are between « and »:",
         "<|user|>q<|end|>\n<|assistant|>«a<|end|>»\n<|user|>r<|end|>\n<|assistant|>«b\\x1b[31m<|end|>»",
     ):
         assert line in out
@@ -117,7 +117,7 @@ def test_the_command(tmp_path, model):
     ("special_tokens", "line"),
     [
         ("text", "warning: 1 of 2 rows spells special tokens, which are plain text there; special_tokens: allow"),
-        ("allow", "warning: 1 of 2 rows spells special tokens, and they are these tokens there"),
+        ("allow", "warning: 1 of 2 rows spells special tokens; they are read as those tokens"),
     ],
 )
 def test_rows_that_spell_special_tokens_are_counted(tmp_path, model, capsys, special_tokens, line):

@@ -231,7 +231,7 @@ def test_no_row_left_is_an_error_that_names_the_length_needed():
     tokenizer = tiny()
     rows = [row("q", "a" * 50), row("q", "a" * 80)]
     needed = len(prompt_ids(rows[1], Template(tokenizer), tokenizer)) + 81
-    message = f"none of the 2 rows fits into max_length 60; the longest needs {needed} tokens: raise max_length"
+    message = f"none of the 2 rows fits into max_length 60; the longest needs {needed} tokens; raise max_length"
     with pytest.raises(DataError, match=rf"^{message}$"):
         encode(rows, Template(tokenizer), tokenizer, 60)
     with pytest.raises(DataError, match="no rows to encode"):
@@ -260,7 +260,7 @@ def test_a_token_beyond_the_model_is_refused():
 def test_an_end_token_that_is_not_one_token_is_refused():
     tokenizer = tiny()
     tokenizer.split_special_tokens = True
-    with pytest.raises(ConfigError, match=r"^s.jsonl:1: the tokenizer does not read its own end token .* as one token"):
+    with pytest.raises(ConfigError, match=r"^s.jsonl:1: the tokenizer does not encode its own end token .* as one"):
         encode([row("q", "a")], Template(tokenizer), tokenizer, 99)
 
 

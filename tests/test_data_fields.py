@@ -126,7 +126,7 @@ def test_alpaca_has_system_and_history():
         f"{s}Be.<|im_end|>\n{u}e<|im_end|>\n{a}«f<|im_end|>»\n{u}g<|im_end|>\n{a}«h<|im_end|>»\n{u}q<|im_end|>\n"
         f"{a}«a<|im_end|>»"
     )
-    assert "history[0] is no pair of texts" in fault({**row, "history": ["e"]})
+    assert "history[0] is not a pair of texts" in fault({**row, "history": ["e"]})
     assert "'history' is str; write [[question, answer], ...]" in fault({**row, "history": "e"})
     assert "'history[0][1]' is null" in fault({**row, "history": [["e", None]]})
 
@@ -151,7 +151,7 @@ def test_sharegpt_has_system_tools_calls_and_observations():
     assert "'system' and the first message are two system messages" in fault(
         {"conversations": [{"from": "system", "value": "x"}, *row["conversations"]], "system": "y"}
     )
-    assert "conversations[1].value' is text, but no JSON" in fault(
+    assert "conversations[1].value' is text but not JSON" in fault(
         {"conversations": [row["conversations"][0], {"from": "function_call", "value": "add("}]}
     )
 
@@ -214,9 +214,9 @@ def test_excluded_answers_are_context(flag):
 def test_what_follows_the_last_learned_answer_is_left_out_and_told():
     row = turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "BAD", {"weight": 0}))
     assert trained(row, PLAIN_CHATML).endswith("assistant\n«a<|im_end|>»")
-    assert told(row) == ["messages[] behind the last answer that is learned"]
+    assert told(row) == ["messages[] after the last answer that is learned"]
     none = turns(("user", "q"), ("assistant", "a", {"weight": 0}))
-    assert fault(none).startswith("none of the 1 rows has an answer to learn: weight, train or loss excludes each; ")
+    assert fault(none).startswith("none of the 1 rows has an answer to learn: weight, train or loss excludes every ")
 
 
 @pytest.mark.parametrize("train_on", ["answers", "last_answer", "all"])
@@ -229,17 +229,17 @@ def test_a_row_that_teaches_nothing_is_left_out_and_counted(train_on, template):
     made = [examples for _, examples in encoder.examples(parse_row(row, "r:1") for row in rows)]
     assert [len(each) for each in made] == [0, 0, 1]
     assert encoder.counts.losses(2000) == [
-        "2 of 3 rows teach nothing and are left out: their weight, train or loss excludes every answer"
+        "2 of 3 rows have nothing to learn and are left out: their weight, train or loss excludes every answer"
     ]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"weight": 0.5}, "messages[1].weight is '0.5'; write 1 or true to learn it, 0 or false not to"),
+        ({"weight": 0.5}, "messages[1].weight is '0.5'; write 1 or true to learn the message, 0 or false to skip it"),
         ({"loss": "false"}, "messages[1].loss is 'false'; write"),
-        ({"train_detail": [{"begin_offset": 0}]}, "excludes parts of a message; only whole ones can be"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "arguments' is text, but no JSON"),
+        ({"train_detail": [{"begin_offset": 0}]}, "excludes parts of a message, but only whole messages can be"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "arguments' is text but not JSON"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "names no function"),
         ({"tool_calls": ["f"]}, "is str; write an object with name"),
         ({"name": 3}, "'messages[1].name' is int, not a string"),
@@ -252,8 +252,9 @@ def test_what_cannot_be_read_is_refused(more, message):
 def test_a_question_that_is_excluded_stays_out_of_all_tokens():
     row = turns(("user", "q", {"train": False}), ("assistant", "a", {"train": True}))
     assert trained(row, PLAIN_CHATML).endswith("«a<|im_end|>»")
-    assert "a message is excluded from the loss that train_on: all cannot tell apart" in fault(row, train_on="all")
-    assert told(turns(("user", "q", {"train": True}), ("assistant", "a"))) == ["messages[].train of what is no answer"]
+    assert "train_on: all cannot leave out a single message" in fault(row, train_on="all")
+    left_out = told(turns(("user", "q", {"train": True}), ("assistant", "a")))
+    assert left_out == ["messages[].train of a message that is not an answer"]
 
 
 def test_two_answers_in_a_row_are_both_trained():
@@ -379,7 +380,7 @@ def test_a_column_without_a_name_is_told():
 
 
 def test_a_hint_that_maps_nothing_is_left_out():
-    with pytest.raises(DataError, match="'completion' is mapped to another name of ours; map completion"):
+    with pytest.raises(DataError, match="'completion' is mapped to another of our names; map completion"):
         Reading(Columns({"prompt": "completion"})).row({"prompt": "q", "completion": "a"}, "r:1")
     assert mapping_for(["prompt", "completion"]) is None
 
@@ -474,11 +475,11 @@ def test_the_closest_names_are_suggested(row, mapping, message):
 
 def test_wrong_maps():
     for mapping, message in (
-        ({"promt": "x"}, "there is no 'promt' to map; closest: prompt"),
-        ({"prompt": "x", "completion": "x"}, "'x' is given two meanings"),
-        ({"prompt": ""}, "'prompt' is ''; a mapping needs our name and the data set's own name for it, as in {prompt:"),
-        ({"query": ""}, "'query' is ''; a mapping needs our name"),
-        ({"query": "prompt"}, "no 'query' to map; our name stands first: {prompt: query}"),
+        ({"promt": "x"}, "'promt' is not one of our names; closest: prompt"),
+        ({"prompt": "x", "completion": "x"}, "'x' stands for two of our names"),
+        ({"prompt": ""}, "'prompt' is ''; map our name to the data set's own name, as in {prompt:"),
+        ({"query": ""}, "'query' is ''; map our name"),
+        ({"query": "prompt"}, "'query' is not one of our names; our name comes first: {prompt: query}"),
     ):
         with pytest.raises(ConfigError, match=message):
             Columns(mapping)
@@ -527,16 +528,16 @@ def test_data_check_lists_each_column_as_used_or_left_out(tmp_path, model, capsy
         "format: ask + reply",
         "used: ask (20), reply (20), system (20), tools (20)",
         "left out: id (20 of 20 rows), tools, which the template does not write (20 of 20 rows)",
-        "no row has before (history), which data.columns names",
-        "examples: 15,",
-        "0 of 5 held-out examples ask what a training example asks",
+        "no row has before (history), but data.columns names them",
+        "examples: 15;",
+        "0 of 5 held-out examples repeat the question of a training example",
     ):
         assert line in out
 
 
 @pytest.mark.parametrize("test", ["0.1_0", " 0.1", "\u0660.\u0661", "infinity"])
 def test_shares_and_seeds_are_written_plainly(test):
-    with pytest.raises(ConfigError, match=r"^--test .* is no decimal number; write plain digits"):
+    with pytest.raises(ConfigError, match=r"^--test .* is not a decimal number; write plain digits"):
         check("t.jsonl", "m", test=test)
     with pytest.raises(ConfigError, match=r"^--seed -1: give a whole number from 0 to"):
         check("t.jsonl", "m", seed=-1)
@@ -545,7 +546,7 @@ def test_shares_and_seeds_are_written_plainly(test):
 def test_a_number_that_is_too_large_is_called_so():
     with pytest.raises(typer.BadParameter, match="is too large; write a whole number of at most 18 digits"):
         integer("9" * 24)
-    with pytest.raises(typer.BadParameter, match="is no whole number"):
+    with pytest.raises(typer.BadParameter, match="is not a whole number"):
         integer("0" * 24)
     assert integer("-" + "9" * 18) == -(10**18 - 1)
 

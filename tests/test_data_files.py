@@ -117,8 +117,8 @@ def test_bad_parquet(tmp_path):
     assert message.endswith(":2: 'answer' is null; fill it in or remove the row (2 bad rows: 2, 4)")
     assert ": no known format in the columns ('a'); use prompt" in fault(parquet(tmp_path, [{"a": "b"}]))
     whole = parquet(tmp_path, [{"question": "q", "answer": "a"}]).read_bytes()
-    assert "is no readable Parquet file (" in fault(write(tmp_path, whole[:-9], "u.parquet"))
-    assert "is no readable Parquet file (" in fault(write(tmp_path, b"", "v.parquet"))
+    assert "is not a readable Parquet file (" in fault(write(tmp_path, whole[:-9], "u.parquet"))
+    assert "is not a readable Parquet file (" in fault(write(tmp_path, b"", "v.parquet"))
 
 
 def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_text_file_is_one_document_in_passages_cut_at_blank_lines(tmp_path, mo
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no text (the file is empty or blank); write some"),
+        ("", "no text (the file is empty or blank); add some text"),
         ("\n \n", "no text"),
         (b"ok\ncaf\xe9", ":2: byte 0xE9 at byte offset 6 is not UTF-8"),
         (b"\xff\xfea\0", "UTF-16 (byte offset 0)"),
@@ -178,7 +178,7 @@ def test_load_rows_of_a_mixture(tmp_path):
     assert [row.answer for row in rows if row.answer[0] == "b"] == ["b0", "b1"] * 2
     assert len({row.answer for row in rows}) == 4 + 2
     assert len(load_rows([Part(a, "train", 2), Part(b, "train")])) == 4
-    with pytest.raises(ConfigError, match="only some sources have a weight"):
+    with pytest.raises(ConfigError, match="only some sources of the mixture have a weight"):
         load_rows([Part(a, "train", None, 1.0), Part(b, "train")])
 
 

@@ -111,5 +111,5 @@ def test_columns_of_a_run(tmp_path):
     made = read(config(tmp_path, str(path), own, columns=names), tiny_tokenizer())
     assert sides(made) == (["q0", "q1", "q2", "q3"], ["p0", "p1"])
     assert made.warnings == ["data.train: left out: id (4 of 4 rows)"]
-    with pytest.raises(ConfigError, match=r"data.columns: there is no 'promt' to map; closest: prompt"):
+    with pytest.raises(ConfigError, match=r"data.columns: 'promt' is not one of our names; closest: prompt"):
         config(tmp_path, str(path), 0.5, columns={"promt": "ask"})

@@ -273,7 +273,7 @@ def test_a_passage_has_no_end_and_an_end_in_the_text_that_may_be_one_is_kept():
 
 def test_plain_text_asks_nothing():
     tokenizer = tokenizer_of("plain")
-    with pytest.raises(DataError, match=r"^t:1: plain text asks nothing"):
+    with pytest.raises(DataError, match=r"^t:1: plain text has no question"):
         prompt_ids(Row((Message("text", "ab"),), "t:1"), Template(tokenizer), tokenizer)
 
 

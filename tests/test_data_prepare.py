@@ -210,7 +210,7 @@ def test_mix_gives_each_source_its_share():
     first, again, other = (mix([100, 100], [1.0, 1.0], 60, seed)[0].tolist() for seed in (1, 1, 2))
     assert first == again != other
     assert first != mix([100, 100], [1.0, 1.0], 60, 1)[1].tolist()
-    with pytest.raises(ConfigError, match="999,999,999 rows is more than 10,000,000, the most that 30 are repeated to"):
+    with pytest.raises(ConfigError, match="999,999,999 rows is more than 10,000,000, the most that 30 can be"):
         mix([10, 20], [1.0, 1.0], 999_999_999, 0)
     with pytest.warns(UserWarning, match=r"source 'b\.jsonl' of the mixture gives no row"):
         mix([10, 10], [1e6, 1.0], 10, 0, ["a.jsonl", "b.jsonl"])
@@ -286,7 +286,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert cache_folder().is_dir()
     assert "dude-cache-" in cache_folder().name
     monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "file" / "x"))
-    with pytest.raises(ResourceError, match=r"DUDE_CACHE: .* cannot be written; name another folder"):
+    with pytest.raises(ResourceError, match=r"DUDE_CACHE: .* is not writable; set it to another folder"):
         cache_folder()
 
 

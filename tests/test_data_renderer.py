@@ -74,5 +74,5 @@ def test_many_slow_answers_cost_no_more_than_one_that_never_comes(monkeypatch):
 def test_a_template_that_writes_a_little_much_each_time_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ 'a' * 900000 }}"
-    with pytest.raises(ConfigError, match="writes far more than it is given"):
+    with pytest.raises(ConfigError, match="writes far more text than it gets"):
         Template(tokenizer).pieces([ROW] * 200)

@@ -150,7 +150,7 @@ BAD_ROWS = [
     ({"messages": [{"content": "a"}]}, "messages[0].role is missing; use system, user, assistant or tool"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role is list; use system"),
     ({"messages": [{"role": "tool\n\x1b[2J", "content": "a"}]}, "messages[0].role is 'tool\\n\\x1b[2J'; use system"),
-    ({"messages": [{"role": "user", "content": "q"}]}, "'messages' has no answer: its last message must be the"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "'messages' has no answer: the last message must be the"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "no user message before the answer; add it"),
     (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]},
@@ -162,7 +162,7 @@ BAD_ROWS = [
     ),
     (
         {"messages": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}]},
-        "messages[1] is a system message; only the first one may be",
+        "messages[1] is a system message; only the first message may be",
     ),
 ]
 
@@ -219,7 +219,7 @@ def test_all_bad_lines_are_counted_and_twenty_are_named(tmp_path):
 
 def test_a_file_cut_off_in_its_last_line_is_named_so(tmp_path):
     path = write(tmp_path, GOOD + b'\n{"prompt": "q", "compl')
-    assert fault(path).startswith(f"{path}:2:17: the file's last line is cut off")
+    assert fault(path).startswith(f"{path}:2:17: the last line of the file is cut off")
     assert "write it again or remove it" in fault(path)
 
 
@@ -229,14 +229,14 @@ def test_a_file_cut_off_in_its_last_line_is_named_so(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no rows (the file is empty or has only blank lines); write one object a line"),
+        (b"", "no rows (the file is empty or has only blank lines); write one object per line"),
         (b"\n \r\n\t\n", "no rows"),
         (b"\xef\xbb\xbf", "no rows"),
         (
             b'[{"prompt": "q", "completion": "a"}]',
-            ":1: begins a JSON array, not JSON lines; one object a line, or name",
+            ":1: a JSON array begins here, not JSON lines; write one object per line, or name",
         ),
-        (b'\n[\n {"prompt": "q"}\n]', ":2: begins a JSON array"),
+        (b'\n[\n {"prompt": "q"}\n]', ":2: a JSON array begins here"),
         (gzip.compress(GOOD), "gzip-compressed; decompress it first"),
         (b"PK\x03\x04....", "a zip archive; unpack it first"),
         (b"PAR1....", "a Parquet file; name it .parquet"),
@@ -264,7 +264,7 @@ def test_missing_file_names_the_closest_one(tmp_path):
 
 
 def test_unusable_paths(tmp_path):
-    assert "is a folder; name the data file in it" in fault(tmp_path)
+    assert "is a folder; give the data file in it" in fault(tmp_path)
     assert "not a usable path" in fault("a\0b.jsonl")
     assert "not a usable path" in fault("a\ud800b.jsonl", load_rows)
     with pytest.raises(ResourceError, match="cannot be read"):
@@ -291,7 +291,7 @@ def test_a_line_of_ten_gigabytes_is_refused_in_bounded_memory(tmp_path):
         "except Exception as error: print(type(error).__name__, error)"
     )
     out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
-    assert out.stdout == f"DataError {path}:2: the line is longer than 16 MiB; one row belongs on one line\n", (
+    assert out.stdout == f"DataError {path}:2: the line is longer than 16 MiB; write each row on its own line\n", (
         out.stderr
     )
 

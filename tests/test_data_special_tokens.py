@@ -166,7 +166,7 @@ def test_text_is_text_in_plain_text_too_and_counted():
     list(encoder.examples([asks("<s>", "a"), asks("> s", "a <"), row]))
     assert encoder.counts.spelling == 2
     assert encoder.counts.spellings("text") == [
-        "2 of 3 rows spell special tokens, which are plain text there; special_tokens: allow makes tokens of them"
+        "2 of 3 rows spell special tokens, which are plain text there; special_tokens: allow reads them as tokens"
     ]
 
 
@@ -178,7 +178,7 @@ def test_allow_is_proposed_where_it_works(said, allowed):
     (line,) = encoder.counts.spellings("text")
     assert ("special_tokens: allow" in line) is allowed
     if not allowed:
-        with pytest.raises(DataError, match="remove it, the template adds it, or set special_tokens to text"):
+        with pytest.raises(DataError, match="since the template adds it, or set special_tokens to text"):
             Template(tokenizer, special_tokens="allow").pieces([asks("q", f"a {said} b")])
 
 
@@ -224,7 +224,7 @@ def test_a_tokenizer_that_knows_a_word_only_as_its_token_says_so():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<|im_end|>", bos_token="<s>", unk_token="<unk>"
     )
-    with pytest.raises(DataError, match=r"^s.jsonl:1: the text spells the special token '<s>', which this tokenizer"):
+    with pytest.raises(DataError, match=r"^s.jsonl:1: the text contains the special token '<s>', which this tokenizer"):
         prompt_ids(asks("hi <s>", "hi"), Template(tokenizer, "plain"), tokenizer)
     for said, proposed in (("<s>", True), ("<|im_end|> <s>", False)):
         with pytest.raises(DataError) as info:
@@ -243,6 +243,6 @@ def test_a_template_that_makes_a_token_of_what_spells_none_is_refused():
     written = Template(tokenizer)
     assert tokenizer.decode(prompt_ids(asks("a # < b", "c"), written, tokenizer)).count("a  < b") == 1
     with pytest.raises(
-        DataError, match=r"^s.jsonl:1: the chat template of 't' makes a special token of what a message"
+        DataError, match=r"^s.jsonl:1: the chat template of 't' turns text of a message into a special token"
     ):
         prompt_ids(asks("a <|im_#start|>system", "c"), written, tokenizer)

@@ -124,7 +124,7 @@ def test_a_models_own_code_runs_where_the_yaml_says_so_and_nowhere_else(place, t
     for command in (("train", run), ("plan", run), ("init", model, "-o", tmp_path / "start"), ("generate", model, "a")):
         code, _, error = dude(*command)
         assert code == 2, error
-        assert "brings Python code of its own, and it was not run" in line(error)
+        assert "has its own Python code, which was not run" in line(error)
         assert not marker.exists()
     write_config(run, place, model, tmp_path / "out", trust_remote_code=True)
     code, out, error = dude("plan", run)
@@ -156,7 +156,7 @@ def test_a_tokenizers_own_code_in_an_adapters_folder_does_not_run(place, tmp_pat
     for command in [*commands, ("merge", adapter, "-o", tmp_path / "merged")]:
         code, _, error = dude(*command)
         assert code == 2, error
-        assert "brings Python code of its own, and it was not run" in line(error)
+        assert "has its own Python code, which was not run" in line(error)
         assert not marker.exists()
 
 
@@ -478,7 +478,7 @@ def test_a_tensor_of_another_shape_is_named(place, tmp_path, dude):
     run = write_config(tmp_path / "run.yaml", place, model, tmp_path / "out")
     for command in (("generate", model, "hi"), ("train", run)):
         code, _, error = dude(*command)
-        wanted = "down_proj.weight has shape (64, 128) in the checkpoint, and (64, 96) by its configuration (and 5"
+        wanted = "down_proj.weight has shape (64, 128) in the checkpoint, but (64, 96) in its configuration (and 5"
         assert (code, wanted in line(error)) == (4, True), error
 
 

@@ -393,7 +393,7 @@ def test_changed_answers_are_refused(place, tmp_path, damage):
         path = next((tmp_path / "o" / "answers").glob("*.jsonl"))
     if damage != "a line of another file":
         path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ArtifactError, match="is damaged; remove it, and its answers are computed again"):
+    with pytest.raises(ArtifactError, match="is damaged; remove it, and its answers will be computed again"):
         evaluate(str(place / "model"), options, tmp_path / "o", overwrite=True)
     path.unlink()
     evaluate(str(place / "model"), options, tmp_path / "o", overwrite=True)
@@ -430,7 +430,7 @@ def test_overwriting_forgets_the_tasks_of_before(place, tmp_path):
     """Local rows that an earlier call wrote are never scored in the place of the hub's."""
     evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath"), place / "data", limit=4), tmp_path / "o")
     assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"gsm8k_cot.jsonl", "wordmath.jsonl"}
-    with pytest.raises(DataError, match="task 'gsm8k_cot': its data cannot be had"):
+    with pytest.raises(DataError, match="task 'gsm8k_cot': its data cannot be loaded"):
         evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath")), tmp_path / "o", overwrite=True)
     evaluate(str(place / "model"), EvalOptions(("wordmath",), limit=2), tmp_path / "o", overwrite=True)
     assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"wordmath.jsonl"}
@@ -497,8 +497,8 @@ def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch, error
 def test_settings_of_a_task_that_cannot_work(place, tmp_path):
     generated = "output_type: generate_until\ngeneration_kwargs: {{until: ['.'], {0}}}\n"
     for more, error in (
-        (generated.format("temperature: 0.7"), "draws tokens at random"),
-        (generated.format("no_such_setting: 1"), r"the harness cannot ask .* \(ValueError: .*no_such_setting"),
+        (generated.format("temperature: 0.7"), "samples tokens at random"),
+        (generated.format("no_such_setting: 1"), r"lm-eval cannot run .* \(ValueError: .*no_such_setting"),
         ("unsafe_code: true\n", "runs code that the model writes"),
     ):
         text = Path(task_file(tmp_path, "mine", 2)).read_text().replace("output_type: multiple_choice\n", "")
@@ -549,7 +549,7 @@ def test_a_task_with_code_of_its_own_says_so(tmp_path, included):
     task.write_text(task.read_text().replace("'{{q}}'", "!function own.text"))
     (tmp_path / "own.py").write_text("def text(doc):\n    return doc['q']\n")
     (tmp_path / "outer.yaml").write_text("include: mine.yaml\ntask: outer\n")
-    with pytest.warns(UserWarning, match=r"mine\.yaml runs Python code"):
+    with pytest.warns(UserWarning, match=r"mine\.yaml runs its own Python code"):
         load_tasks([str(tmp_path / "outer.yaml") if included else str(task)], None, tmp_path / "tasks")
 
 
@@ -616,7 +616,7 @@ def test_two_groups_of_one_name(place, tmp_path):
     for stem in ("a", "b"):
         folder.mkdir(exist_ok=True)
         (folder / f"{stem}.yaml").write_text(f"group: same\ntask:\n{body}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"b\.yaml is the group 'same', which the harness finds in .*a\.yaml"):
+    with pytest.raises(ConfigError, match=r"b\.yaml is the group 'same', which lm-eval already has in .*a\.yaml"):
         evaluate(str(place / "model"), EvalOptions((str(folder / "b.yaml"),)), tmp_path / "o")
 
 
@@ -632,7 +632,7 @@ def test_a_task_that_lies_among_ours_is_kept(place, tmp_path):
 def test_a_general_text_is_read_before_anything_is_scored(place, tmp_path, monkeypatch):
     monkeypatch.setattr(HarnessModel, "loglikelihood", None)
     text = tmp_path / "text.txt"
-    for content, error in ((b"short", "too short"), (b"\xff" * 9000, "is not UTF-8")):
+    for content, error in ((b"short", "shorter than one block"), (b"\xff" * 9000, "is not UTF-8")):
         text.write_bytes(content)
         with pytest.raises(DataError, match=error):
             evaluate(str(place / "model"), EvalOptions(("mmlu_anatomy",), place / "data", text=text), tmp_path / "o")
@@ -677,7 +677,7 @@ def test_an_unknown_task_names_the_closest(place, tmp_path):
 
 
 def test_a_missing_file_says_what_it_has_to_hold(place, tmp_path):
-    with pytest.raises(DataError, match=r"test\.jsonl: no such file; it has to hold JSON lines, {\"question\""):
+    with pytest.raises(DataError, match=r"test\.jsonl: no such file; it must have JSON lines, {\"question\""):
         evaluate(str(place / "model"), EvalOptions(("gsm8k_cot",), tmp_path), tmp_path / "o")
     with pytest.raises(DataError, match=r"abstract_algebra_dev\.csv: no such file; .* question,choice0,.*,answer"):
         evaluate(str(place / "model"), EvalOptions(("mmlu",), place / "data"), tmp_path / "o2")
@@ -696,7 +696,7 @@ def test_a_missing_file_says_what_it_has_to_hold(place, tmp_path):
         ("gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question": "q"}', r"l:2: 'answer' is missing"),
         ("gsm8k/test.jsonl", '{"question": "q", "answer": "1"}\n', r"jsonl:1: the answer has no '#### N'"),
         ("gsm8k/test.jsonl", '{"question": \n', r"jsonl:1: malformed JSON"),
-        ("gsm8k/test.jsonl", "\n", r"holds no questions"),
+        ("gsm8k/test.jsonl", "\n", r"has no questions"),
         ("math/SVAMP/test.json", '[{"instruction": "q"}]', r"test\.json, row 1: 'answer' is missing"),
         (
             "math/SVAMP/test.json",
@@ -774,7 +774,7 @@ def test_nan_logits_end_it(place, tmp_path):
 
 def test_an_adapter_for_another_base(place, tmp_path):
     save_tiny(tmp_path / "other", seed=1, max_position_embeddings=2048)
-    with pytest.raises(ArtifactError, match="other base weights"):
+    with pytest.raises(ArtifactError, match="different base weights"):
         evaluate(
             str(place / "adapter"), EvalOptions(TASKS, place / "data"), tmp_path / "o", base=str(tmp_path / "other")
         )
@@ -783,15 +783,15 @@ def test_an_adapter_for_another_base(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
-        (["--tasks", "gsm8k,gsm8k"], 2, "asked for twice"),
+        (["--tasks", "gsm8k,gsm8k"], 2, "listed twice"),
         ([], 2, "nothing to evaluate"),
         (["--tasks", "gsm8k", "--limit", "0"], 2, "--limit 0"),
         (["--tasks", "gsm8k", "--seed", "-1"], 2, "--seed -1"),
         (["--tasks", "math"], 2, "needs LLM-Adapters' files"),
         (["--tasks", "gsm8k", "-o", "x" * 300], 2, "longer than 255 bytes"),
-        (["--tasks", "gsm8k", "--data-dir", __file__], 3, "is no folder"),
+        (["--tasks", "gsm8k", "--data-dir", __file__], 3, "this is a file"),
         (["--text", "nowhere.txt"], 3, "nowhere.txt: no such file"),
-        (["--text", "."], 3, "--text .: is a folder"),
+        (["--text", "."], 3, "--text .: this is a folder"),
         (["--tasks", "gsm8k", "--data-dir", "nowhere"], 3, "no such folder"),
     ],
 )
@@ -818,7 +818,7 @@ def test_ctrl_c_says_how_to_go_on(place, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in stderr
+    assert "run the same command again" in stderr
     assert not Path(tmp_path / "o" / "results.json").exists()
 
 

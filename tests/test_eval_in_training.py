@@ -170,7 +170,7 @@ def test_a_stopped_run_finds_its_answers(place, tmp_path, monkeypatch):
     ("evaluation", "error", "words"),
     [
         ({"tasks": ["gsm8q"]}, ConfigError, r"evaluation\.tasks: there is no task 'gsm8q'; did you mean 'gsm8k'"),
-        ({"tasks": ["gsm8k", "gsm8k"]}, ConfigError, r"evaluation\.tasks: 'gsm8k' is asked for twice"),
+        ({"tasks": ["gsm8k", "gsm8k"]}, ConfigError, r"evaluation\.tasks: 'gsm8k' is listed twice"),
         (
             {"tasks": ["gsm8k"], "tasks_data_dir": "/nowhere"},
             DataError,
@@ -265,4 +265,4 @@ def test_two_processes_train_and_score(place, tmp_path):
     assert report["tasks"]["measures"][0]["items"] == 4
     refused = dude("train", path, "--launch", "fsdp2", "--processes", 2, "--output-dir", tmp_path / "cut")
     assert refused.returncode == 2
-    assert "fsdp2 has cut up" in refused.stderr
+    assert "split by fsdp2" in refused.stderr

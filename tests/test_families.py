@@ -59,8 +59,8 @@ def adapted(model: nn.Module, **settings: object) -> tuple[set[str], list[str]]:
 @pytest.mark.parametrize(
     ("family", "left_out", "said"),
     [
-        ("Gemma 3 VL", "vision_tower", "model.vision_tower (15 layers, no text passes it)"),
-        ("Qwen2-VL", "visual", "model.visual (10 layers, no text passes it)"),
+        ("Gemma 3 VL", "vision_tower", "model.vision_tower (15 layers, not used by text)"),
+        ("Qwen2-VL", "visual", "model.visual (10 layers, not used by text)"),
         ("Phi-4 multimodal", "audio_embed.encoder", "model.embed_tokens_extend.audio_embed.encoder (9 layers"),
         ("Qwen2-MoE", "shared_expert_gate", "shared_expert_gate (2 layers, gate or router)"),
         ("Llama 4", "router", "router (1 layer, cannot be adapted)"),
@@ -152,7 +152,7 @@ def test_a_weight_without_a_tensor_of_its_own_is_refused_with_the_way_out(saved)
     """Experts that the checkpoint has one by one and the model in one tensor."""
     _, _, layout = saved("Mixtral")
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    with pytest.raises(ArtifactError, match=r"makes it of .*save_original_format=False") as error:
+    with pytest.raises(ArtifactError, match=r"builds it from .*save_original_format=False") as error:
         layout.find(name, [name])
     assert "\n" not in str(error.value)
 
@@ -198,7 +198,7 @@ def test_what_stock_peft_refuses_is_said_and_not_exported(saved, tmp_path, capsy
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").unlink()
     verify(tmp_path / "adapter")
-    assert "stock PEFT: not asked" in " ".join("".join(capsys.readouterr()).split())
+    assert "stock PEFT: not checked" in " ".join("".join(capsys.readouterr()).split())
     (base / "config.json").write_text(json.dumps(config))
 
 

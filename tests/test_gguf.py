@@ -182,13 +182,13 @@ def test_an_output_that_is_there_is_left_alone(program, tmp_path):
     program("raise SystemExit('must not run')")
     model, output = save_llama(tmp_path / "model"), tmp_path / "model.gguf"
     output.write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         convert(model, output)
     assert output.read_text() == "mine"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no config.json"):
+    with pytest.raises(ConfigError, match=r"has no config.json"):
         convert(tmp_path, tmp_path / "model.gguf")
 
 
@@ -199,7 +199,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         ("import nowhere_to_be_found", ConfigError, "needs nowhere_to_be_found where it runs"),
         ("sys.exit('ERROR:Model NewForCausalLM is not supported')", ConfigError, "this model's architecture"),
         ("raise ValueError('odd')", ConfigError, "converter failed: ValueError: odd"),
-        ("sys.exit(3)", ConfigError, "it ended with code 3 and said nothing"),
+        ("sys.exit(3)", ConfigError, "it ended with code 3 and no message"),
         ("pass", ConfigError, "ended with code 0"),
         ("open(out, 'w').write('no such format')", ConfigError, "ended with code 0"),
     ],
@@ -256,11 +256,11 @@ def test_programs_are_found_in_the_documented_order(tmp_path, monkeypatch):
     _command(checkout / "build" / "bin" / "llama-quantize")
     monkeypatch.setenv("LLAMA_CPP", str(checkout))
     assert find_quantiser() == [str(checkout / "build" / "bin" / "llama-quantize")]
-    with pytest.raises(ConfigError, match=r"LLAMA_CPP .* holds no convert_hf_to_gguf.py"):
+    with pytest.raises(ConfigError, match=r"LLAMA_CPP .* has no convert_hf_to_gguf.py"):
         find_converter()
     (checkout / "convert_hf_to_gguf.py").touch()
     assert find_converter()[1] == str(checkout / "convert_hf_to_gguf.py")
-    with pytest.raises(ConfigError, match=r"llama.cpp folder .* holds no"):
+    with pytest.raises(ConfigError, match=r"llama.cpp folder .* has no"):
         find_converter(tmp_path)
 
 

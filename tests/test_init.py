@@ -399,9 +399,9 @@ def test_a_weight_that_cannot_be_used_is_refused(change, error, parts, spoilt, t
 
 
 def test_models_that_cannot_be_used_are_refused(spoilt, tmp_path):
-    refused(spoilt, tmp_path, ConfigError, "no module", settings={"target_modules": ["q_porj"]})
+    refused(spoilt, tmp_path, ConfigError, "not a module", settings={"target_modules": ["q_porj"]})
     refused(spoilt, tmp_path, ConfigError, "more than layer", settings={"r": 40, "target_modules": ["k_proj"]})
-    refused(tmp_path / "nowhere", tmp_path, ConfigError, "no folder")
+    refused(tmp_path / "nowhere", tmp_path, ConfigError, "not a folder")
     settings = json.loads((spoilt / "config.json").read_text())
     quantised = {**settings, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (spoilt / "config.json").write_text(json.dumps(quantised))
@@ -496,7 +496,7 @@ def test_ctrl_c_exits_with_130_and_the_command_resumes(checkpoint, adapter, tmp_
     arguments = ["init", checkpoint, "-o", tmp_path / "adapter", "-r", "4", "--lora-alpha", "6", "--workers", "1"]
     code, errors = stopped_by_ctrl_c(arguments, "DuDe")
     assert code == 130, errors
-    assert "goes on where it stopped" in errors
+    assert "run the same command again" in errors
     assert dude(*arguments).returncode == 0
     assert_same(tmp_path / "adapter", adapter)
 

@@ -158,7 +158,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint_and_the_run_goes_on(place
     _, errors = process.communicate(timeout=200)
     assert process.returncode in (143, 0), errors
     if process.returncode == 143:
-        assert errors.count("stopped by SIGTERM behind step") == 1
+        assert errors.count("stopped by SIGTERM after step") == 1
         assert list((out / "checkpoints").glob("step-*"))
         assert dude(config, "--launch", strategy, "--processes", "2").returncode == 0
     assert losses(out) == losses(whole)
@@ -184,8 +184,8 @@ def test_a_bad_number_in_one_process_stops_both(places, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--launch", "ddpp", "--processes", "2"], "there is ddp, fsdp2, zero3"),
-        (["--launch", "ddp", "--processes", "0"], "at least one"),
+        (["--launch", "ddpp", "--processes", "2"], "choose ddp, fsdp2, zero3"),
+        (["--launch", "ddp", "--processes", "0"], "give at least 1"),
         (["--launch", "ddp"], "give --processes N"),
     ],
 )

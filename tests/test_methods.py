@@ -441,7 +441,7 @@ def test_layers_to_transform_takes_those_layers_alone(targets):
     [
         ({"layers_to_transform": 99}, "no layer 99; it has 0 to 1"),
         ({"layers_to_transform": [0, 99]}, "no layer 99"),
-        ({"modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat' is no module of the model; .*lm_head"),
+        ({"modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat' is not a module of the model; .*lm_head"),
     ],
 )
 def test_what_names_nothing_is_refused(settings, words):

@@ -46,7 +46,7 @@ def test_columns_and_odd_names_are_kept(model, tmp_path):
 
 def test_a_file_that_is_there_is_left_alone(model, tmp_path):
     (tmp_path / "run.yaml").write_text("mine")
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         new_config("builtin:word-problems", model, output=tmp_path / "run.yaml")
     assert (tmp_path / "run.yaml").read_text() == "mine"
 

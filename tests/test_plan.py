@@ -307,7 +307,7 @@ def planned(place: Path, settings: dict[str, Any], memory: str | None = None) ->
         ({"adapter.r": 40, "adapter.target_modules": ["k_proj"]}, "k_proj"),  # grouped queries: 32 rows
         ({"adapter.target_modules": ["q_prj"]}, "closest: 'q_proj'"),
         ({"adapter.target_modules": ["embed_tokens"]}, "Embedding"),
-        ({"adapter.target_modules": "(q_proj"}, "no regular expression"),
+        ({"adapter.target_modules": "(q_proj"}, "not a valid regular expression"),
         ({"adapter.method": "dud"}, "closest: 'dude'"),
         ({"model.name_or_path": "/nowhere"}, "no folder"),
         ({"model.name_or_path": "someone/nothing"}, "hub"),
@@ -343,7 +343,7 @@ def test_rows_are_checked_too(place, tmp_path):
 def test_rows_longer_than_the_model_reads(tmp_path, place):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "a" * 600, "completion": "b"}) + "\n")
-    with pytest.raises(ConfigError, match="the model reads 512"):
+    with pytest.raises(ConfigError, match="the model can read only 512"):
         planned(place, {"data.train": str(long), "data.max_length": 1024})
 
 

@@ -381,12 +381,12 @@ def test_feature_extraction_and_a_pooler_that_no_output_needs(tmp_path):
             return model(input_ids=tokens()).last_hidden_state.mean(1)
 
     config = DudeConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
-    with pytest.warns(UserWarning, match=r"newly initialised, and neither trained whole nor saved: 'pooler\.dense'"):
+    with pytest.warns(UserWarning, match=r"newly initialised, but neither trained in full nor saved: 'pooler\.dense'"):
         model = get_peft_model(encoder(1), config)
     assert not isinstance(model.get_submodule("base_model.model.pooler.dense"), DudeLinear)
     shake(model)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match=r"'pooler\.dense\.\w+' is neither saved .* was drawn anew"):
+    with pytest.warns(UserWarning, match=r"'pooler\.dense\.\w+' is neither in the adapter .* new random values"):
         loaded = load_adapter(encoder(2), tmp_path / "adapter")
     assert torch.equal(embedding(loaded), embedding(model))
 
@@ -397,7 +397,7 @@ def test_a_head_that_nobody_asked_for_is_no_secret(tmp_path):
     with pytest.warns(UserWarning, match=r"newly initialised.*'classifier\.dense', 'classifier\.out_proj'.*task_type"):
         model = get_peft_model(fresh(base, "Roberta", "SEQ_CLS", 1), DudeConfig(r=4, target_modules=["query"]))
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.warns(UserWarning, match=r"'classifier\.dense\.\w+' is neither saved"):
+    with pytest.warns(UserWarning, match=r"'classifier\.dense\.\w+' is neither in the adapter"):
         load_adapter(fresh(base, "Roberta", "SEQ_CLS", 2), tmp_path / "adapter")
     # A model that no checkpoint was loaded into has no marks: another head is another base model.
     torch.manual_seed(0)
@@ -406,17 +406,17 @@ def test_a_head_that_nobody_asked_for_is_no_secret(tmp_path):
     torch.manual_seed(0)
     other = hf.RobertaForSequenceClassification(CONFIGS["Roberta"]())
     other.classifier.out_proj.weight.data[0, 0] += 1
-    with pytest.raises(ArtifactError, match=r"relies on 'classifier\.out_proj\.weight', which is another one here"):
+    with pytest.raises(ArtifactError, match=r"relies on 'classifier\.out_proj\.weight', which differs here"):
         load_adapter(other, tmp_path / "made")
-    with pytest.warns(UserWarning, match="will not be those of training"):
+    with pytest.warns(UserWarning, match="will differ from those in training"):
         load_adapter(other, tmp_path / "made", allow_base_mismatch=True)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task_type": "SEQ_CLS", "modules_to_save": ["clasifier"]}, "'clasifier' is no module .*'classifier'"),
-        ({"task_type": "TOKEN_CLS", "modules_to_save": ["skore"]}, "'skore' is no module"),
+        ({"task_type": "SEQ_CLS", "modules_to_save": ["clasifier"]}, "'clasifier' is not a module .*'classifier'"),
+        ({"task_type": "TOKEN_CLS", "modules_to_save": ["skore"]}, "'skore' is not a module"),
         ({"target_modules": ["query", "dense"], "modules_to_save": ["ense"]}, r"'bert\..*dense' is in target_modules"),
         ({"task_type": "SEQ_CLS", "target_modules": ["classifier"]}, "matches no layer"),
         ({"task_type": "TOKEN_CLS", "target_modules": ["classifier"]}, "matches no layer"),
@@ -518,7 +518,7 @@ def test_added_tokens_are_trained_saved_and_loaded(whole, embeddings, vocabulary
 def test_added_tokens_that_were_not_saved_are_noticed(vocabulary, tmp_path):
     model = shake(get_peft_model(resized(vocabulary, 1), DudeConfig(r=4, target_modules=["q_proj"])))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    with pytest.raises(ArtifactError, match=r"relies on '[\w.]+', which is another one here, and was not saved"):
+    with pytest.raises(ArtifactError, match=r"relies on '[\w.]+', which differs here and was not saved"):
         load_adapter(resized(vocabulary, 2), tmp_path / "adapter")
     same = load_adapter(resized(vocabulary, 1), tmp_path / "adapter")
     assert torch.equal(outputs(same, ADDED), outputs(model, ADDED))
@@ -530,7 +530,7 @@ def test_embeddings_of_one_adapter_do_not_become_those_of_another(vocabulary, tm
         model.save_pretrained(tmp_path / str(seed))
     first = load_adapter(resized(vocabulary, 3), tmp_path / "1", adapter_name="one")
     before = outputs(first, ADDED)
-    with pytest.raises(ArtifactError, match="on which its other adapters rely"):
+    with pytest.raises(ArtifactError, match="which its other adapters use"):
         load_adapter(first, tmp_path / "2", adapter_name="two")
     assert torch.equal(outputs(first, ADDED), before)
 
@@ -548,8 +548,8 @@ def test_the_command_on_added_tokens(whole, vocabulary, tmp_path, capsys):
     model.save_pretrained(tmp_path / "adapter")
     expected = outputs(model, ADDED)
     verify(tmp_path / "adapter")
-    assert "saved whole: lm_head.weight, model.embed_tokens.weight" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ArtifactError, match="resize and save that base model first"):
+    assert "saved in full: lm_head.weight, model.embed_tokens.weight" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ArtifactError, match="resize the base model, save it"):
         merge([tmp_path / "adapter"], tmp_path / "refused", verify=False, quiet=True)
     resized(vocabulary, 5).save_pretrained(tmp_path / "larger")
     merge([tmp_path / "adapter"], tmp_path / "merged", base=str(tmp_path / "larger"), verify=False, quiet=True)
@@ -561,7 +561,7 @@ def test_merge_sees_another_embedding_on_disk(vocabulary, tmp_path):
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     resized(vocabulary, 5).save_pretrained(tmp_path / "larger")
     for base in (None, str(tmp_path / "larger")):
-        with pytest.raises(ArtifactError, match=r"other weights than those of .*embed_tokens|lm_head"):
+        with pytest.raises(ArtifactError, match=r"weights that differ from those of .*embed_tokens|lm_head"):
             merge([tmp_path / "adapter"], tmp_path / "merged", base=base, verify=False, quiet=True)
 
 

@@ -115,7 +115,7 @@ def test_no_bad_number_reaches_a_checkpoint(settings, monkeypatch, where):
         return original(self, args, state, control, model=model, lr_scheduler=lr_scheduler, **rest)
 
     monkeypatch.setattr(loop_module.Loop, "on_step_end", poisoned)
-    with pytest.raises(NumericsError, match="holds NaN or Inf behind step 4; nothing of it was written"):
+    with pytest.raises(NumericsError, match="has NaN or Inf after step 4; this step was not saved"):
         start(settings, train={"save_steps": 1})
     monkeypatch.undo()
     out = Path(settings["output_dir"])
@@ -352,7 +352,7 @@ def test_a_trl_that_loses_the_labels_is_refused(settings, monkeypatch):
     trainer = pytest.importorskip("trl.trainer.sft_trainer").SFTTrainer
     real = trainer._prepare_dataset
     monkeypatch.setattr(trainer, "_prepare_dataset", lambda *a, **k: real(*a, **k).remove_columns("labels"))
-    with pytest.raises(ConfigError, match="drops the labels"):
+    with pytest.raises(ConfigError, match="loses the labels"):
         start(settings, train={"trainer": "trl"}, data={"packing": True, "max_length": 30})
 
 

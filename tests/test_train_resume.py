@@ -252,7 +252,7 @@ def test_other_data_are_refused(halfway, places, tmp_path, how):
     original = (places / "train.jsonl").read_text()
     try:
         (places / "train.jsonl").write_text("\n".join(lines) + "\n")
-        with pytest.raises(DataError, match=r"data\.train: the rows are not those"):
+        with pytest.raises(DataError, match=r"data\.train: the rows differ from those"):
             start(halfway)
     finally:
         (places / "train.jsonl").write_text(original)
@@ -281,7 +281,7 @@ def test_another_environment_is_warned_of(halfway, tmp_path):
     identity["environment"]["hardware"]["threads"] = 77
     path.write_text(json.dumps(sealed(identity)))
     report = start(halfway)
-    told = [warning for warning in report.warnings if "not where the run began" in warning]
+    told = [warning for warning in report.warnings if "started in another environment" in warning]
     assert len(told) == 1
     assert "versions.torch" in told[0]
     assert "hardware.threads 77" in told[0]
@@ -371,7 +371,7 @@ def test_a_checkpoint_with_nan_is_passed_over(halfway, whole, tmp_path, name):
     seal_folder(newest, facts)
     report = start(halfway)
     assert any(
-        "checkpoint skipped: " in told and f"{name} holds NaN or Inf" in told and "going on from step-00000008" in told
+        "checkpoint skipped: " in told and f"{name} has NaN or Inf" in told and "resuming from step-00000008" in told
         for told in report.warnings
     )
     assert result(tmp_path / "out") == whole
@@ -585,7 +585,7 @@ def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_pa
                 assert answer["code"] == code, answer
             stopped += 1
             if "which is saved" in answer["message"]:
-                assert f"behind step {newest_step(out)} of {STEPS}" in answer["message"]
+                assert f"after step {newest_step(out)} of {STEPS}" in answer["message"]
             assert server.run(wanted)["code"] == 0
         found = result(out)
         assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"])

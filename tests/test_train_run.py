@@ -225,8 +225,8 @@ def test_leaks_and_rows_left_out_are_warned_of(settings, tmp_path):
     rate, dropped, repeated, leaked = (text for text in report.warnings if "copy construct" not in text)
     assert rate.startswith("train.learning_rate 0.01 is 100 times")
     assert dropped.startswith("data.train: 1 of 18 rows are longer than max_length 40")
-    assert repeated == "1 of 17 training examples are repetitions"
-    assert leaked.startswith("3 of 3 held-out examples ask what a training example asks")
+    assert repeated == "1 of 17 training examples are duplicates"
+    assert leaked.startswith("3 of 3 held-out examples repeat the question of a training example")
     assert report.data["train"]["dropped"] == 1
 
 
@@ -317,7 +317,7 @@ def test_a_model_that_rules_out_tokens_trains(settings, checkpoint, tmp_path):
 
     ruled_out = torch.tensor([[1.0, -torch.inf]])
     check_start(ruled_out, ruled_out.clone())
-    with pytest.raises(NumericsError, match=r"moves the logits by up to 0\.5"):
+    with pytest.raises(NumericsError, match=r"changes the logits by up to 0\.5"):
         check_start(ruled_out, ruled_out + 0.5)
 
 
@@ -429,8 +429,8 @@ def test_a_planted_link_is_replaced_not_followed(tmp_path):
         ("a/b/c", "no folder"),
         ("with space", "no folder"),
         ("package:no_such_package", "pip install --no-deps no-such-package"),
-        ("package:../x", "no package name"),
-        ("package:", "no package name"),
+        ("package:../x", "not a package name"),
+        ("package:", "not a package name"),
     ],
 )
 def test_a_model_that_does_not_exist(name, hint):
@@ -440,7 +440,7 @@ def test_a_model_that_does_not_exist(name, hint):
 
 def test_a_folder_without_a_model_names_the_gguf_file(tmp_path):
     section = ModelSection(name_or_path=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"no config\.json; give the folder"):
+    with pytest.raises(ConfigError, match=r"no config\.json; give the model's folder"):
         locate(section)
     (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"set model\.gguf_file: model\.Q4\.gguf"):

@@ -40,7 +40,7 @@ def train(
     strategy: str = "ddp",
     quiet: bool = True,
 ) -> RunReport:
-    """Fine-tune a model as a configuration says; the same call again goes on where it was interrupted, bit by bit.
+    """Fine-tune a model from a configuration; if it is interrupted, the same call again resumes, bit by bit.
 
         report = dude_peft.train("run.yaml", ["train.max_steps=2"], output_dir="runs/two-steps")
         print(report.after.loss, report.adapter)
@@ -85,7 +85,7 @@ def train(
 def plan(
     config: RunSource, overrides: Sequence[str] = (), *, device_memory: str | None = None, quiet: bool = True
 ) -> Plan:
-    """Check a run, and tell the memory, disk and steps that it will need; no weights are read.
+    """Check a run, and estimate the memory, disk and steps that it will need; no weights are read.
 
         plan = dude_peft.plan("run.yaml")
         print(plan.fits, plan.steps)
@@ -123,7 +123,7 @@ def check_data(
     upft: int | None = None,
     quiet: bool = True,
 ) -> DataReport:
-    """Tell what a run would learn of a data set: examples with the trained tokens marked, and what is left out.
+    """Show what a run would learn from a data set: examples with the trained tokens marked, and what is left out.
 
         report = dude_peft.check_data("mine.jsonl", "my-model", test=0.1)
         print(report.examples, report.left_out)
@@ -187,7 +187,7 @@ def evaluate(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Evaluation:
-    """Score an adapter beside its base, or a model, by lm-evaluation-harness; the same call again goes on.
+    """Score an adapter and its base, or a model, with lm-evaluation-harness; the same call again resumes.
 
         found = dude_peft.evaluate("runs/mine/adapter", "scores", text="general.txt")
         print(found.text.loss, found.text.base_loss)
@@ -258,7 +258,7 @@ def generate(
         file: prompts: .txt, one a line, or rows as `train` reads them.
         limit: the first prompts of the file only.
         columns: what the file calls its columns, as data.columns.
-        output: JSON lines are written there too; the same call again goes on.
+        output: JSON lines are written there too; the same call again resumes.
         overwrite: replace an output that is there.
         base: base model of the adapter; None takes its own.
         gguf_file: the GGUF file that is the (base) model.
@@ -322,7 +322,7 @@ def merge(
     allow_base_mismatch: bool = False,
     quiet: bool = True,
 ) -> Export:
-    """Write W0 + sum_i w_i (W'_i - W0) as a plain model, and prove that it does what the live adapters do.
+    """Write W0 + sum_i w_i (W'_i - W0) as a plain model, and check that it does what the live adapters do.
 
         made = dude_peft.merge("runs/mine/adapter", "merged")
         print(made.path)
@@ -379,7 +379,7 @@ def export(
     allow_base_mismatch: bool = False,
     quiet: bool = True,
 ) -> Export:
-    """Write an adapter as another program wants it, and prove that it does what the live adapter does.
+    """Write an adapter for another program, and check that it does what the live adapter does.
 
         made = dude_peft.export("runs/mine/adapter", "lora:8", "lora-8")
         print(made.path, made.record)
@@ -420,7 +420,7 @@ def export(
 def verify(
     adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = True
 ) -> Verification:
-    """Check every byte and number of an adapter, and tell what each program will do with it.
+    """Check every byte and number of an adapter, and show which programs can use it.
 
         found = dude_peft.verify("runs/mine/adapter", base="my-model")
         print(found.method, found.trained_numbers, found.base_compared)
@@ -449,7 +449,7 @@ def _settings(
     from dude_peft.config.schema import RunConfig
 
     if not isinstance(config, (str, Path, Mapping, RunConfig)):
-        raise ConfigError("config: give a YAML file, its content as a dict, or a RunConfig")
+        raise ConfigError("config: give a YAML file, a dict with its content, or a RunConfig")
     source = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else config
     given = {key: None if value is None else str(value) for key, value in (options or {}).items()}
     return load_config(source, list(overrides), given)

@@ -314,7 +314,7 @@ def init(
             return
         initialise(model, output, settings, dtype=dtype, seed=seed, workers=workers, overwrite=overwrite, debug=debug)
     except KeyboardInterrupt:
-        message = "stopped by Ctrl-C; the same command goes on where it stopped"
+        message = "stopped by Ctrl-C; run the same command again to resume"
         raise StoppedError(signal.SIGINT, message) from None
 
 
@@ -626,7 +626,7 @@ def evaluate(
             quiet=False,
         )
     except KeyboardInterrupt:
-        message = "stopped by Ctrl-C; the same command goes on where it stopped"
+        message = "stopped by Ctrl-C; run the same command again to resume"
         raise StoppedError(signal.SIGINT, message) from None
 
 

@@ -54,7 +54,7 @@ def require_place(name: str) -> None:
     """
     is_name = name.startswith("package:") or _HUB_ID.fullmatch(name)
     if not is_name and not os.path.lexists(name):
-        raise ArtifactError(f"{shown(name, 300)}: there is no such folder; check the path, or let the run finish first")
+        raise ArtifactError(f"{shown(name, 300)}: no such folder; check the path, or wait until the run has finished")
 
 
 class NoFileError(OSError):
@@ -147,8 +147,8 @@ def check_size(key: str, value: int, tensors: int, largest: int, *, layers: bool
     """
     if value > (tensors if layers else max(16 * largest, 1 << 16)):
         raise ValueError(
-            f"its {quoted(key)} is {shown(value, 30)}, and the weights are {tensors} tensors of sides up to {largest}: "
-            "they belong to different models"
+            f"its {quoted(key)} is {shown(value, 30)}, but the weights are {tensors} tensors with sides up to "
+            f"{largest}: they belong to different models"
         )
 
 
@@ -217,7 +217,7 @@ _MOST_OTHERWISE = 1 << 62
 
 def _check_settings(name: str, settings: Any) -> None:
     if not isinstance(settings, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it does not contain a JSON object")
     if name == "config.json":
         _check_sizes(settings)
 
@@ -230,6 +230,6 @@ def _check_sizes(settings: dict[str, Any]) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             most = next((most for pattern, most in _MOST if pattern.fullmatch(key)), None)
             if most is not None and not -most <= value <= most:
-                raise ValueError(f"its {quoted(key)} is {shown(value, 30)}, and no model has more than {most:,}")
+                raise ValueError(f"its {quoted(key)} is {shown(value, 30)}, but no model has more than {most:,}")
             if isinstance(value, int) and abs(value) > _MOST_OTHERWISE:
-                raise ValueError(f"its {quoted(key)} is {shown(value, 30)}, which is no size of anything")
+                raise ValueError(f"its {quoted(key)} is {shown(value, 30)}, which is not a valid size")

@@ -91,5 +91,5 @@ def instead_of(word: str, section: str = "adapter.") -> str | None:
     if plain in _METHODS:
         return f"set {section}method to {_METHODS[plain]!r}"
     if plain in _QUANTISED:
-        return "name a model that is stored quantised, as dude init --quantize writes one"
+        return "give a quantised model, such as dude init --quantize writes"
     return None

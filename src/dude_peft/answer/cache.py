@@ -67,7 +67,7 @@ class AnswerCache:
                     self._answers |= batch
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ArtifactError(
-                    f"{shown(path, 300)} is damaged; remove it, and its answers are computed again"
+                    f"{shown(path, 300)} is damaged; remove it, and its answers will be computed again"
                 ) from error
             self._file.truncate(len(whole))
             self._file.seek(len(whole))

@@ -71,8 +71,8 @@ class Finite(LogitsProcessor):
         # The largest is NaN where any is.
         if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
             raise NumericsError(
-                f"{shown(self._name, 300)}: the logits behind token {input_ids.shape[1]} are NaN or Inf; check "
-                "the model's files, and its dtype: float16 overflows where bfloat16 and float32 do not"
+                f"{shown(self._name, 300)}: the logits after token {input_ids.shape[1]} are NaN or Inf; check the "
+                "model's files, or use bfloat16 or float32 if the dtype is float16"
             )
         return scores
 

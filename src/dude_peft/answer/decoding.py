@@ -40,7 +40,7 @@ class Decoding:
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p}: give a probability above 0, up to 1")
         if self.top_p < 1 and self.temperature == 0:
-            raise ConfigError("--top-p goes with sampling; give a --temperature above 0")
+            raise ConfigError("--top-p needs sampling; set --temperature above 0")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed {self.seed}: give a whole number from 0 to 2**32 - 1")
 

@@ -110,7 +110,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         saved = open_adapter(name)
         source = source_of(saved, base, gguf_file)
     elif base is not None:
-        raise ConfigError(f"--base goes with an adapter; {shown(name, 300)} holds no {CONFIG_FILE}")
+        raise ConfigError(f"--base needs an adapter; {shown(name, 300)} has no {CONFIG_FILE}")
     else:
         source = source_named(name, gguf_file)
     with notes.waiting("loading the model"):
@@ -130,7 +130,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
 
 def _is_adapter(name: str) -> bool:
     if not name.strip():
-        raise ConfigError("the model's name is empty; give the folder or hub id of an adapter or a model")
+        raise ConfigError("the model's name is empty; give the folder or hub id of a model or an adapter")
     folder = folder_of(name)
     if folder is not None and not (folder / "config.json").is_file():
         refuse_run_folder(folder)

@@ -149,7 +149,7 @@ def refuse_existing(output: Path) -> None:
         ConfigError: it is there.
     """
     if output.is_symlink() or output.exists():
-        raise ConfigError(f"output {shown(output, 300)} is there already; choose another folder, or remove it first")
+        raise ConfigError(f"output {shown(output, 300)} already exists; choose another folder, or remove it first")
 
 
 def check_space(folder: Path, size: int, named: Path) -> None:
@@ -166,8 +166,8 @@ def check_space(folder: Path, size: int, named: Path) -> None:
     wanted, free = size + _SPARE_BYTES, shutil.disk_usage(folder).free
     if free < wanted:
         raise ResourceError(
-            f"{shown(named, 300)}: {wanted / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} are free; free some "
-            "space or choose another folder"
+            f"{shown(named, 300)}: {wanted / 2**20:,.0f} MiB are needed, but only {free / 2**20:,.0f} are free; free "
+            "some space or choose another folder"
         )
 
 

@@ -71,22 +71,22 @@ def read_header(path: Path) -> Header:
             status = path.stat()
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= min(status.st_size - 8, _LARGEST_BYTES):
-                raise ValueError("its header's length is impossible")
+                raise ValueError("its header's length is not valid")
             raw = file.read(size)
         if raw.count(b",") > _MOST_VALUES:
             raise ValueError(f"its header holds more than {_MOST_VALUES:,} values")
         content = parse_json(raw, object_pairs_hook=without_duplicates)
         if not isinstance(content, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
         metadata = content.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata are no texts")
+            raise ValueError("its metadata values are not strings")
         tensors = _laid_out(path, content, 8 + size, status.st_size - 8 - size)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason: Any = f"a tensor has no {error}" if isinstance(error, KeyError) else error
         reason = getattr(error, "strerror", None) or reason
         raise ArtifactError(
-            f"{shown(path, 300)} is no whole safetensors file ({shown(reason, 200)}); copy or download it again"
+            f"{shown(path, 300)} is not a complete safetensors file ({shown(reason, 200)}); copy or download it again"
         ) from error
     identity = [path.name, status.st_size, status.st_mtime_ns, hashlib.sha256(raw).hexdigest()]
     return Header(tensors, metadata, identity)
@@ -133,7 +133,7 @@ def _fill(file: Any, view: memoryview, stored: StoredTensor) -> None:
         if not count:
             raise ArtifactError(
                 f"{shown(stored.file, 300)} ends within tensor '{shown(stored.name)}': it changed while it was read; "
-                "start again when it is whole"
+                "try again when the file is complete"
             )
         filled += count
 
@@ -147,7 +147,7 @@ def _laid_out(path: Path, content: dict[str, Any], data_start: int, data_bytes: 
             raise ValueError(f"tensor {shown(entry.name)!r} does not begin where the one before it ends")
         end += entry.size
     if end != data_start + data_bytes:
-        what = "it is cut short" if end > data_start + data_bytes else "bytes follow behind its last tensor"
+        what = "it is cut short" if end > data_start + data_bytes else "there are extra bytes after its last tensor"
         raise ValueError(what)
     return {entry.name: entry for entry in entries}
 
@@ -156,9 +156,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     shape, (start, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     check: Callable[[Any], bool] = lambda number: type(number) is int and number >= 0  # noqa: E731
     if not all(map(check, (*shape, start, end))) or start > end:
-        raise ValueError(f"tensor {shown(name)!r}: shape and offsets are not whole numbers in order")
+        raise ValueError(f"tensor {shown(name)!r}: its shape or offsets are not whole numbers in ascending order")
     if len(shape) > _MOST_DIMENSIONS or any(side > _LARGEST_DIMENSION for side in shape):
-        raise ValueError(f"tensor {shown(name)!r}: its shape is impossible")
+        raise ValueError(f"tensor {shown(name)!r}: its shape is not valid")
     if dtype not in _BITS:
         raise ValueError(f"tensor {shown(name)!r}: its dtype {shown(dtype)!r} is unknown")
     if (end - start) * 8 != math.prod(shape) * _BITS[dtype]:

@@ -22,7 +22,7 @@ def json_text(value: Any, **options: Any) -> str:
         places = with_nulls(value)[1]
         if not places:
             raise
-        raise NumericsError(f"'{shown(places[0], 200)}' is NaN or Inf, and is not written") from error
+        raise NumericsError(f"'{shown(places[0], 200)}' is NaN or Inf, which JSON cannot hold") from error
 
 
 def with_nulls(value: Any, place: str = "") -> tuple[Any, list[str]]:

@@ -201,10 +201,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ArtifactError(_missing(directory, wanted))
     header = read_header(path)
     if _KEY not in header.metadata:
-        raise ArtifactError(
-            f"'{path}' carries no DuDe manifest, it was not saved by PEFT's save_pretrained with a DudeConfig; load it "
-            "with peft.PeftModel"
-        )
+        raise ArtifactError(f"'{path}' has no DuDe manifest, so DuDe did not save it; load it with peft.PeftModel")
     sealed = {"format": "pt", _KEY: header.metadata[_KEY], _SEAL: _text_sha256(header.metadata[_KEY])}
     if header.metadata != sealed:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
@@ -217,7 +214,7 @@ def read_manifest(directory: Path) -> Manifest:
     for name, digest in hashes.items():
         if digest != manifest.tensors[name]:
             raise ArtifactError(
-                f"'{path}': tensor '{name}' is not what was saved; copy the file again or save it again"
+                f"'{path}': tensor '{name}' differs from what was saved; copy the file again, or save it again"
             )
     if _json_sha256(directory / CONFIG_FILE) != manifest.config_sha256:
         raise ArtifactError(
@@ -235,10 +232,10 @@ def _missing(directory: Path, wanted: Path) -> str:
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles and wanted.name == WEIGHTS_FILE:
         return (
-            f"'{directory}' holds {pickles[0]}, a pickle, and no {WEIGHTS_FILE}; pickles are never read: load it with "
-            "the PEFT that wrote it and save it again as safetensors"
+            f"'{directory}' holds {pickles[0]}, a pickle, and no {WEIGHTS_FILE}; DuDe never reads pickles: load it "
+            "with the PEFT that wrote it, and save it as safetensors"
         )
-    return f"'{wanted}' is missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE} in one folder"
+    return f"'{wanted}' is missing; an adapter folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
 
 
 def _parse(text: str, path: Path) -> Manifest:
@@ -247,25 +244,25 @@ def _parse(text: str, path: Path) -> Manifest:
         version = fields["format_version"]
         if version not in _READ:
             raise ArtifactError(
-                f"'{path}' has adapter format {version}, this is dude-peft {__version__} with format {FORMAT_VERSION}; "
+                f"'{path}' has adapter format {version}, but dude-peft {__version__} reads format {FORMAT_VERSION}; "
                 + (
-                    "peft.PeftModel loads it for inference, training starts anew"
+                    "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)
                     else "upgrade with: pip install -U dude-peft"
                 )
             )
         manifest = Manifest(**fields)
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
-            raise TypeError("config, base and tensors have to be objects")
+            raise TypeError("config, base and tensors must be objects")
         if not all(isinstance(part, dict) for part in (manifest.settings, manifest.files) if part is not None):
-            raise TypeError("settings and files have to be objects")
+            raise TypeError("settings and files must be objects")
         if any(name.startswith("/") or ".." in name or "\\" in name for name in manifest.files or ()):
-            raise TypeError("files have to lie in the folder")
+            raise TypeError("files must be in the adapter's folder")
         if not _is_quantization(manifest.quantization):
-            raise TypeError("quantization has to have a config and a float dtype")
+            raise TypeError("quantization must have a config and a float dtype")
         prints = [*manifest.base.values(), *(manifest.beside or {}).values()]
         if not all(is_print(entry) for entry in prints):
-            raise TypeError("a fingerprint has to have dtype, shape and xxh3_128")
+            raise TypeError("a fingerprint must have dtype, shape and xxh3_128")
     except ArtifactError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -287,7 +284,9 @@ def _check_names(found: set[str], recorded: set[str], path: Path) -> None:
             for what, names in (("missing", missing), ("not recorded", extra))
             if names
         ]
-        raise ArtifactError(f"'{path}': its tensors are not those that were saved ({'; '.join(parts)}); copy it again")
+        raise ArtifactError(
+            f"'{path}': its tensors are not the ones that were saved ({'; '.join(parts)}); copy it again"
+        )
 
 
 def _json_sha256(path: Path) -> str:

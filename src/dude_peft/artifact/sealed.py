@@ -50,10 +50,10 @@ def unsealed(found: Any) -> dict[str, Any]:
         ValueError: it is something else, or was changed.
     """
     if not isinstance(found, dict) or not isinstance(found.get(_SEAL), str):
-        raise ValueError("there is no seal")
+        raise ValueError("it has no checksum")
     content = {key: value for key, value in found.items() if key != _SEAL}
     if content_sha256(content) != found[_SEAL]:
-        raise ValueError("the content is not what was sealed")
+        raise ValueError("its content does not match its checksum")
     return content
 
 
@@ -73,7 +73,7 @@ def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
     try:
         content = read_json(path)
         if not isinstance(content, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise _damaged(path, hint) from error
     return content

@@ -127,12 +127,12 @@ def from_stock(
         tensor = tensors[name]
         if tuple(tensor.shape) != shapes[name]:
             raise ArtifactError(
-                f"tensor '{where}.{name}' has shape {tuple(tensor.shape)}, the base layer and rank {r} want "
+                f"tensor '{where}.{name}' has shape {tuple(tensor.shape)}, but the base layer and rank {r} need "
                 f"{shapes[name]}; load the adapter on the base model it was trained on"
             )
         if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ArtifactError(
-                f"tensor '{where}.{name}' has dtype {tensor.dtype}, a float is wanted; save the adapter again"
+                f"tensor '{where}.{name}' has dtype {tensor.dtype}, not a float dtype; save the adapter again"
             )
         if not is_finite(tensor):
             raise NumericsError(
@@ -158,6 +158,6 @@ def from_stock(
 
 def _disagreement(where: str, name: str) -> ArtifactError:
     return ArtifactError(
-        f"tensor '{where}.{name}' does not agree with the start that is stored beside it; the file was edited or mixed "
-        f"from two adapters, use the file as it was saved"
+        f"tensor '{where}.{name}' does not match the start stored in the same file; the file was edited or mixed from "
+        "two adapters: use the file as it was saved"
     )

@@ -69,7 +69,7 @@ class Conversation:
                 ids = self._ids(kept)
             if len(ids) >= self.positions:
                 raise DataError(
-                    f"{_SOURCE}: the message takes {len(ids)} tokens with its template, the model reads "
+                    f"{_SOURCE}: the message takes {len(ids)} tokens with its template, but the model can read only "
                     f"{self.positions}; shorten it"
                 )
         dropped = len(self.turns) - len(kept)
@@ -81,7 +81,7 @@ class Conversation:
         (pieces,) = self.template.changes([self._row(self.turns)])
         changes = [f"the template does not write {what}" for what in pieces.unwritten]
         if pieces.spelt and self.template.special_tokens == "text":
-            changes.append(f"{quoted(pieces.spelt)} is plain text here, no special token")
+            changes.append(f"{quoted(pieces.spelt)} is plain text here, not a special token")
         return changes
 
     def _row(self, turns: list[Message]) -> Row:

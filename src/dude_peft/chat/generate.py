@@ -106,11 +106,13 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: give a whole number of prompts from 1")
     if samples < 1 or (samples > 1 and temperature == 0):
-        raise ConfigError(f"--samples {samples}: give a whole number from 1, and several with a --temperature above 0")
+        raise ConfigError(
+            f"--samples {samples}: give a whole number from 1; several samples need --temperature above 0"
+        )
     if as_rows and (raw or base_too):
-        raise ConfigError("--as-rows writes what dude train reads; leave --raw and --base-too out")
+        raise ConfigError("--as-rows writes rows for dude train; leave --raw and --base-too out")
     if raw and template is not None:
-        raise ConfigError("--raw and --template; give one of them")
+        raise ConfigError("--raw and --template exclude each other; give one of them")
     _check_output(output, overwrite)
     rows = [row for row in read_prompts(prompts, file, limit, columns) for _ in range(samples)]
     with quiet_imports():
@@ -121,7 +123,7 @@ def generate(
     with gathered_warnings(notes.warn):
         speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
         if base_too and not speaker.adapted:
-            raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter on one; leave it out")
+            raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter; leave --base-too out")
         written = None if raw else speaker.template(template, special_tokens)
         for line in left_out(rows, written):
             notes.warn(line)
@@ -142,7 +144,7 @@ def generate(
                 key = command_key(speaker, ids, decoding, batch_size)
                 cache = stack.enter_context(kept(output, key, overwrite=overwrite))
                 if len(cache):
-                    notes.say(f"{len(cache)} completions are there already, from a command that was interrupted")
+                    notes.say(f"{len(cache)} completions are already done, from a command that was interrupted")
             advance = stack.enter_context(notes.stage("generating", len(rows) * (1 + base_too)))
             for as_base in (False, True) if base_too else (False,):
                 how: dict[str, Any] = {"batch_size": batch_size, "base": as_base, "cache": cache, "advance": advance}
@@ -156,7 +158,7 @@ def generate(
     cut = sum(completion.finish == "length" for completion in found[0])
     notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
     if refused := records.count(None):
-        notes.warn(f"{refused} completions are left out: empty, or no text that can be trained on")
+        notes.warn(f"{refused} completions are left out: they are empty, or cannot be trained on")
     return completions
 
 
@@ -206,10 +208,10 @@ def _check_output(output: Path | None, overwrite: bool) -> None:
         return
     named = shown(output, 300)
     if output.is_dir() or not output.parent.is_dir():
-        raise ConfigError(f"output {named} is a folder, or in none that is there; give the name of a file")
+        raise ConfigError(f"output {named} is a folder, or its folder does not exist; give the name of a file")
     if (output.is_symlink() or output.exists()) and not overwrite:
-        raise ConfigError(f"output {named} is there already; choose another name, or give --overwrite")
+        raise ConfigError(f"output {named} already exists; choose another name, or add --overwrite")
     if not os.access(output.parent, os.W_OK):
         raise ResourceError(
-            f"output {named}: its folder cannot be written to; choose another, or change its permissions"
+            f"output {named}: its folder is not writable; choose another folder, or change its permissions"
         )

@@ -49,8 +49,8 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
         if cache.settings["command"] != command:
             if not overwrite:
                 raise ConfigError(
-                    f"{shown(path, 300)} holds {len(cache)} completions of another command or model; give that one "
-                    "again, remove the file, or add --overwrite"
+                    f"{shown(path, 300)} holds {len(cache)} completions of another command or model; repeat that "
+                    "command, remove the file, or add --overwrite"
                 )
             cache.clear({"command": command})
         yield cache

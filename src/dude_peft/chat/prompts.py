@@ -34,9 +34,9 @@ def read_prompts(
         DataError: an empty prompt, or a file that cannot be used.
     """
     if arguments and file is not None:
-        raise ConfigError("prompts as arguments and --file; give one of them")
+        raise ConfigError("prompts came both as arguments and with --file; give one of them")
     if limit is not None and (file is None or limit < 1):
-        raise ConfigError(f"--limit {limit}: give a whole number of prompts from 1, of a --file")
+        raise ConfigError(f"--limit {limit}: give a whole number of prompts from 1, together with --file")
     if arguments:
         return [_row(text, f"prompt {number}") for number, text in enumerate(arguments, start=1)]
     if file is not None:
@@ -45,7 +45,7 @@ def read_prompts(
         return load_rows(file, limit=limit, reading=Reading(Columns(columns), questions=True))
     rows = [] if is_typed() else [_row(text, f"standard input:{number}") for number, text in piped_lines()]
     if not rows:
-        raise ConfigError("no prompts; give them as arguments, with --file, or one a line on standard input")
+        raise ConfigError("no prompts; give them as arguments, with --file, or as lines on standard input")
     return rows
 
 
@@ -79,7 +79,7 @@ def raw_ids(row: Row, tokenizer: Any, control: ControlTokens) -> list[int]:
     """
     if len(row.prompt) != 1 or row.tools:
         what = f"{len(row.prompt)} messages{' and tools' if row.tools else ''}"
-        raise DataError(f"{row.source}: {what}, and --raw takes one text; leave --raw out")
+        raise DataError(f"{row.source}: {what}, but --raw takes one text; leave --raw out")
     ids = control.ids(row.prompt[0].content, (), row.source, framed=True)
     # Some tokenizers close every text with the end token; a prompt goes on.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
@@ -115,16 +115,17 @@ def encode_prompts(
         else:
             ids = prompt_ids(row, template, tokenizer)
         if not ids:
-            raise DataError(f"{row.source}: the prompt has no tokens; write some text")
+            raise DataError(f"{row.source}: the prompt has no tokens; give it some text")
         check_ids(row.source, ids, tokenizer, vocabulary)
         if positions is not None and len(ids) >= positions:
             raise DataError(
-                f"{row.source}: the prompt has {len(ids)} tokens, the model reads {positions}; shorten it or remove it"
+                f"{row.source}: the prompt has {len(ids)} tokens, but the model can read only {positions}; shorten or "
+                "remove it"
             )
         if positions is not None and len(ids) + new > positions:
             raise ConfigError(
-                f"{row.source}: the prompt has {len(ids)} tokens, and {new} new ones exceed the {positions} that the "
-                f"model reads; lower --max-new-tokens to {positions - len(ids)}"
+                f"{row.source}: the prompt has {len(ids)} tokens, and {new} new ones exceed the model's {positions}; "
+                f"lower --max-new-tokens to {positions - len(ids)}"
             )
         encoded.append(ids)
     return encoded
@@ -145,5 +146,5 @@ def _lines_of(file: str) -> list[Row]:
         raise DataError(f"{name}: cannot be read ({shown(error.strerror)}); check the path") from error
     rows = [_row(line, f"{name}:{number}") for number, line in lines if line.strip()]
     if not rows:
-        raise DataError(f"{name}: no prompts (the file is empty or has only blank lines); write one a line")
+        raise DataError(f"{name}: no prompts (the file is empty or has only blank lines); write one on each line")
     return rows

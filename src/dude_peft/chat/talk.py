@@ -82,14 +82,14 @@ class _Chat:
         self.compare = False
         self.told: set[str] = set()
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
-            "/reset": (self._reset, "forget the conversation; the system message stays"),
+            "/reset": (self._reset, "start a new conversation; the system message stays"),
             "/system": (self._system, "/system TEXT: set the system message; without TEXT: remove it"),
             "/compare": (
                 self.switch_compare,
-                "let the base model answer too, or no longer; the chat goes on with the tuned",
+                "switch the base model's answers on or off; the chat continues with the tuned model's",
             ),
-            "/retry": (self._retry, "answer the last message again (the same, where --temperature is 0)"),
-            "/help": (self._help, "show this; a message that begins with / is written //"),
+            "/retry": (self._retry, "answer the last message again (the answer is the same if --temperature is 0)"),
+            "/help": (self._help, "show this list; to send a message that begins with /, write //"),
             "/exit": (lambda _: None, "end the chat, as Ctrl-D does; Ctrl-C stops an answer"),
         }
 
@@ -108,11 +108,11 @@ class _Chat:
     def _greet(self) -> None:
         if self.conversation.template.kind == "plain":
             has_chat = bool(self.speaker.tokenizer.chat_template)
-            why = "as the run's configuration or --template says" if has_chat else "the tokenizer has no chat template"
+            why = "the configuration or --template asks for it" if has_chat else "the tokenizer has no chat template"
             self.notes.say(f"note: the plain template is used ({why})")
         if self.typed:
             what = "an adapter on its base model" if self.speaker.adapted else "a model"
-            self.notes.say(f"{shown(self.speaker.name, 300)}, {what}; /help lists the commands, Ctrl-D ends the chat")
+            self.notes.say(f"{shown(self.speaker.name, 300)}, {what}; /help lists the commands; Ctrl-D ends the chat")
 
     def _lines(self) -> Iterator[str]:
         return (line for line in typed_lines() if line.strip()) if self.typed else (line for _, line in piped_lines())
@@ -121,7 +121,9 @@ class _Chat:
         if line.startswith("/") and not line.startswith("//"):
             command, _, argument = line.strip().partition(" ")
             if command not in self.commands:
-                raise ConfigError(f"no command {quoted(command)}; /help lists them, // begins a message with a /")
+                raise ConfigError(
+                    f"no command {quoted(command)}; /help lists them; to send a message that begins with /, write //"
+                )
             self.commands[command][0](argument.strip())
             return
         self.conversation.ask(line.removeprefix("/") if line.startswith("//") else line)
@@ -180,7 +182,7 @@ class _Chat:
 
     def _reset(self, _: str) -> None:
         self.conversation.turns.clear()
-        self.notes.say("a new conversation")
+        self.notes.say("new conversation")
 
     def _system(self, text: str) -> None:
         self.conversation.system = text or None
@@ -189,14 +191,14 @@ class _Chat:
     def switch_compare(self, _: str) -> None:
         """Let the base model answer too, or no longer."""
         if not self.speaker.adapted:
-            raise ConfigError(f"nothing to compare: {shown(self.speaker.name, 300)} is a model, not an adapter on one")
+            raise ConfigError(f"nothing to compare: {shown(self.speaker.name, 300)} is a model, not an adapter")
         self.compare = not self.compare
-        self.notes.say("base and tuned model answer" if self.compare else "the tuned model answers")
+        self.notes.say("both the base and the tuned model answer" if self.compare else "only the tuned model answers")
 
     def _retry(self, _: str) -> None:
         question = self.conversation.take_back()
         if question is None:
-            raise ConfigError("nothing to answer again; write a message first")
+            raise ConfigError("there is no message to answer again; write one first")
         self.conversation.ask(question)
         self._answer()
 

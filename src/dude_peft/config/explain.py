@@ -44,7 +44,7 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
         meant = dict.fromkeys([our_key(word), *places] if places else [closest_key(tuple(key.split(".")))])
         closest = ", ".join(name for name in meant if name is not None)
         hint = instead_of(word) or (f"closest: {closest}" if closest else "dude config explain lists them all")
-        raise ConfigError(f"there is no key {quoted(key)}; {hint}")
+        raise ConfigError(f"unknown key {quoted(key)}; {hint}")
     return found
 
 

@@ -103,7 +103,7 @@ def _tree_of(values: Mapping[str, Any]) -> _Tree:
 def _plain(value: Any, depth: int = 0) -> Any:
     """As a file would hold it: paths as text, NumPy's numbers as Python's."""
     if depth > _DEEPEST:
-        raise ConfigError(f"configuration: nested deeper than {_DEEPEST} levels; no key is that deep")
+        raise ConfigError(f"configuration: nested deeper than {_DEEPEST} levels; no key needs that")
     if isinstance(value, Mapping):
         return {str(name): _plain(inner, depth + 1) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -123,18 +123,18 @@ def _read_text(path: Path) -> str:
         path = Path(__file__).with_name("quickstart.yaml")
     if path.suffix.lower() in _DATA:
         raise ConfigError(
-            f"{shown(path, 300)}: is data, not a configuration; write one with: dude config new {shown(path, 300)} "
-            "--model MODEL"
+            f"{shown(path, 300)}: this is a data file, not a configuration; write one with: dude config new "
+            f"{shown(path, 300)} --model MODEL"
         )
     try:
         path = path.expanduser()
         if path.is_dir():
-            raise ConfigError(f"{shown(path, 300)}: is a folder; name the configuration file inside it")
+            raise ConfigError(f"{shown(path, 300)}: this is a folder; give the configuration file inside it")
         with open_file(path) as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(
-            f"{shown(path, 300)}: no such file; dude config new writes one, and {QUICKSTART} is one"
+            f"{shown(path, 300)}: no such file; write one with dude config new, or use {QUICKSTART}"
         ) from None
     except ConfigError:
         raise
@@ -145,7 +145,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{shown(path, 300)}: cannot be read ({reason}); check the path") from None
     if len(raw) > _LARGEST_FILE_BYTES:
         limit = _LARGEST_FILE_BYTES // 1024
-        raise ConfigError(f"{shown(path, 300)}: larger than {limit} KiB, which no configuration is; check the path")
+        raise ConfigError(f"{shown(path, 300)}: larger than {limit} KiB, too large for a configuration; check the path")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -172,7 +172,7 @@ def _read_yaml(text: str, tree: _Tree, place: Any, *, at: Key = ()) -> Any:
     if at:
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"{place(1)}: a configuration is sections with keys; dude config new writes one")
+        raise ConfigError(f"{place(1)}: a configuration has sections with keys; dude config new writes one")
     tree.values = value
     return value
 
@@ -199,7 +199,7 @@ class _Events:
         yaml = self._yaml
         for event in self._stream:
             if isinstance(event, yaml.DocumentStartEvent):
-                raise ConfigError(f"{self._at(event)}: a second YAML document; keep one in a file")
+                raise ConfigError(f"{self._at(event)}: a second YAML document begins here; keep one document per file")
 
     def _at(self, event: Any) -> str:
         return str(self._place(event.start_mark.line + 1))
@@ -208,13 +208,13 @@ class _Events:
         yaml = self._yaml
         where = self._at(event)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise ConfigError(f"{where}: YAML anchors and aliases (& and *) are not read; write the value out")
+            raise ConfigError(f"{where}: YAML anchors and aliases (& and *) are not supported; write the value out")
         if event.tag is not None:
-            raise ConfigError(f"{where}: the YAML tag {shown(event.tag)} is not read; write a plain value")
+            raise ConfigError(f"{where}: the YAML tag {shown(event.tag)} is not supported; write a plain value")
         if isinstance(event, yaml.ScalarEvent):
             return _scalar(event.value) if event.implicit[0] else event.value
         if depth >= _DEEPEST:
-            raise ConfigError(f"{where}: nested deeper than {_DEEPEST} levels; no key is that deep")
+            raise ConfigError(f"{where}: nested deeper than {_DEEPEST} levels; no key needs that")
         if isinstance(event, yaml.SequenceStartEvent):
             return self._list(tree, key, depth)
         return self._mapping(tree, key, depth)
@@ -232,7 +232,7 @@ class _Events:
         while not isinstance(event := self.take(), self._yaml.MappingEndEvent):
             where = self._at(event)
             if not isinstance(event, self._yaml.ScalarEvent) or event.tag or event.anchor:
-                raise ConfigError(f"{where}: a key has to be a plain word")
+                raise ConfigError(f"{where}: a key must be a plain word")
             inner: Key = (*key, event.value)
             if event.value in items:
                 first = tree.places[inner]
@@ -258,7 +258,7 @@ def _apply_override(override: str, tree: _Tree) -> None:
     name = name.strip()
     where = f"--set {shown(override, 120)}"
     if not equals or not all(name.split(".")):
-        raise ConfigError(f"{where}: not KEY=VALUE; write for example --set train.max_steps=80")
+        raise ConfigError(f"{where}: this is not KEY=VALUE; write for example --set train.max_steps=80")
     key: Key = tuple(name.split("."))
     for known in [known for known in tree.places if known[: len(key)] == key]:
         del tree.places[known]
@@ -301,7 +301,7 @@ def _validate(tree: _Tree) -> RunConfig:
         more = len({_real_key(tree, problem["loc"])[:2] for problem in problems}) - 1
         tail = f" (and {more} more)" if more > 0 else ""
         if more > 2 and problems[0]["type"] == "extra_forbidden":
-            tail += "; docs/coming-from.md has the keys of other tools"
+            tail += "; docs/coming-from.md lists the keys of other tools"
         raise ConfigError(_explain(problems, tree) + tail) from None
 
 

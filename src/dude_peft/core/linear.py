@@ -193,8 +193,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "an adapted layer has no second derivative, and a backward with create_graph=True would give a wrong "
-                "one; merge the adapter, or use stock PEFT"
+                "an adapted layer has no second derivative, so create_graph=True does not work; merge the adapter, "
+                "or use stock PEFT"
             )
         with torch.no_grad():
             return _AdaptedLinear._backward(ctx, dy)
@@ -275,7 +275,7 @@ def _product_again(
     if weight is not None:
         base = rows @ weight.T
     elif frozen_rows is None:
-        raise RuntimeError("the output of an adapted layer was changed in place, and its product is needed again")
+        raise RuntimeError("the output of an adapted layer was changed in place, but its product is needed again")
     else:
         base = frozen_rows(rows).to(left.dtype)
     return base.addmm_(change_rows @ right.T, left.T, alpha=scaling)

@@ -144,7 +144,7 @@ def _full_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         V, S, Uh = torch.linalg.svd(_on_cpu_in_float64(A).T, full_matrices=False)
     except _LinAlgError as error:
-        what = f"the SVD of a {A.shape[0]} x {A.shape[1]} matrix does not converge, in float64 neither"
+        what = f"the SVD of a {A.shape[0]} x {A.shape[1]} matrix does not converge, not even in float64"
         raise NumericsError(f"{what}: look for damaged values in the weight") from error
     return Uh.T.to(A), S.to(A), V.T.to(A)
 

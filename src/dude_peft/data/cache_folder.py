@@ -25,7 +25,9 @@ def cache_folder() -> Path:
     if named:
         folder = Path(named).expanduser()
         if not _writable(folder):
-            raise ResourceError(f"DUDE_CACHE: {shown(folder, 300)} cannot be written; name another folder, or unset it")
+            raise ResourceError(
+                f"DUDE_CACHE: {shown(folder, 300)} is not writable; set it to another folder, or unset it"
+            )
         return folder
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:

@@ -63,17 +63,17 @@ class Columns:
         for ours, theirs in self.mapping.items():
             if not ours or not isinstance(theirs, str) or not theirs:
                 raise ConfigError(
-                    f"data.columns: {quoted(ours)} is {quoted(theirs)}; a mapping needs our name and the data set's "
-                    "own name for it, as in {prompt: query} or --column prompt=query"
+                    f"data.columns: {quoted(ours)} is {quoted(theirs)}; map our name to the data set's own name, as in "
+                    "{prompt: query} or --column prompt=query"
                 )
             if ours not in known:
                 near = get_close_matches(str(ours), known, n=1, cutoff=0.5)
                 hint = f"closest: {near[0]}" if near else f"known: {', '.join(dict.fromkeys(known))}"
                 if theirs in known:
-                    hint = f"our name stands first: {{{theirs}: {shown(ours, 40)}}}"
-                raise ConfigError(f"data.columns: there is no {quoted(ours)} to map; {hint}")
+                    hint = f"our name comes first: {{{theirs}: {shown(ours, 40)}}}"
+                raise ConfigError(f"data.columns: {quoted(ours)} is not one of our names; {hint}")
             if sum(name == theirs for name in self.mapping.values()) > 1:
-                raise ConfigError(f"data.columns: {quoted(theirs)} is given two meanings; keep one")
+                raise ConfigError(f"data.columns: {quoted(theirs)} stands for two of our names; keep one")
         self._taken = set(self.mapping.values())
         self._roles = {
             **{name: role for name, role in _SPEAKERS.items() if role not in self.mapping and name not in self._taken},

@@ -183,10 +183,10 @@ class ControlTokens:
         spelt = [match.group() for match in self._any.finditer(text) if match.span() not in meant]
         ends = [token for token in spelt if token in self._ends_of_answers]
         token = next(iter(ends or spelt), "")
-        allowing = "" if ends else ", or set special_tokens to allow, which makes the token of it"
+        allowing = "" if ends else ", or set special_tokens to allow, which reads it as that token"
         return DataError(
-            f"{where}: the text spells the special token {quoted(token)}, which this tokenizer cannot write as text; "
-            f"remove it{allowing}"
+            f"{where}: the text contains the special token {quoted(token)}, which this tokenizer cannot encode as "
+            f"plain text; remove it{allowing}"
         )
 
     @cached_property

@@ -96,13 +96,13 @@ class Counts:
             lines.append(f"left out: {', '.join(listed[:_MOST_NAMES])}{more}")
         if self.dropped:
             lines.append(
-                f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and left out "
+                f"{self.dropped} of {self.rows} rows are longer than max_length {max_length} and are left out "
                 f"({self.truncated} would lose only the end of their answer); the longest has {self.longest} tokens"
             )
         if self.unlearned:
             lines.append(
-                f"{self.unlearned} of {self.rows} rows teach nothing and are left out: their weight, train or loss "
-                "excludes every answer"
+                f"{self.unlearned} of {self.rows} rows have nothing to learn and are left out: their weight, train or "
+                "loss excludes every answer"
             )
         if self.shortened:
             lines.append(
@@ -111,8 +111,8 @@ class Counts:
             )
         if self.last_only:
             lines.append(
-                f"of {self.last_only} of {self.rows} conversations only the last answer is trained: the chat template "
-                "writes earlier ones differently later, or without an end"
+                f"of {self.last_only} of {self.rows} conversations, only the last answer is trained: the chat "
+                "template rewrites earlier ones, or writes them without an end"
             )
         return lines
 
@@ -123,10 +123,10 @@ class Counts:
         one = self.spelling == 1
         rows = f"{self.spelling} of {self.rows} rows {'spells' if one else 'spell'} special tokens"
         if special_tokens == "allow":
-            return [f"{rows}, and they are these tokens there (special_tokens: allow)"]
+            return [f"{rows}; they are read as those tokens (special_tokens: allow)"]
         if self.spelling_ends:
             return [f"{rows}, which are plain text there"]
-        return [f"{rows}, which are plain text there; special_tokens: allow makes tokens of them"]
+        return [f"{rows}, which are plain text there; special_tokens: allow reads them as tokens"]
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,14 @@ def prompt_ids(row: Row, template: Template, tokenizer: Any) -> list[int]:
     answer; and what `Template.pieces` raises.
     """
     if row.is_text:
-        raise DataError(f"{row.source}: plain text asks nothing that could be answered; set evaluation.enabled: false")
+        raise DataError(f"{row.source}: plain text has no question to answer; set evaluation.enabled: false")
     begin = _begin(tokenizer) if template.kind == "plain" else []
     (pieces,) = _tokenised([row], template.prompts([row]), template, tokenizer)
     ids = [*begin, *itertools.chain.from_iterable(pieces)]
     if not ids:
         raise ConfigError(
-            f"{row.source}: the template writes nothing before the answer, and a model needs at least one token; "
-            "use template: plain"
+            f"{row.source}: the template writes nothing before the answer, but a model needs at least one token; use "
+            "template: plain"
         )
     return ids
 
@@ -218,11 +218,15 @@ class Encoder:
         if self.train_on not in TRAIN_ON:
             raise ConfigError(f"train_on is {quoted(self.train_on)}; use {', '.join(TRAIN_ON)}")
         if self.upft is not None and (self.upft < 1 or self.train_on == "all"):
-            raise ConfigError(f"upft is {self.upft}; give a whole number of tokens from 1, beside train_on: answers")
+            raise ConfigError(
+                f"upft is {self.upft}; give a whole number of tokens from 1, together with train_on: answers"
+            )
         self._begin = _begin(self.tokenizer)
         self.ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.template.turn_end)}
         if len(self._begin) > self.max_length - 2:
-            raise ConfigError(f"max_length is {self.max_length}; the tokenizer alone writes {len(self._begin)} tokens")
+            raise ConfigError(
+                f"max_length is {self.max_length}, but the tokenizer itself adds {len(self._begin)} tokens; raise it"
+            )
 
     def examples(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Example]]]:
         """Each row and its examples: one, none where it does not fit, several of plain text. Memory stays bounded.
@@ -246,12 +250,12 @@ class Encoder:
         if not made and self.counts.unlearned == self.counts.rows:
             raise DataError(
                 f"{name}none of the {self.counts.rows} rows has an answer to learn: weight, train or loss excludes "
-                "each; take it from the answers that shall be learned"
+                "every one; remove it from the answers to learn"
             )
         if not made:
             raise DataError(
                 f"{name}none of the {self.counts.rows} rows fits into max_length {self.max_length}; the longest needs "
-                f"{self.counts.longest} tokens: raise max_length"
+                f"{self.counts.longest} tokens; raise max_length"
             )
 
     def _conversation(self, row: Row, pieces: Pieces, ids: list[list[int]]) -> list[Example]:
@@ -289,7 +293,7 @@ class Encoder:
             trained += [learned[place]] * kept[place] + [False] * (len(part) - kept[place])
         trained[0] = False
         if not any(trained):
-            raise DataError(f"{row.source}: the answer has no token before its end for upft to train; remove the row")
+            raise DataError(f"{row.source}: the answer is empty, so upft has no token to train; remove the row")
         return [Example([*itertools.chain.from_iterable(ids[:used])][: needed(used)], trained[: needed(used)])]
 
     def _learned(self, row: Row, pieces: Pieces, count: int) -> list[bool]:
@@ -299,8 +303,8 @@ class Encoder:
         excluded = sum(not message.trained for message in row.messages)
         if self.train_on == "all" and excluded != pieces.learned.count(False):
             raise DataError(
-                f"{row.source}: a message is excluded from the loss that train_on: all cannot tell apart; "
-                "use train_on: answers"
+                f"{row.source}: train_on: all cannot leave out a single message, as this row asks; use train_on: "
+                "answers"
             )
         answers = iter(pieces.learned)
         return [next(answers) if place % 2 else self.train_on == "all" for place in range(count)]
@@ -313,7 +317,9 @@ class Encoder:
 
     def _text(self, row: Row, ids: list[int]) -> list[Example]:
         if self.upft is not None:
-            raise DataError(f"{row.source}: plain text has no answer whose beginning upft trains; remove the row")
+            raise DataError(
+                f"{row.source}: plain text has no answer, and upft trains the beginning of an answer; remove the row"
+            )
         return list(self._blocks(ids))
 
     def _blocks(self, ids: list[int]) -> Iterator[Example]:
@@ -345,8 +351,8 @@ class Encoder:
             token = self.tokenizer.convert_tokens_to_ids(end)
             if not answer or answer[-1] != token:
                 raise ConfigError(
-                    f"{row.source}: the tokenizer does not read its own end token {quoted(end)} as one token "
-                    f"(id {token}); add it to the tokenizer as a special token"
+                    f"{row.source}: the tokenizer does not encode its own end token {quoted(end)} as one token (id "
+                    f"{token}); add it to the tokenizer as a special token"
                 )
 
 

@@ -49,9 +49,9 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BufferedReader, str]]
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file{_closest(target)}") from error
     except NoFileError as error:
-        raise DataError(f"{name}: {error.strerror}; write the rows into one") from error
+        raise DataError(f"{name}: {error.strerror}; write the rows into a regular file") from error
     except IsADirectoryError as error:
-        raise DataError(f"{name}: is a folder; name the data file in it") from error
+        raise DataError(f"{name}: is a folder; give the data file in it") from error
     except OSError as error:
         reason = shown(error.strerror or error)
         raise ResourceError(
@@ -100,7 +100,7 @@ def lines(stream: BufferedReader, name: str) -> Iterator[tuple[int, int, bytes]]
         number += 1
         if len(raw) > MAX_LINE_BYTES:
             limit = MAX_LINE_BYTES // 2**20
-            raise DataError(f"{name}:{number}: the line is longer than {limit} MiB; one row belongs on one line")
+            raise DataError(f"{name}:{number}: the line is longer than {limit} MiB; write each row on its own line")
         start = offset
         offset += len(raw)
         if number == 1 and raw.startswith(BOM):

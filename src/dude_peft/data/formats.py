@@ -152,7 +152,7 @@ class _Reader:
         turns = []
         for place, pair in enumerate(value):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise DataError(f"{self.source}: {name}[{place}] is no pair of texts; write [question, answer]")
+                raise DataError(f"{self.source}: {name}[{place}] is not a pair of texts; write [question, answer]")
             texts = [text_of(text, f"{name}[{place}][{i}]", self.source) for i, text in enumerate(pair)]
             turns += [Message("user", texts[0]), Message("assistant", texts[1])]
         return turns
@@ -199,11 +199,13 @@ class _Reader:
         name = self.record.name(ours)
         for place, message in enumerate(messages[1:], start=1):
             if message.role == "system":
-                raise DataError(f"{self.source}: {name}[{place}] is a system message; only the first one may be")
+                raise DataError(
+                    f"{self.source}: {name}[{place}] is a system message; only the first message may be one"
+                )
         if self.questions and messages and messages[-1].role != "assistant":
             messages.append(Message("assistant", ""))
         if not messages or messages[-1].role != "assistant":
-            raise DataError(f"{self.source}: '{name}' has no answer: its last message must be the assistant's; add it")
+            raise DataError(f"{self.source}: '{name}' has no answer: the last message must be the assistant's; add it")
         if not any(message.role in ("user", "tool") for message in messages):
             raise DataError(f"{self.source}: '{name}' has no user message before the answer; add it")
 
@@ -216,7 +218,7 @@ class _Reader:
         if not learned:
             return messages
         if learned[-1] < len(messages) - 1:
-            self.left_out[f"{shown(name, 60)}[] behind the last answer that is learned"] = None
+            self.left_out[f"{shown(name, 60)}[] after the last answer that is learned"] = None
         return messages[: learned[-1] + 1]
 
 
@@ -298,7 +300,7 @@ class Reading:
                 continue
             there = next(record.name(key) for key in shape.keys if key in record)
             if self.columns.name(missing[0]) is None:  # another of ours has taken its name
-                return f"'{missing[0]}' is mapped to another name of ours; map {missing[0]} in data.columns, too"
+                return f"'{missing[0]}' is mapped to another of our names; map {missing[0]} in data.columns, too"
             near = closest(record.name(missing[0]), [name for name in record.names() if name != there])
             known = {record.name(key) for key in shape.keys}
             meant = written({missing[0]: near}) if near and near not in known else None
@@ -321,8 +323,8 @@ def _preference(record: Record) -> str:
     chosen = record.peek("chosen")
     how = "messages" if isinstance(chosen, (list, tuple)) else "completion"
     return (
-        f"{', '.join(there)}: preference data, of which dude train cannot learn what is better; "
-        f"to learn the chosen answers alone, set {written({how: 'chosen'})}"
+        f"{', '.join(there)}: preference data, which dude train cannot learn from; to train on the chosen answers "
+        f"only, set {written({how: 'chosen'})}"
     )
 
 

@@ -24,8 +24,8 @@ def held_out_questions(examples: TokenSet, share: float, seed: int) -> NDArray[n
     count = max(1, round(share * len(questions)))
     if count >= len(questions):
         raise DataError(
-            f"data.test: a share of {share} of {len(questions)} different questions leaves none to train on; "
-            "give more rows, or name a file"
+            f"data.test: a share of {share} of {len(questions)} different questions leaves none to train on; add "
+            "rows, or give a file"
         )
     return np.sort(questions[shuffled(len(questions), seed, _STREAM)[:count]])
 

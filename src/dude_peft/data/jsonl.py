@@ -30,7 +30,9 @@ def _json_fault(error: ValueError | RecursionError, text: str, where: str, *, cu
         place = f"{where}:{error.colno}"
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             if cut_off:
-                return DataError(f"{place}: the file's last line is cut off ({error.msg}); write it again or remove it")
+                return DataError(
+                    f"{place}: the last line of the file is cut off ({error.msg}); write it again or remove it"
+                )
             return DataError(f"{place}: the line ends inside a value ({error.msg}); write each row on one line")
         return DataError(f"{place}: malformed JSON ({error.msg}); repair the line")
     if isinstance(error, JsonError):
@@ -52,13 +54,16 @@ def _refuse_other_formats(text: str, name: str, line: int) -> None:
     first = text.lstrip()[:1]
     if first == "[":
         raise DataError(
-            f"{name}:{line}: begins a JSON array, not JSON lines; one object a line, or name the file .json"
+            f"{name}:{line}: a JSON array begins here, not JSON lines; write one object per line, or name the file "
+            ".json"
         )
     if first != "{" and any(mark in text for mark in ",;\t"):
         try:
             json.loads(text)
         except (ValueError, RecursionError):
-            raise DataError(f"{name}:{line}: looks like CSV, not JSON lines; convert it to one object a line") from None
+            raise DataError(
+                f"{name}:{line}: looks like CSV, not JSON lines; convert it to one object per line"
+            ) from None
 
 
 def _parse_line(raw: bytes, line: int, offset: int, name: str, reading: Reading) -> Row:
@@ -79,7 +84,7 @@ def jsonl_rows(path: str | os.PathLike[str], limit: int | None = None, reading: 
     """
     with opened(path) as (stream, name):
         refuse_magic(stream.peek(8), name)
-        empty = f"{name}: no rows (the file is empty or has only blank lines); write one object a line"
+        empty = f"{name}: no rows (the file is empty or has only blank lines); write one object per line"
         yield from good_rows(_line_attempts(stream, name, reading), unit="lines", limit=limit, empty=empty)
 
 
@@ -119,7 +124,7 @@ def json_rows(path: str | os.PathLike[str], limit: int | None = None, reading: R
     text = decode(raw[skipped:], 1, skipped, name)
     elements = _array(text, name)
     attempts = ((place, partial(_parse_value, value, where, reading)) for place, where, value in elements)
-    empty = f"{name}: no rows (the array is empty); write one object a row"
+    empty = f"{name}: no rows (the array is empty); write one object per row"
     yield from good_rows(attempts, unit="rows at lines", limit=limit, empty=empty)
 
 

@@ -106,13 +106,13 @@ def read_message(value: Any, key: str, source: str, record: Record, *, question:
         more["tool_calls"] = _calls(_decoded(text_of(content, place, source), place, source), place, source)
         role, content = "assistant", ""
     if role != "assistant" and "tool_calls" in more:
-        raise DataError(f"{source}: {key} is {role}'s and calls a tool; only an assistant's message may")
+        raise DataError(f"{source}: {key} has role {role} but calls a tool; only an assistant's message may do that")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more or (question and role == "assistant")
     content = "" if content is None and may_be_empty and role != "system" else content
     text = text_of(content, place, source, may_be_empty=may_be_empty)
     trained = _is_trained(record, key, source)
     if trained and role != "assistant" and (flag := next((name for name in WEIGHTS if record.peek(name)), None)):
-        record.note_left_out(f"{flag} of what is no answer")
+        record.note_left_out(f"{flag} of a message that is not an answer")
     return Message(role, text, json_text(more, key, source) if more else "", trained)
 
 
@@ -139,7 +139,7 @@ def reasoning(record: Record, key: str, source: str) -> str:
         if not is_nothing(value := record.get(name))
     }
     if len(found) > 1:
-        raise DataError(f"{source}: {key or 'the row'} has thoughts under two names that differ; keep one")
+        raise DataError(f"{source}: {key or 'the row'} has two different texts of thoughts under two names; keep one")
     return found.pop() if found else ""
 
 
@@ -150,11 +150,14 @@ def _is_trained(record: Record, key: str, source: str) -> bool:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(
-                f"{source}: {key}.{name} is {quoted(value)}; write 1 or true to learn it, 0 or false not to"
+                f"{source}: {key}.{name} is {quoted(value)}; write 1 or true to learn the message, 0 or false to skip "
+                "it"
             )
         trained = trained and bool(value)
     if _DETAIL in record and not is_nothing(record.peek(_DETAIL)):
-        raise DataError(f"{source}: {key}.{_DETAIL} excludes parts of a message; only whole ones can be: split it")
+        raise DataError(
+            f"{source}: {key}.{_DETAIL} excludes parts of a message, but only whole messages can be excluded; split it"
+        )
     return trained
 
 
@@ -208,7 +211,7 @@ def _decoded(value: Any, key: str, source: str) -> Any:
     except JsonError as error:
         raise DataError(f"{source}: '{key}': {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: '{key}' is text, but no JSON; write an object, or valid JSON") from error
+        raise DataError(f"{source}: '{key}' is text but not JSON; write an object, or valid JSON") from error
 
 
 def json_text(value: Any, key: str, source: str) -> str:
@@ -216,7 +219,9 @@ def json_text(value: Any, key: str, source: str) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{source}: '{key}' holds what JSON has not (or nests too deep); write plain values") from error
+        raise DataError(
+            f"{source}: '{key}' has a value that JSON cannot hold, or is nested too deep; write plain values"
+        ) from error
     if _NUL.search(text):
         raise DataError(f"{source}: '{key}' holds a NUL character; remove it")
     return text_of(text, key, source)

@@ -66,9 +66,9 @@ def entries_of(entries: Iterable[Entry], split: str) -> list[Part]:
     """
     parts = [Part(each.source, each.split or split, each.rows, each.weight, each.columns) for each in entries]
     if not parts:
-        raise ConfigError("a mixture without sources; name at least one")
+        raise ConfigError("the mixture has no sources; give at least one")
     if len({part.weight is None for part in parts}) > 1:
-        raise ConfigError("a mixture where only some sources have a weight; give one to all or to none")
+        raise ConfigError("only some sources of the mixture have a weight; give a weight to all or to none")
     return parts
 
 
@@ -98,19 +98,19 @@ def mix(
     wanted, most = sum(sizes) if total is None else total, max(_MOST_ROWS, _MOST_ROUNDS * sum(sizes))
     if wanted > most:
         raise ConfigError(
-            f"a mixture of {wanted:,} rows is more than {most:,}, the most that {sum(sizes):,} are repeated to; take "
-            "fewer, and raise train.num_train_epochs"
+            f"a mixture of {wanted:,} rows is more than {most:,}, the most that {sum(sizes):,} can be repeated to; "
+            "ask for fewer, and raise train.num_train_epochs"
         )
     counts = _apportioned(shares, wanted)
     chosen = []
     for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         name = f"source {number + 1}" if names is None else f"source {quoted(names[number], 300)}"
         if count and not size:
-            raise DataError(f"{name} of the mixture has no rows left to give; raise max_length or drop it")
+            raise DataError(f"{name} of the mixture has no rows left; raise max_length, or remove the source")
         if not count and names is not None:
             warnings.warn(
-                f"{name} of the mixture gives no row: its weight is too small for {wanted:,} rows; raise it, or drop "
-                "the source",
+                f"{name} of the mixture gives no row: its weight is too small for {wanted:,} rows; raise it, or "
+                "remove the source",
                 stacklevel=2,
             )
         rounds, rest = divmod(count, size) if size else (0, 0)

@@ -59,7 +59,7 @@ def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tu
                 yield from ((record, unread) for record in batch.to_pylist())
     except (ArrowException, UnicodeDecodeError) as error:
         reason = shown(str(error).strip().partition("\n")[0], 120)
-        raise DataError(f"{name}: is no readable Parquet file ({reason}); write it again") from error
+        raise DataError(f"{name}: is not a readable Parquet file ({reason}); write it again") from error
 
 
 def _rows_at_once(group: Any, columns: list[str], where: str) -> int:

@@ -99,7 +99,7 @@ class _Renderer:
                     line = self._line(begin + left - time.monotonic())
                     room -= len(line)
                     if room < 0:
-                        raise RenderError("it writes far more than it is given", len(answers))
+                        raise RenderError("it writes far more text than it gets", len(answers))
                     answers.append(json.loads(line))
             except BaseException as error:
                 self.stop()  # whatever it is doing, its next answer would be to an old question

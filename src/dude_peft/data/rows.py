@@ -152,7 +152,7 @@ def _check_limit(limit: int | None) -> None:
 def _builtin(name: str, split: str, limit: int | None, seed: int) -> list[Row]:
     if name.removeprefix(_BUILTIN) not in _BUILTINS:
         known = ", ".join(_BUILTIN + builtin for builtin in _BUILTINS)
-        raise ConfigError(f"no built-in data set {quoted(name)}; there is {known}")
+        raise ConfigError(f"no built-in data set {quoted(name)}; choose {known}")
     return word_problems(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
 
 

@@ -32,7 +32,9 @@ class Stamp:
         except (OSError, DataError):
             same = False
         if not same:
-            raise DataError(f"{name}: the file was changed while it was in use; leave it alone and start again")
+            raise DataError(
+                f"{name}: the file was changed while it was in use; start again, and do not change it during the run"
+            )
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -97,7 +97,9 @@ class Template:
         self._tokenizer = tokenizer
         self._name = quoted(getattr(tokenizer, "name_or_path", "") or "unnamed")
         if not tokenizer.eos_token:
-            raise ConfigError(f"tokenizer {self._name} has no eos_token, so the end cannot be learned; set one")
+            raise ConfigError(
+                f"tokenizer {self._name} has no eos_token, so the model cannot learn where an answer ends; set one"
+            )
         self._eos: str = tokenizer.eos_token
         has_chat = bool(tokenizer.chat_template)
         if kind == "chat" and not has_chat:
@@ -272,7 +274,7 @@ class Template:
         (other,) = self._rendered([(broken, broken.messages[: len(wanted[1])], wanted[2])])
         if self.control.specials(other) < self.control.specials(text):
             raise DataError(
-                f"{row.source}: the chat template of {self._name} makes a special token of what a message says; "
+                f"{row.source}: the chat template of {self._name} turns text of a message into a special token; "
                 "remove the row, or use template: plain"
             )
 
@@ -378,8 +380,8 @@ class Template:
         if end := next((end for end in self.ends_in(row, messages) if end not in self.control), ""):
             remedy = ", or set special_tokens to text" if self.special_tokens == "allow" else ""
             raise DataError(
-                f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it, "
-                f"the template adds it{remedy}"
+                f"{row.source}: a message holds the tokenizer's end token {quoted(end)}; remove it from the text, "
+                f"since the template adds it{remedy}"
             )
 
     def ends_in(self, row: Row, messages: Sequence[Message]) -> list[str]:

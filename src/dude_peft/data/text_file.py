@@ -29,7 +29,7 @@ def text_rows(path: str | os.PathLike[str], limit: int | None = None, reading: R
         passages = _passages((n, decode(raw, n, at, name)) for n, at, raw in lines(stream, name))
         passage = next(passages, None)
         if passage is None:
-            raise DataError(f"{name}: no text (the file is empty or blank); write some")
+            raise DataError(f"{name}: no text (the file is empty or blank); add some text")
         for _ in itertools.count() if limit is None else range(limit):
             following = next(passages, None)
             yield _row(TEXT if following is None else PASSAGE, passage, name)

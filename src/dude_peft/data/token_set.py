@@ -97,7 +97,7 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         lines = self.counts.losses(max_length)
         for source in self._sources:
             if unread := source.columns.unread(source.store.counts.used):
-                lines.append(f"{source.name}: no row has {', '.join(unread)}, which data.columns names")
+                lines.append(f"{source.name}: no row has {', '.join(unread)}, but data.columns names them")
         return lines
 
     def verify_unchanged(self) -> None:

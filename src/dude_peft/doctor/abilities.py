@@ -44,13 +44,13 @@ def _of_package(name: str, module: str, extra: str) -> Ability:
 def _deepspeed(gpu: bool) -> Ability:
     if importlib.util.find_spec("deepspeed") is None:
         return Ability("DeepSpeed", False, "pip install deepspeed")
-    return Ability("DeepSpeed", gpu, "installed" if gpu else "installed, but it wants a GPU")
+    return Ability("DeepSpeed", gpu, "installed" if gpu else "installed, but it needs a GPU")
 
 
 def _flash_attention(gpu: bool) -> Ability:
     name = "packing with flash attention"
     if not gpu:
-        return Ability(name, False, "wants a CUDA or ROCm GPU")
+        return Ability(name, False, "needs a CUDA or ROCm GPU")
     there = importlib.util.find_spec("flash_attn") is not None
     return Ability(name, there, "installed" if there else "pip install flash-attn --no-build-isolation")
 
@@ -64,4 +64,4 @@ def _llama_cpp() -> Ability:
     except DudeError as error:
         return Ability(name, False, str(error))
     there = importlib.util.find_spec("llama_cpp") is not None
-    return Ability(name, there, "converter found" if there else "pip install 'dude-peft[llama]' reads the file back")
+    return Ability(name, there, "converter found" if there else "pip install 'dude-peft[llama]' adds a check")

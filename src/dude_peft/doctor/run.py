@@ -65,7 +65,7 @@ def doctor(*, as_json: bool = False) -> None:
         print(json_text(found, indent=2))
     if problem is not None:
         raise problem
-    display.say("training works here")
+    display.say("training works on this machine")
     look = ["data", "check", "ROWS.jsonl", "--model", "MODEL"]
     tell_next(display, look, ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
 
@@ -94,7 +94,8 @@ def _machine(display: Display, found: dict[str, Any]) -> DudeError | None:
     show_facts(display, "Hugging Face hub", _hub(state))
     able = abilities(seen)
     found["abilities"] = [asdict(ability) for ability in able]
-    show_facts(display, "what works here", [(each.name, f"{_yes(each.works)}; {each.note}") for each in able])
+    notes = [(each.name, f"{_yes(each.works)}; {each.note}") for each in able]
+    show_facts(display, "what works on this machine", notes)
     start = time.perf_counter()
     try:
         self_test()
@@ -106,20 +107,21 @@ def _machine(display: Display, found: dict[str, Any]) -> DudeError | None:
         )
     found["self_test_seconds"] = round(time.perf_counter() - start, 2)
     display.say(
-        f"self test: an adapted layer starts as its base, gradients are finite ({found['self_test_seconds']} s)"
+        "self test: a new adapter does not change the layer's output, and gradients are finite "
+        f"({found['self_test_seconds']} s)"
     )
     if (seen[0].memory or _LEAST_MEMORY) < _LEAST_MEMORY:
-        return ResourceError("less than 1 GiB of memory is free; end other programs")
+        return ResourceError("less than 1 GiB of memory is free; close other programs")
     if not state.writable and not state.offline:
         return ResourceError(
-            f"the hub's cache {shown(state.cache, 300)} cannot be written; set HF_HOME to another folder"
+            f"the hub's cache {shown(state.cache, 300)} is not writable; set HF_HOME to another folder"
         )
     return None
 
 
 def _package(package: Package) -> str:
     version = package.version or "-"
-    wanted = f" (wants {package.wanted})" if package.wanted else ""
+    wanted = f" (needs {package.wanted})" if package.wanted else ""
     remedy = f": {package.remedy}" if package.remedy else ""
     return f"{version}{wanted} {package.state}{remedy}"
 
@@ -129,14 +131,14 @@ def _device(device: Seen) -> str:
     if device.kernels:
         kernels = "Triton kernels run here"
     elif importlib.util.find_spec("triton") is None:
-        kernels = "Triton is not installed, torch's operations do the work"
+        kernels = "Triton is not installed: torch's own operations are used"
     else:
-        kernels = "no device for Triton kernels, torch's operations do the work"
+        kernels = "no device for Triton kernels: torch's own operations are used"
     return f"{device.name}{memory}, bfloat16 {_yes(device.bfloat16)}, {kernels}"
 
 
 def _hub(state: Hub) -> list[tuple[str, str]]:
-    reachable = "not asked, HF_HUB_OFFLINE is set" if state.offline else _yes(state.reachable)
+    reachable = "not checked, because HF_HUB_OFFLINE is set" if state.offline else _yes(state.reachable)
     return [("cache", f"{shown(state.cache, 300)}, writable: {_yes(state.writable)}"), ("reachable", reachable)]
 
 

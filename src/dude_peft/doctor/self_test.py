@@ -32,7 +32,7 @@ def self_test() -> None:
     got = adapted(x)
     if not torch.equal(got, wanted):
         distance = float((got.detach() - wanted).abs().max())
-        raise NumericsError(f"self test: a fresh adapter moves the output by {distance:.2g}; report this")
+        raise NumericsError(f"self test: a new adapter changes the output by {distance:.2g}; report this")
     got.square().mean().backward()
     trained = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
     for name, gradient in trained.items():

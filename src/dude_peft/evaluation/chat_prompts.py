@@ -63,7 +63,7 @@ class ChatPrompts:
         conversations: list[Conversation] = [(messages, generate, []) for messages in wanted]
         text, *hidden = render(self._source, {**self._tokens, **arguments}, conversations, continued=not generate)
         if not text:
-            raise ConfigError(f"--chat: the chat template of {shown(self._name, 300)} writes nothing; leave --chat out")
+            raise ConfigError(f"--chat: the chat template of {shown(self._name, 300)} gives no text; leave --chat out")
         marked = text
         if veil is not None and veil.reveal(hidden[0]) == text:
             marked = hidden[0]

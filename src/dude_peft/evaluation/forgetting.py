@@ -82,7 +82,7 @@ def read_text(path: Path, control: ControlTokens, positions: int | None) -> Text
     length = min(_LENGTH, positions or _LENGTH)
     blocks = _blocks(content.decode("utf-8"), control, length, shown(path, 300))
     if not blocks:
-        raise DataError(f"{shown(path, 300)}: too short, not one block of {length} tokens; give more text")
+        raise DataError(f"{shown(path, 300)}: shorter than one block of {length} tokens; give more text")
     return Text(str(path), hashlib.sha256(content).hexdigest(), blocks)
 
 
@@ -99,8 +99,8 @@ def score_text(speaker: Speaker, text: Text) -> TextScore:
     losses, *others = map(list, zip(*(every[number] for number in range(len(blocks))), strict=True))
     if not all(math.isfinite(value) for values in (losses, *others) for value in values):
         raise NumericsError(
-            f"{shown(speaker.name, 300)}: the loss on {shown(text.file, 300)}, or the KL there, is infinite; the model "
-            "rules out what the text or its base says, check the model's files"
+            f"{shown(speaker.name, 300)}: the loss on {shown(text.file, 300)}, or the KL there, is infinite: the "
+            "model gives a token of the text probability 0; check the model's files"
         )
     loss = sum(losses) / len(losses)
     score: dict[str, Any] = {}
@@ -145,7 +145,8 @@ def _perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError as error:
         raise NumericsError(
-            f"the loss on general text is {loss:.0f} nats a token, and its perplexity no number; the training diverged"
+            f"the loss on general text is {loss:.0f} nats a token, and its perplexity is not a number; training "
+            "diverged: use an earlier checkpoint"
         ) from error
 
 

@@ -146,8 +146,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         for key, request in zip(keys, requests, strict=True):
             if self._settings(request)["do_sample"]:  # a temperature alone is enough for it
                 raise ConfigError(
-                    f"task {shown(request.task_name)} draws tokens at random, and its answers could not be repeated; "
-                    "choose a greedy one"
+                    f"task {shown(request.task_name)} samples tokens at random, so its answers cannot be repeated; "
+                    "choose a task with greedy decoding"
                 )
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), {})[key] = request
         lengths = {key: len(self.tok_encode(request.args[0])) for key, request in zip(keys, requests, strict=True)}
@@ -269,8 +269,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 raise
             if len(batch) == 1:
                 raise ResourceError(
-                    f"{shown(self._name, 300)}: a single sequence does not fit into the device's memory; use a smaller "
-                    "model or dtype"
+                    f"{shown(self._name, 300)}: a single sequence does not fit into memory; use a smaller model or "
+                    "dtype"
                 ) from error
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
@@ -297,8 +297,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         new = int(self._settings(request)["max_gen_toks"])
         if new >= self.max_length:
             raise ConfigError(
-                f"task {shown(request.task_name)} generates up to {new} tokens, but {shown(self._name, 300)} reads "
-                f"{self.max_length} in all; choose a task with shorter answers, or a model that reads more"
+                f"task {shown(request.task_name)} generates up to {new} tokens, but {shown(self._name, 300)} can read "
+                f"only {self.max_length} in total; choose a task with shorter answers, or a model with a longer "
+                "context"
             )
         return new
 
@@ -319,8 +320,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         # The largest is NaN where any is; -inf alone is how some models rule out tokens.
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise NumericsError(
-                f"{shown(self._name, 300)}: the logits are NaN or Inf; check the model's files, and its dtype: float16 "
-                "overflows where bfloat16 and float32 do not"
+                f"{shown(self._name, 300)}: the logits are NaN or Inf; check the model's files, or use bfloat16 or "
+                "float32 if the dtype is float16"
             )
         return logits
 

@@ -43,7 +43,7 @@ def gsm8k(path: Path) -> list[Document]:
                 continue
             document = _object(_parsed(line, where), ("question", "answer"), where)
             if not re.search(r"#### *-?[0-9.,]+", document["answer"]):
-                raise DataError(f"{where}: the answer has no '#### N' with its number; GSM8K's have")
+                raise DataError(f"{where}: the answer has no '#### N' line with its number; add it, as in GSM8K")
             found.append({"question": document["question"], "answer": document["answer"]})
     return _some(found, path)
 
@@ -62,7 +62,7 @@ def mmlu(path: Path, subject: str) -> list[Document]:
             header = next(reader, [])
             if header != _MMLU_COLUMNS:
                 raise DataError(
-                    f"{shown(path, 300)}:1: the first line is {quoted(','.join(header), 100)}; MMLU's is {layout}"
+                    f"{shown(path, 300)}:1: the first line is {quoted(','.join(header), 100)}; it must be {layout}"
                 )
             for cells in reader:
                 where = f"{shown(path, 300)}:{reader.line_num}"
@@ -96,7 +96,9 @@ def commonsense(path: Path) -> list[Document]:
     for where, row in _instructions(path):
         match = _FORMAT.search(row["instruction"])
         if match is None:
-            raise DataError(f"{where}: the instruction does not end with 'Answer format: a/b/...'; LLM-Adapters' do")
+            raise DataError(
+                f"{where}: the instruction does not end with 'Answer format: a/b/...'; add it, as in LLM-Adapters"
+            )
         choices = match.group(1).split("/")
         if row["answer"] not in choices:
             raise DataError(f"{where}: the answer {quoted(row['answer'])} is none of {quoted(match.group(1), 80)}")
@@ -119,8 +121,8 @@ def math(path: Path) -> list[Document]:
         found.append({"question": row["instruction"].strip(), "answer": answer})
     if 0 < letters < len(found):
         raise DataError(
-            f"{shown(path, 300)}: {letters} of {len(found)} answers are letters of options, the others are not; "
-            "a set has one kind"
+            f"{shown(path, 300)}: {letters} of {len(found)} answers are letters of options, but the others are not; "
+            "use one kind"
         )
     return _some(found, path)
 
@@ -134,7 +136,7 @@ def _instructions(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         line = getattr(error, "lineno", 1)
         raise DataError(f"{shown(path, 300)}:{line}: malformed JSON ({shown(error)}); repair the array") from error
     if not isinstance(rows, list):
-        raise DataError(f"{shown(path, 300)}: holds no JSON array; write [{{...}}, ...]")
+        raise DataError(f"{shown(path, 300)}: this is not a JSON array; write [{{...}}, ...]")
     for number, row in enumerate(rows, start=1):
         where = f"{shown(path, 300)}, row {number}"
         yield where, _object(row, ("instruction", "answer"), where)
@@ -144,7 +146,7 @@ def _instructions(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def _file(path: Path, layout: str) -> Iterator[Iterator[tuple[str, str]]]:
     """(place, text) of each line; a missing file's error says what it has to hold."""
     if not path.is_file():
-        raise DataError(f"{shown(path, 300)}: no such file; it has to hold {layout}")
+        raise DataError(f"{shown(path, 300)}: no such file; it must have {layout}")
     with opened(path) as (stream, name):
         refuse_magic(stream.peek(8), name)
         yield ((f"{name}:{line}", decode(raw, line, at, name)) for line, at, raw in lines(stream, name))
@@ -159,14 +161,14 @@ def _parsed(line: str, where: str) -> Any:
 
 def _object(row: Any, keys: tuple[str, ...], where: str) -> dict[str, str]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: is no object; write {{...}} with {', '.join(keys)}")
+        raise DataError(f"{where}: this is not an object; write {{...}} with {', '.join(keys)}")
     for key in keys:
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise DataError(f"{where}: {quoted(key)} is missing, empty or no text; the columns are {', '.join(keys)}")
+            raise DataError(f"{where}: {quoted(key)} is missing, empty or not text; the columns are {', '.join(keys)}")
     return row
 
 
 def _some(documents: list[Document], path: Path) -> list[Document]:
     if not documents:
-        raise DataError(f"{shown(path, 300)}: holds no questions; write some")
+        raise DataError(f"{shown(path, 300)}: this file has no questions; add some")
     return documents

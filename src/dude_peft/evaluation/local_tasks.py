@@ -90,7 +90,8 @@ def _instruction_sets(name: str, data: Path, folder: Path) -> list[str]:
     there = [known for known in (COMMONSENSE if name == "commonsense" else MATH) if (data / name / known).is_dir()]
     if not there:
         raise DataError(
-            f"{shown(data / name, 300)}: holds none of {', '.join(COMMONSENSE + MATH)}; docs/evaluation.md lists them"
+            f"{shown(data / name, 300)}: the folder has none of {', '.join(COMMONSENSE + MATH)}; docs/evaluation.md "
+            "lists them"
         )
     splits = {known: {"test": read(data / name / known / "test.json")} for known in there}
     return [

@@ -34,10 +34,10 @@ class EvalOptions:
     def __post_init__(self) -> None:
         """Raises ConfigError for what cannot work."""
         if not self.tasks and self.text is None:
-            raise ConfigError("nothing to evaluate; give --tasks, as gsm8k,mmlu, or --text FILE")
+            raise ConfigError("nothing to evaluate; give --tasks (such as gsm8k,mmlu) or --text FILE")
         twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
         if twice is not None:
-            raise ConfigError(f"--tasks: {quoted(twice)} is asked for twice; name it once")
+            raise ConfigError(f"--tasks: {quoted(twice)} is listed twice; list it once")
         for option, value, least in (
             ("--limit", self.limit, 1),
             ("--batch-size", self.batch_size, 1),
@@ -49,11 +49,11 @@ class EvalOptions:
         if self.special_tokens not in (None, *SPECIAL_TOKENS):
             raise ConfigError(f"--special-tokens {quoted(self.special_tokens)}: use {', '.join(SPECIAL_TOKENS)}")
         if self.data_dir is not None and not self.data_dir.is_dir():
-            what = "is no folder" if self.data_dir.exists() else "no such folder"
-            raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; docs/evaluation.md tells what it holds")
+            what = "this is a file" if self.data_dir.exists() else "no such folder"
+            raise DataError(f"--data-dir {shown(self.data_dir, 300)}: {what}; docs/evaluation.md describes its files")
         if self.text is not None and self.text.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet"):
-            raise DataError(f"--text {shown(self.text, 300)}: is rows of data; give a file of plain text")
+            raise DataError(f"--text {shown(self.text, 300)}: this file has data rows; give a file of plain text")
         target = None if self.text is None else self.text.expanduser()
         if target is not None and (target.is_dir() or not target.exists()):
-            what = "is a folder" if target.is_dir() else "no such file"
+            what = "this is a folder" if target.is_dir() else "no such file"
             raise DataError(f"--text {shown(self.text, 300)}: {what}; give a text file")

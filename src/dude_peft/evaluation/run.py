@@ -158,8 +158,8 @@ def measure(
     show(display, evaluation)
     if places := with_nulls(asdict(evaluation))[1]:
         display.warn(
-            f"{len(places)} numbers are NaN or Inf, and null in {RESULTS} (first: {shown(places[0], 100)}); the task's "
-            "metric is not defined for these answers"
+            f"{len(places)} numbers are NaN or Inf, and null in {RESULTS} (first: {shown(places[0], 100)}); the "
+            "task's metric is undefined for these answers"
         )
     display.say(f"results: {shown(output / RESULTS, 300)}; each question: {shown(output / SAMPLES, 300)}")
     return evaluation
@@ -298,8 +298,10 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if len(output.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
         raise ConfigError(f"output {named}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ConfigError(f"output {named} is no folder; choose another name")
+        raise ConfigError(f"output {named} is not a folder; choose another name")
     if (output / RESULTS).exists() and not overwrite:
-        raise ConfigError(f"output {named} holds a finished evaluation; choose another folder, or add --overwrite")
+        raise ConfigError(
+            f"output {named} already has a finished evaluation; choose another folder, or add --overwrite"
+        )
     if output.is_dir() and any(os.scandir(output)) and not (output / ANSWERS).is_dir():
-        raise ConfigError(f"output {named} holds something else; choose another folder")
+        raise ConfigError(f"output {named} has other files in it; choose another folder")

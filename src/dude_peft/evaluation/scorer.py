@@ -140,8 +140,8 @@ class Scorer:
             reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
             tasks = ", ".join(dict.fromkeys(self._names[task] for task in self._tasks))
             raise ConfigError(
-                f"the harness cannot ask {shown(tasks, 200)} of {shown(self._speaker.name, 300)} ({reason}); name "
-                "tasks one at a time to see which, and check its settings; --debug shows where, should it be our bug"
+                f"lm-eval cannot run {shown(tasks, 200)} on {shown(self._speaker.name, 300)} ({reason}); run the tasks "
+                "one at a time, and check the failing task's settings; --debug shows where the error is"
             ) from error
 
     def provenance(self) -> dict[str, Any]:

@@ -23,5 +23,5 @@ def show(display: Display, evaluation: Evaluation) -> None:
         display.say("no second opinion on GSM8K's answers: pip install 'dude-peft[math]'")
     for task, found in (evaluation.second_opinion or {}).items():
         display.say(
-            f"{task}: math-verify judges {len({one.doc_id for one in found})} answers otherwise; see results.json"
+            f"{task}: math-verify judges {len({one.doc_id for one in found})} answers differently; see results.json"
         )

@@ -18,7 +18,7 @@ from dude_peft.show import quoted, shown
 
 LARGEST_YAML_BYTES = 1 << 20
 UNSAFE = (
-    "task {} runs code that the model writes, and dude eval runs none; merge the adapter, and use "
+    "task {} runs code that the model writes, which dude eval never does; merge the adapter, and use "
     "`lm-eval run --confirm_run_unsafe_code` in a sandbox"
 )
 _FUNCTION = "!function"
@@ -131,8 +131,8 @@ def guarded() -> Iterator[None]:
     def load_from_hub(path: str, *args: Any, **kwargs: Any) -> Any:
         if (local := _script(str(path))) is not None:
             refused.append(
-                f"{shown(local.absolute(), 300)} has the name of the metric {quoted(path)}, and would be run; rename "
-                "it, or start dude eval in another folder"
+                f"{shown(local.absolute(), 300)} has the name of the metric {quoted(path)} and would be run in its "
+                "place; rename it, or start dude eval in another folder"
             )
             raise ConfigError(refused[0])
         return load(path, *args, **kwargs)

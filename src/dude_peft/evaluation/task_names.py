@@ -62,7 +62,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
     """What is said of a name that no task has, with the closest of those that are known."""
     names = [*GROUPS, *GSM8K, WORDMATH, *known]
     close = dict.fromkeys(difflib.get_close_matches(name, names, n=4, cutoff=0.5))
-    hint = f"did you mean {', '.join(map(quoted, close))}?" if close else "`lm-eval ls tasks` lists the harness's"
+    hint = f"did you mean {', '.join(map(quoted, close))}?" if close else "`lm-eval ls tasks` lists all tasks"
     return f"--tasks: there is no task {quoted(name)}; {hint}"
 
 

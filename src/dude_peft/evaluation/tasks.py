@@ -63,7 +63,7 @@ def load_tasks(
         tasks, by_task = _loaded(known, name, local.get(name))
         twice = next((task for one in chosen for task in tasks if task in one.tasks), None)
         if twice is not None:
-            raise ConfigError(f"--tasks: {quoted(twice)} is asked for twice; name it, or a group that holds it, once")
+            raise ConfigError(f"--tasks: {quoted(twice)} is listed twice; list it, or a group that contains it, once")
         with _own_errors(name):
             for task_name, task in tasks.items():
                 _refuse_what_we_cannot(task_name, task)
@@ -102,7 +102,9 @@ def _manager(folder: Path | None, *, defaults: bool) -> Any:
 def _loaded(manager: Any, name: str, written: list[str] | None) -> tuple[dict[str, Any], frozenset[str]]:
     """(its tasks, the metrics that it means over tasks)."""
     if is_yaml(name) and not Path(name).is_file():
-        raise ConfigError(f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML, or a task's name")
+        raise ConfigError(
+            f"--tasks: no file {shown(name, 300)}; give the path of a task's YAML file, or the name of a task"
+        )
     with _own_errors(name), guarded():
         found = _found(manager, written or [name])
     tasks: dict[str, Any] = found["tasks"]
@@ -124,8 +126,8 @@ def _own_errors(name: str) -> Iterator[None]:
         if is_yaml(name):
             raise ConfigError(f"--tasks: {shown(name, 300)} cannot be loaded as a task ({reason})") from error
         raise DataError(
-            f"task {quoted(name)}: its data cannot be had ({reason}); give local files with --data-dir, or connect to "
-            "the hub once"
+            f"task {quoted(name)}: its data cannot be loaded ({reason}); give local files with --data-dir, or connect "
+            "to the hub once"
         ) from error
 
 
@@ -137,7 +139,7 @@ def _look_at_code(manager: Any, name: str) -> None:
         group = None
     of_group = [] if group is None else files_with_code(_manager(Path(name).parent, defaults=True), [group])
     for file in sorted({*files_with_code(manager, [name]), *of_group}):
-        warnings.warn(f"{shown(file, 300)} runs Python code of its own (!function)", stacklevel=2)
+        warnings.warn(f"{shown(file, 300)} runs its own Python code (!function)", stacklevel=2)
 
 
 def _found(manager: Any, names: list[str]) -> Any:
@@ -151,8 +153,8 @@ def _found(manager: Any, names: list[str]) -> Any:
     if known is None or known.yaml_path is None or Path(known.yaml_path).resolve() != file:
         other = "nowhere" if known is None else shown(known.yaml_path, 300)
         raise ConfigError(
-            f"--tasks: {shown(file, 300)} is the group {quoted(group)}, which the harness finds in {other}; give it a "
-            "name of its own"
+            f"--tasks: {shown(file, 300)} is the group {quoted(group)}, which lm-eval already has in {other}; rename "
+            "the group"
         )
     return folder.load([group])
 
@@ -168,9 +170,9 @@ def _refuse_what_we_cannot(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
         raise ConfigError(UNSAFE.format(quoted(name)))
     if not task.get_config("metric_list") and not getattr(task, "_metric_fn_list", True):
-        raise ConfigError(f"task {quoted(name)} has no metric, so nothing would be told; name one in its metric_list")
+        raise ConfigError(f"task {quoted(name)} has no metric, so it has no score; add one to its metric_list")
     if getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"task {quoted(name)} asks about images; choose tasks of text")
+        raise ConfigError(f"task {quoted(name)} asks about images; choose text tasks")
 
 
 def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:

@@ -127,7 +127,7 @@ def refuse_run_folder(folder: Path) -> None:
     """Raises ConfigError for a run's own folder, and names the adapter in it."""
     adapter = folder / ADAPTER
     if (adapter / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"{shown(folder, 300)} is the folder of a run; give its adapter, {shown(adapter, 300)}")
+        raise ConfigError(f"{shown(folder, 300)} is a run's folder; give the adapter inside it, {shown(adapter, 300)}")
 
 
 def _fetch_tokenizer(name: str) -> None:
@@ -139,7 +139,7 @@ def _fetch_tokenizer(name: str) -> None:
     except Exception as error:  # the hub client's errors have no common base
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         raise ConfigError(
-            f"the tokenizer of {shown(name)} cannot be fetched ({reason}); download the adapter, and give its folder"
+            f"the tokenizer of {shown(name)} cannot be downloaded ({reason}); download the adapter, and give its folder"
         ) from error
 
 
@@ -165,7 +165,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     dtype = DTYPES.get(stored.dtype)
     if dtype is None:
         raise ArtifactError(
-            f"'{stored.file}': tensor '{shown(stored.name)}' has dtype {stored.dtype}, a float is wanted; save it again"
+            f"'{stored.file}': tensor '{shown(stored.name)}' has dtype {stored.dtype}, not a float dtype; save it again"
         )
     tensor = torch.empty(stored.shape, dtype=dtype)
     flat, done = tensor.view(-1).view(torch.uint8), 0

@@ -61,7 +61,7 @@ def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) ->
     """
     name = name or adapter.config.base_model_name_or_path
     if not name:
-        raise ConfigError(f"adapter {shown(adapter.folder, 300)} names no base model; give it with --base")
+        raise ConfigError(f"adapter {shown(adapter.folder, 300)} does not name its base model; give it with --base")
     source = source_named(name, gguf_file, adapter.config.revision)
     dtype = adapter.record.dtype
     return source.model_copy(update={"dtype": dtype}) if dtype in _DTYPES else source

@@ -42,7 +42,7 @@ _TEMPLATE = """\
 Made by dude-peft {{ version }}.
 {% if mismatch %}
 
-**Warning: this was made for another base model than the adapter was trained on.**
+**Warning: this export uses a different base model from the one the adapter was trained on.**
 {% endif %}
 {% if python %}
 
@@ -190,7 +190,7 @@ def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | No
     if "sha256" in report or _seals_its_files(adapter.parent):
         report = read_sealed(path, remedy)
     else:
-        tell(f"{shown(path, 300)} has no seal: nobody can tell whether its figures are those of the run")
+        tell(f"{shown(path, 300)} has no checksum, so its numbers cannot be checked")
     try:
         _scores(report)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:

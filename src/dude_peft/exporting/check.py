@@ -151,10 +151,13 @@ def compare(live: dict[str, Tensor], export: dict[str, Tensor], count: int) -> D
         if ours.shape != theirs.shape:
             raise NumericsError(
                 f"the export reads prompt {number} as {len(theirs)} tokens of {theirs.shape[1]}, the base model as "
-                f"{len(ours)} of {ours.shape[1]}: its tokenizer or vocabulary is another one"
+                f"{len(ours)} of {ours.shape[1]}: its tokenizer or vocabulary differs"
             )
         if not _is_usable(ours):
-            raise NumericsError(f"the live adapter itself gives NaN or Inf on prompt {number}; training diverged")
+            raise NumericsError(
+                f"the live adapter itself gives NaN or Inf on prompt {number}; training diverged, use an earlier "
+                "checkpoint"
+            )
         if not _is_usable(theirs):
             raise NumericsError(f"the export gives NaN or Inf on prompt {number}; choose another --dtype")
         _check_ruled_out(ours, theirs, number)
@@ -196,8 +199,8 @@ def _check_ruled_out(ours: Tensor, theirs: Tensor, number: int) -> None:
         position, token = places[0].tolist()
         who = ("the live adapter", "the export")[bool(theirs[position, token].isneginf())]
         raise NumericsError(
-            f"prompt {number}, position {position}: {who} alone rules out token {token} (its logit is -inf), one of "
-            f"{len(places)} such places; the export is another model"
+            f"prompt {number}, position {position}: {who} is the only one that gives token {token} a logit of -inf, "
+            f"one of {len(places)} such places; the export does not match the adapter"
         )
 
 
@@ -215,8 +218,8 @@ def _run(command: list[str], request: dict[str, Any], what: str) -> None:
         return
     if done.returncode < 0:
         raise ResourceError(
-            f"{what} could not be run: its process was killed by signal {-done.returncode}, most often for want of "
-            "memory; use --no-verify here and verify on a larger machine"
+            f"{what} could not be run: its process was killed by signal {-done.returncode}, most often because memory "
+            "ran out; use --no-verify here, and verify on a larger machine"
         )
     last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "no message")
     if (kind := _OURS.get(done.returncode)) is not None:

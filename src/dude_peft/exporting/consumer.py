@@ -18,7 +18,7 @@ class _Absent:
     @staticmethod
     def find_spec(name: str, *_: Any) -> None:
         if name.partition(".")[0] == "dude_peft":
-            raise ModuleNotFoundError(f"{name} is not for the consumer of an export", name=name)
+            raise ModuleNotFoundError(f"{name} cannot be used to load an export", name=name)
 
 
 def main() -> None:

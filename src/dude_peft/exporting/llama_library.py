@@ -111,7 +111,7 @@ def _loaded(gguf: Path, length: int) -> Iterator[Any]:
             verbose=False,
         )
     except ValueError as error:
-        raise ArtifactError(f"{shown(gguf, 300)}: llama.cpp does not load it ({shown(error, 200)})") from error
+        raise ArtifactError(f"{shown(gguf, 300)}: llama.cpp cannot load it ({shown(error, 200)})") from error
     with closing(model):
         yield model
 

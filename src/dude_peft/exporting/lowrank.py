@@ -50,16 +50,18 @@ def check_rank(rank: int, layers: dict[str, Layer], adapter: SavedAdapter) -> No
         ConfigError: one of these.
     """
     if rank not in SERVED_RANKS:
-        raise ConfigError(f"--to lora:{rank}: servers take ranks {', '.join(map(str, SERVED_RANKS))}; choose one")
+        raise ConfigError(
+            f"--to lora:{rank}: servers support the ranks {', '.join(map(str, SERVED_RANKS))}; choose one"
+        )
     name, layer = min(layers.items(), key=lambda one: min(one[1].shape))
     if rank > min(layer.shape):
         raise ConfigError(
             f"--to lora:{rank}: layer '{shown(name)}' (out {layer.shape[0]}, in {layer.shape[1]}) has rank "
-            f"{min(layer.shape)} at most; choose a smaller one"
+            f"{min(layer.shape)} at most; choose a smaller rank"
         )
     if whole := next((name for name, _ in adapter.whole()), None):
         raise ConfigError(
-            f"--to lora:{rank}: '{shown(whole)}' was trained whole, which a LoRA cannot carry; use merged"
+            f"--to lora:{rank}: '{shown(whole)}' was trained in full, which a LoRA cannot store; use --to merged"
         )
 
 

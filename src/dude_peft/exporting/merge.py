@@ -101,8 +101,8 @@ def plan_merge(
         stored, names = _parameter(base, name)
         if stored.shape != trained.shape:
             raise ArtifactError(
-                f"adapter {folder}: '{shown(name)}' has shape {trained.shape}, the base model's {stored.shape}: it was "
-                "trained on a model with other embeddings; resize and save that base model first"
+                f"adapter {folder}: '{shown(name)}' has shape {trained.shape}, the base model's {stored.shape}: it "
+                "was trained on a model with resized embeddings; resize the base model, save it, and use that"
             )
         key = base.layout.key(name)
         written[key] = Path(stored.file).name, stored_piece(key, trained, dtype or DTYPES.get(stored.dtype))
@@ -151,8 +151,8 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
         absent = [name for name in adapter.base if name not in modules or not frozen.is_supported(modules[name])]
         if absent:
             raise ArtifactError(
-                f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model has not (first: "
-                f"'{shown(absent[0])}'); give the base model it was trained on with --base"
+                f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model does not have "
+                f"(first: '{shown(absent[0])}'); give the base model it was trained on with --base"
             )
         for name in adapter.base:
             if name not in layers:
@@ -161,8 +161,8 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
                 stored = base.layout.find(f"{name}.weight", names)
                 if not is_plain(stored):
                     raise ArtifactError(
-                        f"base tensor '{shown(stored.name)}' is {stored.dtype} of shape {stored.shape}, no plain "
-                        "matrix to merge into; give the unquantised base model"
+                        f"base tensor '{shown(stored.name)}' is {stored.dtype} of shape {stored.shape}, not a plain "
+                        "matrix; give the unquantised base model"
                     )
                 layers[name] = Layer(stored, frozen.is_transposed(module), names)
             layers[name].changes.append((weighted, name))
@@ -197,9 +197,9 @@ def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
         return None
     adapter, name = wrong[0]
     return ArtifactError(
-        f"adapter {shown(adapter.folder, 300)} was trained on other weights than those of "
-        f"{shown(base.source.name_or_path, 300)}: {len(wrong)} of {len(asked)} differ (first: '{shown(name)}'); "
-        "give the base model it was trained on, not one that is merged already"
+        f"adapter {shown(adapter.folder, 300)} was trained on weights that differ from those of "
+        f"{shown(base.source.name_or_path, 300)}: {len(wrong)} of {len(asked)} differ (first: '{shown(name)}'); give "
+        "the base model it was trained on, not a merged one"
     )
 
 
@@ -209,7 +209,8 @@ def _trained_whole(adapters: Sequence[Weighted]) -> Iterator[tuple[str, StoredTe
         for name, trained in weighted.adapter.whole():
             if len(adapters) > 1 or weighted.weight != 1:
                 raise ConfigError(
-                    f"adapter {folder} has '{shown(name)}', trained whole, which has no change to weigh; merge it alone"
+                    f"adapter {folder} has '{shown(name)}', trained in full, which cannot be combined; merge this "
+                    "adapter on its own"
                 )
             yield name, trained, folder
 
@@ -217,7 +218,7 @@ def _trained_whole(adapters: Sequence[Weighted]) -> Iterator[tuple[str, StoredTe
 def _parameter(base: Base, name: str) -> tuple[StoredTensor, list[str]]:
     parameters = dict(base.model.named_parameters(remove_duplicate=False))
     if name not in parameters:
-        raise ArtifactError(f"adapter tensor '{shown(name)}' is no parameter of the base model; give the right --base")
+        raise ArtifactError(f"adapter tensor '{shown(name)}' is not in the base model; give the right --base")
     names = base.names[id(parameters[name])]
     return base.layout.find(name, names), names
 

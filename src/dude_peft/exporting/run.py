@@ -68,7 +68,7 @@ def parse_target(text: str) -> Target:
         return Target(kind, quantisation=detail or "F16")
     if kind in ("merged", "peft") and not colon:
         return Target(kind)
-    raise ConfigError(f"--to {shown(text)!r}: choose merged, peft, lora:K (as lora:16), lora:auto or gguf:TYPE")
+    raise ConfigError(f"--to {shown(text)!r}: choose merged, peft, lora:K (such as lora:16), lora:auto or gguf:TYPE")
 
 
 def export(
@@ -106,9 +106,11 @@ def export(
     """
     target = parse_target(to)
     if target.kind == "lora" and target.rank is None and (max_kl is None or not verify):
-        raise ConfigError("--to lora:auto looks for the smallest rank that reaches --max-kl; give it, as --max-kl 0.01")
+        raise ConfigError(
+            "--to lora:auto needs --max-kl, such as --max-kl 0.01: it finds the smallest rank that stays below it"
+        )
     if target.kind in ("peft", "lora") and dtype != "keep":
-        raise ConfigError(f"--dtype goes with merged and gguf; {target.kind} keeps the adapter's float32")
+        raise ConfigError(f"--dtype works with merged and gguf only; {target.kind} keeps the adapter's float32")
     settings = _Settings(Path(output), dtype, verify, max_kl, allow_base_mismatch, quiet)
     return _Export(settings, [str(adapter)], [1.0], base, gguf_file).run(target, None)
 
@@ -156,7 +158,7 @@ def merge(
     absurd = next((weight for weight in weights if not abs(weight) <= _LARGEST_WEIGHT), None)  # nan is absurd too
     if absurd is not None:
         raise ConfigError(
-            f"--weight {absurd:g}: a change is multiplied by at most {_LARGEST_WEIGHT:g}; 1 adds it as it was trained"
+            f"--weight {absurd:g}: the largest weight is {_LARGEST_WEIGHT:g}; 1 adds the change as it was trained"
         )
     settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
     with quiet_imports():
@@ -171,8 +173,8 @@ def _check_task(adapter: SavedAdapter) -> None:
     task = adapter.config.task_type
     if task not in (None, "CAUSAL_LM"):
         raise ConfigError(
-            f"adapter {shown(adapter.folder, 300)} is for {shown(task)}, and merge and export write causal language "
-            "models; in Python, load_adapter(model, adapter).merge_and_unload() merges it"
+            f"adapter {shown(adapter.folder, 300)} is for {shown(task)}, but merge and export write causal language "
+            "models; in Python, use load_adapter(model, adapter).merge_and_unload()"
         )
 
 
@@ -193,7 +195,7 @@ class _Export:
         if settings.dtype not in _DTYPES:
             raise ConfigError(f"dtype {shown(settings.dtype)}: choose {', '.join(_DTYPES)}")
         if settings.max_kl is not None and not 0 <= settings.max_kl < float("inf"):
-            raise ConfigError(f"max_kl {settings.max_kl}: it is a number of nats from 0 up")
+            raise ConfigError(f"max_kl {settings.max_kl}: give a number of nats, at least 0")
         refuse_existing(settings.output)
         self.settings, self.adapters, self.weights = settings, adapters, weights
         self.base_name, self.gguf_file = base, gguf_file
@@ -280,7 +282,7 @@ class _Export:
             return
         if not self.settings.allow_base_mismatch:
             raise problem
-        self.display.warn(f"{problem} (allowed: the export is marked)")
+        self.display.warn(f"{problem} (allowed; the export records it)")
 
     def _merge(self, base: Base, folder: Path) -> None:
         from dude_peft.artifact.companions import own_code
@@ -292,7 +294,7 @@ class _Export:
         if code := own_code(base.folder):
             self.display.warn(
                 f"the base model's own Python code is not copied ({shown(', '.join(code), 300)}): transformers' own "
-                "classes read the merged model, as they read the base here"
+                "classes can load the merged model"
             )
         with self.display.stage("merging", total) as advance:
             write_merge(plan, base, self.weighted, folder, self.dtype, lambda: advance(1))
@@ -306,7 +308,9 @@ class _Export:
         fitting = [rank for rank in SERVED_RANKS if rank <= smallest]
         ranks = fitting if target.rank is None else [target.rank]
         if not ranks:
-            raise ConfigError(f"--to lora:auto: a layer of the model has rank {smallest}, no server takes less than 8")
+            raise ConfigError(
+                f"--to lora:auto: a layer of the model has rank {smallest}, but servers support no rank below 8"
+            )
         for rank in ranks:
             check_rank(rank, self.layers, adapter)
             with self.display.stage(f"rank {rank}", len(self.layers)) as advance:
@@ -387,7 +391,7 @@ class _Export:
 
         if not self.combination.by_rows:
             self.display.warn(
-                f"{self.combination.kind} has no live counterpart: the figures compare with the base model"
+                f"{self.combination.kind} cannot be run live: the numbers compare the export with the base model"
             )
             return
         limit, what = self.settings.max_kl, "above --max-kl"
@@ -397,9 +401,9 @@ class _Export:
             stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
             dtypes = stored if self.dtype is None else {*stored, self.dtype}
             dtypes |= set() if live is None else {getattr(torch, live)}
-            limit, what = tolerance(dtypes, found.kl_tuned_base, quantisation), "more than rounding explains"
+            limit, what = tolerance(dtypes, found.kl_tuned_base, quantisation), "more than rounding can explain"
         if found.kl_tuned_export > limit:
-            hint = "choose a larger rank" if kind == "lora" else "it was removed; a wider --dtype or type rounds less"
+            hint = "choose a larger rank" if kind == "lora" else "choose a wider --dtype or type"
             raise NumericsError(
                 f"the export's mean KL(tuned || export) is {found.kl_tuned_export:.1e} nats a token, {what} "
                 f"({limit:.1e}); {hint}"

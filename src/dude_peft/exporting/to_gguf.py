@@ -23,11 +23,11 @@ QUANTISATIONS = (
 
 _REASONS = {
     "pre-tokenizer was not recognized": (
-        "llama.cpp's converter does not know this model's tokenizer; take a newer llama.cpp, "
+        "llama.cpp's converter does not know this model's tokenizer; use a newer llama.cpp, "
         "or serve the merged model folder itself"
     ),
     "is not supported": (
-        "llama.cpp's converter does not know this model's architecture; take a newer llama.cpp, "
+        "llama.cpp's converter does not know this model's architecture; use a newer llama.cpp, "
         "or serve the merged model folder itself"
     ),
 }
@@ -50,7 +50,7 @@ def convert(model: Path, output: Path, quantisation: str = "F16", llama_cpp: Pat
     """
     name = quantisation_named(quantisation)
     if not (model / "config.json").is_file():
-        raise ConfigError(f"{shown(model, 300)} holds no config.json; give the folder of a merged model")
+        raise ConfigError(f"{shown(model, 300)} has no config.json; give the folder of a merged model")
     _check_tokenizer(model)
     converter, quantiser = _programs(name, llama_cpp)
     with staging(output) as folder:
@@ -114,8 +114,8 @@ def _check_tokenizer(model: Path) -> None:
     inner = read_json(path, 1 << 29).get("model") or {}
     if inner.get("type") == "BPE" and inner.get("byte_fallback") and inner.get("merges"):
         raise ConfigError(
-            "llama.cpp would split texts otherwise than this model's tokenizer, whose scores are missing; put the base "
-            f"model's tokenizer.model into {shown(model, 300)}"
+            "llama.cpp would tokenize differently from this model, because tokenizer scores are missing; put the "
+            f"base model's tokenizer.model into {shown(model, 300)}"
         )
 
 
@@ -127,7 +127,7 @@ def _run(what: str, command: list[str], made: Path) -> None:
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
         )
     except OSError as error:
-        raise ConfigError(f"llama.cpp's {what} {shown(command[0], 300)} does not start: {error.strerror}") from error
+        raise ConfigError(f"llama.cpp's {what} {shown(command[0], 300)} cannot start: {error.strerror}") from error
     if done.returncode or not _is_gguf(made):
         raise _failure(what, done)
 
@@ -144,7 +144,7 @@ def _failure(what: str, done: subprocess.CompletedProcess[str]) -> DudeError:
     """One line out of what a program printed before it ended."""
     said = f"{done.stdout}\n{done.stderr}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = shown(lines[-1], 300) if lines else f"it ended with code {done.returncode} and said nothing"
+    last = shown(lines[-1], 300) if lines else f"it ended with code {done.returncode} and no message"
     if "No space left on device" in said:
         return ResourceError(f"no space left on the disk for the GGUF file (llama.cpp's {what}: {last})")
     if "ModuleNotFoundError: No module named" in last:

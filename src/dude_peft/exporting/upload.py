@@ -49,7 +49,7 @@ def upload(
         opened = open_adapter(adapter)
     base = opened.config.base_model_name_or_path
     if base and Path(base).is_dir():
-        display.warn(f"the base model is a folder of this machine ({shown(base, 200)}): others need a hub id there")
+        display.warn(f"the base model is a folder on this machine ({shown(base, 200)}): other users need a hub id")
     if folder is not None:
         with disk_errors(folder), whole_folder(folder) as target:
             left = _gather(opened, target, repository, display.warn)
@@ -116,7 +116,9 @@ def _gather(opened: SavedAdapter, target: Path, repository: str, tell: Callable[
 def _say_what_stays(display: Display, left: list[str]) -> None:
     if left:
         more = f" and {len(left) - _MOST_NAMES} more" if len(left) > _MOST_NAMES else ""
-        display.say(f"not sent, no part of an adapter: {', '.join(map(shown, left[:_MOST_NAMES]))}{more}")
+        display.say(
+            f"not uploaded, because they are not part of an adapter: {', '.join(map(shown, left[:_MOST_NAMES]))}{more}"
+        )
 
 
 def _send(folder: Path, repository: str, private: bool) -> str:

@@ -44,15 +44,17 @@ class Verification:
         """Lines for a terminal."""
         lines = [
             f"{self.method}, r = {self.r}, lora_alpha = {self.lora_alpha:g}, {self.layers} layers, "
-            f"{self.trained_numbers:,} trained numbers, base model {shown(self.base_model, 300)}"
+            f"{self.trained_numbers:,} trained parameters, base model {shown(self.base_model, 300)}"
         ]
         if self.saved_whole:
-            lines.append(f"saved whole: {shown(', '.join(self.saved_whole), 300)}")
-        lines.append("files: whole, unedited, finite")
-        compared = "those the adapter was trained on" if self.base_compared else _NOT_COMPARED
+            lines.append(f"saved in full: {shown(', '.join(self.saved_whole), 300)}")
+        lines.append("files: complete, unchanged, finite")
+        compared = "the ones the adapter was trained on" if self.base_compared else _NOT_COMPARED
         lines.append(f"base weights: {compared}")
         if self.stock_refusal is None:
-            lines.append("stock PEFT: not asked, the base model's configuration is not here; --base MODEL gives it")
+            lines.append(
+                "stock PEFT: not checked, because the base model's configuration was not found; give --base MODEL"
+            )
         return lines
 
     def _repr_html_(self) -> str:
@@ -100,7 +102,7 @@ def verify(
     config, warnings = opened.config, []
     compare = base is not None or gguf_file is not None
     if compare and (changed := _compare(display, opened, base, gguf_file)):
-        warnings.append(f"the base model's tokenizer is not the one of the training: {changed}")
+        warnings.append(f"the base model's tokenizer is not the one used in training: {changed}")
     refusal = _stock_refusal(opened, base, gguf_file)
     if refusal:
         warnings.append(f"{refusal}; use --to merged")

@@ -175,7 +175,7 @@ class Checkpoints:
             return load_file(path / TRAINED)
         except (ArtifactError, OSError, SafetensorError) as error:
             what = str(error) if isinstance(error, ArtifactError) else f"{shown(path / TRAINED, 300)} is damaged"
-            raise ArtifactError(f"{what}; add --overwrite to start anew") from error
+            raise ArtifactError(f"{what}; add --overwrite to start over") from error
 
     def newest(self, tell: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole, its numbers finite; None where there never was one.
@@ -194,12 +194,12 @@ class Checkpoints:
                 faults.append(" ".join(str(error).split()))
                 continue
             for fault in faults:
-                tell(f"checkpoint skipped: {fault}; going on from {path.name}")
+                tell(f"checkpoint skipped: {fault}; resuming from {path.name}")
             return Checkpoint(path, step)
         if faults:
             raise ArtifactError(
-                f"no checkpoint of this run is sound: {faults[0]}; add --weights-only to go on from an adapter alone, "
-                "or --overwrite to start anew"
+                f"no checkpoint of this run can be used: {faults[0]}; add --weights-only to continue from an adapter "
+                "only, or --overwrite to start over"
             )
         return None
 
@@ -227,7 +227,7 @@ class Checkpoints:
             return path / ADAPTER
         why = f" ({faults[0]})" if faults else ""
         raise ArtifactError(
-            f"{shown(self.folder, 300)} holds no adapter to go on from{why}; add --overwrite to start anew"
+            f"{shown(self.folder, 300)} has no adapter to continue from{why}; add --overwrite to start over"
         )
 
     def clear(self) -> None:
@@ -312,7 +312,7 @@ def _check_facts(path: Path, step: int) -> tuple[dict[str, Any], str]:
     version = read_object(path / MANIFEST).get("format_version")
     if version != FORMAT_VERSION:  # those of other versions may be sealed otherwise
         raise ArtifactError(
-            f"{shown(path, 300)} has checkpoint format {shown(version)}, dude-peft {__version__} reads "
+            f"{shown(path, 300)} has checkpoint format {shown(version)}, but dude-peft {__version__} reads "
             f"{FORMAT_VERSION}: finish the run with the version that wrote it"
         )
     facts, seal = folder_facts(path)
@@ -325,7 +325,7 @@ def _check_best(path: Path, step: int, seal: str | None) -> None:
     """Raises ArtifactError or NumericsError for a best adapter that is not the one that was kept."""
     _, found = _check_facts(path, step)
     if seal not in (None, found):
-        raise ArtifactError(f"{shown(path, 300)} is another run's")
+        raise ArtifactError(f"{shown(path, 300)} belongs to another run")
     check_sealed_folder(path, (TRAINED,))
     _check_finite(path / TRAINED)
 
@@ -339,7 +339,7 @@ def _check_finite(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         name = first_not_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
     if name is not None:
-        raise NumericsError(f"{shown(path, 300)} holds NaN or Inf, in {shown(name)}")
+        raise NumericsError(f"{shown(path, 300)} has NaN or Inf in {shown(name)}")
 
 
 def _write_json(path: Path, content: Any) -> None:

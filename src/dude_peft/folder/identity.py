@@ -65,8 +65,8 @@ class Identity:
         shown_keys = [f"{key}: {_value(before.get(key))} -> {_value(after.get(key))}" for key in changed[:_MOST_SHOWN]]
         more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
         raise ConfigError(
-            f"output_dir holds a run with another configuration ({'; '.join(shown_keys)}{more}); set it back to go on, "
-            "choose another output_dir, or add --overwrite to start anew"
+            f"output_dir holds a run with another configuration ({'; '.join(shown_keys)}{more}); restore it to "
+            "resume, choose another output_dir, or add --overwrite to start over"
         )
 
     def check_data(self, now: dict[str, str]) -> None:
@@ -74,8 +74,9 @@ class Identity:
         for name in {**self.data, **now}:
             if self.data.get(name) != now.get(name):
                 raise DataError(
-                    f"data.{name}: the rows are not those that this run began with (sha256 {_cut(self.data.get(name))} "
-                    f"then, {_cut(now.get(name))} now); put them back, choose another output_dir, or add --overwrite"
+                    f"data.{name}: the rows differ from those that this run started with (sha256 "
+                    f"{_cut(self.data.get(name))} then, {_cut(now.get(name))} now); restore them, choose another "
+                    "output_dir, or add --overwrite"
                 )
 
     def check_tokens(self, now: dict[str, str]) -> None:
@@ -83,9 +84,8 @@ class Identity:
         for name in self.tokens:
             if self.tokens[name] != now.get(name):
                 raise DataError(
-                    f"data.{name}: the rows are those that this run began with, but they become other tokens now: the "
-                    "model's tokenizer or chat template was changed; put it back, choose another output_dir, or add "
-                    "--overwrite"
+                    f"data.{name}: the rows are the same, but their tokens differ: the model's tokenizer or chat "
+                    "template has changed; restore it, choose another output_dir, or add --overwrite"
                 )
 
     def check_tokenizer(self, now: dict[str, str]) -> None:
@@ -93,7 +93,7 @@ class Identity:
         changed = changed_parts(self.tokenizer, now)
         if self.tokenizer and changed:
             raise DataError(
-                f"the model's tokenizer is not the one that this run began with ({', '.join(changed)}); put it back, "
+                f"the model's tokenizer is not the one that this run started with ({', '.join(changed)}); restore it, "
                 "choose another output_dir, or add --overwrite"
             )
 
@@ -116,7 +116,7 @@ def read_identity(folder: Path) -> Identity | None:
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
         return None
-    remedy = "add --overwrite to start anew"
+    remedy = "add --overwrite to start over"
     content = read_object(path, remedy)
     try:
         if content["format_version"] == FORMAT_VERSION:
@@ -130,8 +130,8 @@ def read_identity(folder: Path) -> Identity | None:
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{shown(path, 300)} is damaged; {remedy}") from error
     raise ArtifactError(
-        f"{shown(path, 300)} is of a run that this version cannot go on with; finish it with the version that began "
-        "it, or add --overwrite to start anew"
+        f"{shown(path, 300)} belongs to a run that this version cannot resume; finish it with the version that "
+        "started it, or add --overwrite to start over"
     )
 
 

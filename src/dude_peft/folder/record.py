@@ -113,7 +113,7 @@ class RunReport:
         Raises:
             ArtifactError: it is damaged.
         """
-        remedy = "restore it, or add --overwrite to start anew"
+        remedy = "restore it, or add --overwrite to start over"
         content = read_sealed(path, remedy)
         try:
             scores = {

@@ -103,7 +103,7 @@ class RunFolder:
             self.release()
             raise
         except NotADirectoryError as error:
-            raise ConfigError(f"output_dir: {name} lies inside a file; choose another folder") from error
+            raise ConfigError(f"output_dir: {name} is inside a file; choose another folder") from error
         except (OSError, ValueError) as error:
             self.release()
             reason = getattr(error, "strerror", None) or shown(error)
@@ -225,7 +225,7 @@ class RunFolder:
             content = read_sealed(path)
             return score_from(content["score"]), float(content["seconds"])
         except (ArtifactError, TypeError, KeyError, ValueError):
-            tell(f"{shown(path, 300)} is damaged; what it held is measured again")
+            tell(f"{shown(path, 300)} is damaged; its measurements are repeated")
             return None
 
     def write(self, name: str, content: str | bytes) -> Path:

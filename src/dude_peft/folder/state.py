@@ -47,7 +47,9 @@ def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], rest: Ma
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters):
-            raise ArtifactError(f"optimizer.safetensors: '{key}' belongs to no trained tensor; start the run anew")
+            raise ArtifactError(
+                f"optimizer.safetensors: '{key}' belongs to no trained tensor; add --overwrite to start over"
+            )
         states.setdefault(int(index), {})[name] = sharded_as(tensor, parameters[int(index)])
     for index, entries in rest["numbers"].items():
         states.setdefault(int(index), {}).update(entries)
@@ -60,7 +62,7 @@ def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], rest: Ma
         optimizer.load_state_dict({"state": states, "param_groups": groups})
     except ValueError as error:
         raise ArtifactError(
-            f"the checkpoint's optimizer does not fit this run ({error}); start the run anew"
+            f"the checkpoint's optimizer does not fit this run ({error}); add --overwrite to start over"
         ) from error
 
 

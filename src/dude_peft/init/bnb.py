@@ -70,8 +70,8 @@ def quantise(W: Tensor, form: str, dtype: torch.dtype, where: str) -> QuantisedW
     out, in_ = W.shape
     if form == "nf4" and in_ % _NF4_BLOCK:
         raise ConfigError(
-            f"'{where}' (out {out}, in {in_}) does not go into nf4, whose blocks are {_NF4_BLOCK} inputs wide; choose "
-            "int8, or leave the layer out with --exclude-modules"
+            f"'{where}' (out {out}, in {in_}) does not fit nf4, which needs inputs in multiples of {_NF4_BLOCK}; "
+            "choose int8, or leave the layer out with --exclude-modules"
         )
     try:
         if form == "nf4":

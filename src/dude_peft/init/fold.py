@@ -82,9 +82,9 @@ def fold(
     """
     started = time.perf_counter()
     if form is None or residual is None:
-        raise ConfigError("--quantize FORMAT and --residual MODEL go together: the format, and the folder of the model")
+        raise ConfigError("--quantize FORMAT and --residual MODEL need each other; give both")
     if workers is not None or overwrite:
-        raise ConfigError("--quantize works in one process and replaces nothing: leave out --workers and --overwrite")
+        raise ConfigError("--quantize uses one process and a new folder; leave out --workers and --overwrite")
     output, residual, display = Path(output), Path(residual), Display(quiet=quiet)
     _check_outputs(output, residual)
     with display.waiting("imports"), quiet_imports():
@@ -100,7 +100,7 @@ def fold(
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         if config.method not in _FOLDED:
             raise ConfigError(
-                f"--quantize takes the principal factors out of the weights, which {config.method} has not; choose "
+                f"--quantize removes the principal factors from the weights, but {config.method} has none; choose "
                 f"--method dude or pissa, or train {config.method} on a base that is loaded quantised"
             )
         plan = make_plan(model, folder, checkpoint, config, dtype, seed=0)
@@ -121,7 +121,7 @@ def fold(
         shutil.rmtree(scratch)
     display.say(f"{time.perf_counter() - started:.0f} s in all; {summary(errors)}")
     display.say(f"adapter: {shown(output, None)}")
-    display.say(f"its base, no model of its own: {shown(residual, None)}")
+    display.say(f"its base (not usable without the adapter): {shown(residual, None)}")
     return errors
 
 
@@ -149,7 +149,7 @@ def _check_outputs(output: Path, residual: Path) -> None:
     one, other = output.absolute(), residual.absolute()
     if one == other or one in other.parents or other in one.parents:
         raise ConfigError(
-            f"--output {shown(output, 300)} and --residual {shown(residual, 300)} have to be two folders, side by side"
+            f"--output {shown(output, 300)} and --residual {shown(residual, 300)} must be two separate folders"
         )
 
 
@@ -174,11 +174,11 @@ def _target(model_name: str, folder: Path, checkpoint: WeightFiles, plan: Plan, 
     kept = [*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     for name in sorted(targets):
         if len(names[id(modules[name].weight)]) > 1:
-            reason = "its weight is another layer's too"
+            reason = "another layer has the same weight"
         elif name not in linear:
             reason = f"transformers does not quantise {a_(type(modules[name]).__name__)}"
         elif not should_convert_module(name, kept):
-            reason = "transformers keeps layers of this name in full precision, or one that is left out ends like it"
+            reason = "transformers keeps layers with this name ending in full precision"
         else:
             continue
         raise ConfigError(f"target '{name}' cannot be quantised: {reason}; leave it out with --exclude-modules")

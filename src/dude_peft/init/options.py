@@ -38,5 +38,5 @@ def pattern(option: str, text: str | None) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ConfigError(f"{option}: {shown(text)} is no JSON object; write '{{\"q_proj\": 8}}'")
+        raise ConfigError(f"{option}: {shown(text)} is not a JSON object; write '{{\"q_proj\": 8}}'")
     return found

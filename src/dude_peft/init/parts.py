@@ -117,7 +117,7 @@ def settings_found(output: Path) -> str | None:
 def _piece(path: Path, layer: str, name: str, entry: dict[str, Any], start: int, data: bytes) -> Piece:
     first, last = (start + offset for offset in entry["data_offsets"])
     if byte_count(entry["dtype"], entry["shape"]) != last - first:
-        raise ValueError("the sizes do not fit")
+        raise ValueError("the sizes do not match")
 
     def read() -> Iterator[bytes]:
         with open_file(path) as file:

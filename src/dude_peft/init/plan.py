@@ -78,18 +78,18 @@ def make_plan(
         base: Any = module.get_base_layer()
         if frozen.plain_weight(base) is None:
             raise ConfigError(
-                f"target '{module.layer_name}' is {a_(type(base).__name__)}, whose weight is no plain matrix; leave it "
-                "out with --exclude-modules, or initialise in memory with get_peft_model"
+                f"target '{module.layer_name}' is {a_(type(base).__name__)}, which has no plain weight matrix; leave "
+                "it out with --exclude-modules, or initialise in memory with get_peft_model"
             )
         stored = layout.find(f"{module.layer_name}.weight", names_of[id(base.weight)])
         if not is_plain(stored):
             raise ConfigError(
-                f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}: a quantised checkpoint cannot be "
-                "initialised from; use the unquantised one"
+                f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}: the start cannot be computed from a "
+                "quantised checkpoint; use the unquantised one"
             )
         if stored.shape != tuple(base.weight.shape):
             raise ArtifactError(
-                f"tensor '{shown(stored.name)}' has shape {stored.shape}, config.json wants "
+                f"tensor '{shown(stored.name)}' has shape {stored.shape}, but config.json needs "
                 f"{tuple(base.weight.shape)}; they belong to different models"
             )
         (r,), (scaling,) = module.r.values(), module.scaling.values()

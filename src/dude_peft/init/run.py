@@ -70,7 +70,7 @@ def initialise(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype {shown(dtype)}: choose auto, float32, bfloat16 or float16")
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers {workers}: one process at least")
+        raise ConfigError(f"workers {workers}: give at least 1 process")
     _check_output(output, overwrite)
     folder = checkpoint_folder(model)
     display = Display(quiet=quiet)
@@ -143,7 +143,7 @@ def _claim(parts: Parts, overwrite: bool) -> None:
         return
     others = [path for path in parts.output.iterdir() if not path.name.startswith(".dude-")]
     if not overwrite and (found is not None or others):
-        what = "an unfinished init of other settings or another checkpoint" if found is not None else "other files"
+        what = "an unfinished init with other settings or another checkpoint" if found is not None else "other files"
         raise ConfigError(
             f"output {shown(parts.output, 300)} holds {what}; repeat its command to finish it, choose another folder, "
             "or add --overwrite"
@@ -164,11 +164,11 @@ def checkpoint_folder(model: str) -> Path:
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model {shown(model, 300)} holds no config.json; give the folder that holds the model")
+            raise ConfigError(f"model {shown(model, 300)} has no config.json; give the model's folder")
         check_folder(folder)
         return folder
     if folder.exists() or folder.is_absolute() or model.startswith("."):
-        raise ConfigError(f"model {shown(model, 300)} is no folder; give a model's folder or a hub id OWNER/NAME")
+        raise ConfigError(f"model {shown(model, 300)} is not a folder; give a model's folder or a hub id OWNER/NAME")
     with quiet_imports():
         from dude_peft.model.architecture import fetch_checkpoint
     return fetch_checkpoint(model)
@@ -212,9 +212,7 @@ def _show(display: Display, done: Iterable[float | None], total: int) -> None:
 def _trusted(parts: Parts, index: int, layer: str) -> Part:
     part = parts.read(index, layer)
     if part is None:
-        raise ResourceError(
-            f"the part of layer '{layer}' is not as it was written; check the disk, then repeat the command"
-        )
+        raise ResourceError(f"the part of layer '{layer}' is damaged; check the disk, then repeat the command")
     return part
 
 

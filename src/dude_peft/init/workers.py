@@ -105,7 +105,8 @@ def _captured(worker: subprocess.Popen[str]) -> float | None:
         code = worker.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         raise ResourceError(
-            f"a worker process {how}, most often for want of memory; use fewer --workers, the finished layers are kept"
+            f"a worker process {how}, most often because memory ran out; use fewer --workers (the finished layers are "
+            "kept)"
         )
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:

@@ -41,7 +41,7 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
         ConfigError: an unknown strategy, a missing package, a number that makes no sense.
     """
     if strategy not in STRATEGIES:
-        raise ConfigError(f"--launch {shown(strategy)}: there is {', '.join(STRATEGIES)}")
+        raise ConfigError(f"--launch {shown(strategy)}: choose {', '.join(STRATEGIES)}")
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--launch zero3 needs DeepSpeed: pip install deepspeed")
     if "RANK" in os.environ:
@@ -51,9 +51,9 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
 
         processes = torch.cuda.device_count()
         if processes < 1:
-            raise ConfigError("--launch: there is no GPU here; give --processes N to use the CPU")
+            raise ConfigError("--launch: no GPU found; give --processes N to use the CPU")
     if processes < 1:
-        raise ConfigError(f"--processes {processes}: at least one is needed")
+        raise ConfigError(f"--processes {processes}: give at least 1")
     sys.exit(launch(sys.argv[1:], processes))
 
 

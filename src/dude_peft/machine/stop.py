@@ -83,8 +83,8 @@ class Stop:
             self._raised = self._error(number)
             raise self._raised
         self._signal = number
-        what = "finishing the step and saving" if self._training else "ending"
-        self._tell(f"{_NAMES[signal.Signals(number)]}: {what}; once more ends it at once")
+        what = "finishing the step and saving a checkpoint" if self._training else "ending"
+        self._tell(f"{_NAMES[signal.Signals(number)]}: {what}; repeat it to stop at once")
 
     def _error(self, number: int) -> StoppedError:
         return StoppedError(number, f"stopped by {_NAMES[signal.Signals(number)]} {self._place}")

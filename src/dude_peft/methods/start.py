@@ -51,5 +51,5 @@ def check_finite(layer_name: str, W0: Tensor) -> None:
         row, column = bad[0].tolist()
         raise NumericsError(
             f"base weight of '{layer_name}' holds {W0[row, column].item()} at [{row}, {column}] ({len(bad)} such "
-            f"entries); the checkpoint is damaged, load it again"
+            "entries); the checkpoint is damaged, download it again"
         )

@@ -27,7 +27,9 @@ def fetch_checkpoint(model: str, revision: str | None = None) -> Path:
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client's errors have no common base
-        raise ConfigError(f"model {shown(model, 300)} is no folder, and cannot be fetched ({_first(error)})") from error
+        raise ConfigError(
+            f"model {shown(model, 300)} is not a local folder, and cannot be downloaded ({_first(error)})"
+        ) from error
     check_folder(folder)
     return folder
 
@@ -64,8 +66,8 @@ def code_refusal(model: str, error: Exception) -> ConfigError | None:
     if "trust_remote_code" not in str(error):
         return None
     return ConfigError(
-        f"model {model} brings Python code of its own, and it was not run; only dude train and dude plan run it, where "
-        "the YAML says model.trust_remote_code: true"
+        f"model {model} has its own Python code, which was not run; only dude train and dude plan run it, if the YAML "
+        "sets model.trust_remote_code: true"
     )
 
 
@@ -91,8 +93,8 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_co
     own = trust_remote_code and "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
     if not own and not any(type(settings) in kind for kind in kinds):
         raise ConfigError(
-            f"model {shown(model_name, 300)} is no causal language model that transformers knows, its configuration is "
-            f"{a_(type(settings).__name__)}"
+            f"model {shown(model_name, 300)} is not a causal language model known to transformers; its configuration "
+            f"is {a_(type(settings).__name__)}"
         )
     try:
         with torch.device("meta"):
@@ -104,7 +106,7 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_co
         if refusal := code_refusal(shown(model_name, 300), error):
             raise refusal from error
         raise ConfigError(
-            f"model {shown(model_name, 300)} is no causal language model that transformers knows ({_first(error)})"
+            f"model {shown(model_name, 300)} is not a causal language model known to transformers ({_first(error)})"
         ) from error
     model.name_or_path = settings.name_or_path = model_name  # type: ignore[assignment]
     return model

@@ -36,7 +36,7 @@ def check_gguf_file(path: Path) -> None:
     except (OSError, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(
-            f"{shown(path, 300)} is no whole GGUF file ({shown(reason, 200)}); copy or download it again"
+            f"{shown(path, 300)} is not a complete GGUF file ({shown(reason, 200)}); copy or download it again"
         ) from error
 
 
@@ -54,13 +54,13 @@ class _Reader:
 
     def skip(self, count: int) -> None:
         if count > self.size - self.file.tell():
-            raise ValueError("a value reaches beyond its end")
+            raise ValueError("a value extends past the end of the file")
         self.file.seek(count, 1)
 
     def string(self) -> bytes:
         length = self.number("Q")
         if length > self.size - self.file.tell():
-            raise ValueError("a text reaches beyond its end")
+            raise ValueError("a string extends past the end of the file")
         return self.file.read(length)
 
     def value(self, key: str, kind: int, depth: int = 0) -> None:
@@ -80,17 +80,17 @@ class _Reader:
             for _ in range(count):
                 self.value(key, inner, depth + 1)
         else:
-            raise ValueError(f"{quoted(key)} has a type that there is not")
+            raise ValueError(f"{quoted(key)} has an unknown type")
 
 
 def _walk(reader: _Reader) -> None:
     if reader.file.read(4) != _MAGIC:
-        raise ValueError("it does not begin as one")
+        raise ValueError("it does not start with the GGUF magic number")
     if reader.number("I") & 0xFFFF == 0:
         reader.order = ">"
     tensors, keys = reader.number("Q"), reader.number("Q")
     if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
-        raise ValueError("its counts are impossible")
+        raise ValueError("its counts are not valid")
     for _ in range(keys):
         key = reader.string().decode("utf-8", "replace")
         reader.value(key, reader.number("I"))
@@ -104,7 +104,7 @@ def _walk(reader: _Reader) -> None:
         reader.number("I")
         # No format takes less than a bit a number.
         if math.prod(shape) > 8 * reader.size or reader.number("Q") > reader.size:
-            raise ValueError("a tensor lies beyond its end")
+            raise ValueError("a tensor lies past the end of the file")
         largest = max(largest, *shape, 0)
     for key, number in reader.whole.items():
         if key.endswith((_LAYERS, *_SIDES)):

@@ -45,18 +45,18 @@ class Layout:
             return next(iter(found.values()))
         if found:
             raise ArtifactError(
-                f"the checkpoint has {' and '.join(map(shown, found))}, which are one weight in the model; leave the "
-                "layer out with --exclude-modules"
+                f"the checkpoint has {' and '.join(map(shown, found))}, but the model has one weight for them; leave "
+                "the layer out with --exclude-modules"
             )
         if source := next((self.made[name] for name in names if name in self.made), None):
             raise ArtifactError(
-                f"the checkpoint has no tensor of its own for '{shown(key)}': transformers makes it of "
-                f"'{shown(source)}' when it loads the model; load it, save_pretrained(FOLDER, "
-                "save_original_format=False), and use that folder"
+                f"the checkpoint has no tensor of its own for '{shown(key)}': transformers builds it from "
+                f"'{shown(source)}'; load the model, call save_pretrained(FOLDER, save_original_format=False), and "
+                "use that folder"
             )
         raise ArtifactError(
-            f"the checkpoint has no tensor '{shown(key)}' ({len(self.places)} others); use one in transformers' own "
-            "layout"
+            f"the checkpoint has no tensor '{shown(key)}' ({len(self.places)} others); use a checkpoint in "
+            "transformers' own layout"
         )
 
     def whole(self, names: list[str]) -> StoredTensor | None:

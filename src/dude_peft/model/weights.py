@@ -76,14 +76,15 @@ def _found(folder: Path) -> WeightFiles:
         return WeightFiles(header.tensors, [SINGLE], [header.identity])
     if not (folder / INDEX).exists():
         raise ConfigError(
-            f"model {shown(folder, 300)}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read, convert "
-            "others with save_pretrained"
+            f"model {shown(folder, 300)}: no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read; "
+            "convert others with save_pretrained"
         )
     places = _read_index(folder / INDEX)
     files = sorted(set(places.values()))
     if absent := [file for file in files if not (folder / file).exists()]:
         raise ArtifactError(
-            f"{shown(folder / absent[0], 300)} is missing ({len(absent)} of {len(files)} shards are); download it again"
+            f"{shown(folder / absent[0], 300)} is missing ({len(absent)} of {len(files)} shards are missing); "
+            "download it again"
         )
     headers = {file: read_header(folder / file) for file in files}
     found = {}
@@ -155,7 +156,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         places = read_json(path, object_pairs_hook=without_duplicates)["weight_map"]
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise TypeError("weight_map has to map tensor names to file names")
+            raise TypeError("weight_map must map tensor names to file names")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise ArtifactError(f"{shown(path, 300)} cannot be used ({shown(reason, 200)}); download it again") from error
@@ -163,8 +164,8 @@ def _read_index(path: Path) -> dict[str, str]:
         # A name, never a path: an index from elsewhere must not make us read files outside its folder.
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ArtifactError(
-                f"{shown(path, 300)}: tensor '{shown(name)}' lies in '{shown(file)}', no shard's file name; "
-                "use the checkpoint's own index"
+                f"{shown(path, 300)}: tensor '{shown(name)}' lies in '{shown(file)}', which is not the name of a "
+                "shard; use the checkpoint's own index"
             )
     return places
 

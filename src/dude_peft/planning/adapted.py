@@ -29,8 +29,8 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
     """
     if getattr(settings, "quantization_config", None) is not None:
         raise ConfigError(
-            f"model {shown(config.model.name_or_path, 300)} is quantised, whose memory dude plan cannot count; "
-            "plan the unquantised model, which needs more"
+            f"model {shown(config.model.name_or_path, 300)} is quantised, and dude plan cannot count its memory; plan "
+            "the unquantised model, which needs more"
         )
     model = model_of(
         settings, config.model.name_or_path, _dtype(config, settings, where), config.model.trust_remote_code

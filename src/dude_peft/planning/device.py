@@ -50,7 +50,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None or not float(match[1]):
-        raise ConfigError(f"--device-memory {quoted(text)} is no size; write it as 80GiB or 24GB")
+        raise ConfigError(f"--device-memory {quoted(text)} is not a size; write it as 80GiB or 24GB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 

@@ -27,7 +27,7 @@ _PARTS = {
     "trained": "adapter: trained",
     "optimizer": "optimizer's states",
     "gradients": "gradients",
-    "activations": "activations kept for the backward",
+    "activations": "activations kept for the backward pass",
     "logits_and_loss": "logits and loss",
     "working": "one layer's or the optimizer's work",
     "runtime": "libraries and device (assumed)",
@@ -94,11 +94,13 @@ class Plan:
         if need > have:
             changes = " or ".join(f"{remedy} ({size(remedy.total)})" for remedy in self.remedies)
             todo = f"fits with {changes}" if changes else "a smaller model or a larger device is needed"
-            raise ResourceError(f"training needs {size(need)} of memory, {self.device.name} has {size(have)}; {todo}")
+            raise ResourceError(
+                f"training needs {size(need)} of memory, but {self.device.name} has {size(have)}; {todo}"
+            )
         if self.disk.adapter > self.disk.free:
             raise ResourceError(
-                f"output_dir {shown(self.config.output_dir, 300)}: the adapter takes {size(self.disk.adapter)}, the "
-                f"disk has {size(self.disk.free)} free; free some space"
+                f"output_dir {shown(self.config.output_dir, 300)}: the adapter takes {size(self.disk.adapter)}, but "
+                f"the disk has {size(self.disk.free)} free; free some space"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -150,11 +152,11 @@ class Plan:
         cost, bill = self.cost, asdict(self.cost.bill)
         batch = self.config.train.per_device_train_batch_size
         parts = [(words, size(bill[part])) for part, words in _PARTS.items() if bill[part]]
-        whole = [("in all", size(cost.bill.total)), (f"there is, {self.device.name}", size(self.device.memory))]
+        whole = [("total", size(cost.bill.total)), (f"available, {self.device.name}", size(self.device.memory))]
         yield f"peak memory of a step, {batch} rows of {self.length} tokens; in {cost.peak_in}", parts + whole
         yield "the run", self._facts()
         if self.remedies:
-            yield "what would fit", [(str(each), size(each.total)) for each in self.remedies]
+            yield "changes that would fit", [(str(each), size(each.total)) for each in self.remedies]
 
     def _facts(self) -> list[tuple[str, str]]:
         static, train = self.cost.static, self.config.train
@@ -163,7 +165,7 @@ class Plan:
             ("trained parameters", f"{static.trainable_parameters:,} of {static.total_parameters:,} ({share:.2f} %)")
         ]
         if self.rows is None:
-            facts.append(("rows", "not counted, they are not on this machine; rows of data.max_length assumed"))
+            facts.append(("rows", "not on this machine, so not counted; rows of data.max_length are assumed"))
         else:
             counted = "" if self.rows.counted >= self.rows.rows else f", {self.rows.counted:,} of them counted"
             facts.append(("rows", f"{self.rows.rows:,} of {self.rows.tokens_per_row:,.0f} tokens on average{counted}"))
@@ -176,7 +178,7 @@ class Plan:
         facts.append(("adapter on disk", f"{size(disk.adapter)}, with optimizer {size(disk.checkpoint)}"))
         facts.append(("free there", size(disk.free)))
         if self.least_seconds is not None and self.speed is not None:
-            basis = f"{self.flops_per_step:.2g} FLOP a step at the {self.speed:.2g} a second of a timed product"
+            basis = f"{self.flops_per_step:.2g} FLOP a step at the {self.speed:.2g} FLOP/s measured on this machine"
             facts.append(
                 ("training takes at least", f"{duration(self.least_seconds)}; {basis}, evaluation not counted")
             )

@@ -66,7 +66,7 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max(lengths) > positions:
         raise ConfigError(
-            f"data.max_length: the longest row has {max(lengths)} tokens, the model reads {positions}; "
+            f"data.max_length: the longest row has {max(lengths)} tokens, but the model can read only {positions}; "
             f"set data.max_length: {positions}"
         )
     kept = max(1, round(len(rows) * (1 - taken) * len(lengths) / len(sample)))

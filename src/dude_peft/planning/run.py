@@ -84,7 +84,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
         warnings.append(text)
     if train.objective == "mol":
-        warnings.append("train.objective: mol: general rows, and the base model's pass over them, are not counted")
+        warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
         # Adapting writes into the configuration.
@@ -102,9 +102,9 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     made = Plan(config, device, found, rows, length, disk(model, method, found.bill.optimizer, config.output_dir))
     made.warnings = warnings
     if found.uncounted:
-        warnings.append(f"activations are not counted, the step cannot be run without weights: {found.uncounted}")
+        warnings.append(f"activations are not counted, because the step cannot run without weights: {found.uncounted}")
     if found.bill.total > device.memory and not found.uncounted:
-        with display.waiting("what would make it fit"):
+        with display.waiting("changes that would make it fit"):
             made.remedies = remedies(config, found, length, device.memory, evaluate)
     if device.here and rows is not None:
         made.measure_speed()

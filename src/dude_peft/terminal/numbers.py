@@ -21,12 +21,12 @@ def integer(text: str | int) -> int:
     if isinstance(text, str) and _LARGE.fullmatch(text):
         raise typer.BadParameter(f"{quoted(text)} is too large; write a whole number of at most 18 digits")
     if isinstance(text, str) and not _INTEGER.fullmatch(text):
-        raise typer.BadParameter(f"{quoted(text)} is no whole number; write plain digits without leading zeros")
+        raise typer.BadParameter(f"{quoted(text)} is not a whole number; write plain digits without leading zeros")
     return int(text)
 
 
 def number(text: str | float) -> float:
     """A decimal number as it is typed; typer.BadParameter for anything else."""
     if isinstance(text, str) and not _NUMBER.fullmatch(text):
-        raise typer.BadParameter(f"{quoted(text)} is no decimal number; write plain digits without leading zeros")
+        raise typer.BadParameter(f"{quoted(text)} is not a decimal number; write plain digits without leading zeros")
     return float(text)

@@ -69,14 +69,14 @@ class DataReport:
         facts = [
             ("format", ", ".join(self.formats)),
             ("template", self.template),
-            ("rows; examples; repetitions", f"{self.rows:,}; {self.examples:,}; {self.duplicates:,}"),
+            ("rows; examples; duplicates", f"{self.rows:,}; {self.examples:,}; {self.duplicates:,}"),
             ("tokens, trained", f"{self.tokens:,}, {self.trained_tokens:,}"),
-            ("tokens of an example", f"{least} to {most}, median {middle}, 95 % at most {high}"),
-            ("learned end", f"{self.ended:,} of {self.examples:,} examples"),
+            ("tokens of an example", f"{least} to {most}, median {middle}, 95 % have at most {high}"),
+            ("answers with a trained end", f"{self.ended:,} of {self.examples:,} examples"),
             *(("left out", line) for line in self.left_out),
         ]
         if self.held_out is not None:
-            facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} of them asked in training too"))
+            facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} with a question of training"))
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
 
 
@@ -142,7 +142,7 @@ def check(
         display.warn(line)
     if held_out is not None:
         asked = overlap(made, held_out)
-        line = f"{asked} of {len(held_out)} held-out examples ask what a training example asks"
+        line = f"{asked} of {len(held_out)} held-out examples repeat the question of a training example"
         (display.warn if asked else display.say)(line)
     shown_examples = sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]
     for index in shown_examples:
@@ -180,9 +180,9 @@ def _share(test: str) -> float | None:
     try:
         share = number(test)
     except typer.BadParameter as error:
-        raise ConfigError(f"--test {error.message}; for a file of this name write ./ before it") from error
+        raise ConfigError(f"--test {error.message}; if it is a file, write ./ before its name") from error
     if not 0 < share < 1:
-        raise ConfigError(f"--test {shown(test)}: a share lies between 0 and 1; write for example 0.1, or name a file")
+        raise ConfigError(f"--test {shown(test)}: a share is between 0 and 1; write for example 0.1, or give a file")
     return share
 
 
@@ -195,7 +195,7 @@ def _shapes(source: str, columns: Columns) -> list[str]:
 def _ends(template: Template, tokenizer: Any) -> str:
     ends = f"the end token is {quoted(tokenizer.eos_token)}"
     if template.turn_end != tokenizer.eos_token:
-        ends += f", an answer's own end {quoted(template.turn_end)}"
+        ends += f", an answer ends with {quoted(template.turn_end)}"
     return ends
 
 
@@ -216,10 +216,10 @@ def _numbers(made: TokenSet, lengths: tuple[int, int, int, int], max_length: int
     counts: Counts = made.counts
     least, middle, high, most = lengths
     return [
-        f"rows: {counts.rows:,}; examples: {len(made):,}, {made.duplicates:,} of them repetitions",
+        f"rows: {counts.rows:,}; examples: {len(made):,}; duplicates: {made.duplicates:,}",
         f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them trained; an example has {least} to "
-        f"{most}, the median {middle}, 95 % at most {high}; max_length is {max_length}",
-        f"learned end: {counts.ended:,} of {len(made):,} examples",
+        f"{most} (median {middle}, 95 % have at most {high}); max_length is {max_length}",
+        f"answers with a trained end: {counts.ended:,} of {len(made):,} examples",
     ]
 
 
@@ -228,7 +228,7 @@ def _coloured(display: Display) -> bool:
 
 
 def _legend(display: Display) -> str:
-    return "trained tokens are green" if _coloured(display) else "trained tokens stand between « and »"
+    return "trained tokens are green" if _coloured(display) else "trained tokens are between « and »"
 
 
 def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> Text:

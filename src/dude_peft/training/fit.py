@@ -206,8 +206,8 @@ def fit(
     except (RuntimeError, MemoryError) as error:
         if "without overflow" in str(error):  # torch's word for a Python number that its own type cannot hold
             raise NumericsError(
-                f"a step's factor is too large for the weights' dtype at step {trainer.state.global_step + 1}; "
-                "lower train.learning_rate, or what multiplies it"
+                f"a step's factor is too large for the weights' dtype at step {trainer.state.global_step + 1}; lower "
+                "train.learning_rate, or the ratio that multiplies it"
             ) from error
         if not is_out_of_memory(error):
             raise
@@ -218,7 +218,7 @@ def fit(
     finally:
         model.config.use_cache = uses_cache
     step = int(trainer.state.global_step)
-    loop.stop.after(f"behind step {step} of {total}, which is saved; the same command goes on from there")
+    loop.stop.after(f"after step {step} of {total}, which is saved; run the same command again to resume")
     if step < total:
         loop.stop.raise_if_wanted()
     if trainer.checked != step:
@@ -317,6 +317,6 @@ def _meter_of(
 
 def _check_output(model: Any, examples: TrainingSet, pad_id: int, step: int) -> None:
     """One forward of the head of two rows: huge weights are finite, and what they compute is not."""
-    fault = f"the adapted model's output is NaN or Inf behind step {step}; nothing of it was written, "
+    fault = f"the adapted model's output is NaN or Inf after step {step}; this step was not saved, "
     probe(model, examples, pad_id, f"{fault}lower train.learning_rate")
     model.train()

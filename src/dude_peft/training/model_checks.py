@@ -41,8 +41,8 @@ def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"data.max_length: the longest row has {longest} tokens, the model reads {positions}; "
-            f"set data.max_length: {positions}"
+            f"data.max_length: the longest row has {longest} tokens, but the model can read only {positions}; set "
+            f"data.max_length: {positions}"
         )
 
 
@@ -52,8 +52,8 @@ def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_toke
     longest = max(map(len, prompts), default=0)
     if positions is not None and longest + max_new_tokens > positions:
         raise ConfigError(
-            f"evaluation.max_new_tokens: {max_new_tokens} tokens behind a prompt of {longest} exceed the {positions} "
-            "that the model reads; lower it, or shorten the held-out rows"
+            f"evaluation.max_new_tokens: {max_new_tokens} tokens after a prompt of {longest} exceed the model's "
+            f"{positions}; lower it, or shorten the held-out rows"
         )
 
 
@@ -62,8 +62,8 @@ def check_nature(nature: Nature, config: RunConfig) -> None:
     check_causal(nature)
     if not (nature.right_padding or config.data.packing or config.train.per_device_train_batch_size == 1):
         raise ConfigError(
-            f"train.per_device_train_batch_size: padding behind a row changes what {nature.name} computes of it; set "
-            "it to 1, and train.gradient_accumulation_steps to what it was"
+            f"train.per_device_train_batch_size: padding after a row changes the result of {nature.name}; set it to "
+            "1, and set train.gradient_accumulation_steps to its old value"
         )
 
 
@@ -90,7 +90,7 @@ def probe(
     model: Any,
     examples: Sequence[Mapping[str, Sequence[int]]],
     pad_id: int,
-    fault: str = "the pretrained model's own output is not finite; use model.dtype: float32 or bfloat16",
+    fault: str = "the base model's own output is NaN or Inf; use model.dtype: float32 or bfloat16",
 ) -> Tensor:
     """Logits (tokens, vocabulary) of `model` on the head of the first rows.
 
@@ -126,6 +126,6 @@ def check_start(base: Tensor, adapted: Tensor) -> None:
         moved = (base.float() - adapted.float()).abs()
         distance = float(torch.where(base == adapted, 0.0, moved).max())  # -inf is as far from itself as anything
         raise NumericsError(
-            f"the start is not the base model: a fresh adapter moves the logits by up to {distance:.2g}; "
-            "report this with the model's name"
+            f"the start is not the base model: a new adapter changes the logits by up to {distance:.2g}; report this "
+            "with the model's name"
         )

@@ -18,14 +18,14 @@ _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _FEW_ROWS = 50
 _TEXT = """\
 # {title}
-# Every key: dude config explain. Try first what it needs: dude plan {file}
+# Every key: dude config explain. What the run needs: dude plan {file}
 
 model:
   name_or_path: {model}{gguf}
 
 adapter:
   method: dude               # dude, dora, pissa, lora, rslora
-  r: 16                      # rank: more of it learns more, and costs more
+  r: 16                      # rank: a higher rank can learn more, but costs more
   target_modules: all-linear
 
 data:
@@ -37,10 +37,10 @@ train:
   num_train_epochs: 3
   per_device_train_batch_size: 4
   gradient_accumulation_steps: 2
-  save_steps: 50             # an interrupted run goes on from there
+  save_steps: 50             # steps between checkpoints; an interrupted run resumes
 
 evaluation:
-  rows: 32                   # held-out questions that are answered before and after
+  rows: 32                   # held-out questions to answer before and after training
 
 output_dir: {output_dir}
 """
@@ -69,7 +69,7 @@ def new_config(
     """
     if output is not None:
         if not output.parent.is_dir():
-            raise ConfigError(f"output {shown(output, 300)}: there is no such folder; make it, or choose another name")
+            raise ConfigError(f"output {shown(output, 300)}: no such folder; create it, or choose another name")
         if output.exists() or output.is_symlink():
             raise _taken(output)
     looked = check(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1], quiet=True)
@@ -87,7 +87,7 @@ def new_config(
 
 
 def _taken(output: Path) -> ConfigError:
-    return ConfigError(f"output {shown(output, 300)} is there already; choose another name")
+    return ConfigError(f"output {shown(output, 300)} already exists; choose another name")
 
 
 def _written(
@@ -101,7 +101,7 @@ def _written(
     longest = looked.lengths[-1]
     names = "".join(f"\n    {ours}: {_yaml(theirs)}" for ours, theirs in (columns or {}).items())
     share = 0.2 if looked.examples < _FEW_ROWS else 0.1
-    held_out = f"{share}                  # this share of the questions is held out"
+    held_out = f"{share}                  # share of the questions that is held out"
     return _TEXT.format(
         title=f"{looked.examples:,} examples ({', '.join(looked.formats)}), {looked.template} template",
         file="RUN.yaml" if output is None else shown(output, 300),

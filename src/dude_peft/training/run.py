@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 CardOf = Callable[[Path, dict[str, Any]], str]
 """The model card of an adapter, from its folder and the run's report."""
 
-_GGUF_NOTE = "the base weights are a GGUF file's, dequantised"
+_GGUF_NOTE = "the base weights come from a GGUF file, dequantised"
 
 
 def run(
@@ -217,7 +217,10 @@ class _Run:
         for warning in data.warnings:
             self.warn(warning)
         if len(data.train) < world_size:
-            self.warn(f"{len(data.train)} training examples for {world_size} processes: some see the same ones")
+            self.warn(
+                f"only {len(data.train)} training examples for {world_size} processes: some processes train on the "
+                "same example"
+            )
         return data
 
     def _tokenizer_parts(self) -> dict[str, str]:
@@ -229,8 +232,8 @@ class _Run:
         report = self.folder.finished()
         if report is not None:
             self.display.say(
-                f"this run has ended: {report.steps} steps, adapter {shown(self.folder.path / ADAPTER, None)}; nothing "
-                "is left to do (--overwrite starts anew)"
+                f"this run is finished: {report.steps} steps, adapter {shown(self.folder.path / ADAPTER, None)}; "
+                "nothing is left to do (--overwrite starts over)"
             )
             self._tell_next(report)
         return report
@@ -239,13 +242,13 @@ class _Run:
         """Where training goes on, told apart before the model is loaded; the first process decides for all."""
         if self.folder.earlier is not None and self.weights_only:
             self.start = self.folder.checkpoints.newest_adapter(self.warn)
-            self.warn(f"only the adapter of {self.start.parent.name} is taken up: optimizer and schedule start anew")
+            self.warn(f"only the adapter of {self.start.parent.name} is used: optimizer and schedule start over")
         elif self.folder.earlier is not None:
             self.resumed = self.folder.checkpoints.newest(self.warn)
             if self.resumed is None:
-                self.display.say("this run was interrupted before its first checkpoint; it starts again")
+                self.display.say("this run was interrupted before its first checkpoint; it starts from the beginning")
             else:
-                self.display.say(f"going on from the checkpoint of step {self.resumed.step}")
+                self.display.say(f"resuming from the checkpoint of step {self.resumed.step}")
                 self.start = self.resumed.path / ADAPTER
         self.resumed, self.start = processes.from_first((self.resumed, self.start))
 
@@ -299,8 +302,8 @@ class _Run:
         fresh = self.start is None
         if not fresh:
             with with_remedy(
-                f"put the base model back that this run began with ({shown(self.config.model.name_or_path, 300)} is "
-                "another one now), or add --overwrite to start anew"
+                f"restore the base model that this run started with ({shown(self.config.model.name_or_path, 300)} has "
+                "changed), or add --overwrite to start over"
             ):
                 self.model = load_adapter(model, str(self.start), is_trainable=True)
         elif processes.is_first():
@@ -319,10 +322,12 @@ class _Run:
 
     def _check_strategy(self) -> None:
         if self.strategy == "zero3" and processes.count() > 1:
-            self.warn("zero3 writes no checkpoints, since DeepSpeed keeps its optimizer to itself; fsdp2 does")
+            self.warn(
+                "zero3 writes no checkpoints, because DeepSpeed does not share its optimizer state; fsdp2 writes them"
+            )
         if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(
-                f"evaluation.tasks: a model that {self.strategy} has cut up is not scored in the run; leave it out, "
+                f"evaluation.tasks: a model split by {self.strategy} cannot be scored during the run; leave it out, "
                 "and use dude eval --processes on the adapter"
             )
 
@@ -344,7 +349,7 @@ class _Run:
             self.folder.begin(identity, self.start)
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
             told = ", ".join(changes)
-            self.warn(f"this is not where the run began ({told}): its numbers may differ in the last bits")
+            self.warn(f"the run started in another environment ({told}): results may differ in the last bits")
 
     def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
         from dude_peft.folder.state import load_trained_state
@@ -375,7 +380,7 @@ class _Run:
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:
-            self.display.say(f"{metric_name(self.config.evaluation)} was best at step {best}: that adapter is kept")
+            self.display.say(f"{metric_name(self.config.evaluation)} was best at step {best}; that adapter is kept")
             load_trained_state(self.model, self.folder.checkpoints.load_best(best, fitted.best_seal))
         return fitted
 
@@ -487,8 +492,8 @@ class _Run:
         model, adapter = self.config.model, str(self.folder.path / ADAPTER)
         if model.trust_remote_code:
             self.display.say(
-                "note: only dude train and dude plan run a model's own code; in Python, load the base model with "
-                "transformers, and the adapter with dude_peft.load_adapter"
+                "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
+                "base model and dude_peft.load_adapter for the adapter"
             )
             return
         base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]

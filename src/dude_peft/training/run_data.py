@@ -112,8 +112,8 @@ def glance(config: RunConfig) -> None:
             local = local_file(name) is not None
             if local and own not in _USUAL_SPLITS:
                 raise ConfigError(
-                    f"data: split {shown(own)} of {shown(name, 300)}: a local file has no splits; leave it out, "
-                    "and name the file that holds its rows"
+                    f"data: split {shown(own)} of {shown(name, 300)}: a local file has no splits; leave the split "
+                    "out, and give the file with its rows"
                 )
             if local or name.startswith("builtin:"):
                 next(iter(stream_rows(name, split=own, limit=1, seed=data.seed, reading=names)), None)
@@ -172,7 +172,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         domain = part_of(domain, questions, held_out=False)
     told("train", domain)
     if domain.duplicates:
-        warnings.append(f"{domain.duplicates} of {len(domain)} training examples are repetitions")
+        warnings.append(f"{domain.duplicates} of {len(domain)} training examples are duplicates")
     general = general_test = None
     if data.general is not None:
         general = told("general", tokens(data.general, _GENERAL_SPLIT, None, train_on=_ALL))
@@ -181,7 +181,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         general_test = GeneralTest(examples)
         record["general_test"]["measured"] = general_test.measured
         if general is not None and (leaked := overlap(general, examples)):
-            warnings.append(f"{leaked} of {len(examples)} held-out general examples are general training examples too")
+            warnings.append(f"{leaked} of {len(examples)} held-out general examples are also general training examples")
     train = TrainingSet(domain, general, share=data.general_share, seed=data.seed, general_test=general_test)
     if not evaluation.enabled or data.test is None:
         return RunData(train, None, record, warnings)
@@ -194,7 +194,8 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         told("test", test, warn=False)  # of the same rows it was told
     if leaked := overlap(domain, test):
         warnings.append(
-            f"{leaked} of {len(test)} held-out examples ask what a training example asks: their score is memory"
+            f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
+            "measures memory"
         )
     first_rows = _first_rows(data, evaluation.rows) if questions is None else _of(data, questions, evaluation.rows)
     asked = [row for row in first_rows if not row.is_text and row.answer and row.is_learned]

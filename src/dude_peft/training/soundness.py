@@ -35,7 +35,7 @@ def check_numbers(model: Any, step: int, optimizer: Mapping[str, Tensor] | None 
     first = next(filter(None, gathered(found)), None)
     if first is not None:
         raise NumericsError(
-            f"{first} holds NaN or Inf behind step {step}; nothing of it was written, lower train.learning_rate"
+            f"{first} has NaN or Inf after step {step}; this step was not saved, lower train.learning_rate"
         )
 
 

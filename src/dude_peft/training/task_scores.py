@@ -52,7 +52,7 @@ def scorer_for(settings: EvaluationSection, special_tokens: str, scorer_of: Scor
         return None
     if scorer_of is None:
         raise ConfigError(
-            "evaluation.tasks: `run` needs a scorer for them: scorer_of=dude_peft.evaluation.in_training.TasksOfRun"
+            "evaluation.tasks: `run` needs a scorer: scorer_of=dude_peft.evaluation.in_training.TasksOfRun"
         )
     return scorer_of(settings, special_tokens)
 

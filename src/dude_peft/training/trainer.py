@@ -33,7 +33,7 @@ from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.soundness import check_numbers
 
-_REMEDY = "nothing was stepped with it: lower train.learning_rate, or use model.dtype: float32"
+_REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
 _MOST_ROWS = 40
 
 

@@ -58,6 +58,8 @@ class TrainingSet(TokenSet):
             total = round(len(domain) / (1 - share))
             _, taken = mix([len(domain), len(general)], [1 - share, share], total, seed)
             if not len(taken):
-                raise ConfigError(f"data.general_share: {share} beside {len(domain)} rows is no row; raise it")
+                raise ConfigError(
+                    f"data.general_share: {share} gives less than one general row for {len(domain)} rows; raise it"
+                )
             parts += general.parts(taken)
         super().__init__([source for source, _ in parts], [chosen for _, chosen in parts])

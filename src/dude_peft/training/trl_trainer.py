@@ -56,8 +56,8 @@ def trl_trainer(
     dataset: Any = trainer.train_dataset
     if "labels" not in dataset.column_names:
         raise ConfigError(
-            "train.trainer: this TRL drops the labels where it packs, and would train on prompts; "
-            "run: pip install -U 'dude-peft[trl]', or set data.packing: false"
+            "train.trainer: this version of TRL loses the labels when it packs, and would train on prompts; run: pip "
+            "install -U 'dude-peft[trl]', or set data.packing: false"
         )
     quiet_router_(model)  # TRL asks for its loss in each forward
     trainer.current_gradient_accumulation_steps = 1

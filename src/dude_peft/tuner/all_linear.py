@@ -20,7 +20,7 @@ from dude_peft.tuner.config import DudeConfig
 # A name, or the end of one: `gate`, `router.layer`, `shared_expert_gate`; no `gate_proj`.
 _GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
 _UNFIT, _STACKED = "cannot be adapted", "stacked tensors, which cannot be adapted"
-_SEES, _CHOOSES = "no text passes it", "gate or router"
+_SEES, _CHOOSES = "not used by text", "gate or router"
 _SMALL = "smaller than r="
 
 
@@ -88,7 +88,7 @@ def _line(left: dict[tuple[str, str], int]) -> str:
     reasons = {why for _, why in left}
     ways = []
     if reasons & {_SEES, _CHOOSES}:
-        ways.append("name a layer in target_modules to adapt it")
+        ways.append("list a layer in target_modules to adapt it")
     if any(why.startswith(_SMALL) for why in reasons):
-        ways.append("give a small one a smaller r with rank_pattern")
+        ways.append("give a small layer a smaller r with rank_pattern")
     return "; ".join([f"target_modules='all-linear' leaves out {', '.join(parts)}", *ways])

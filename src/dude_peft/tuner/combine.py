@@ -41,9 +41,11 @@ class Combination:
         if self.kind not in KINDS:
             raise ConfigError(f"combination '{self.kind}' is unknown; {closest(self.kind, KINDS)}")
         if self.by_rows and self.density is not None:
-            raise ConfigError("density goes with ties, dare_linear, dare_ties and magnitude_prune, not with linear")
+            raise ConfigError(
+                "linear takes no density; leave it out, or choose ties, dare_linear, dare_ties or magnitude_prune"
+            )
         if not self.by_rows and not 0 < (self.density or 0) <= 1:
-            raise ConfigError(f"combination {self.kind} needs a density above 0 up to 1, 0.5 is usual")
+            raise ConfigError(f"combination {self.kind} needs a density above 0 and at most 1, usually 0.5")
         if self.majority_sign_method not in _SIGN_METHODS:
             raise ConfigError(f"majority_sign_method={self.majority_sign_method!r}; it is 'total' or 'frequency'")
 

@@ -47,8 +47,8 @@ DUDE_TYPE = _PeftType("DUDE")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Keys of PEFT's LoraConfig that people bring along -> what does the same here.
 _INSTEAD = {
-    "trainable_token_indices": "train added tokens with the whole embedding, as modules_to_save=['embed_tokens']",
-    "ensure_weight_tying": "name both ends in modules_to_save, as ['embed_tokens', 'lm_head']",
+    "trainable_token_indices": "train added tokens with the whole embedding: modules_to_save=['embed_tokens']",
+    "ensure_weight_tying": "list both layers in modules_to_save: ['embed_tokens', 'lm_head']",
 }
 
 
@@ -58,7 +58,7 @@ def _ours(name: str, known: list[str]) -> str | None:
     if meant is None:
         return None
     key = meant.removeprefix("adapter.")
-    return f"closest: {quoted(key)}" if key in known else "that is no setting of an adapter; give it to the trainer"
+    return f"closest: {quoted(key)}" if key in known else "this is not a setting of an adapter; give it to the trainer"
 
 
 def _names_unknown_keys(cls: type[DudeConfig]) -> type[DudeConfig]:
@@ -242,7 +242,7 @@ class DudeConfig(PeftConfig):
         unknown = sorted(set(manifest.config) - known)
         if unknown:
             raise ArtifactError(
-                f"'{directory / WEIGHTS_FILE}': the manifest has settings that this version does not know "
+                f"'{directory / WEIGHTS_FILE}': the manifest has settings unknown to this version "
                 f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
             )
         config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
@@ -297,8 +297,8 @@ class DudeConfig(PeftConfig):
                 layer, (one, other, *_) = found
                 warnings.warn(
                     f"adapter {shown(directory, 300)}: {quoted(one)} and {quoted(other)} of its {key} both match "
-                    f"{quoted(layer, 100)}, and the file has lost which came first in training; the layer's scale may "
-                    "be another one",
+                    f"{quoted(layer, 100)}, but the file does not say which came first in training; the layer's scale "
+                    "may differ",
                     stacklevel=4,
                 )
 
@@ -335,7 +335,7 @@ def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, A
     except Exception as error:  # the hub client's errors have no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(
-            f"'{shown(name, 300)}' is neither a folder nor a hub id that can be fetched ({shown(first, 200)})"
+            f"'{shown(name, 300)}' is not a folder, and cannot be downloaded from the hub ({shown(first, 200)})"
         ) from error
     check_folder(directory)
     return directory
@@ -345,7 +345,7 @@ def _check_kinds(config: DudeConfig) -> None:
     """Of a string or another kind PEFT makes something that nobody meant, or an error of its own."""
     names = config.modules_to_save
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ConfigError(f"modules_to_save={shown(repr(names))}; it is a list of names, as ['lm_head']")
+        raise ConfigError(f"modules_to_save={shown(repr(names))}; it must be a list of names, such as ['lm_head']")
     layers = config.layers_to_transform
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(layer) for layer in numbers):
@@ -363,7 +363,7 @@ def _check(config: DudeConfig) -> None:
         raise ConfigError(f"method={config.method!r} is unknown; {closest(str(config.method), METHODS)}")
     for name, r in [("r", config.r), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]:
         if not _is_int(r) or r < 1:
-            raise ConfigError(f"{name}={r!r}; a rank is a whole number of at least 1, 8 to 64 are usual")
+            raise ConfigError(f"{name}={r!r}; a rank is a whole number of at least 1, usually 8 to 64")
     alphas = [
         ("lora_alpha", config.lora_alpha),
         *((f"alpha_pattern[{k!r}]", v) for k, v in config.alpha_pattern.items()),
@@ -384,7 +384,7 @@ def _check(config: DudeConfig) -> None:
     regex = isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear"
     if regex and config.layers_to_transform is not None:
         raise ConfigError(
-            "layers_to_transform goes with a list of target_modules; a regular expression can name the layers itself"
+            "layers_to_transform needs a list of target_modules; a regular expression can name the layers itself"
         )
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise ConfigError("layers_pattern is set without layers_to_transform; set both or neither")

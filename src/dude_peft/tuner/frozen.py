@@ -45,7 +45,7 @@ def why_not(layer: nn.Module) -> str | None:
     """
     kind = type(layer).__name__
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return f"is {a_(kind)}, whose weight nn.MultiheadAttention reads without calling the layer: stock PEFT drops it"
+        return f"is {a_(kind)}, which nn.MultiheadAttention never calls, so stock PEFT drops its change"
     if not isinstance(layer, (nn.Linear, Conv1D)):
         sized = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
         if not sized or "Linear" not in kind:
@@ -55,7 +55,8 @@ def why_not(layer: nn.Module) -> str | None:
         and has_plain_weight(layer)
         and behaviour_of(layer) is Behaviour.OTHER
     ):
-        return f"is {a_(kind)}, whose output is no linear map of rows of {layer_shape(layer)[1]} features plus its bias"
+        features = layer_shape(layer)[1]
+        return f"is {a_(kind)}, but its output is not a linear map of {features} input features plus its bias"
     return None
 
 

@@ -49,7 +49,7 @@ def enter_head(model: nn.Module, config: DudeConfig) -> None:
     if not found and not own and not any(_belongs(name, usual) for name in names):
         raise ConfigError(
             f"task_type {_task(config)}: {type(model).__name__} has no {' or '.join(map(repr, usual))}, which PEFT "
-            "would train and save; name its head, as modules_to_save=['head']"
+            "would train and save; give the name of its head, such as modules_to_save=['head']"
         )
     wanted = list(dict.fromkeys([*own, *usual]))
     for name in found:
@@ -83,8 +83,8 @@ def warn_of_drawn(model: nn.Module, config: DudeConfig) -> None:
     whole = trained_whole(model, config)
     if lost := [name for name in newly_initialised(model) if name not in whole]:
         warnings.warn(
-            f"newly initialised, and neither trained whole nor saved: {', '.join(map(repr, lost))}; every process "
-            "draws other values, so name what the outputs depend on in modules_to_save, or set task_type",
+            f"newly initialised, but neither trained in full nor saved: {', '.join(map(repr, lost))}; their values "
+            "differ each time, so list them in modules_to_save if outputs depend on them, or set task_type",
             stacklevel=2,
         )
 

@@ -324,8 +324,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if frozen.plain_weight(base) is None:
             raise ConfigError(
-                f"'{self.layer_name}' is {a_(type(base).__name__)}, its weight cannot take a merge; load the "
-                f"base model unquantised, load the adapter there, and merge"
+                f"'{self.layer_name}' is {a_(type(base).__name__)}, which cannot be merged into; load the base model "
+                "unquantised, load the adapter on it, and merge"
             )
 
     @override
@@ -402,8 +402,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         if adapter_name in self.merged_adapters:
             raise ConfigError(
-                f"adapter '{adapter_name}' is merged into '{self.layer_name}'; call unmerge_adapter() before it is "
-                f"deleted"
+                f"adapter '{adapter_name}' is merged into '{self.layer_name}'; call unmerge_adapter() before you "
+                "delete it"
             )
         super().delete_adapter(adapter_name)
 
@@ -608,6 +608,6 @@ def check_rank(layer_name: str, shape: tuple[int, int], r: int) -> None:
     out, in_ = shape
     if r > min(out, in_):
         raise ConfigError(
-            f"r={r} is more than layer '{layer_name}' (out {out}, in {in_}) can take; use r <= {min(out, in_)}, or "
-            f"give it a smaller one with rank_pattern"
+            f"r={r} is more than layer '{layer_name}' (out {out}, in {in_}) can have; use r <= {min(out, in_)}, or "
+            "give the layer a smaller rank with rank_pattern"
         )

@@ -55,17 +55,15 @@ def load_adapter(
         ConfigError: the name is taken, the model has adapters of another kind, or an option does not exist.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            "load_adapter takes a model that is loaded, as AutoModelForCausalLM.from_pretrained(NAME) gives it"
-        )
+        raise ConfigError("load_adapter needs a loaded model, such as AutoModelForCausalLM.from_pretrained(NAME)")
     for name in hub_options:
         if name not in _OPTIONS:
             raise ConfigError(f"load_adapter has no option '{name}'; {closest(name, _OPTIONS)}")
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
-            raise ConfigError(f"the model has an adapter '{adapter_name}' already; choose another adapter_name")
+            raise ConfigError(f"the model already has an adapter '{adapter_name}'; choose another adapter_name")
         if not all(isinstance(config, DudeConfig) for config in model.peft_config.values()):
-            raise ConfigError("the model has adapters of another kind; load this one on the base model itself")
+            raise ConfigError("the model has another kind of adapter; load this one on the base model itself")
     config = DudeConfig.from_pretrained(str(path), **hub_options)
     config.inference_mode = not is_trainable
     assert config._loading is not None

@@ -93,8 +93,8 @@ class DudeModel(BaseTuner):
         """PEFT's injection, after every target has been checked, so that a refusal leaves the model as it was."""
         if not _NAME.fullmatch(adapter_name) or adapter_name.upper() in _DEVICES:
             raise ConfigError(
-                f"adapter_name {shown(adapter_name)!r}: it names a folder where it is saved; use up to 64 letters, "
-                "digits, '_' and '-'"
+                f"adapter_name {shown(adapter_name)!r}: the name becomes a folder name; use up to 64 letters, digits, "
+                "'_' and '-'"
             )
         if hasattr(nn.ModuleDict(), adapter_name):  # 'train', 'keys': torch keeps modules beside its own attributes
             raise ConfigError(f"adapter_name '{adapter_name}' is an attribute of torch's modules; choose another one")
@@ -109,8 +109,8 @@ class DudeModel(BaseTuner):
             self._prepare_adapter_config(config, self.get_model_config(model))
         except ValueError as error:
             raise ConfigError(
-                f"target_modules is not set, and PEFT has no choice of its own for {type(model).__name__}; "
-                "'all-linear' adapts every linear layer"
+                f"target_modules is not set, and PEFT has no default for {type(model).__name__}; 'all-linear' adapts "
+                "every linear layer"
             ) from error
         check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -157,7 +157,7 @@ class DudeModel(BaseTuner):
         """
         self._check_known([adapter_name])
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
-            raise ConfigError(f"adapter '{adapter_name}' is merged; call unmerge_adapter() before it is deleted")
+            raise ConfigError(f"adapter '{adapter_name}' is merged; call unmerge_adapter() before you delete it")
         active = [name for name in self.active_adapters if name != adapter_name]
         fallback = [] if active else sorted(set(self.peft_config) - {adapter_name})[:1]
         if fallback and adapter_name in self.active_adapters:
@@ -233,7 +233,7 @@ class DudeModel(BaseTuner):
         """
         self._check_known(adapters)
         if adapter_name in self.peft_config:
-            raise ConfigError(f"the model has an adapter {quoted(adapter_name)} already; choose another adapter_name")
+            raise ConfigError(f"the model already has an adapter {quoted(adapter_name)}; choose another adapter_name")
         configs: Any = self.peft_config
         total = plan_sum(configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
         layers = [layer for layer in self._layers() if any(name in layer.lora_dA for name in adapters)]
@@ -295,8 +295,8 @@ class DudeModel(BaseTuner):
                 own = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
                 if len(own) > 1:
                     raise ConfigError(
-                        f"adapters '{own[0]}' and '{own[1]}' both train '{place}' whole, and only one of the two can "
-                        f"be in use; name one of them"
+                        f"adapters '{own[0]}' and '{own[1]}' both train '{place}' in full, so only one of them can be "
+                        "active; choose one"
                     )
 
     def _leave_out(self, model: nn.Module, config: DudeConfig) -> None:
@@ -330,7 +330,7 @@ class DudeModel(BaseTuner):
             layer = _base_of(module)
             if reason := frozen.why_not(layer):
                 raise ConfigError(
-                    f"target '{name}' {reason}; adapt linear layers, and train others whole with "
+                    f"target '{name}' {reason}; adapt linear layers, and train others in full with "
                     f"modules_to_save=[{name.rpartition('.')[2]!r}]"
                 )
             check_rank(name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
@@ -397,8 +397,7 @@ class DudeModel(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge)
         elif any(layer.merged for layer in self._layers()):
             warnings.warn(
-                "unload() gives the base model back, so the adapters that are merged are taken out; merge_and_unload() "
-                "keeps them",
+                "unload() returns the base model without the merged adapters; use merge_and_unload() to keep them",
                 stacklevel=3,
             )
             self.unmerge_adapter()
@@ -578,8 +577,8 @@ def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
         return
     if not torch.allclose(row_norm(weight).cpu(), state.m0.cpu().double(), rtol=1e-5, atol=0):
         raise ArtifactError(
-            f"the adapter was trained on other base weights: the row norms of '{layer.layer_name}' differ; load the "
-            f"base model it was trained on"
+            f"the adapter was trained on different base weights: the row norms of '{layer.layer_name}' differ; load "
+            "the base model it was trained on"
         )
 
 
@@ -608,7 +607,7 @@ def _refuse_not_finite(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor
     if found is not None:
         raise NumericsError(
             f"adapter tensor {quoted(found.removeprefix(_PEFT_PREFIX), 200)} holds NaN or Inf and is not saved; "
-            "training diverged, lower the learning rate and go on from an earlier checkpoint"
+            "training diverged: lower the learning rate, and continue from an earlier checkpoint"
         )
 
 
@@ -635,8 +634,8 @@ def _put_back(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
         if frozen.is_sharded(tensor):
             other = next(other for other in others if other in parts)
             raise ConfigError(
-                f"adapter '{other}' is named as a part of '{name}', which is sharded and cannot be saved beside it; "
-                f"give it another name"
+                f"adapter '{other}' has the name of a part of '{name}', which is sharded, so both cannot be saved; "
+                "rename one"
             )
         state_dict[name] = tensor.detach()
 
@@ -693,8 +692,8 @@ def _check_whole(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
         own = alone or there.is_meta or ".modules_to_save." in name
         if not own and not torch.equal(tensor.to(there), there):
             raise ArtifactError(
-                f"the adapter brings another {where} than the model has, on which its other adapters rely; load it on "
-                "a model of its own"
+                f"the adapter's {where} differs from the model's, which its other adapters use; load it on a separate "
+                "model"
             )
 
 
@@ -705,7 +704,7 @@ def _names_message(missing: list[str], extra: list[str]) -> str:
             parts.append(f"{len(names)} {what} (first: {', '.join(names[:5])})")
     hint = "save the adapter again, and load it with the configuration it was saved with"
     if any(name.rpartition(".")[2] == EXTRA_A0 for name in missing):
-        hint = "a stock PEFT adapter has no DuDe start, load it with peft.PeftModel"
+        hint = "a stock PEFT adapter has no DuDe start; load it with peft.PeftModel"
     return f"adapter tensors do not fit the model: {', '.join(parts)}; {hint}"
 
 
@@ -715,9 +714,10 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
         owner = type(model.get_submodule(parameters[0].rpartition(".")[0])).__name__
         return (
             f"target_modules: '{wanted}' is a parameter of {owner} ('{parameters[0]}'), not a linear layer; expert "
-            f"tensors are not supported, adapt the attention and dense layers instead"
+            "tensors are not supported: adapt the attention and dense layers instead"
         )
-    return f"target_modules: '{wanted}' is no module of {type(model).__name__}; {closest(wanted, _last_parts(names))}"
+    hint = closest(wanted, _last_parts(names))
+    return f"target_modules: '{wanted}' is not a module of {type(model).__name__}; {hint}"
 
 
 def _no_target(config: DudeConfig, model: nn.Module, names: list[str]) -> str:
@@ -725,12 +725,12 @@ def _no_target(config: DudeConfig, model: nn.Module, names: list[str]) -> str:
     if not wanted:  # all-linear, or PEFT's choice for this model
         return (
             f"no linear layer of {kind} is left to adapt after exclude_modules, modules_to_save and "
-            "layers_to_transform; exclude fewer"
+            "layers_to_transform; exclude fewer layers"
         )
     if isinstance(wanted, str) and wanted in _last_parts(names):
         return (
-            f"target_modules='{wanted}' is a regular expression for whole names, and matches none of {kind}'s; "
-            f"write ['{wanted}'] for the modules that end so"
+            f"target_modules='{wanted}' is a regular expression for whole names, and matches none of {kind}'s; write "
+            f"['{wanted}'] for all modules with that ending"
         )
     return (
         f"target_modules={_shown(wanted)} matches no layer of {kind} after exclude_modules, modules_to_save and "
@@ -764,7 +764,7 @@ def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
 def _check_layers(config: DudeConfig, names: list[str]) -> None:
     there = {index for name in names if (index := _layer_index(name, config)) is not None}
     if missing := sorted(_wanted_layers(config) - there):
-        known = f"it has {min(there)} to {max(there)}" if there else "no module of it lies in a numbered list"
+        known = f"it has {min(there)} to {max(there)}" if there else "it has no numbered list of layers"
         raise ConfigError(f"layers_to_transform: the model has no layer {missing[0]}; {known}")
 
 
@@ -774,7 +774,7 @@ def _check_saved_modules(config: DudeConfig, names: list[str]) -> None:
     for wanted in config.modules_to_save or ():
         if wanted not in usual and not any(name.endswith(wanted) for name in names):
             hint = closest(wanted, _last_parts(names))
-            raise ConfigError(f"modules_to_save: {quoted(wanted)} is no module of the model; {hint}")
+            raise ConfigError(f"modules_to_save: {quoted(wanted)} is not a module of the model; {hint}")
 
 
 def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> None:
@@ -788,8 +788,8 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
     now = model.config.get_text_config().vocab_size
     if before is not None and before != now:
         raise ConfigError(
-            f"target '{adapted}' was resized from {before} to {now} tokens, and the new rows are in no file; save the "
-            "resized model, load that one, and adapt it; or train it whole with modules_to_save"
+            f"target '{adapted}' was resized from {before} to {now} tokens, but no file has the new rows; save and "
+            "reload the resized model, then adapt it, or train the layer in full with modules_to_save"
         )
 
 

@@ -68,7 +68,7 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str]) -> None:
     if len(patterns) * len(names) > _MOST_MATCHES:
         raise ConfigError(
             f"{patterns[0].key}: {len(patterns):,} patterns for {len(names):,} layers take too long to match; write "
-            "fewer, for several layers each"
+            "fewer patterns, each for several layers"
         )
     if risky := [pattern for pattern in patterns if _is_risky(pattern.text)]:
         _try(risky, names)
@@ -132,7 +132,7 @@ def _check_expression(pattern: _Pattern) -> None:
         re.compile(pattern.text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(
-            f"{pattern.key}={quoted(pattern.text, 120)} is no regular expression: {shown(error)}"
+            f"{pattern.key}={quoted(pattern.text, 120)} is not a valid regular expression: {shown(error)}"
         ) from error
 
 
@@ -159,8 +159,8 @@ def _try(patterns: list[_Pattern], names: list[str]) -> None:
         return
     guilty = patterns[min(tried.count(b"\n"), len(patterns) - 1)]
     raise ConfigError(
-        f"{guilty.key}={quoted(guilty.text)} takes longer than {_LONGEST_SECONDS:.0f} s on this model's names; write "
-        "it without a repetition inside a repeated group"
+        f"{guilty.key}={quoted(guilty.text)} takes longer than {_LONGEST_SECONDS:.0f} s on this model's names; remove "
+        "the repetition inside a repeated group"
     )
 
 

@@ -83,7 +83,7 @@ def checked_base(base: nn.Module, recorded: BaseRecord, path: str, allow_mismatc
             fault, remedy = found
             if not allow_mismatch:
                 raise OtherBaseError(f"adapter '{path}' {fault}", remedy)
-            warnings.warn(f"adapter '{path}' {fault}; outputs will not be those of training", stacklevel=5)
+            warnings.warn(f"adapter '{path}' {fault}; outputs will differ from those in training", stacklevel=5)
 
 
 def settings_fault(config: Any, recorded: BaseRecord) -> str:
@@ -99,14 +99,15 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
     absent = [name for name in recorded if name not in modules or not frozen.is_supported(_base_layer(modules[name]))]
     if absent:
         raise OtherBaseError(
-            f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} has not (first: '{absent[0]}')",
+            f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} does not have (first: "
+            f"'{absent[0]}')",
             "load it on the base model it was trained on",
         )
     for name, expected in recorded.items():
         shape = frozen.layer_shape(_base_layer(modules[name]))
         if sorted(shape) != sorted(expected["shape"]):
             raise OtherBaseError(
-                f"adapter '{path}': layer '{name}' is {list(shape)} here and was {expected['shape']} in training",
+                f"adapter '{path}': layer '{name}' has shape {list(shape)} here, but {expected['shape']} in training",
                 "load it on the base model it was trained on",
             )
 
@@ -128,7 +129,7 @@ class _Weights:
         if not wrong:
             return None
         first = wrong[0]
-        fault = f"was trained on other base weights: {len(wrong)} of {len(self._layers)} differ (first: '{first}')"
+        fault = f"was trained on different base weights: {len(wrong)} of {len(self._layers)} differ (first: '{first}')"
         weight: Any = getattr(_base_layer(self._modules[first]), "weight", None)
         if not _rounds_to(weight, self._layers[first]):
             return fault, _REMEDY
@@ -162,22 +163,22 @@ class _Beside:
         drawn = [name for name in other if name.rpartition(".")[0] in self._new]
         if drawn:
             warnings.warn(
-                f"adapter '{self._path}': '{drawn[0]}' is neither saved with it nor in the base model's checkpoint, "
-                "and was drawn anew; outputs that depend on it are not those of training",
+                f"adapter '{self._path}': '{drawn[0]}' is neither in the adapter nor in the base model's checkpoint, "
+                "so it has new random values; outputs that depend on it will differ from training",
                 stacklevel=6,
             )
         if self._unknown:
             warnings.warn(
-                f"adapter '{self._path}': {len(self._unknown)} weights of the base are packed or sharded, and are not "
-                f"compared with those of the training (first: '{shown(self._unknown[0], 200)}')",
+                f"adapter '{self._path}': {len(self._unknown)} weights of the base model are packed or sharded, so "
+                f"they were not compared with those in training (first: '{shown(self._unknown[0], 200)}')",
                 stacklevel=6,
             )
         wrong = [name for name in other if name not in drawn]
         if not wrong:
             return None
         return (
-            f"relies on '{shown(wrong[0], 200)}', which is another one here, and was not saved with it ({len(wrong)} "
-            f"of {len(self._beside)} such tensors)",
+            f"relies on '{shown(wrong[0], 200)}', which differs here and was not saved with it ({len(wrong)} of "
+            f"{len(self._beside)} such tensors)",
             "load it on the model it was trained on, or name it in modules_to_save",
         )
 

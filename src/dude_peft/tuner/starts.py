@@ -74,8 +74,8 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
         weight = frozen.plain_weight(base)
         if weight is not None and weight.is_meta:
             raise ConfigError(
-                f"the weight of '{name}' is not in memory (meta device or offloaded), and the start follows from its "
-                "values; load the model without offloading, or write the start with `dude init`"
+                f"the weight of '{name}' is not in memory (meta device or offloaded), but the start is computed from "
+                "it; load the model without offloading, or write the start with `dude init`"
             )
         W0 = frozen.dense_weight(base)
         if weight is None or weight.dtype != W0.dtype:  # a copy already

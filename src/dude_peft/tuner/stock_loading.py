@@ -24,7 +24,7 @@ from dude_peft.show import shown
 def warn_if_refused(model: Any, stock: LoraConfig, layers: Collection[str]) -> None:
     """Say of an adapter that is about to be saved that stock PEFT will not load it."""
     if refusal := stock_refusal(model, stock, layers):
-        warnings.warn(f"{refusal}; dude_peft.load_adapter loads it, and dude merge makes a plain model", stacklevel=3)
+        warnings.warn(f"{refusal}; use dude_peft.load_adapter, or make a plain model with dude merge", stacklevel=3)
 
 
 def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str:
@@ -50,8 +50,8 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
     lost = [name for name in layers if not check_target_module_exists(read, name)]
     if lost:
         return (
-            f"stock PEFT does not load this adapter on a {shown(kind)} model: it takes {len(lost)} layers for experts "
-            f"(first: '{shown(lost[0])}')"
+            f"stock PEFT does not load this adapter on a {shown(kind)} model: it mistakes {len(lost)} layers for "
+            f"experts (first: '{shown(lost[0])}')"
         )
     return _left_out(model, layers)
 
@@ -61,7 +61,10 @@ def _left_out(model: Any, layers: Collection[str]) -> str:
     if not skipped:
         return ""
     count = f"{len(skipped)} such layer{'s' * (len(skipped) > 1)}"
-    return f"stock PEFT leaves out the change of '{shown(skipped[0])}' ({count}), whose weight the model reads itself"
+    return (
+        f"stock PEFT leaves out the change of '{shown(skipped[0])}' ({count}), because the model reads that weight "
+        "directly"
+    )
 
 
 def _multiplies_weight(model: Any, layer: str) -> bool:

@@ -82,7 +82,7 @@ class _Readable(Tensor):
             if func in _MARKS and any(each is False for each in given):
                 return given[0]  # it follows from what is trained, and the base is frozen
             raise RuntimeError(
-                "layer.weight of an adapted layer follows from its adapter and cannot be written to; write to "
+                "layer.weight of an adapted layer is computed and cannot be changed; change "
                 "layer.get_base_layer().weight"
             )
         if func == _DATA.__get__:

@@ -123,14 +123,14 @@ def plan_sum(
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
     if not all(abs(weight) < float("inf") for weight in weights):
-        raise ConfigError(f"weights={weights}: they are finite numbers")
+        raise ConfigError(f"weights={weights}: give finite numbers")
     if rank is not None and rank < 1:
         raise ConfigError(f"svd_rank={rank}; a rank is a whole number of at least 1")
     for name in adapters:
         if configs[name].modules_to_save or configs[name].bias != "none":
             raise ConfigError(
-                f"adapter '{name}' trains {'modules' if configs[name].modules_to_save else 'biases'} whole, which a "
-                f"combination leaves out; merge it alone"
+                f"adapter '{name}' trains {'modules' if configs[name].modules_to_save else 'biases'} in full, which "
+                "cannot be combined; merge this adapter on its own"
             )
     base = kind.removesuffix("_svd")
     whole = kind in ("linear", "cat")
