@@ -39,7 +39,7 @@ from dude_peft.planning.device import parse_size
 from dude_peft.planning.live_bytes import LiveBytes
 from dude_peft.planning.optimizers import state_bytes
 from dude_peft.planning.remedies import changed
-from dude_peft.planning.rows import optimizer_steps
+from dude_peft.planning.rows import is_local, optimizer_steps
 from dude_peft.planning.run import plan
 
 EVALUATION = EvaluationSection(enabled=False)
@@ -426,3 +426,18 @@ def test_what_the_run_would_refuse_is_refused(tmp_path, monkeypatch, changes, wo
     }
     with pytest.raises(DudeError, match=words):
         plan(RunConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "source", ["owner/data.set", "owner/set.v", "HuggingFaceH4/no_robots", "owner/name:config", "set"]
+)
+def test_what_the_run_takes_from_the_hub_is_no_file_for_the_plan(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not is_local(source)
+    assert not is_local([SourceSection(source=source)])
+
+
+@pytest.mark.parametrize("source", ["x.jsonl", "./set", "/rows", "builtin:word-problems", "a/b/c"])
+def test_what_the_run_reads_here_is_local_for_the_plan(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_local(source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
@@ -12,7 +11,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.encode import encode
 from dude_peft.data.formats import Reading
 from dude_peft.data.packing import pack
-from dude_peft.data.rows import load_rows
+from dude_peft.data.rows import load_rows, local_file
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
 
@@ -86,7 +85,7 @@ def optimizer_steps(train: TrainSection, rows: int) -> int:
 
 
 def is_local(source: Sources) -> bool:
-    """Whether the rows are there already: built-in sets, or names of files."""
+    """Whether the rows need no hub, as the run will see it: built-in sets, and names of files."""
     if not isinstance(source, str):
         return all(is_local(each.source) for each in source)
-    return source.startswith("builtin:") or Path(source).exists() or Path(source).suffix[1:].isalpha()
+    return source.startswith("builtin:") or local_file(source) is not None
