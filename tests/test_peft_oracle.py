@@ -76,6 +76,7 @@ METHODS_OF_PEFT = pytest.mark.parametrize(
         ("dora", {"use_dora": True}),
         ("lora", {}),
         ("rslora", {"use_rslora": True}),
+        ("olora", {"init_lora_weights": "olora"}),
     ],
 )
 

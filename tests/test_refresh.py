@@ -8,11 +8,11 @@ import inspect
 import pytest
 import torch
 import transformers as hf
+from method_rows import each_kind
 from models import logits, make, perturb, tokens
 from peft import get_peft_model
 
 from dude_peft import DudeConfig
-from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
 
 
@@ -241,7 +241,7 @@ def test_compiled_training_is_eager_training_in_one_graph_without_recompiling(me
 
 
 @pytest.mark.parametrize("depth", [12, pytest.param(40, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_decoder_layers_compiled_one_by_one_share_a_graph(method, depth):
     from torch._dynamo.testing import CompileCounterWithBackend
 
