@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from method_rows import every_method
+from method_rows import each_kind
 from models import logits, make
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
@@ -82,7 +82,7 @@ def assert_same(one: Path, other: Path) -> None:
 # --- the same bytes -----------------------------------------------------------------------------------------------
 
 
-@every_method
+@each_kind
 def test_the_files_are_those_of_an_adapter_made_in_memory(method, checkpoint, tmp_path):
     init(checkpoint, tmp_path / "streamed", settings={"method": method}, seed=5)
     in_memory(checkpoint, tmp_path / "memory", seed=5, method=method)
