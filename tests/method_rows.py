@@ -20,6 +20,8 @@ def _rows(names):
 
 every_method = pytest.mark.parametrize("method", METHODS)
 each_kind = pytest.mark.parametrize("method", _rows(METHODS))
+# Beside a test of each kind that is cheap for one architecture.
+the_others = pytest.mark.parametrize("method", [name for name in METHODS if name not in KINDS])
 # Those that leave norm_gradient to the run.
 each_kind_with_an_open_norm = pytest.mark.parametrize(
     "method", _rows(name for name, row in METHODS.items() if row.norm_gradient is None)

@@ -10,7 +10,7 @@ import io
 
 import pytest
 import torch
-from method_rows import each_kind, each_kind_with_an_open_norm, every_method
+from method_rows import each_kind, each_kind_with_an_open_norm, every_method, the_others
 from models import ARCHITECTURES, logits, make, perturb, tokens
 from peft import PeftModel, get_peft_model
 from tiny import tiny_llama
@@ -58,9 +58,9 @@ def optimizer_of(model, lr=1e-2):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
-@every_method
+@the_others
 @every_dtype
-def test_every_method_starts_at_the_base_model(method, dtype):
+def test_the_other_methods_start_at_the_base_model(method, dtype):
     check_start(method, "mistral-gqa", dtype, 0.1)
 
 
@@ -146,8 +146,8 @@ def test_disabling_while_merged_gives_the_base(method):
         assert torch.equal(logits(model), base_logits)
 
 
-@every_method
-def test_every_method_is_a_stock_adapter(method, tmp_path):
+@the_others
+def test_the_other_methods_are_stock_adapters(method, tmp_path):
     check_files(method, "mistral-gqa", tmp_path)
 
 

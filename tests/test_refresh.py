@@ -216,7 +216,7 @@ def test_inference_mode_tensors():
 
 
 @pytest.mark.parametrize("mode", ["detached", "exact"])
-@pytest.mark.parametrize("method", ["dude", "lora"])
+@pytest.mark.parametrize("method", ["dude", "lora", pytest.param("frozen-m", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_training_is_eager_training_in_one_graph_without_recompiling(method, mode, dtype):
     from torch._dynamo.testing import CompileCounterWithBackend
