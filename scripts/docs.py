@@ -66,12 +66,30 @@ def python() -> str:
     import dude_peft
 
     rows = ["| name | does |", "|---|---|"]
-    for name in ("train", "plan", "check_data", "generate", "evaluate", "merge", "export", "verify", "load_adapter"):
+    names = "train plan method_table check_data generate evaluate merge export verify load_adapter"
+    for name in names.split():
         function = getattr(dude_peft, name)
         parts = [p.name if p.default is p.empty else f"{p.name}={p.default!r}"
                  for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]  # fmt: skip
         first = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
         rows.append(f"| `{name}({_cell(', '.join(parts))})` | {_cell(first)} |")
+    return "\n".join(rows)
+
+
+def methods() -> str:
+    """`dude methods` without a model."""
+    from dude_peft.planning.method_table import method_table
+
+    rows = ["| method | what it is | take it for | start | step beside W0 | learning rate | source |"]
+    rows.append("|---" * 7 + "|")
+    for row in method_table().rows:
+        rate = f"{row.learning_rate:g}" + (f" (of {row.rate_of})" if row.rate_of else "")
+        number = re.fullmatch(r"arXiv ([\d.]+)", row.paper)
+        paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else row.paper
+        cells = [f"`{row.name}`", row.summary, row.choose, row.start, row.step, rate, f"{paper}, {row.certainty}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += ["", "| method | trained in a layer (out, in) | kept beside |", "|---|---|---|"]
+    rows += [f"| `{row.name}` | {row.trained} | {row.kept} |" for row in method_table().rows]
     return "\n".join(rows)
 
 
@@ -173,6 +191,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "commands": commands,
     "python": python,
+    "methods": methods,
     "layout": layout,
     **docs_results.MAKERS,
 }

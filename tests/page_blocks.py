@@ -15,11 +15,14 @@ import shlex
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from models import tokens
 from served import dude
 from tiny import save_tiny, write_rows
+
+from dude_peft.methods import METHODS
 
 _BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.S | re.M)
 _HUB_MODEL = re.compile(r"HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -67,17 +70,18 @@ def run_page(page: Path, folder: Path) -> None:
     Raises AssertionError, with the block, where one of them fails.
     """
     names: dict[str, Any] = {"batches": [{"input_ids": tokens(), "labels": tokens()}] * 2}
-    for kind, text in blocks(page):
-        text = _HUB_MODEL.sub("my-model", text)
-        if kind == "python":
-            exec(compile(text, str(page), "exec"), names)
-        elif kind == "bash":
-            for line in text.replace("\\\n", " ").splitlines():
-                run_command(line, folder)
-        elif kind == "yaml":
-            check_configuration(text)
-        elif kind == "json":
-            check_rows(text)
+    with mock.patch.dict(METHODS):  # a page may add a method
+        for kind, text in blocks(page):
+            text = _HUB_MODEL.sub("my-model", text)
+            if kind == "python":
+                exec(compile(text, str(page), "exec"), names)
+            elif kind == "bash":
+                for line in text.replace("\\\n", " ").splitlines():
+                    run_command(line, folder)
+            elif kind == "yaml":
+                check_configuration(text)
+            elif kind == "json":
+                check_rows(text)
 
 
 def run_command(line: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError
 
 # In the order in which each finds what it needs.
-FUNCTIONS = ("check_data", "plan", "train", "generate", "verify", "merge", "export", "evaluate")
+FUNCTIONS = ("check_data", "method_table", "plan", "train", "generate", "verify", "merge", "export", "evaluate")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from method_rows import each_kind_with_an_open_norm
 from models import perturb
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional
 
 from dude_peft import DudeConfig
-from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.weight import _Readable
 
@@ -188,7 +188,7 @@ def test_the_change_arrives_in_every_mode(kind):
 
 
 @pytest.mark.parametrize("norm_gradient", ["detached", "exact"])
-@pytest.mark.parametrize("method", METHODS)
+@each_kind_with_an_open_norm
 def test_who_reads_the_weight_trains_it_as_who_calls_the_layer(method, norm_gradient):
     gradients = []
     for build in (Called, Read, Fused, InParts):

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from method_rows import each_kind, every_method
 from models import logits, make, perturb, tokens
 from night import some_by_day
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -133,35 +134,35 @@ print("equal")
     assert "missing adapter keys" not in done.stderr
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_the_config_is_one_that_servers_read_right(method, trained):
     settings = json.loads((trained(method)[0] / CONFIG).read_text())
     spec = METHODS[method]
     assert settings["peft_type"] == "LORA"
     assert settings["use_rslora"] is False
     assert settings["init_lora_weights"] is True
-    assert settings["use_dora"] is spec.magnitude
-    assert settings["r"] == (8 if spec.principal else 4)
+    assert settings["use_dora"] is spec.normalised
+    assert settings["r"] == (8 if spec.frozen_start else 4)
     assert settings["lora_alpha"] / settings["r"] == spec.scaling(4, 6)
     assert "dude" not in json.dumps(settings).lower()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_the_tensors_are_stock_and_a_few_more(method, trained):
     names = {name.partition("q_proj.")[2] for name in tensors_of(trained(method)[0]) if "q_proj" in name}
     spec = METHODS[method]
     expected = {"lora_A.weight", "lora_B.weight"}
-    expected |= {"lora_magnitude_vector.weight", "lora_m0", "lora_dm"} if spec.magnitude else set()
-    expected |= {"lora_A0"} if spec.principal else set()
+    expected |= {"lora_magnitude_vector.weight", "lora_m0"} if spec.normalised else set()
+    expected |= {"lora_dm"} if spec.magnitude == "trained" else set()
+    expected |= {"lora_A0"} if spec.frozen_start else set()
     assert names == expected
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_no_svd_runs_at_load_and_threads_do_not_matter(method, trained, monkeypatch):
     folder, expected = trained(method)
-    import dude_peft.methods.splits as splits
-
-    monkeypatch.setattr(splits, "top_svd", lambda *_, **__: pytest.fail("an SVD ran at load"))
+    for decomposition in ("svd", "qr", "eigh"):
+        monkeypatch.setattr(torch.linalg, decomposition, lambda *_, **__: pytest.fail("a decomposition ran at load"))
     for seed in range(3):
         torch.manual_seed(seed)
         model = load_adapter(make("mistral-gqa"), folder)
@@ -383,7 +384,7 @@ def test_loading_in_place_on_another_base_is_refused(trained):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_transformers_own_loader_gets_it_right(method, trained, tmp_path):
     """Other DoRA files lose their magnitudes there in silence; ours name them so that it finds them."""
     folder, expected = trained(method)

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from method_rows import each_kind
 from models import logits, make
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
@@ -32,7 +33,6 @@ from dude_peft.errors import ArtifactError, BusyError, ConfigError, DudeError, N
 from dude_peft.init import run as init_run
 from dude_peft.init.options import module_names, pattern
 from dude_peft.init.run import initialise
-from dude_peft.methods import METHODS
 
 WEIGHTS, CONFIG, PARTS = "adapter_model.safetensors", "adapter_config.json", ".dude-init"
 INDEX = "model.safetensors.index.json"
@@ -82,7 +82,7 @@ def assert_same(one: Path, other: Path) -> None:
 # --- the same bytes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_the_files_are_those_of_an_adapter_made_in_memory(method, checkpoint, tmp_path):
     init(checkpoint, tmp_path / "streamed", settings={"method": method}, seed=5)
     in_memory(checkpoint, tmp_path / "memory", seed=5, method=method)

@@ -1,4 +1,7 @@
-"""One behaviour suite for every method of the table; a new entry gets all of these tests by being there."""
+"""One behaviour suite for every method of the table; a new entry gets all of these tests by being there.
+
+Which rows the default run takes, and which run with -m slow, says `method_rows.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import io
 
 import pytest
 import torch
+from method_rows import each_kind, each_kind_with_an_open_norm, every_method, the_others
 from models import ARCHITECTURES, logits, make, perturb, tokens
 from peft import PeftModel, get_peft_model
 from tiny import tiny_llama
@@ -18,7 +22,6 @@ from dude_peft.errors import ConfigError
 from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
 
-every_method = pytest.mark.parametrize("method", METHODS)
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -55,11 +58,21 @@ def optimizer_of(model, lr=1e-2):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
-@every_method
+@the_others
+@every_dtype
+def test_the_other_methods_start_at_the_base_model(method, dtype):
+    check_start(method, "mistral-gqa", dtype, 0.1)
+
+
+@each_kind
 @every_architecture
 @every_dtype
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_start_is_the_base_model_bit_by_bit(method, architecture, dtype, dropout):
+    check_start(method, architecture, dtype, dropout)
+
+
+def check_start(method, architecture, dtype, dropout):
     base = make(architecture, dtype)
     eval_logits = logits(base)
     train_logits = logits(base.train())
@@ -78,6 +91,7 @@ def test_the_start_is_the_base_model_bit_by_bit(method, architecture, dtype, dro
 
 @every_method
 def test_each_layer_computes_the_textbook(method):
+    """Outputs, and the gradients of the input and of every trained tensor."""
     for architecture in ("gpt2-conv1d", "opt-bias", "mistral-gqa"):
         model = adapted(method, architecture, torch.float64)
         for layer in layers_of(model)[:7]:
@@ -87,13 +101,18 @@ def test_each_layer_computes_the_textbook(method):
             A = state.dA if state.A0 is None else state.A0 + state.dA
             B = state.dB if state.B0 is None else state.B0 + state.dB
             V = reference_direction(W0, A, B, s, state.A0, state.B0)
-            m = None if state.dm is None else state.m0 + state.dm
-            x = torch.randn(3, layer.in_features, dtype=torch.float64)
-            expected = reference_linear(x, W0, base.bias, V, m)
+            m = None if state.m0 is None else state.m0 if state.dm is None else state.m0 + state.dm
+            x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
+            expected = reference_linear(x, W0, base.bias, V, m, METHODS[method].norm_gradient or "detached")
             assert torch.allclose(layer(x), expected, rtol=1e-10, atol=1e-12)
+            leaves = [x, *(t for t in (state.dA, state.dB, state.dm) if t is not None)]
+            dy = torch.randn(expected.shape, dtype=torch.float64)
+            found, wanted = (torch.autograd.grad(y, leaves, dy) for y in (layer(x), expected))
+            for gradient, textbook in zip(found, wanted, strict=True):
+                assert relative_error(gradient, textbook) <= 1e-9
 
 
-@every_method
+@each_kind
 @every_dtype
 @pytest.mark.parametrize("architecture", ["gemma3-tied", "gpt2-conv1d", "opt-bias"])
 def test_merge_is_the_adapter_and_unmerge_restores_every_bit(method, architecture, dtype):
@@ -118,7 +137,7 @@ def test_merge_is_the_adapter_and_unmerge_restores_every_bit(method, architectur
     assert relative_error(logits(plain), expected) <= bound
 
 
-@every_method
+@each_kind
 def test_disabling_while_merged_gives_the_base(method):
     base_logits = logits(make("mistral-gqa"))
     model = adapted(method)
@@ -127,9 +146,18 @@ def test_disabling_while_merged_gives_the_base(method):
         assert torch.equal(logits(model), base_logits)
 
 
-@every_method
+@the_others
+def test_the_other_methods_are_stock_adapters(method, tmp_path):
+    check_files(method, "mistral-gqa", tmp_path)
+
+
+@each_kind
 @every_architecture
 def test_save_and_load_are_bit_equal_and_stock_peft_agrees(method, architecture, tmp_path):
+    check_files(method, architecture, tmp_path)
+
+
+def check_files(method, architecture, tmp_path):
     model = adapted(method, architecture, rank_pattern={"down_proj": 2, "fc2": 3}, alpha_pattern={"q_proj": 9})
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -144,7 +172,7 @@ def test_save_and_load_are_bit_equal_and_stock_peft_agrees(method, architecture,
     assert (logits(stock) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@every_method
+@each_kind_with_an_open_norm
 @pytest.mark.parametrize("mode", ["detached", "exact"])
 def test_training_goes_on_from_a_file_bit_by_bit(method, mode, tmp_path):
     settings = {"norm_gradient": mode, "weight_decay": 0.1}
@@ -186,7 +214,7 @@ def test_training_moves_only_adapter_parameters_and_learns(method):
         assert torch.equal(logits(model), logits(make("qwen3")))
 
 
-@every_method
+@each_kind
 def test_weight_decay_pulls_toward_the_pretrained_model(method):
     model = adapted(method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=1.0)
@@ -199,7 +227,7 @@ def test_weight_decay_pulls_toward_the_pretrained_model(method):
     assert (logits(model) - base_logits).norm() < 0.02 * before
 
 
-@every_method
+@each_kind
 def test_several_adapters(method, tmp_path):
     model = adapted(method)
     first = logits(model)
@@ -232,7 +260,7 @@ def test_several_adapters(method, tmp_path):
     assert torch.equal(logits(together), first)
 
 
-@every_method
+@each_kind
 def test_a_name_can_be_used_again_for_another_adapter(method):
     model = adapted(method)
     logits(model)  # fills the caches, which must not outlive the adapter
@@ -260,7 +288,7 @@ def test_adapters_of_different_methods_live_together():
     assert torch.equal(logits(model), first)
 
 
-@every_method
+@each_kind
 def test_merging_one_adapter_after_another(method):
     model = adapted(method)
     model.add_adapter("second", config(method))
@@ -275,7 +303,7 @@ def test_merging_one_adapter_after_another(method):
     assert torch.equal(logits(model), both)
 
 
-@every_method
+@each_kind
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(method, use_reentrant):
     gradients = []
@@ -290,7 +318,7 @@ def test_gradient_checkpointing_changes_nothing(method, use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@every_method
+@each_kind
 def test_autocast_starts_at_the_base_and_gives_float32_gradients(method):
     model = adapted(method, moved=False).train()
     base = make("mistral-gqa").train()
@@ -303,7 +331,7 @@ def test_autocast_starts_at_the_base_and_gives_float32_gradients(method):
     assert sum(g.abs().sum() for g in gradients) > 0
 
 
-@every_method
+@each_kind
 def test_adapter_dtypes(method):
     kept = [p.dtype for p in adapted(method, dtype=torch.bfloat16).parameters() if p.requires_grad]
     assert set(kept) == {torch.float32}
@@ -316,7 +344,7 @@ def test_adapter_dtypes(method):
     assert {p.dtype for p in double.parameters() if p.requires_grad} == {torch.float64}
 
 
-@every_method
+@each_kind
 def test_moving_the_whole_model_to_another_dtype_keeps_working(method):
     model = adapted(method)
     expected = logits(model)
@@ -325,7 +353,7 @@ def test_moving_the_whole_model_to_another_dtype_keeps_working(method):
     assert (value.float() - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
-@every_method
+@each_kind
 def test_low_cpu_mem_usage_and_inference_mode(method, tmp_path):
     model = adapted(method)
     expected = logits(model)
@@ -342,7 +370,7 @@ def test_low_cpu_mem_usage_and_inference_mode(method, tmp_path):
     }
 
 
-@every_method
+@each_kind
 def test_modules_to_save_and_trained_biases(method, tmp_path):
     settings = {"modules_to_save": ["lm_head"], "bias": "lora_only", "target_modules": ["q_proj", "fc1"]}
     model = get_peft_model(make("opt-bias"), config(method, **settings))
@@ -359,7 +387,7 @@ def test_modules_to_save_and_trained_biases(method, tmp_path):
     assert torch.allclose(logits(stock), expected, atol=1e-5)
 
 
-@every_method
+@each_kind
 def test_layers_patterns_and_exclusions(method, tmp_path):
     settings = {
         "target_modules": ["q_proj", "v_proj", "down_proj"],
@@ -387,7 +415,7 @@ def test_a_regular_expression_as_target():
     assert len(layers_of(model)) == 2
 
 
-@every_method
+@each_kind
 def test_generation_with_a_cache_equals_the_whole_forward(method):
     model = adapted(method)
     prompt = tokens(rows=1, length=6)
@@ -396,7 +424,7 @@ def test_generation_with_a_cache_equals_the_whole_forward(method):
     assert generated[0, 6:].tolist() == whole.tolist()
 
 
-@every_method
+@each_kind
 def test_deepcopy_and_state_dict_round_trip(method):
     model = adapted(method)
     expected = logits(model)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers as hf
+from method_rows import each_kind
 from models import logits, make, perturb, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.core.linear import adapted_linear
-from dude_peft.methods import METHODS
 from dude_peft.tuner import DudeLinear
 
 
@@ -73,7 +73,7 @@ def out_of_place(change):
     return lambda y: change(y.clone())
 
 
-def adapted(change, method="dude", dtype=torch.float32, dropout=0.0, norm_gradient="detached", **settings):
+def adapted(change, method="dude", dtype=torch.float32, dropout=0.0, norm_gradient=None, **settings):
     config = DudeConfig(
         method=method, r=4, lora_alpha=6, target_modules=["a", "b"], lora_dropout=dropout, norm_gradient=norm_gradient
     )
@@ -99,7 +99,7 @@ def rows(dtype=torch.float32, *shape):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("change", IN_PLACE)
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_code_behind_the_layer_may_change_its_output_in_place(method, change, bias):
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         models = [adapted(way, method, dtype, bias=bias) for way in (change, out_of_place(change))]
@@ -179,7 +179,7 @@ def test_without_a_way_to_the_product_a_changed_output_is_an_error_not_a_wrong_g
         y.relu_().sum().backward()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_falcon_trains(method):
     torch.manual_seed(0)
     settings = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False}
@@ -243,7 +243,7 @@ def save(model, tmp_path):
 
 
 @pytest.mark.parametrize("meanwhile", [look_in_eval_mode, step_of_another_model, generate])
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_what_happens_between_forward_and_backward_changes_no_gradient(method, meanwhile):
     found = []
     for between in (nothing, meanwhile):
@@ -257,7 +257,7 @@ def test_what_happens_between_forward_and_backward_changes_no_gradient(method, m
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, None])
 def test_the_first_forward_may_be_in_inference_mode(method, dtype, tmp_path):
     model, twin = language_model(method), language_model(method)
@@ -278,7 +278,7 @@ def test_the_first_forward_may_be_in_inference_mode(method, dtype, tmp_path):
     assert all(torch.equal(a.grad, b.grad) for a, b in pairs if a.requires_grad)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_a_model_made_in_inference_mode_is_saved(method, tmp_path):
     with torch.inference_mode():
         model = language_model(method)
@@ -324,7 +324,7 @@ def perturb_augmented(parameter, change):
 
 @pytest.mark.parametrize("write", [perturb_by_new_data, perturb_in_place, perturb_augmented])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_every_perturbation_of_mezo_is_seen(method, mode, write):
     model = language_model(method).train(mode == "train")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -383,7 +383,7 @@ def test_what_is_counted_where_the_bytes_cannot_be_asked(way, monkeypatch):
 # --- What is not a tensor like any other, said at once ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_a_second_derivative_is_refused_not_wrong(method):
     model, x = adapted(torch.relu, method), rows().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):

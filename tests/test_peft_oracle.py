@@ -76,6 +76,7 @@ METHODS_OF_PEFT = pytest.mark.parametrize(
         ("dora", {"use_dora": True}),
         ("lora", {}),
         ("rslora", {"use_rslora": True}),
+        ("olora", {"init_lora_weights": "olora"}),
     ],
 )
 
@@ -84,6 +85,8 @@ METHODS_OF_PEFT = pytest.mark.parametrize(
 @pytest.mark.parametrize("architecture", ["mistral-gqa", "opt-bias", "gpt2-conv1d", "qwen3"])
 @METHODS_OF_PEFT
 def test_layers_agree_with_stock_peft_in_float32(architecture, method, stock_settings):
+    if (method, architecture) == ("olora", "gpt2-conv1d"):
+        pytest.skip("PEFT's olora takes a Conv1D's (in, out) weight for (out, in), and makes factors of wrong shapes")
     ours, theirs, names, twins = pair(architecture, stock_settings, method)
     logits = [model(input_ids=tokens()).logits.detach() for model in (ours, theirs)]
     assert relative_error(*logits) <= BOUND

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from method_rows import each_kind
 from models import logits, make, perturb
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
@@ -17,7 +18,6 @@ from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
 
-every_method = pytest.mark.parametrize("method", METHODS)
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(3))
 
 
@@ -83,7 +83,7 @@ def refused(call, *parts, error=ConfigError):
 # --- merging ------------------------------------------------------------------------------------------------------
 
 
-@every_method
+@each_kind
 def test_merging_some_keeps_the_others(method):
     model = adapted(method)
     model.base_model.set_adapter(["a", "b"])
@@ -118,7 +118,7 @@ def fresh_with(model, name):
     return twin
 
 
-@every_method
+@each_kind
 def test_gradients_beside_a_merged_adapter_are_those_of_the_unmerged_sum(method):
     model = adapted(method)
     gradients = []
@@ -157,7 +157,7 @@ def test_what_is_no_adapter_is_refused_not_ignored():
         refused(call, "no adapter 'd'", "known: a, b, c")
 
 
-@every_method
+@each_kind
 def test_unloading(method):
     model = adapted(method, modules_to_save=["head"])
     model.set_adapter("b")
@@ -180,7 +180,7 @@ def fresh_saved(method, active):
     return model
 
 
-@every_method
+@each_kind
 def test_merged_weights_keep_gains_that_half_precision_cannot_tell_apart(method):
     model = adapted(method, dtype=torch.bfloat16)
     layer = layers_of(model)[0]
@@ -203,7 +203,7 @@ def test_a_merged_model_has_no_parameters_that_a_server_would_take_for_the_base_
 # --- which adapter is active ----------------------------------------------------------------------------------------
 
 
-@every_method
+@each_kind
 def test_deleting_the_active_adapter_activates_another_as_a_whole(method):
     model = fresh_saved(method, "c")
     expected = out(fresh_saved(method, "a"))
@@ -257,7 +257,7 @@ def test_two_trained_heads_cannot_both_be_in_use():
     assert torch.equal(out(model), before)
 
 
-@every_method
+@each_kind
 @pytest.mark.parametrize("training", [True, False])
 def test_an_added_adapter_is_in_the_mode_of_the_model(method, training):
     model = get_peft_model(small().train(training), config(method, lora_dropout=0.5), adapter_name="a")
@@ -267,7 +267,7 @@ def test_an_added_adapter_is_in_the_mode_of_the_model(method, training):
     assert model.base_model.model.head.training is training
 
 
-@every_method
+@each_kind
 def test_disabling_leaves_what_is_trained(method):
     model = adapted(method, modules_to_save=["head"])
     for flags in (["a", "b"], ["c"], []):
@@ -299,7 +299,7 @@ def test_status():
 # --- scaling --------------------------------------------------------------------------------------------------------
 
 
-@every_method
+@each_kind
 def test_scaled_layers_merge_and_save_what_they_compute(method, tmp_path):
     model = adapted(method, ("default",))
     plain = out(model)
@@ -340,7 +340,7 @@ def changes(model, names):
     return {layer.layer_name: [layer.get_delta_weight(name) for name in names] for layer in layers_of(model)}
 
 
-@every_method
+@each_kind
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
 def test_a_weighted_adapter_is_the_weighted_sum_of_changes(method, kind, tmp_path):
     model = adapted(method)
@@ -388,7 +388,7 @@ def test_a_smaller_rank_keeps_most(method):
         assert errors[1] == pytest.approx(singular[3:].norm().item(), rel=1e-4)
 
 
-@every_method
+@each_kind
 @pytest.mark.parametrize("kind", ["ties", "dare_linear_svd", "dare_ties", "magnitude_prune_svd"])
 def test_entries_are_dropped_from_the_changes(method, kind):
     model = adapted(method)

@@ -220,7 +220,7 @@ def test_inference_mode_tensors():
 @pytest.mark.parametrize(
     ("method", "mode", "dtype"),
     some_by_day(
-        itertools.product(["dude", "lora"], ["detached", "exact"], [torch.float32, torch.bfloat16]),
+        itertools.product(["dude", "lora", "frozen-m"], ["detached", "exact"], [torch.float32, torch.bfloat16]),
         [("dude", "detached", torch.float32)],
     ),
 )

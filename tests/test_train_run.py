@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_rows import each_kind
 from night import some_by_day
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
@@ -21,7 +22,6 @@ from dude_peft.config.reading import load_config
 from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
 from dude_peft.folder.run_folder import RunFolder
-from dude_peft.methods import METHODS
 from dude_peft.model import load as model_module
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.terminal.quiet import gathered_warnings
@@ -66,7 +66,7 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 # --- runs that work -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_kind
 def test_every_method_trains_from_the_base_and_learns(settings, method):
     report = start(settings, adapter={"method": method})
     assert report.method == method

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dude_peft.exporting.run import Export
     from dude_peft.exporting.verify import Verification
     from dude_peft.folder.record import RunReport
+    from dude_peft.planning.method_table import MethodTable
     from dude_peft.planning.report import Plan
     from dude_peft.training.data_check import DataReport
 
@@ -440,6 +441,33 @@ def verify(
     from dude_peft.exporting.verify import verify as verified
 
     return verified(str(adapter), base=base, gguf_file=gguf_file, quiet=quiet)
+
+
+@checked
+def method_table(
+    model: str | Path | None = None,
+    *,
+    r: int = 16,
+    target_modules: str | Sequence[str] = "all-linear",
+    quiet: bool = True,
+) -> MethodTable:
+    """Compare the methods: what each trains, keeps and computes, where it comes from, and when to take it.
+
+        found = dude_peft.method_table("my-model", r=8)
+        print({row.name: row.trained for row in found.rows})
+
+    Args:
+        model: a folder, a hub id or `package:NAME`, whose layers are counted; None gives formulas.
+        r: rank.
+        target_modules: the layers, as adapter.target_modules.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError: a model, rank or target that cannot be used.
+    """
+    from dude_peft.planning.method_table import method_table as made
+
+    return made(None if model is None else str(model), r, target_modules, quiet=quiet)
 
 
 def _settings(

@@ -150,6 +150,29 @@ def plan(
     tell_next(Display(quiet=as_json), ["train", str(config), *sets])
 
 
+@app.command(epilog="Example: dude methods --model MODEL --r 8")
+def methods(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="M", help="Count this model's numbers: a folder, a hub id or package:NAME."),
+    ] = None,
+    r: Annotated[int, _whole("--r", "-r", help="Rank of the change.")] = 16,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names separated by commas, or a regular expression.")
+    ] = "all-linear",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare the methods: what each trains, keeps and computes, and when to take it. No weights are read."""
+    from dude_peft import api
+    from dude_peft.artifact.json_text import json_text
+    from dude_peft.init.options import module_names
+
+    made = api.method_table(model, r=r, target_modules=module_names(target_modules) or "all-linear", quiet=as_json)
+    if as_json:
+        typer.echo(json_text(made.as_dict(), indent=2))
+
+
 @app.command(epilog="Example: dude doctor")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -266,7 +289,7 @@ def data_check(
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with safetensors weights, or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="ADAPTER", help="Folder for the adapter.")],
-    method: Annotated[str, typer.Option(help="dude, dora, pissa, lora or rslora.")] = "dude",
+    method: Annotated[str, typer.Option(help="dude, dora, pissa, lora, ...; dude methods lists them.")] = "dude",
     r: Annotated[int, _whole("--r", "-r", help="Rank of the change.")] = 16,
     lora_alpha: Annotated[float, _decimal(help="The change is scaled by lora_alpha / r.")] = 16,
     target_modules: Annotated[
@@ -276,8 +299,8 @@ def init(
     rank_pattern: Annotated[str | None, typer.Option(help="Ranks of single layers: '{\"q_proj\": 8}'.")] = None,
     alpha_pattern: Annotated[str | None, typer.Option(help="Alphas of single layers, written the same way.")] = None,
     svd_tol: Annotated[float, _decimal(help="Relative gain at which the SVD stops; 0: a full SVD.")] = 1e-3,
-    svd_seed: Annotated[int, _whole(help="Seed of the SVD.")] = 0,
-    seed: Annotated[int, _whole(help="Seed of a random start (lora, dora, rslora).")] = 0,
+    svd_seed: Annotated[int, _whole(help="Seed of the SVD, and of random directions.")] = 0,
+    seed: Annotated[int, _whole(help="Seed of LoRA's random start (lora, dora, rslora, ...).")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Data type of the model in use: auto, float32, bfloat16, float16.")
     ] = "auto",

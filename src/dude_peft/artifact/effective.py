@@ -45,12 +45,12 @@ def effective_weight(W0: Tensor, layer: LayerTensors, scaling: float, g: Tensor 
 
 def layer_gain(W0: Tensor, layer: LayerTensors, scaling: float, norm_gradient: str = "detached") -> Tensor | None:
     """Gain g = m / ||V|| of every row, (out,) in float32 or better; None for methods without a magnitude."""
-    if layer.m0 is None or layer.dm is None:
+    if layer.m0 is None:
         return None
     dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
     start = None if layer.A0 is None else rows_product(W0, layer.A0)
     q = norm_change(rows_product(W0, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
-    return gain(layer.m0, layer.dm, q, norm_gradient)
+    return gain(layer.m0, layer.magnitude_change(), q, norm_gradient)
 
 
 def combined_weight(

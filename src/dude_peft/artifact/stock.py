@@ -8,7 +8,7 @@ stock adapter of rank 2r on the untouched base weight, with r and alpha doubled 
 Methods without a frozen start are stock adapters as they are: lora_A = A (r, in), lora_B = B (out, r).
 
 Three small tensors more, which stock PEFT ignores, let our loader go on bit by bit: A0 (r, in), m0 and dm (out,); the
-rest is in the stock tensors already.
+rest is in the stock tensors already. A fixed magnitude has no dm: stock PEFT reads m0.
 
 Zero rows. Stock PEFT divides by the row norm, so a zero row of W0 loads as NaN there. We adapt such a row as LoRA does
 (its gain is 1), so its stock magnitude is the norm of its change. Where that change is zero too, lora_B gets a 1 in the
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dude_peft.core.finite import is_finite
 from dude_peft.errors import ArtifactError, NumericsError
+from dude_peft.methods import Method
 
 # PEFT itself writes the magnitude without ".weight", and reads both; transformers' load_adapter reads this one alone.
 STOCK_A, STOCK_B, STOCK_M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"
@@ -46,16 +47,23 @@ class LayerTensors:
     m0: Tensor | None = None
     """(out,) row norms of W0."""
     dm: Tensor | None = None
-    """(out,) deviation of the magnitude."""
+    """(out,) deviation of the magnitude; None also where it is fixed."""
+
+    def magnitude_change(self) -> Tensor:
+        """The deviation of a magnitude that is there, trained or fixed, (out,)."""
+        assert self.m0 is not None
+        return torch.zeros_like(self.m0) if self.dm is None else self.dm
 
 
-def stock_names(principal: bool, magnitude: bool) -> tuple[str, ...]:
-    """Names of the tensors that a layer of such a method has on disk."""
+def stock_names(method: Method) -> tuple[str, ...]:
+    """Names of the tensors that a layer of a method has on disk."""
     names = [STOCK_A, STOCK_B]
-    if principal:
+    if method.frozen_start:
         names.append(EXTRA_A0)
-    if magnitude:
-        names += [STOCK_M, EXTRA_M0, EXTRA_DM]
+    if method.normalised:
+        names += [STOCK_M, EXTRA_M0]
+    if method.magnitude == "trained":
+        names.append(EXTRA_DM)
     return tuple(names)
 
 
@@ -77,21 +85,22 @@ def to_stock(layer: LayerTensors, scaling: float) -> dict[str, Tensor]:
     else:
         lora_A, lora_B = layer.dA.clone(), layer.dB.clone()
         tensors = {STOCK_A: lora_A, STOCK_B: lora_B}
-    if layer.m0 is not None and layer.dm is not None:
-        m = layer.m0 + layer.dm
+    if layer.m0 is not None:
+        m = layer.m0 + layer.magnitude_change()
         zero = torch.nonzero(layer.m0 == 0).flatten()
         if zero.numel():
             norm = scaling * (lora_B[zero].to(m.dtype) @ lora_A.to(m.dtype)).norm(dim=1)
             m[zero] = norm
             lora_B[zero[norm == 0], 0] = 1
-        tensors |= {STOCK_M: m, EXTRA_M0: layer.m0.clone(), EXTRA_DM: layer.dm.clone()}
+        tensors |= {STOCK_M: m, EXTRA_M0: layer.m0.clone()}
+        if layer.dm is not None:
+            tensors[EXTRA_DM] = layer.dm.clone()
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def from_stock(
     tensors: Mapping[str, Tensor],
-    principal: bool,
-    magnitude: bool,
+    method: Method,
     r: int,
     shape: tuple[int, int],
     where: str,
@@ -100,8 +109,7 @@ def from_stock(
 
     Args:
         tensors: by name, exactly those of `stock_names`.
-        principal: the method has a frozen start.
-        magnitude: the method has a magnitude.
+        method: of the adapter.
         r: rank of the layer as the user set it (the file holds 2r with a frozen start).
         shape: (out, in) of the base weight.
         where: name of the layer, for messages.
@@ -114,7 +122,7 @@ def from_stock(
         NumericsError: NaN or Inf.
     """
     out, in_ = shape
-    ranks = 2 * r if principal else r
+    ranks = 2 * r if method.frozen_start else r
     shapes = {
         STOCK_A: (ranks, in_),
         STOCK_B: (out, ranks),
@@ -123,7 +131,7 @@ def from_stock(
         EXTRA_M0: (out,),
         EXTRA_DM: (out,),
     }
-    for name in stock_names(principal, magnitude):
+    for name in stock_names(method):
         tensor = tensors[name]
         if tuple(tensor.shape) != shapes[name]:
             raise ArtifactError(
@@ -140,15 +148,16 @@ def from_stock(
             )
     lora_A, lora_B = tensors[STOCK_A], tensors[STOCK_B].clone()
     m0 = dm = None
-    if magnitude:
-        m0, dm, m = tensors[EXTRA_M0], tensors[EXTRA_DM], tensors[STOCK_M]
-        if not torch.equal(m0 + dm, m):
+    if method.normalised:
+        m0, dm, m = tensors[EXTRA_M0], tensors.get(EXTRA_DM), tensors[STOCK_M]
+        own = m0 if dm is None else m0 + dm
+        if not torch.equal(own, m):
             zero = m0 == 0
-            if not torch.equal((m0 + dm)[~zero], m[~zero]):
+            if not torch.equal(own[~zero], m[~zero]):
                 raise _disagreement(where, STOCK_M)
         if not bool(m0.all()):
             lora_B[(m0 == 0) & (m == 0), 0] = 0
-    if not principal:
+    if not method.frozen_start:
         return LayerTensors(dA=lora_A.clone(), dB=lora_B, m0=m0, dm=dm)
     A0, dA = tensors[EXTRA_A0], lora_A[r:].clone()
     if not torch.equal(A0 + dA, lora_A[:r]):

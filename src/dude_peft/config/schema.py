@@ -130,14 +130,14 @@ class AdapterSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
 
-    norm_gradient: Literal["detached", "exact"] = "detached"
-    """Whether the gradient passes through the row norm."""
+    norm_gradient: Literal["detached", "exact"] | None = None
+    """Whether the gradient passes through the row norm; null: the method's own, detached for most."""
 
     svd_tol: Fraction = 1e-3
     """Relative gain of captured energy at which the truncated SVD stops; 0 takes a full SVD."""
 
     svd_seed: Seed = 0
-    """Seed of the truncated SVD."""
+    """Seed of the truncated SVD, and of random directions."""
 
 
 class SourceSection(Section):
@@ -446,7 +446,7 @@ class RunConfig(Section):
         """The same run with every choice that was left open written out.
 
         Raises:
-            ConfigError: the method is not in the table.
+            ConfigError: the method is not in the table, or another key contradicts it.
         """
         from dude_peft.methods import METHODS
 
@@ -455,10 +455,12 @@ class RunConfig(Section):
             near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
             hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
             raise ConfigError(f"key 'adapter.method': there is no method {self.adapter.method!r}; {hint}")
+        norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
+        adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})
         train = self.train
         choices: dict[str, float] = {}
         if train.learning_rate is None:
             choices["learning_rate"] = method.learning_rate
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
-        return self.model_copy(update={"train": train.model_copy(update=choices)}) if choices else self
+        return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})

@@ -76,19 +76,19 @@ class SavedAdapter:
             NumericsError: NaN or Inf.
         """
         spec, (r, _) = self.config.spec, self.config.rank_and_alpha(layer)
-        names = stock_names(spec.principal, spec.magnitude)
+        names = stock_names(spec)
         absent = [name for name in names if self._key(layer, name) not in self.tensors]
         if absent:
             raise ArtifactError(
                 f"'{self.folder / WEIGHTS_FILE}': layer '{shown(layer)}' has no {absent[0]}; save the adapter again"
             )
         found = {name: read_tensor(self.tensors[self._key(layer, name)]) for name in names}
-        return from_stock(found, spec.principal, spec.magnitude, r, shape, layer)
+        return from_stock(found, spec, r, shape, layer)
 
     def whole(self) -> Iterator[tuple[str, StoredTensor]]:
         """Tensors that were trained whole (biases, modules_to_save), by their names in the base model."""
         spec = self.config.spec
-        names = stock_names(spec.principal, spec.magnitude)
+        names = stock_names(spec)
         own = {self._key(layer, name) for layer in self.base for name in names}
         for key, stored in self.tensors.items():
             if key not in own:

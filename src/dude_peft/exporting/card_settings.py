@@ -12,6 +12,8 @@ _CENTRAL = {
     "data.test", "data.max_length", "train.learning_rate", "train.max_steps", "train.num_train_epochs",
     "train.per_device_train_batch_size", "train.seed",
 }  # fmt: skip
+# What a run writes out for a setting that was left to most methods.
+_LEFT_OUT = {"adapter.norm_gradient": "detached"}
 
 
 def settings_of(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -26,5 +28,5 @@ def _chosen(config: Mapping[str, Any], section: type[Section] | None, prefix: st
         if isinstance(value, Mapping):
             inside = inner if isinstance(inner, type) and issubclass(inner, Section) else None
             yield from _chosen(value, inside, f"{key}.")
-        elif value is not None and (key in _CENTRAL or field is None or value != field.default):
+        elif value is not None and (key in _CENTRAL or field is None or value != _LEFT_OUT.get(key, field.default)):
             yield key, value

@@ -32,7 +32,7 @@ def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True) -> li
     """
     largest = max(ranks)
     served = next((rank for rank in SERVED_RANKS if rank >= largest), None)
-    if method.magnitude:
+    if method.normalised:
         adapter = ("exact", "refused (DoRA)", "refused (DoRA)", "refused (DoRA)")
     elif served is None:
         adapter = ("exact", f"refused (rank {largest})", "exact", "exact, once converted")

@@ -100,8 +100,8 @@ def fold(
         config = DudeConfig(**settings, task_type="CAUSAL_LM")
         if config.method not in _FOLDED:
             raise ConfigError(
-                f"--quantize removes the principal factors from the weights, but {config.method} has none; choose "
-                f"--method dude or pissa, or train {config.method} on a base that is loaded quantised"
+                f"--quantize folds the principal factors of dude and pissa, not {config.method}; choose one of "
+                f"these, or train {config.method} on a base that is loaded quantised"
             )
         plan = make_plan(model, folder, checkpoint, config, dtype, seed=0)
         target = _target(model, folder, checkpoint, plan, form, dtype)

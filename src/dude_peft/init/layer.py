@@ -64,7 +64,7 @@ def compute(task: LayerTask, method: Method, options: SplitOptions) -> LayerStar
         dB=zeros(out, task.r),
         A0=None if split.B is None else split.A.contiguous(),
         B0=None if split.B is None else split.B.contiguous(),
-        m0=m0.to(stored.dtype) if method.magnitude else None,
-        dm=zeros(out) if method.magnitude else None,
+        m0=m0.to(stored.dtype) if method.normalised else None,
+        dm=zeros(out) if method.magnitude == "trained" else None,
     )
     return LayerStart(to_stock(state, task.scaling), base, split.captured)

@@ -94,7 +94,7 @@ def make_plan(
             )
         (r,), (scaling,) = module.r.values(), module.scaling.values()
         state = ""
-        if not config.spec.principal:
+        if not config.spec.frozen_start:
             state = bytes(torch.get_rng_state().tolist()).hex()
             shape = torch.empty(module.out_features, module.in_features, device="meta")
             config.spec.split(shape, r, scaling, config.split_options)  # moves the generator on
@@ -114,8 +114,7 @@ def make_plan(
 def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:
     """Size of the tensors that an adapter file holds of one layer."""
     out, in_ = layer.out_features, layer.in_features
-    numbers = 2 * r * (out + in_) + r * in_ if method.principal else r * (out + in_)
-    if method.magnitude:
-        numbers += 3 * out
+    numbers = 2 * r * (out + in_) + r * in_ if method.frozen_start else r * (out + in_)
+    numbers += {"trained": 3, "fixed": 2, "none": 0}[method.magnitude] * out
     base: Any = layer.get_base_layer()
     return numbers * torch.promote_types(base.weight.dtype, torch.float32).itemsize

@@ -66,7 +66,7 @@ def compute(task: LayerTask, method: Method, options: SplitOptions, form: str) -
     V = torch.addmm(quantised.values, B0, A0, alpha=task.scaling)
     error = float((V - W0).norm()) / norm
     m0 = dm = None
-    if method.magnitude:
+    if method.normalised:
         m0 = row_norm(quantised.values).float()
         dm = (row_norm(V) - m0).float()
     state = LayerTensors(dA=A0, dB=B0, m0=m0, dm=dm)

@@ -1,12 +1,23 @@
 """The table of methods. Adding one: a file beside these, and a line here."""
 
-from dude_peft.methods.dora import DORA
-from dude_peft.methods.dude import DUDE
-from dude_peft.methods.lora import LORA
+# ruff: noqa: F401
 from dude_peft.methods.method import Method, Split, SplitOptions
-from dude_peft.methods.pissa import PISSA
-from dude_peft.methods.rslora import RSLORA
 
-METHODS: dict[str, Method] = {method.name: method for method in (DUDE, DORA, PISSA, LORA, RSLORA)}
+# The rows, in the order in which they are shown.
+# isort: off
+from dude_peft.methods.dude import DUDE
+from dude_peft.methods.dora import DORA
+from dude_peft.methods.pissa import PISSA
+from dude_peft.methods.lora import LORA
+from dude_peft.methods.rslora import RSLORA
+from dude_peft.methods.olora import OLORA
+from dude_peft.methods.milora import MILORA
+from dude_peft.methods.random_basis import RANDOM_BASIS
+from dude_peft.methods.frozen_m import FROZEN_M
+from dude_peft.methods.dude_exact import DUDE_EXACT
+from dude_peft.methods.dora_exact import DORA_EXACT
+# isort: on
+
+METHODS: dict[str, Method] = {row.name: row for row in tuple(globals().values()) if isinstance(row, Method)}
 
 __all__ = ["METHODS", "Method", "Split", "SplitOptions"]

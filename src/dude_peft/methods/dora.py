@@ -6,9 +6,11 @@ from dude_peft.methods.splits import zero_split
 DORA = Method(
     "dora",
     zero_split,
-    principal=False,
-    magnitude=True,
+    frozen_start=False,
+    magnitude="trained",
     learning_rate=2e-4,
     summary="LoRA's start and a trained magnitude",
+    choose="a magnitude without an SVD at the start",
     paper="arXiv 2402.09353",
+    certainty="public code",
 )

@@ -6,9 +6,11 @@ from dude_peft.methods.splits import principal_split
 DUDE = Method(
     "dude",
     principal_split,
-    principal=True,
-    magnitude=True,
+    frozen_start=True,
+    magnitude="trained",
     learning_rate=1e-4,
     summary="principal factors and a trained magnitude",
+    choose="the lowest loss at a small learning rate",
+    start="truncated SVD",
     paper="arXiv 2505.14367",
 )

@@ -6,9 +6,11 @@ from dude_peft.methods.splits import zero_split
 LORA = Method(
     "lora",
     zero_split,
-    principal=False,
-    magnitude=False,
+    frozen_start=False,
+    magnitude="none",
     learning_rate=2e-4,
     summary="A random, B zero, no magnitude",
+    choose="the fastest step, and every program serves it",
     paper="arXiv 2106.09685",
+    certainty="public code",
 )

@@ -1,7 +1,7 @@
 """What a method is: data and one pure function.
 
-Every method of the table is a point of (how W0 is split) x (is the magnitude trained) x (how alpha becomes the
-scaling), and one layer runs them all. A new method is one file with one `Method` and one line in `__init__.py`.
+Every method of the table is a point of (how W0 is split) x (is there a magnitude, is it trained) x (how alpha becomes
+the scaling), and one layer runs them all. A new method is one file with one `Method` and one line in `__init__.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from dude_peft.errors import ConfigError
+from dude_peft.methods.sizes import Shapes
 
 
 class Split(NamedTuple):
@@ -26,7 +29,7 @@ class Split(NamedTuple):
     B: Tensor | None
     """(out, r) start of B, or None for zero."""
     captured: float | None = None
-    """Share of ||W0||^2 that the top-r singular values hold, where an SVD was taken."""
+    """Share of ||W0||^2 that s B A holds, where the singular values tell it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class SplitOptions:
     svd_tol: float = 1e-3
     """Relative gain of captured energy at which the top-r SVD stops; 0 asks for a full SVD."""
     svd_seed: int = 0
-    """Seed of the SVD's start block, and of the random start of an all-zero weight."""
+    """Seed of the SVD's start block, of random directions, and of the random start where a singular value is zero."""
     overwrite: bool = False
     """Whether the split may use W0's memory as its own and leave other numbers there: a copy less of a large matrix."""
 
@@ -48,20 +51,73 @@ class Method:
     name: str
     split: Callable[[Tensor, int, float, SplitOptions], Split]
     """Pure function (W0 (out, in) in float32 or float64, r, scaling, options) -> Split."""
-    principal: bool
-    """True where the split takes principal factors: A0 and B0 are frozen, the deviations are trained."""
-    magnitude: bool
-    """True where the magnitude m is trained; otherwise the gain is 1."""
+    frozen_start: bool
+    """True where the split gives both factors: A0 and B0 are frozen, the deviations are trained."""
+    magnitude: Literal["trained", "fixed", "none"]
+    """trained: m is trained. fixed: every row keeps its norm, m = m0. none: rows have the norm they get, g = 1."""
     learning_rate: float
     """Peak learning rate where a run leaves it open. Training the principal factors moves the weight further per unit
     of rate, so these methods peak lower: over thousands of steps on Qwen3-0.6B at r = 128, PiSSA is best at 2e-5 and
     LoRA at 2e-4 (arXiv 2602.04998). Methods are compared at each one's best rate, never at one rate for all."""
+    rate_of: str = ""
+    """The relative that the rate is taken from, until one is measured for this method; empty where it is its own."""
     rank_stabilized: bool = False
     """True for s = alpha / sqrt(r), False for s = alpha / r."""
+    norm_gradient: Literal["exact"] | None = None
+    """exact where the method is defined by it; None leaves it to the run, which takes the norm as a constant."""
     summary: str = ""
     """One line for people."""
+    choose: str = ""
+    """One line for people: when to take it."""
+    start: Literal["none", "QR", "truncated SVD", "whole SVD"] = "none"
+    """What its split takes of every weight."""
     paper: str = ""
+    certainty: Literal["paper", "public code", "inferred", "control"] = "paper"
+    """Where the formula comes from. A control is this project's own, to tell claims apart."""
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the rows of V are normalised and carry a magnitude, trained or fixed."""
+        return self.magnitude != "none"
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """Scaling s of rank r and alpha."""
         return lora_alpha / (math.sqrt(r) if self.rank_stabilized else r)
+
+    def gradient_through_norm(self, asked: str | None) -> Literal["detached", "exact"]:
+        """How this method's gradient passes the row norm, where a run asks for `asked` or leaves it open.
+
+        Raises:
+            ConfigError: the run asks for what would be another method.
+        """
+        if asked not in (None, "detached", "exact"):
+            raise ConfigError(f"norm_gradient={asked!r}; it is 'detached' or 'exact'")
+        if self.norm_gradient is not None and asked == "detached":
+            raise ConfigError(
+                f"norm_gradient='detached' contradicts method {self.name!r}, which is defined by the exact one; leave "
+                "norm_gradient out, or choose another method"
+            )
+        return "exact" if "exact" in (self.norm_gradient, asked) else "detached"
+
+    @property
+    def trained(self) -> Shapes:
+        """What a layer trains."""
+        deviations: Shapes = {"dA": ("r", "in"), "dB": ("r", "out")}
+        return {**deviations, "dm": ("out",)} if self.magnitude == "trained" else deviations
+
+    @property
+    def kept(self) -> Shapes:
+        """What a layer keeps frozen beside: its start, the row norms, and what the changing norm follows from."""
+        start: Shapes = {"A0": ("r", "in"), "B0": ("r", "out")} if self.frozen_start else {}
+        if not self.normalised:
+            return start
+        return {**start, "m0": ("out",), **({"W0 A0^T": ("r", "out")} if start else {})}
+
+    @property
+    def step(self) -> str:
+        """What a training step computes beside the frozen layer."""
+        rank = "rank 2r" if self.frozen_start else "rank r"
+        if not self.normalised:
+            return rank
+        through = ", and backward through it" if self.norm_gradient == "exact" else ""
+        return f"{rank}; the row norm{through}"

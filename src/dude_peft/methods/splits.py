@@ -1,4 +1,4 @@
-"""The ways to split a base weight: its principal factors, or nothing at all."""
+"""The ways to split a base weight that several methods share, and the balanced factors of a part of its SVD."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def principal_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -
     """Principal factors `A = sqrt(S_r / s) V_r^T`, `B = U_r sqrt(S_r / s)` of the top-r SVD, so that s B A is W0's best
     rank-r part.
 
-    An all-zero W0 has none: its factors and with them every gradient would stay zero for ever, so it starts as LoRA
-    does, with a random A (seeded) and B = 0.
+    Where W0 has fewer than r of them, the rest starts as LoRA does (`balanced`).
 
     Args:
         W0: (out, in) float32 or float64.
@@ -40,11 +39,35 @@ def principal_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -
         exact=options.svd_tol == 0,
         overwrite=options.overwrite,
     )
-    if svd.rank == 0:
-        generator = torch.Generator("cpu").manual_seed(options.svd_seed)
-        return Split(_uniform(W0, r, generator), W0.new_zeros(W0.shape[0], r), svd.captured)
-    root = (svd.S / scaling).sqrt()
-    return Split(root[:, None] * svd.Vh, svd.U * root, svd.captured)
+    return Split(*balanced(svd.U, svd.S, svd.Vh, scaling, options.svd_seed), svd.captured)
+
+
+def balanced(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Factors `A = sqrt(S / s) Vh`, `B = U sqrt(S / s)`, so that s B A = U diag(S) Vh.
+
+    A pair of factors of a zero singular value would be zero, and with it both gradients for ever. It starts as LoRA
+    does instead, with a random A (seeded) and B = 0: the product stays what it was.
+
+    Args:
+        U: (out, r) orthonormal columns.
+        S: (r,) at least 0.
+        Vh: (r, in) orthonormal rows.
+        scaling: s > 0.
+        seed: of the random rows.
+
+    Returns:
+        A (r, in) and B (out, r).
+
+    Source: PiSSA, arXiv 2404.02948, equations 2 and 3.
+    """
+    root = (S / scaling).sqrt()
+    A, B = root[:, None] * Vh, U * root
+    absent = S == 0
+    if bool(absent.any()):
+        drawn = _uniform(Vh, len(S), torch.Generator("cpu").manual_seed(seed))
+        A = torch.where(absent[:, None], drawn, A)
+        B = torch.where(absent, 0.0, B)
+    return A, B
 
 
 def zero_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split:
@@ -64,8 +87,8 @@ def zero_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Spl
     return Split(_uniform(W0, r, None), None)
 
 
-def _uniform(W0: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
-    bound = 1 / math.sqrt(W0.shape[1])
+def _uniform(like: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
+    bound = 1 / math.sqrt(like.shape[1])
     # Drawn in float32 on the CPU, so that a seed gives the same start on every device.
-    A = torch.empty(r, W0.shape[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-    return A.to(W0)
+    A = torch.empty(r, like.shape[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    return A.to(like)

@@ -92,7 +92,7 @@ class DudeConfig(PeftConfig):
     """
 
     method: str = "dude"
-    """dude, dora, pissa, lora or rslora: an entry of `dude_peft.methods.METHODS`."""
+    """An entry of `dude_peft.METHODS`: dude, dora, pissa, lora, ...; `dude methods` compares them."""
     r: int = 16
     """Rank of the factors A (r, in) and B (out, r)."""
     lora_alpha: float = 16
@@ -115,12 +115,12 @@ class DudeConfig(PeftConfig):
     """Name of the list that layers_to_transform indexes, where it cannot be guessed."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases to train: none, all, or lora_only (those of adapted layers)."""
-    norm_gradient: Literal["detached", "exact"] = "detached"
-    """Gradient through the row norm: detached (DoRA section 4.3) or exact."""
+    norm_gradient: Literal["detached", "exact"] | None = None
+    """Gradient through the row norm: detached (DoRA section 4.3) or exact; None: the method's own."""
     svd_tol: float = 1e-3
     """Relative gain of captured energy at which the top-r SVD stops; 0: a full SVD."""
     svd_seed: int = 0
-    """Seed of the SVD's start block."""
+    """Seed of the SVD's start block, and of random directions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +166,7 @@ class DudeConfig(PeftConfig):
         Rank and alpha are doubled where the method has a frozen start, so the scaling stays. rsLoRA's scaling is folded
         into alpha, because some servers ignore its flag.
         """
-        double = 2 if self.spec.principal else 1
+        double = 2 if self.spec.frozen_start else 1
         rank_pattern: dict[str, int] = {name: double * r for name, r in self._in_any_order("rank_pattern").items()}
         alphas = self._in_any_order("alpha_pattern")
         alpha_pattern: dict[str, float] = {name: double * alpha for name, alpha in alphas.items()}
@@ -190,7 +190,7 @@ class DudeConfig(PeftConfig):
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
             bias=self.bias,
-            use_dora=self.spec.magnitude,
+            use_dora=self.spec.normalised,
             init_lora_weights=True,
             task_type=self.task_type,
             base_model_name_or_path=self.base_model_name_or_path,
@@ -373,8 +373,7 @@ def _check(config: DudeConfig) -> None:
             raise ConfigError(f"{name}={alpha!r}; it is a number above 0, often r or 2 r")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r}; it is a probability from 0 to below 1")
-    if config.norm_gradient not in ("detached", "exact"):
-        raise ConfigError(f"norm_gradient={config.norm_gradient!r}; it is 'detached' or 'exact'")
+    config.norm_gradient = config.spec.gradient_through_norm(config.norm_gradient)
     if config.bias not in ("none", "all", "lora_only"):
         raise ConfigError(f"bias={config.bias!r}; it is 'none', 'all' or 'lora_only'")
     if not _is_number(config.svd_tol) or not 0 <= config.svd_tol < 1:

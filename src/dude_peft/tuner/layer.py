@@ -111,13 +111,13 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return torch.zeros(size, dtype=dtype, device=device)
 
         if config._loading is not None or meta:
-            split = Split(zeros(r, self.in_features), zeros(self.out_features, r) if spec.principal else None)
+            split = Split(zeros(r, self.in_features), zeros(self.out_features, r) if spec.frozen_start else None)
             m0 = zeros(self.out_features)
         else:
             split, m0 = start or start_of_layer(self, self.layer_name, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name], self.norm_gradient[adapter_name] = scaling, config.norm_gradient
-        self.own_scaling[adapter_name] = scaling
+        self.scaling[adapter_name] = self.own_scaling[adapter_name] = scaling
+        self.norm_gradient[adapter_name] = spec.gradient_through_norm(config.norm_gradient)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         A = split.A.to(device=device, dtype=dtype)
         if split.B is None:
@@ -127,8 +127,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             self.lora_B0[adapter_name] = split.B.to(device=device, dtype=dtype).contiguous()
             self.lora_dA[adapter_name] = _Trained(zeros(r, self.in_features))
         self.lora_dB[adapter_name] = _Trained(zeros(self.out_features, r))
-        if spec.magnitude:
+        if spec.normalised:
             self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
+        if spec.magnitude == "trained":
             self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._follow_mode(adapter_name)
@@ -206,13 +207,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         The values are computed once per optimizer step, in the first call behind it. With `norm_gradient="exact"` and
         gradients wanted, it is computed anew as a function of the deviations.
         """
-        if adapter_name not in self.lora_dm:
+        if adapter_name not in self.lora_m0:
             return None
         if self._differentiates_norm(adapter_name):
             layer = self.tensors(adapter_name)
             assert layer.m0 is not None
-            assert layer.dm is not None
-            return gain(layer.m0, layer.dm, self._norm_change(adapter_name, layer), "exact")
+            return gain(layer.m0, layer.magnitude_change(), self._norm_change(adapter_name, layer), "exact")
         return self._gain_and_slope(adapter_name)[0]
 
     def _differentiates_norm(self, adapter_name: str) -> bool:
@@ -235,27 +235,28 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     @property
     def _slots(self) -> list[str]:
-        return list(self.lora_dm)
+        return list(self.lora_m0)
 
     def _gain_and_slope(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         layer = self.tensors(adapter_name)
         assert layer.m0 is not None
-        assert layer.dm is not None
-        trained = (layer.dA, layer.dB, layer.dm)
+        dm = layer.magnitude_change()
+        trained = [tensor for tensor in (layer.dA, layer.dB, layer.dm) if tensor is not None]
         if torch.compiler.is_exporting():  # to where this layer is not: the formula itself goes along
             q = self._norm_change(adapter_name, layer)
-            g = gain(layer.m0, layer.dm, q)
+            g = gain(layer.m0, dm, q)
             return g, gain_slope(layer.m0, q).to(g.dtype)
         if torch.compiler.is_compiling():
             slot = self._slots.index(adapter_name)
-            return current_gain(self._number, slot, *(tensor.detach() for tensor in trained))
+            rows = layer.m0 if layer.dm is None else layer.dm.detach()
+            return current_gain(self._number, slot, layer.dA.detach(), layer.dB.detach(), rows)
         state = (self.scaling[adapter_name], *state_of(trained, lambda: (steps_taken(), self._mode_changes)))
         cached = self._gains.get(adapter_name)
         if cached is None or cached.state != state:
             # Never tensors of inference mode, also where the first forward is in it: training could not take them.
             with torch.inference_mode(False), torch.no_grad():
                 q = self._norm_change(adapter_name, layer)
-                g = gain(layer.m0, layer.dm, q)
+                g = gain(layer.m0, dm, q)
                 cached = _Cached(state, (g, gain_slope(layer.m0, q).to(g.dtype)))
             self._gains[adapter_name] = cached
         g, slope = cached.tensors
@@ -443,16 +444,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     @override
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the adapter to LoRA by its delta weight; not with a magnitude."""
-        return adapter_name not in self.lora_dm
+        return adapter_name not in self.lora_m0
 
     def _adapt(self, name: str, x: Tensor, base_out: Tensor | None) -> Tensor:
         """Output under one adapter; without the frozen layer's output, its product is taken inside."""
         layer = self.tensors(name)
         base: Any = self.get_base_layer()
         g = dm = slope = None
-        if layer.dm is not None and self._differentiates_norm(name):
+        if layer.m0 is not None and self._differentiates_norm(name):
             g = self.gain(name)
-        elif layer.dm is not None:
+        elif layer.m0 is not None:
             dm, (g, slope) = layer.dm, self._gain_and_slope(name)
         product = FrozenProduct(x, base.weight) if base_out is None else base_out
         bias = getattr(base, "bias", None) if g is not None or base_out is None else None

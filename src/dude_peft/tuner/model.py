@@ -501,15 +501,14 @@ class DudeModel(BaseTuner):
         for name, module in model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
         for module_name, layer in _adapted_layers(model, adapter_name):
-            keys = {name: f"{module_name}.{name}" for name in stock_names(spec.principal, spec.magnitude)}
+            keys = {name: f"{module_name}.{name}" for name in stock_names(spec)}
             found = {name: remaining.pop(key) for name, key in keys.items() if key in remaining}
             missing += [key for name, key in keys.items() if name not in found]
             if len(found) < len(keys):
                 continue
             state = from_stock(
                 found,
-                spec.principal,
-                spec.magnitude,
+                spec,
                 layer.r[adapter_name],
                 (layer.out_features, layer.in_features),
                 module_name.removeprefix(_PEFT_PREFIX),

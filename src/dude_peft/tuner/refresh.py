@@ -91,7 +91,10 @@ def register(layer: Cached) -> Tensor:
 
 @torch.library.custom_op("dude_peft::current_gain", mutates_args=())
 def current_gain(layer: Tensor, slot: int, dA: Tensor, dB: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain (out,) and its slope (out,) of adapter number `slot`; the trained tensors say what it has to wait for."""
+    """Gain (out,) and its slope (out,) of adapter number `slot`; the trained tensors say what it has to wait for.
+
+    A fixed magnitude has no dm: m0 stands for its shape and dtype.
+    """
     gain, slope = _layers[int(layer)].current(slot, start=False)
     return gain.clone(), slope.clone()  # the compiler may reuse their memory
 

@@ -137,13 +137,13 @@ def plan_sum(
     how = Combination("linear" if whole or kind == "svd" else base, density, 0, majority_sign_method)
     if rank is None and not whole:
         rank = max(_most_columns(configs[name]) for name in adapters)
-    magnitude = any(configs[name].spec.magnitude for name in adapters)
+    magnitude = any(configs[name].spec.normalised for name in adapters)
     return Sum(list(zip(adapters, weights, strict=True)), how, rank, magnitude)
 
 
 def _most_columns(config: DudeConfig) -> int:
     r = max(config.r, *config.rank_pattern.values(), 1)
-    return 2 * r if config.spec.principal else r
+    return 2 * r if config.spec.frozen_start else r
 
 
 def _columns(layer: DudeLinear, name: str) -> int:
