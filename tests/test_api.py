@@ -128,6 +128,7 @@ def test_the_options_are_those_of_the_command():
 
     commands = typer.main.get_command(cli.app).commands
     commands = {**commands, "check_data": commands["data"].commands["check"], "evaluate": commands["eval"]}
+    commands["method_table"] = commands["methods"]
     only_here = {"debug", "as_json", "help", "strategy", "processes", "config"}
     renamed = {"weight": "weights"}
     for name in FUNCTIONS:

@@ -721,7 +721,7 @@ def test_no_chat_template(place, tmp_path):
 
 def test_a_model_that_reads_less_than_the_answer(place, tmp_path):
     save_tiny(tmp_path / "short", max_position_embeddings=128)
-    with pytest.raises(ConfigError, match=r"generates up to 256 tokens, but .* reads 128"):
+    with pytest.raises(ConfigError, match=r"generates up to 256 tokens, but .* can read only 128"):
         evaluate(str(tmp_path / "short"), EvalOptions(("gsm8k",), place / "data"), tmp_path / "o")
 
 

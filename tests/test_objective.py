@@ -419,5 +419,5 @@ def test_what_does_not_go_together_is_refused(settings, tmp_path, key, value, wo
 
 
 def test_a_share_of_no_row_is_refused(settings):
-    with pytest.raises(ConfigError, match=r"general_share: 0[.]01 beside 12 rows"):
+    with pytest.raises(ConfigError, match=r"general_share: 0[.]01 gives less than one general row for 12 rows"):
         start(settings, data={"general_share": 0.01})

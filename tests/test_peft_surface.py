@@ -418,7 +418,7 @@ def test_what_cannot_be_combined_is_refused():
         refused(lambda arguments=arguments: model.add_weighted_adapter(*arguments), part)
     assert list(model.peft_config) == ["a", "b", "c"]
     model = adapted("dude", modules_to_save=["head"])
-    refused(lambda: model.add_weighted_adapter(["a", "b"], [1, 1], "new"), "'a'", "whole")
+    refused(lambda: model.add_weighted_adapter(["a", "b"], [1, 1], "new"), "'a'", "in full")
 
 
 # --- names and swapping ---------------------------------------------------------------------------------------------

@@ -408,7 +408,7 @@ def refused(error: type[Exception], match: str, tmp_path: Path, model: Path, **c
 
 def test_what_cannot_be_done_is_said_in_one_line(bitsandbytes, model, tmp_path):
     refused(ConfigError, "--quantize fp3: choose nf4 or int8", tmp_path, model, form="fp3")
-    refused(ConfigError, "but lora has none", tmp_path, model, settings={"method": "lora"})
+    refused(ConfigError, "not lora", tmp_path, model, settings={"method": "lora"})
     refused(ConfigError, "need each other", tmp_path, model, residual=None)
     refused(ConfigError, "need each other", tmp_path, model, form=None)
     refused(ConfigError, "leave out --workers", tmp_path, model, workers=2)
