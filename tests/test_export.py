@@ -643,7 +643,7 @@ def test_an_export_that_is_not_the_adapter_is_removed(worded, tmp_path, monkeypa
     real = module.effective_weight
     monkeypatch.setattr(module, "effective_weight", lambda W0, *rest: real(W0, *rest) * 1.05)
     call = lambda: export(worded / "adapter", "merged", tmp_path / "out", quiet=True)  # noqa: E731
-    refused(call, NumericsError, "mean KL", "removed", output=tmp_path / "out")
+    refused(call, NumericsError, "mean KL", "more than rounding", output=tmp_path / "out")
 
 
 def test_what_is_believed_to_be_rounding():
