@@ -564,6 +564,7 @@ def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
         shutil.rmtree(out)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("number", "code"), some_by_day([(15, 143), (2, 130)], [(15, 143)]))
 def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_path, server, number, code):
     chance = random.Random(number)
@@ -610,6 +611,7 @@ def test_a_stop_that_a_library_caught_is_still_a_stop():
         raise OSError("another")
 
 
+@pytest.mark.timeout(3600)
 def test_a_second_signal_ends_at_once_and_harms_nothing(places, whole, tmp_path, server):
     chance = random.Random(7)
     for attempt in range(int(os.environ.get("DUDE_SIGNALS", "2"))):
