@@ -67,6 +67,8 @@ class RunTrainer(Trainer):
         self._resumed: Checkpoint | None = loop.resumed
         self._rows: Tensor | None = None  # those of the micro-batch in work
         super().__init__(callbacks=[loop] if meter is None else [loop, meter], **settings)
+        # Trainer divides by the accumulation itself; early releases of transformers 5 let accelerate divide again.
+        self.accelerator.gradient_accumulation_steps = 1
         self.order = order_of(self.train_dataset)
         self.remove_callback(PrinterCallback)
 
