@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dude_peft.core.svd import top_svd
+from dude_peft.core.svd import TopSVD, top_svd
 from dude_peft.methods.method import Split, SplitOptions
 
 
@@ -31,15 +31,15 @@ def principal_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -
 
     Source: PiSSA, arXiv 2404.02948, equations 2 and 3; DuDe section 3.
     """
-    svd = top_svd(
-        W0,
-        r,
-        tol=options.svd_tol or 1e-3,
-        seed=options.svd_seed,
-        exact=options.svd_tol == 0,
-        overwrite=options.overwrite,
-    )
+    svd = principal(W0, r, options)
     return Split(*balanced(svd.U, svd.S, svd.Vh, scaling, options.svd_seed), svd.captured)
+
+
+def principal(W0: Tensor, r: int, options: SplitOptions) -> TopSVD:
+    """The top-r singular triplets of W0 as the options ask for them."""
+    exact = options.svd_tol == 0
+    tol = options.svd_tol or 1e-3
+    return top_svd(W0, r, tol=tol, seed=options.svd_seed, exact=exact, overwrite=options.overwrite)
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, seed: int) -> tuple[Tensor, Tensor]:
