@@ -142,7 +142,7 @@ def test_the_config_is_one_that_servers_read_right(method, trained):
     assert settings["use_rslora"] is False
     assert settings["init_lora_weights"] is True
     assert settings["use_dora"] is spec.normalised
-    assert settings["r"] == (8 if spec.frozen_start else 4)
+    assert settings["r"] == 4 * spec.multiple
     assert settings["lora_alpha"] / settings["r"] == spec.scaling(4, 6)
     assert "dude" not in json.dumps(settings).lower()
 
@@ -155,6 +155,8 @@ def test_the_tensors_are_stock_and_a_few_more(method, trained):
     expected |= {"lora_magnitude_vector.weight", "lora_m0"} if spec.normalised else set()
     expected |= {"lora_dm"} if spec.magnitude == "trained" else set()
     expected |= {"lora_A0"} if spec.frozen_start else set()
+    if spec.delta is not None:
+        expected |= {f"lora_t.{name}" for name in spec.delta.trained} | {f"lora_f.{name}" for name in spec.delta.frozen}
     assert names == expected
 
 

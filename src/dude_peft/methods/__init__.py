@@ -15,6 +15,10 @@ from dude_peft.methods.olora import OLORA
 from dude_peft.methods.milora import MILORA
 from dude_peft.methods.lora_xs import LORA_XS
 from dude_peft.methods.edora import EDORA
+from dude_peft.methods.vera import VERA
+from dude_peft.methods.osora import OSORA
+from dude_peft.methods.salt import SALT
+from dude_peft.methods.spectral import SPECTRAL
 from dude_peft.methods.random_basis import RANDOM_BASIS
 from dude_peft.methods.frozen_m import FROZEN_M
 from dude_peft.methods.dude_exact import DUDE_EXACT

@@ -44,6 +44,8 @@ class Delta:
     deviations, never as a difference of two products."""
     multiple: int = 1
     """k / r."""
+    step: str = ""
+    """What making L and R takes, where it is more than a product with r columns."""
 
     def pair(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """L (out, k) and R (k, in), in float32 or better whatever autocast is on and the tensors' dtypes are."""

@@ -144,6 +144,8 @@ class Method:
     def step(self) -> str:
         """What a training step computes beside the frozen layer."""
         rank = "rank r" if self.multiple == 1 else f"rank {self.multiple}r"
+        if self.delta is not None and self.delta.step:
+            rank += f", {self.delta.step}"
         if not self.normalised:
             return rank
         through = ", and backward through it" if self.norm_gradient == "exact" else ""

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 Shapes: TypeAlias = Mapping[str, tuple[str, ...]]
-"""Name of a tensor -> its sides: "r", "in" and "out"."""
+"""Name of a tensor -> its sides: "r", "in", "out", "min" (of in and out), and "rest" (min - r)."""
 
 
 def sides(shape: tuple[str, ...], out: int, in_: int, r: int) -> tuple[int, ...]:
     """The same sides in a layer (out, in) of rank r."""
-    lengths = {"out": out, "in": in_, "r": r}
+    smaller = min(out, in_)
+    lengths = {"out": out, "in": in_, "r": r, "min": smaller, "rest": smaller - r}
     return tuple(lengths[side] for side in shape)
 
 

@@ -64,7 +64,7 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, seed: int) -> tup
     A, B = root[:, None] * Vh, U * root
     absent = S == 0
     if bool(absent.any()):
-        drawn = _uniform(Vh, len(S), torch.Generator("cpu").manual_seed(seed))
+        drawn = uniform(Vh, len(S), torch.Generator("cpu").manual_seed(seed))
         A = torch.where(absent[:, None], drawn, A)
         B = torch.where(absent, 0.0, B)
     return A, B
@@ -84,11 +84,12 @@ def zero_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Spl
 
     Source: LoRA, arXiv 2106.09685, section 4.1; the bound is that of the reference implementation and of PEFT.
     """
-    return Split(_uniform(W0, r, None), None)
+    return Split(uniform(W0, r, None), None)
 
 
-def _uniform(like: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
-    bound = 1 / math.sqrt(like.shape[1])
+def uniform(like: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
+    """(r, in) uniform within 1/sqrt(in), in being the columns of `like`; None draws from torch's global generator."""
+    bound = 1 / math.sqrt(max(1, like.shape[1]))
     # Drawn in float32 on the CPU, so that a seed gives the same start on every device.
     A = torch.empty(r, like.shape[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     return A.to(like)
