@@ -1,4 +1,4 @@
-"""Methods whose factors are made of small trained tensors: each one's formula written anew, and what files say of them."""
+"""Methods whose factors are made of small trained tensors: each formula written anew, and what files say of them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import json
 import numpy as np
 import pytest
 import safetensors.torch
+import test_methods
 import torch
+from night import some_by_day
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors import safe_open
+from served import dude as run_dude
 from test_files import WEIGHTS, refused, rewrite
 from test_relatives import OPTIONS, adapted, layer_of, one_layer, relative_error, rows, train, trained, weight
-from tiny import tiny_llama
+from tiny import save_tiny, tiny_llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.config.schema import TrainSection
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.init.run import initialise
 from dude_peft.methods import METHODS
 from dude_peft.training.groups import parameter_groups
 
@@ -158,6 +163,55 @@ def test_a_rank_as_large_as_the_layer(method):
     x, target = rows(9, 6, torch.float64)
     assert torch.equal(model(x), one_layer_output(layer_of(model), x))
     train(trained(model), model, x, target, steps=2)
+
+
+# --- what test_methods.py asks of each kind, by day for one of these ------------------------------------------------
+
+
+def test_edora_resumes_merges_and_lives_beside_others(tmp_path):
+    test_methods.test_training_goes_on_from_a_file_bit_by_bit("edora", "detached", tmp_path / "detached")
+    test_methods.test_training_goes_on_from_a_file_bit_by_bit("edora", "exact", tmp_path / "exact")
+    test_methods.test_merge_is_the_adapter_and_unmerge_restores_every_bit("edora", "gpt2-conv1d", torch.bfloat16)
+    test_methods.test_several_adapters("edora", tmp_path / "several")
+    test_methods.test_autocast_starts_at_the_base_and_gives_float32_gradients("edora")
+    test_methods.test_gradient_checkpointing_changes_nothing("edora", False)
+    test_methods.test_low_cpu_mem_usage_and_inference_mode("edora", tmp_path / "low")
+
+
+@pytest.mark.parametrize("method", some_by_day(DELTAS, ["edora", "vera"]))
+def test_the_streamed_start_is_that_of_memory_byte_for_byte(method, tmp_path):
+    started(method, tmp_path)
+
+
+def started(method, tmp_path):
+    save_tiny(tmp_path / "model")
+    settings = {"method": method, "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+    initialise(str(tmp_path / "model"), tmp_path / "start", settings, workers=1, quiet=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = get_peft_model(base, DudeConfig(**settings, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "memory")
+    for file in (WEIGHTS, "adapter_config.json"):
+        assert (tmp_path / "start" / file).read_bytes() == (tmp_path / "memory" / file).read_bytes()
+    return model
+
+
+@pytest.mark.parametrize("method", some_by_day(DELTAS, ["edora"]))
+def test_the_commands_take_its_files(method, tmp_path):
+    model = started(method, tmp_path)
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "moved")
+    assert run_dude("verify", "moved", "--base", "model", cwd=tmp_path).returncode == 0
+    merged = run_dude("merge", "moved", "-o", "merged", "--base", "model", "--no-verify", cwd=tmp_path)
+    assert merged.returncode == 0, merged.stderr
+    ids = torch.arange(1, 9)[None]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert torch.allclose(found, model.eval()(ids).logits, atol=1e-5)
+    quantised = ("--quantize", "nf4", "--residual", "residual")
+    folded = run_dude("init", "model", "--method", method, "--r", "4", *quantised, "-o", "q", cwd=tmp_path)
+    assert folded.returncode == 2
+    assert f"not {method}" in folded.stderr
 
 
 # --- files --------------------------------------------------------------------------------------------------------

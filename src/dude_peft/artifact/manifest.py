@@ -249,7 +249,8 @@ def _parse(text: str, path: Path) -> Manifest:
         version = fields["format_version"]
         if version not in _READ:
             raise ArtifactError(
-                f"'{path}' has adapter format {version}, but dude-peft {__version__} reads formats up to {DELTA_FORMAT_VERSION}; "
+                f"'{path}' has adapter format {version}, but dude-peft {__version__} reads formats up to "
+                f"{DELTA_FORMAT_VERSION}; "
                 + (
                     "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)

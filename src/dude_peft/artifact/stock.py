@@ -10,9 +10,9 @@ Methods without a frozen start are stock adapters as they are: lora_A = A (r, in
 Three small tensors more, which stock PEFT ignores, let our loader go on bit by bit: A0 (r, in), m0 and dm (out,); the
 rest is in the stock tensors already. A fixed magnitude has no dm: stock PEFT reads m0.
 
-A change made out of small tensors (`methods.delta`) is a stock adapter too: lora_A = R (k, in), lora_B = L (out, k). Its
-trained tensors are beside as lora_t.NAME and its frozen ones as lora_f.NAME, and our loader goes on from these; L and R
-are made again only to see that the file's belong to them.
+A change made out of small tensors (`methods.delta`) is a stock adapter too: lora_A = R (k, in), lora_B = L (out, k).
+Its trained tensors are beside as lora_t.NAME and its frozen ones as lora_f.NAME, and our loader goes on from these; L
+and R are made again only to see that the file's belong to them.
 
 Zero rows. Stock PEFT divides by the row norm, so a zero row of W0 loads as NaN there. We adapt such a row as LoRA does
 (its gain is 1), so its stock magnitude is the norm of its change. Where that change is zero too, lora_B gets a 1 in the
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dude_peft.core.finite import is_finite
 from dude_peft.errors import ArtifactError, NumericsError
-from dude_peft.methods import Delta, Method
+from dude_peft.methods import Delta, DeltaStart, Method, Split
 from dude_peft.methods.sizes import sides
 from dude_peft.methods.start import Start
 
@@ -69,6 +69,13 @@ class LayerTensors:
         change = (self.dA, self.dB) if self.trained is None else self.trained.values()
         return [*change, *(() if self.dm is None else (self.dm,))]
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a layer holds of this state, by the names of `start_tensors`."""
+        pair = {"dA": self.dA, "dB": self.dB, "A0": self.A0, "B0": self.B0} if self.trained is None else {}
+        parts = {**pair, **(self.trained or {}), **(self.frozen or {}), "m0": self.m0, "dm": self.dm}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
     def magnitude_change(self) -> Tensor:
         """The deviation of a magnitude that is there, trained or fixed, (out,)."""
         assert self.m0 is not None
@@ -101,17 +108,19 @@ def start_tensors(
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
 
+    split = None if start is None else start.split
     if method.delta is not None:
-        kept = {**method.delta.trained, **method.delta.frozen}
-        found = None if start is None else start.split.tensors  # type: ignore[union-attr]
-        tensors = {
-            name: zeros(*sides(shape, out, in_, r)) if found is None else own(found[name])
-            for name, shape in kept.items()
-        }
+        letters = {**method.delta.trained, **method.delta.frozen}
+        if isinstance(split, DeltaStart):
+            tensors = {name: own(split.tensors[name]) for name in letters}
+        else:
+            tensors = {name: zeros(*sides(letters[name], out, in_, r)) for name in letters}
     else:
-        A, B = (zeros(r, in_), zeros(out, r)) if start is None else start.split[:2]
-        tensors = {"dA": zeros(r, in_), "A0": own(A), "B0": own(B)} if method.frozen_start else {"dA": own(A)}
-        tensors["dB"] = zeros(out, r)
+        A, B = (split.A, split.B) if isinstance(split, Split) else (zeros(r, in_), zeros(out, r))
+        tensors = {"dA": own(A), "dB": zeros(out, r)}
+        if method.frozen_start:
+            assert B is not None
+            tensors |= {"dA": zeros(r, in_), "A0": own(A), "B0": own(B)}
     if method.normalised:
         tensors["m0"] = zeros(out) if start is None else own(start.m0)
     if method.magnitude == "trained":
@@ -122,7 +131,7 @@ def start_tensors(
 def layer_tensors(delta: Delta | None, tensors: Mapping[str, Tensor]) -> LayerTensors:
     """State of a layer from what it keeps, named as in `start_tensors`; L and R are made here, where it has a delta."""
     if delta is None:
-        return LayerTensors(**tensors)
+        return LayerTensors(tensors["dA"], tensors["dB"], *(tensors.get(name) for name in ("A0", "B0", "m0", "dm")))
     trained, frozen = ({name: tensors[name] for name in names} for names in (delta.trained, delta.frozen))
     L, R = delta.pair({**trained, **frozen})
     return LayerTensors(dA=R, dB=L, m0=tensors.get("m0"), dm=tensors.get("dm"), trained=trained, frozen=frozen)

@@ -10,7 +10,8 @@ from dude_peft.methods.splits import principal
 
 
 def principal_triplets(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> DeltaStart:
-    """Frozen `U` (out, r), `S = S_r / s` (r,) and `V = V_r^T` (r, in) of the top-r SVD; `do` (out,), `dS` (r,) are zero.
+    """Frozen `U` (out, r), `S = S_r / s` (r,) and `V = V_r^T` (r, in) of the top-r SVD; `do` (out,) and `dS` (r,) are
+    zero.
 
     Args:
         W0: (out, in) float32 or float64.

@@ -12,8 +12,8 @@ from dude_peft.methods.splits import uniform
 
 
 def whole_frame(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> DeltaStart:
-    """Frozen `U` (out, n), `S = S_r / s` (r,) and `V` (n, in) of the WHOLE SVD, n = min(out, in); the scale `da` (r,), the
-    shift `b` (r,) and `X` (n - r, r) are zero, `Y` (r, n - r) starts as LoRA's A, from the seed.
+    """Frozen `U` (out, n), `S = S_r / s` (r,) and `V` (n, in) of the WHOLE SVD, n = min(out, in); the scale `da` (r,),
+    the shift `b` (r,) and `X` (n - r, r) are zero, `Y` (r, n - r) starts as LoRA's A, from the seed.
 
     It keeps n (out + in) numbers, the memory of two weights and more, in the model and in the file, and takes a whole
     SVD at the start.

@@ -31,8 +31,8 @@ def parameter_groups(model: nn.Module, section: TrainSection, decayed: set[str])
     no_B = not any(".lora_dB." in name for name, _ in model.named_parameters())
     if section.loraplus_lr_ratio != 1 and no_B:
         raise ConfigError(
-            f"train.loraplus_lr_ratio {section.loraplus_lr_ratio:g}: the adapter's method has no B to train at a rate of "
-            "its own; leave it out"
+            f"train.loraplus_lr_ratio {section.loraplus_lr_ratio:g}: the adapter's method has no B to train at a rate "
+            "of its own; leave it out"
         )
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():

@@ -403,27 +403,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             )
         super().delete_adapter(adapter_name)
 
-    def tensors(self, adapter_name: str) -> LayerTensors:
-        """State of one adapter; the tensors themselves, not copies. L and R of a delta are made anew."""
-
-        def entry(group: Any) -> Any:
-            if adapter_name not in group:
-                return None
-            found = group[adapter_name]
-            return found.weight if isinstance(found, nn.Module) else found
-
-        m0, dm = entry(self.lora_m0), entry(self.lora_dm)
+    def kept(self, adapter_name: str) -> dict[str, Tensor]:
+        """What one adapter keeps, by the names of `start_tensors`; the tensors themselves, not copies."""
+        found: dict[str, Any] = {}
+        for group in ("dA", "dB", "dm", "A0", "B0", "m0"):
+            entries: Any = getattr(self, f"lora_{group}")
+            if adapter_name in entries:
+                entry = entries[adapter_name]
+                found[group] = entry.weight if isinstance(entry, nn.Module) else entry
         if adapter_name in self._deltas:
-            own = {"m0": m0, "dm": dm, **self.lora_t[adapter_name], **self.lora_f[adapter_name]}
-            return layer_tensors(self._deltas[adapter_name], own)
-        return LayerTensors(
-            dA=entry(self.lora_dA),
-            dB=entry(self.lora_dB),
-            A0=entry(self.lora_A0),
-            B0=entry(self.lora_B0),
-            m0=m0,
-            dm=dm,
-        )
+            found |= {**self.lora_t[adapter_name], **self.lora_f[adapter_name]}
+        return found
+
+    def tensors(self, adapter_name: str) -> LayerTensors:
+        """State of one adapter; L and R of a delta are made anew."""
+        return layer_tensors(self._deltas.get(adapter_name), self.kept(adapter_name))
 
     def base_fingerprint(self) -> TensorPrint:
         """Fingerprint of the base weight (of the unmerged one), computed once while the weight stays the same."""

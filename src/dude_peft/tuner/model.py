@@ -30,6 +30,7 @@ from dude_peft.core.finite import first_not_finite, is_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
+from dude_peft.methods import Delta
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.parents import fits, require
 from dude_peft.show import quoted, shown
@@ -516,8 +517,8 @@ class DudeModel(BaseTuner):
             if config._loading is None:
                 _check_same_base(layer, state)
             for place in places[id(layer)]:
-                for _, key, tensor in _named(state, adapter_name):
-                    loaded[f"{place}.{key}"] = tensor
+                for name, tensor in state.kept.items():
+                    loaded[_state_key(place, name, adapter_name, spec.delta)] = tensor
         extra = _foreign(remaining, model, config)
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
@@ -577,30 +578,24 @@ def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
         )
 
 
-def _named(state: LayerTensors, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
-    """What a layer keeps: its name there, its key in a state dict behind the layer's own, the tensor."""
-    of_delta = (("lora_t", state.trained), ("lora_f", state.frozen))
-    for group, tensors in of_delta:
-        for name, tensor in (tensors or {}).items():
-            yield name, f"{group}.{adapter_name}.{name}", tensor
-    names = ("dA", "dB", "dm", "A0", "B0", "m0") if state.trained is None else ("dm", "m0")
-    for name in names:
-        tensor = getattr(state, name)
-        if tensor is not None:
-            group = f"lora_{name}"
-            yield name, f"{group}.{adapter_name}" + (".weight" if group in TRAINED else ""), tensor
+def _state_key(module_name: str, name: str, adapter_name: str, delta: Delta | None) -> str:
+    """Where a state dict has what a layer keeps under `name`."""
+    for group, names in (("lora_t", delta.trained), ("lora_f", delta.frozen)) if delta is not None else ():
+        if name in names:
+            return f"{module_name}.{group}.{adapter_name}.{name}"
+    return f"{module_name}.lora_{name}.{adapter_name}" + (".weight" if f"lora_{name}" in TRAINED else "")
 
 
 def _from_state_dict(
     config: DudeConfig, layer: DudeLinear, module_name: str, adapter_name: str, state: Mapping[str, Tensor]
 ) -> LayerTensors:
     """The layer's state as the given state dict has it (gathered from shards, say)."""
-    found = {}
-    for name, key, tensor in _named(layer.tensors(adapter_name), adapter_name):
-        found[name] = state.get(f"{module_name}.{key}", tensor).detach()
-    if config.spec.delta is not None:  # on the CPU, where a product has all digits of its dtype
+    found, delta = {}, config.spec.delta
+    for name, tensor in layer.kept(adapter_name).items():
+        found[name] = state.get(_state_key(module_name, name, adapter_name, delta), tensor).detach()
+    if delta is not None:  # on the CPU, where a product has all digits of its dtype
         found = {name: tensor.cpu() for name, tensor in found.items()}
-    return layer_tensors(config.spec.delta, found)
+    return layer_tensors(delta, found)
 
 
 def _refuse_not_finite(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], adapter_name: str) -> None:
