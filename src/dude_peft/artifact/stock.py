@@ -131,7 +131,8 @@ def start_tensors(
 def layer_tensors(delta: Delta | None, tensors: Mapping[str, Tensor]) -> LayerTensors:
     """State of a layer from what it keeps, named as in `start_tensors`; L and R are made here, where it has a delta."""
     if delta is None:
-        return LayerTensors(tensors["dA"], tensors["dB"], *(tensors.get(name) for name in ("A0", "B0", "m0", "dm")))
+        A0, B0, m0, dm = (tensors.get(name) for name in ("A0", "B0", "m0", "dm"))
+        return LayerTensors(tensors["dA"], tensors["dB"], A0, B0, m0, dm)
     trained, frozen = ({name: tensors[name] for name in names} for names in (delta.trained, delta.frozen))
     L, R = delta.pair({**trained, **frozen})
     return LayerTensors(dA=R, dB=L, m0=tensors.get("m0"), dm=tensors.get("dm"), trained=trained, frozen=frozen)

@@ -411,8 +411,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             if adapter_name in entries:
                 entry = entries[adapter_name]
                 found[group] = entry.weight if isinstance(entry, nn.Module) else entry
-        if adapter_name in self._deltas:
-            found |= {**self.lora_t[adapter_name], **self.lora_f[adapter_name]}
+        for entries in (self.lora_t, self.lora_f):
+            if adapter_name in entries:
+                for name, tensor in entries[adapter_name].items():
+                    found[name] = tensor
         return found
 
     def tensors(self, adapter_name: str) -> LayerTensors:
