@@ -195,7 +195,8 @@ def started(method, tmp_path):
     return model
 
 
-@pytest.mark.parametrize("method", some_by_day(DELTAS, ["edora"]))
+@pytest.mark.slow
+@every_delta
 def test_the_commands_take_its_files(method, tmp_path):
     model = started(method, tmp_path)
     with torch.no_grad():
