@@ -24,7 +24,7 @@ from tiny import tiny_llama
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import fingerprint, same_values
-from dude_peft.artifact.manifest import FORMAT_VERSION, read_manifest
+from dude_peft.artifact.manifest import DELTA_FORMAT_VERSION, FORMAT_VERSION, read_manifest
 from dude_peft.errors import ArtifactError, DudeError, NumericsError
 from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
@@ -142,7 +142,7 @@ def test_the_config_is_one_that_servers_read_right(method, trained):
     assert settings["use_rslora"] is False
     assert settings["init_lora_weights"] is True
     assert settings["use_dora"] is spec.normalised
-    assert settings["r"] == (8 if spec.frozen_start else 4)
+    assert settings["r"] == 4 * spec.multiple
     assert settings["lora_alpha"] / settings["r"] == spec.scaling(4, 6)
     assert "dude" not in json.dumps(settings).lower()
 
@@ -155,6 +155,8 @@ def test_the_tensors_are_stock_and_a_few_more(method, trained):
     expected |= {"lora_magnitude_vector.weight", "lora_m0"} if spec.normalised else set()
     expected |= {"lora_dm"} if spec.magnitude == "trained" else set()
     expected |= {"lora_A0"} if spec.frozen_start else set()
+    if spec.delta is not None:
+        expected |= {f"lora_t.{name}" for name in spec.delta.trained} | {f"lora_f.{name}" for name in spec.delta.frozen}
     assert names == expected
 
 
@@ -323,8 +325,8 @@ def test_missing_files_and_foreign_adapters(copied, tmp_path):
 
 def test_versions_and_unknown_settings(copied):
     manifest = json.loads(metadata_of(copied)["dude"])
-    rewrite(copied, manifest={**manifest, "format_version": FORMAT_VERSION + 1})
-    refused(copied, ArtifactError, f"format {FORMAT_VERSION + 1}", "upgrade")
+    rewrite(copied, manifest={**manifest, "format_version": DELTA_FORMAT_VERSION + 1})
+    refused(copied, ArtifactError, f"format {DELTA_FORMAT_VERSION + 1}", "upgrade")
     rewrite(copied, manifest={**manifest, "config": {**manifest["config"], "novelty": 1}})
     refused(copied, ArtifactError, "novelty", "upgrade")
     for broken in (

@@ -105,7 +105,7 @@ def test_each_layer_computes_the_textbook(method):
             x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
             expected = reference_linear(x, W0, base.bias, V, m, METHODS[method].norm_gradient or "detached")
             assert torch.allclose(layer(x), expected, rtol=1e-10, atol=1e-12)
-            leaves = [x, *(t for t in (state.dA, state.dB, state.dm) if t is not None)]
+            leaves = [x, *state.learned]
             dy = torch.randn(expected.shape, dtype=torch.float64)
             found, wanted = (torch.autograd.grad(y, leaves, dy) for y in (layer(x), expected))
             for gradient, textbook in zip(found, wanted, strict=True):
@@ -202,9 +202,10 @@ def test_training_moves_only_adapter_parameters_and_learns(method):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
     start = {name: t.clone() for name, t in model.named_buffers() if ".lora_" in name}
-    optimizer = optimizer_of(model)
+    few = METHODS[method].delta is not None  # some hundred numbers move the loss less, and take larger steps
+    optimizer = optimizer_of(model, 0.1 if few else 1e-2)
     losses = [step(model, optimizer) for _ in range(12)]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - (0.2 if few else 0.3)
     after = dict(model.named_parameters())
     assert all(torch.equal(base[name], after[name]) for name in base)
     buffers = dict(model.named_buffers())
@@ -272,7 +273,8 @@ def test_a_name_can_be_used_again_for_another_adapter(method):
     torch.manual_seed(0)
     fresh = adapted(method, moved=False, **settings)
     for layer, twin in zip(layers_of(model), layers_of(fresh), strict=True):
-        layer.lora_dA["default"].weight.data.copy_(twin.lora_dA["default"].weight)
+        if METHODS[method].draws:
+            layer.lora_dA["default"].weight.data.copy_(twin.lora_dA["default"].weight)
     perturb(fresh)
     perturb(model)
     assert torch.equal(logits(model), logits(fresh))

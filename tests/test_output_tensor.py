@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.core.linear import adapted_linear
+from dude_peft.methods import METHODS
 from dude_peft.tuner import DudeLinear
 
 
@@ -188,7 +189,8 @@ def test_falcon_trains(method):
     model = get_peft_model(copy.deepcopy(base), DudeConfig(method=method, r=4, target_modules="all-linear")).train()
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, base(tokens()).logits)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    few = METHODS[method].delta is not None  # some hundred numbers take larger steps
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1 if few else 1e-2)
     losses = []
     for _ in range(4):
         losses.append(model(input_ids=tokens(), labels=tokens()).loss)

@@ -83,7 +83,7 @@ def worker(process, address, method, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", some_by_day(["dude", "lora", "frozen-m"], ["dude"]))
+@pytest.mark.parametrize("method", some_by_day(["dude", "lora", "frozen-m", "edora", "osora"], ["dude"]))
 def test_two_sharded_processes_train_as_one(method, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -112,5 +112,5 @@ def test_two_sharded_processes_train_as_one(method, tmp_path):
         if parameter.requires_grad:
             difference = (sharded["state"][name] - parameter).norm() / parameter.norm()
             assert difference <= 1e-4, name
-    if method in ("dude", "frozen-m"):
+    if method in ("dude", "frozen-m", "edora"):
         assert sharded["norms"] == STEPS * sharded["layers"]

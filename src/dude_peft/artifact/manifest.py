@@ -23,13 +23,16 @@ from dude_peft.artifact.sealed import content_sha256, file_sha256
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.doors import open_file, parse_json, read_json
 from dude_peft.errors import ArtifactError
+from dude_peft.methods import METHODS
 from dude_peft.show import shown
 from dude_peft.version import __version__
 
 # 1: base weights hashed with sha256; 2: the magnitude under a name that transformers does not read; 3: of the base only
 # the adapted weights and embeddings, no tokenizer.
 FORMAT_VERSION = 4
-_READ = (3, FORMAT_VERSION)
+# Of methods whose change is made out of small tensors, which readers of format 4 do not know.
+DELTA_FORMAT_VERSION = 5
+_READ = (3, FORMAT_VERSION, DELTA_FORMAT_VERSION)
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
 _SHARES = 16
@@ -135,9 +138,11 @@ def sealed_metadata(
         config_file: the adapter_config.json that goes with it.
     """
     digest = _json_sha256(config_file)
-    return _sealed(
-        Manifest(config, base.layers, tensors, digest, base.quantization, base.beside or None, base.settings)
-    )
+    manifest = Manifest(config, base.layers, tensors, digest, base.quantization, base.beside or None, base.settings)
+    method = METHODS.get(config.get("method", ""))
+    if method is not None and method.delta is not None:
+        manifest = replace(manifest, format_version=DELTA_FORMAT_VERSION)
+    return _sealed(manifest)
 
 
 def _sealed(manifest: Manifest) -> dict[str, str]:
@@ -244,7 +249,8 @@ def _parse(text: str, path: Path) -> Manifest:
         version = fields["format_version"]
         if version not in _READ:
             raise ArtifactError(
-                f"'{path}' has adapter format {version}, but dude-peft {__version__} reads format {FORMAT_VERSION}; "
+                f"'{path}' has adapter format {version}, but dude-peft {__version__} reads formats up to "
+                f"{DELTA_FORMAT_VERSION}; "
                 + (
                     "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)

@@ -138,7 +138,7 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["dude", "lora", "dude-peft"],
     }
-    ranks = {(2 if config.spec.frozen_start else 1) * config.rank_and_alpha(layer)[0] for layer in adapter.base}
+    ranks = {config.spec.multiple * config.rank_and_alpha(layer)[0] for layer in adapter.base}
     report = report if report is not None else {}
     # No autoescape: what reaches the page is escaped for markdown as well, or is ours.
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)

@@ -76,7 +76,7 @@ def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Mod
             changes = [
                 adapter["weight"] * (module.effective_weight([f"a{number}"]) - W0)
                 for number, adapter in enumerate(adapters)
-                if f"a{number}" in module.lora_dA
+                if f"a{number}" in module.r
             ]
             total = sum(changes, W0)
             if frozen.plain_weight(base) is None:

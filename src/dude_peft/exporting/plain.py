@@ -8,12 +8,10 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.header import chunks
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE
-from dude_peft.artifact.stock import EXTRA_A0, EXTRA_DM, EXTRA_M0
+from dude_peft.artifact.stock import STOCK_NAMES, stock_names
 from dude_peft.doors import read_json
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.model.stream import Piece, write_pieces
-
-_OURS = tuple(f".{name}" for name in (EXTRA_A0, EXTRA_M0, EXTRA_DM))
 
 
 def write_stock(adapter: SavedAdapter, folder: Path, base_model: str) -> None:
@@ -24,10 +22,11 @@ def write_stock(adapter: SavedAdapter, folder: Path, base_model: str) -> None:
         folder: where it goes.
         base_model: recorded as its base.
     """
+    extra = tuple(f".{name}" for name in stock_names(adapter.config.spec) if name not in STOCK_NAMES)
     pieces = [
         Piece(name, stored.dtype, stored.shape, lambda stored=stored: chunks(stored))  # type: ignore[misc]
         for name, stored in adapter.tensors.items()
-        if not name.endswith(_OURS)
+        if not name.endswith(extra)
     ]
     config = read_json(adapter.folder / CONFIG_FILE)
     config["base_model_name_or_path"] = base_model

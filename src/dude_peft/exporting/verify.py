@@ -97,7 +97,7 @@ def verify(
             )
             state = opened.layer(layer, (out, in_))
             ranks.add(factors[0].shape[0])  # type: ignore[union-attr]  # `layer` refused a missing one
-            numbers += sum(t.numel() for t in (state.dA, state.dB, state.dm) if t is not None)
+            numbers += sum(t.numel() for t in state.learned)
         whole = [name for name, _ in opened.whole()]
     config, warnings = opened.config, []
     compare = base is not None or gguf_file is not None

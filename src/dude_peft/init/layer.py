@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import StoredTensor
-from dude_peft.artifact.stock import LayerTensors, to_stock
+from dude_peft.artifact.stock import layer_tensors, start_tensors, to_stock
 from dude_peft.methods import Method, SplitOptions
 from dude_peft.methods.start import start_of
 from dude_peft.model.weights import read_weight
@@ -54,17 +54,6 @@ def compute(task: LayerTask, method: Method, options: SplitOptions) -> LayerStar
     out, in_ = W0.shape
     if task.generator:
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(task.generator)), dtype=torch.uint8))
-    split, m0 = start_of(method, W0, task.r, task.scaling, options, task.name)
-
-    def zeros(*size: int) -> Tensor:
-        return torch.zeros(size, dtype=stored.dtype)
-
-    state = LayerTensors(
-        dA=split.A if split.B is None else zeros(task.r, in_),
-        dB=zeros(out, task.r),
-        A0=None if split.B is None else split.A.contiguous(),
-        B0=None if split.B is None else split.B.contiguous(),
-        m0=m0.to(stored.dtype) if method.normalised else None,
-        dm=zeros(out) if method.magnitude == "trained" else None,
-    )
-    return LayerStart(to_stock(state, task.scaling), base, split.captured)
+    start = start_of(method, W0, task.r, task.scaling, options, task.name)
+    state = layer_tensors(method.delta, start_tensors(method, start, task.r, (out, in_), stored.dtype))
+    return LayerStart(to_stock(state, task.scaling), base, start.split.captured)

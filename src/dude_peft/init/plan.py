@@ -6,6 +6,7 @@ of `get_peft_model`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import StoredTensor
+from dude_peft.artifact.stock import stock_shapes
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.layer import LayerTask
 from dude_peft.methods import Method
@@ -94,10 +96,10 @@ def make_plan(
             )
         (r,), (scaling,) = module.r.values(), module.scaling.values()
         state = ""
-        if not config.spec.frozen_start:
+        if config.spec.draws:
             state = bytes(torch.get_rng_state().tolist()).hex()
             shape = torch.empty(module.out_features, module.in_features, device="meta")
-            config.spec.split(shape, r, scaling, config.split_options)  # moves the generator on
+            config.spec.begin(shape, r, scaling, config.split_options)  # moves the generator on
         dtype_name = str(base.weight.dtype).removeprefix("torch.")
         transposed = frozen.is_transposed(base)
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
@@ -113,8 +115,7 @@ def make_plan(
 
 def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:
     """Size of the tensors that an adapter file holds of one layer."""
-    out, in_ = layer.out_features, layer.in_features
-    numbers = 2 * r * (out + in_) + r * in_ if method.frozen_start else r * (out + in_)
-    numbers += {"trained": 3, "fixed": 2, "none": 0}[method.magnitude] * out
+    shapes = stock_shapes(method, r, (layer.out_features, layer.in_features))
+    numbers = sum(math.prod(shape) for shape in shapes.values())
     base: Any = layer.get_base_layer()
     return numbers * torch.promote_types(base.weight.dtype, torch.float32).itemsize

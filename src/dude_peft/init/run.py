@@ -185,7 +185,7 @@ def _settings_hash(plan: Plan, identity: list[list[Any]], dtype: str, seed: int)
         "layers": [[task.name, task.r, task.scaling] for task in plan.layers],  # the order of patterns decides them
         "checkpoint": identity,
         "dtype": dtype,
-        "seed": None if plan.config.spec.frozen_start else seed,
+        "seed": seed if plan.config.spec.draws else None,
     }
     return content_sha256(content)
 

@@ -24,9 +24,9 @@ def movement(model: Any) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for layer in model.modules():
         if isinstance(layer, DudeLinear):
-            for name in layer.lora_dA:
+            for name in layer.r:
                 numbers = {kind: float(rows.mean()) for kind, rows in layer.movement(name).items()}
-                key = layer.layer_name if len(layer.lora_dA) == 1 else f"{layer.layer_name}:{name}"
+                key = layer.layer_name if len(layer.r) == 1 else f"{layer.layer_name}:{name}"
                 found[key] = {kind: round(number, 10) for kind, number in numbers.items()}
     return found
 

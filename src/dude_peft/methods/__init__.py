@@ -1,6 +1,7 @@
 """The table of methods. Adding one: a file beside these, and a line here."""
 
 # ruff: noqa: F401
+from dude_peft.methods.delta import Delta, DeltaStart
 from dude_peft.methods.method import Method, Split, SplitOptions
 
 # The rows, in the order in which they are shown.
@@ -12,6 +13,12 @@ from dude_peft.methods.lora import LORA
 from dude_peft.methods.rslora import RSLORA
 from dude_peft.methods.olora import OLORA
 from dude_peft.methods.milora import MILORA
+from dude_peft.methods.lora_xs import LORA_XS
+from dude_peft.methods.edora import EDORA
+from dude_peft.methods.vera import VERA
+from dude_peft.methods.osora import OSORA
+from dude_peft.methods.salt import SALT
+from dude_peft.methods.spectral import SPECTRAL
 from dude_peft.methods.random_basis import RANDOM_BASIS
 from dude_peft.methods.frozen_m import FROZEN_M
 from dude_peft.methods.dude_exact import DUDE_EXACT
@@ -20,4 +27,4 @@ from dude_peft.methods.dora_exact import DORA_EXACT
 
 METHODS: dict[str, Method] = {row.name: row for row in tuple(globals().values()) if isinstance(row, Method)}
 
-__all__ = ["METHODS", "Method", "Split", "SplitOptions"]
+__all__ = ["METHODS", "Delta", "DeltaStart", "Method", "Split", "SplitOptions"]

@@ -1,7 +1,8 @@
-"""What a method is: data and one pure function.
+"""What a method is: data and one pure function, or two.
 
-Every method of the table is a point of (how W0 is split) x (is there a magnitude, is it trained) x (how alpha becomes
-the scaling), and one layer runs them all. A new method is one file with one `Method` and one line in `__init__.py`.
+Every method of the table is a point of (how W0 is split, or what makes the factors of its change) x (is there a
+magnitude, is it trained) x (how alpha becomes the scaling), and one layer runs them all. A new method is one file with
+one `Method` and one line in `__init__.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dude_peft.errors import ConfigError
+from dude_peft.methods.delta import Delta, DeltaStart
 from dude_peft.methods.sizes import Shapes
 
 
@@ -49,8 +51,8 @@ class Method:
     """One adaptation method."""
 
     name: str
-    split: Callable[[Tensor, int, float, SplitOptions], Split]
-    """Pure function (W0 (out, in) in float32 or float64, r, scaling, options) -> Split."""
+    split: Callable[[Tensor, int, float, SplitOptions], Split] | None
+    """Pure function (W0 (out, in) in float32 or float64, r, scaling, options) -> Split; None with a delta."""
     frozen_start: bool
     """True where the split gives both factors: A0 and B0 are frozen, the deviations are trained."""
     magnitude: Literal["trained", "fixed", "none"]
@@ -59,6 +61,8 @@ class Method:
     """Peak learning rate where a run leaves it open. Training the principal factors moves the weight further per unit
     of rate, so these methods peak lower: over thousands of steps on Qwen3-0.6B at r = 128, PiSSA is best at 2e-5 and
     LoRA at 2e-4 (arXiv 2602.04998). Methods are compared at each one's best rate, never at one rate for all."""
+    delta: Delta | None = None
+    """What makes L and R, where these are not a pair of trained deviations."""
     rate_of: str = ""
     """The relative that the rate is taken from, until one is measured for this method; empty where it is its own."""
     rank_stabilized: bool = False
@@ -70,10 +74,33 @@ class Method:
     choose: str = ""
     """One line for people: when to take it."""
     start: Literal["none", "QR", "truncated SVD", "whole SVD"] = "none"
-    """What its split takes of every weight."""
+    """What its start takes of every weight."""
     paper: str = ""
     certainty: Literal["paper", "public code", "inferred", "control"] = "paper"
     """Where the formula comes from. A control is this project's own, to tell claims apart."""
+
+    def __post_init__(self) -> None:
+        if (self.split is None) == (self.delta is None):
+            raise ValueError(f"method {self.name!r} needs a split or a delta, and not both")
+
+    def begin(self, W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split | DeltaStart:
+        """Where a layer starts: its split, or the tensors of its delta."""
+        if self.delta is not None:
+            return self.delta.start(W0, r, scaling, options)
+        assert self.split is not None
+        return self.split(W0, r, scaling, options)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its start draws from torch's global generator."""
+        return self.delta is None and not self.frozen_start
+
+    @property
+    def multiple(self) -> int:
+        """How many times r the rank of the change is."""
+        if self.delta is not None:
+            return self.delta.multiple
+        return 2 if self.frozen_start else 1
 
     @property
     def normalised(self) -> bool:
@@ -102,21 +129,23 @@ class Method:
     @property
     def trained(self) -> Shapes:
         """What a layer trains."""
-        deviations: Shapes = {"dA": ("r", "in"), "dB": ("r", "out")}
+        deviations: Shapes = {"dA": ("r", "in"), "dB": ("r", "out")} if self.delta is None else self.delta.trained
         return {**deviations, "dm": ("out",)} if self.magnitude == "trained" else deviations
 
     @property
     def kept(self) -> Shapes:
         """What a layer keeps frozen beside: its start, the row norms, and what the changing norm follows from."""
         start: Shapes = {"A0": ("r", "in"), "B0": ("r", "out")} if self.frozen_start else {}
-        if not self.normalised:
-            return start
-        return {**start, "m0": ("out",), **({"W0 A0^T": ("r", "out")} if start else {})}
+        product: Shapes = {"W0 A0^T": ("r", "out")} if self.frozen_start else {}
+        start = start if self.delta is None else self.delta.frozen
+        return {**start, "m0": ("out",), **product} if self.normalised else start
 
     @property
     def step(self) -> str:
         """What a training step computes beside the frozen layer."""
-        rank = "rank 2r" if self.frozen_start else "rank r"
+        rank = "rank r" if self.multiple == 1 else f"rank {self.multiple}r"
+        if self.delta is not None and self.delta.step:
+            rank += f", {self.delta.step}"
         if not self.normalised:
             return rank
         through = ", and backward through it" if self.norm_gradient == "exact" else ""

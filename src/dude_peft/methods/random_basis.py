@@ -5,9 +5,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dude_peft.core.svd import full_precision_products, top_svd
+from dude_peft.core.svd import full_precision_products
 from dude_peft.methods.method import Method, Split, SplitOptions
-from dude_peft.methods.splits import balanced
+from dude_peft.methods.splits import balanced, principal
 
 
 def random_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split:
@@ -32,14 +32,7 @@ def random_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> S
     """
     generator = torch.Generator("cpu").manual_seed(_seed(W0, options.svd_seed))
     U, V = (_orthonormal(size, r, generator, W0) for size in W0.shape)
-    svd = top_svd(
-        W0,
-        r,
-        tol=options.svd_tol or 1e-3,
-        seed=options.svd_seed,
-        exact=options.svd_tol == 0,
-        overwrite=options.overwrite,
-    )
+    svd = principal(W0, r, options)
     return Split(*balanced(U, svd.S, V.T, scaling, options.svd_seed))
 
 

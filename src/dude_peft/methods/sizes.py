@@ -8,13 +8,19 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 Shapes: TypeAlias = Mapping[str, tuple[str, ...]]
-"""Name of a tensor -> its sides, in any order: "r", "in" and "out"."""
+"""Name of a tensor -> its sides: "r", "in", "out", "min" (of in and out), and "rest" (min - r)."""
+
+
+def sides(shape: tuple[str, ...], out: int, in_: int, r: int) -> tuple[int, ...]:
+    """The same sides in a layer (out, in) of rank r."""
+    smaller = min(out, in_)
+    lengths = {"out": out, "in": in_, "r": r, "min": smaller, "rest": smaller - r}
+    return tuple(lengths[side] for side in shape)
 
 
 def count(shapes: Shapes, out: int, in_: int, r: int) -> int:
     """Numbers that these tensors hold in a layer (out, in) of rank r."""
-    sides = {"out": out, "in": in_, "r": r}
-    return sum(math.prod(sides[side] for side in shape) for shape in shapes.values())
+    return sum(math.prod(sides(shape, out, in_, r)) for shape in shapes.values())
 
 
 def formula(shapes: Shapes) -> str:

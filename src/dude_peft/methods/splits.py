@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dude_peft.core.svd import top_svd
+from dude_peft.core.svd import TopSVD, top_svd
 from dude_peft.methods.method import Split, SplitOptions
 
 
@@ -31,15 +31,15 @@ def principal_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -
 
     Source: PiSSA, arXiv 2404.02948, equations 2 and 3; DuDe section 3.
     """
-    svd = top_svd(
-        W0,
-        r,
-        tol=options.svd_tol or 1e-3,
-        seed=options.svd_seed,
-        exact=options.svd_tol == 0,
-        overwrite=options.overwrite,
-    )
+    svd = principal(W0, r, options)
     return Split(*balanced(svd.U, svd.S, svd.Vh, scaling, options.svd_seed), svd.captured)
+
+
+def principal(W0: Tensor, r: int, options: SplitOptions) -> TopSVD:
+    """The top-r singular triplets of W0 as the options ask for them."""
+    exact = options.svd_tol == 0
+    tol = options.svd_tol or 1e-3
+    return top_svd(W0, r, tol=tol, seed=options.svd_seed, exact=exact, overwrite=options.overwrite)
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, scaling: float, seed: int) -> tup
     A, B = root[:, None] * Vh, U * root
     absent = S == 0
     if bool(absent.any()):
-        drawn = _uniform(Vh, len(S), torch.Generator("cpu").manual_seed(seed))
+        drawn = uniform(Vh, len(S), torch.Generator("cpu").manual_seed(seed))
         A = torch.where(absent[:, None], drawn, A)
         B = torch.where(absent, 0.0, B)
     return A, B
@@ -84,11 +84,12 @@ def zero_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Spl
 
     Source: LoRA, arXiv 2106.09685, section 4.1; the bound is that of the reference implementation and of PEFT.
     """
-    return Split(_uniform(W0, r, None), None)
+    return Split(uniform(W0, r, None), None)
 
 
-def _uniform(like: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
-    bound = 1 / math.sqrt(like.shape[1])
+def uniform(like: Tensor, r: int, generator: torch.Generator | None) -> Tensor:
+    """(r, in) uniform within 1/sqrt(in), in being the columns of `like`; None draws from torch's global generator."""
+    bound = 1 / math.sqrt(max(1, like.shape[1]))
     # Drawn in float32 on the CPU, so that a seed gives the same start on every device.
     A = torch.empty(r, like.shape[1], dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     return A.to(like)

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import NumericsError
+from dude_peft.methods.delta import DeltaStart
 from dude_peft.methods.method import Method, Split, SplitOptions
 
 
 class Start(NamedTuple):
-    """The frozen start of one layer."""
+    """The start of one layer."""
 
-    split: Split
+    split: Split | DeltaStart
+    """What the method makes of W0."""
     m0: Tensor
     """(out,) row norms of W0, float64."""
 
 
 def start_of(method: Method, W0: Tensor, r: int, scaling: float, options: SplitOptions, where: str) -> Start:
-    """The split of W0 and its row norms, after a look for NaN and Inf.
+    """What the method makes of W0, and W0's row norms, after a look for NaN and Inf.
 
     The bits depend on torch's number of threads. Callers run it with one thread, and several layers at a time instead:
     then they depend on nothing but the weight, and a loaded machine does not make threads wait for each other.
@@ -31,15 +33,15 @@ def start_of(method: Method, W0: Tensor, r: int, scaling: float, options: SplitO
         W0: (out, in) float32 or float64; with `options.overwrite` other numbers may be left in it.
         r: rank.
         scaling: s.
-        options: settings of the split.
+        options: settings of the start.
         where: name of the layer, for messages.
 
     Raises:
         NumericsError: NaN or Inf in W0, or an SVD that does not converge.
     """
     check_finite(where, W0)
-    m0 = row_norm(W0)  # first: the split may overwrite W0
-    return Start(method.split(W0, r, scaling, options), m0)
+    m0 = row_norm(W0)  # first: the start may overwrite W0
+    return Start(method.begin(W0, r, scaling, options), m0)
 
 
 def check_finite(layer_name: str, W0: Tensor) -> None:

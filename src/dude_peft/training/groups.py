@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dude_peft.config.schema import TrainSection
+from dude_peft.errors import ConfigError
 
 # The trained tensors of a layer by their name in the model; what is neither is modules_to_save or a bias.
 _RATIOS = {".lora_dB.": "loraplus_lr_ratio", ".lora_dm.": "magnitude_lr_ratio"}
@@ -21,9 +22,18 @@ def parameter_groups(model: nn.Module, section: TrainSection, decayed: set[str])
         model: its trained parameters are grouped.
         section: what the configuration says.
         decayed: names of the parameters that weight decay applies to.
+
+    Raises:
+        ConfigError: a rate is given for a B that the method has not.
     """
     rate = section.learning_rate
     assert rate is not None, "a resolved section has a rate"
+    no_B = not any(".lora_dB." in name for name, _ in model.named_parameters())
+    if section.loraplus_lr_ratio != 1 and no_B:
+        raise ConfigError(
+            f"train.loraplus_lr_ratio {section.loraplus_lr_ratio:g}: the adapter's method has no B to train at a rate "
+            "of its own; leave it out"
+        )
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -163,14 +163,14 @@ class DudeConfig(PeftConfig):
     def stock(self) -> LoraConfig:
         """The configuration under which stock PEFT computes the same function from the saved tensors.
 
-        Rank and alpha are doubled where the method has a frozen start, so the scaling stays. rsLoRA's scaling is folded
+        Rank and alpha are doubled where the change has rank 2r, so the scaling stays. rsLoRA's scaling is folded
         into alpha, because some servers ignore its flag.
         """
-        double = 2 if self.spec.frozen_start else 1
-        rank_pattern: dict[str, int] = {name: double * r for name, r in self._in_any_order("rank_pattern").items()}
+        multiple = self.spec.multiple
+        rank_pattern: dict[str, int] = {name: multiple * r for name, r in self._in_any_order("rank_pattern").items()}
         alphas = self._in_any_order("alpha_pattern")
-        alpha_pattern: dict[str, float] = {name: double * alpha for name, alpha in alphas.items()}
-        lora_alpha = double * self.lora_alpha
+        alpha_pattern: dict[str, float] = {name: multiple * alpha for name, alpha in alphas.items()}
+        lora_alpha = multiple * self.lora_alpha
         if self.spec.rank_stabilized:
             lora_alpha *= math.sqrt(self.r)
             # alpha' = alpha sqrt(r) depends on both patterns, so they are written out layer by layer.
@@ -179,7 +179,7 @@ class DudeConfig(PeftConfig):
             rank_pattern = {name: r for name, (r, _) in own.items()}
             alpha_pattern = {name: alpha * math.sqrt(r) for name, (r, alpha) in own.items()}
         stock = LoraConfig(
-            r=double * self.r,
+            r=multiple * self.r,
             lora_alpha=_int_if_whole(lora_alpha),  # type: ignore[arg-type]  # PEFT computes with floats too
             lora_dropout=self.lora_dropout,
             target_modules=_sorted(self.target_modules),

@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from dude_peft.artifact.effective import combined_weight, effective_weight, layer_gain, rows_at_once, rows_of
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.stock import LayerTensors
+from dude_peft.artifact.stock import LayerTensors, layer_tensors, start_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
 from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
-from dude_peft.methods import Split
+from dude_peft.methods import Delta
 from dude_peft.methods.start import Start
 from dude_peft.parents import fits
 from dude_peft.show import a_
@@ -31,10 +31,10 @@ from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
 from dude_peft.tuner.weight import readable
 
-# On the layer, by adapter: parameters are trained, buffers are frozen. None of these names is a stock LoRA name, so
-# that a raw state dict of ours cannot be taken for a stock adapter.
-TRAINED = ("lora_dA", "lora_dB", "lora_dm")
-FROZEN = ("lora_A0", "lora_B0", "lora_m0")
+# On the layer, by adapter: parameters are trained, buffers are frozen; lora_t and lora_f hold the named tensors of a
+# delta. None of these names is a stock LoRA name, so that a raw state dict of ours cannot be taken for a stock adapter.
+TRAINED = ("lora_dA", "lora_dB", "lora_dm", "lora_t")
+FROZEN = ("lora_A0", "lora_B0", "lora_m0", "lora_f")
 # What follows from these, by adapter: W0 A0^T (out, r); the gain (out,) and its slope (out,).
 _CACHED = ("_starts", "_gains")
 # Layers of the Llama family whose output nothing behind them keeps for its backward: it is rotated, or added to the
@@ -46,12 +46,13 @@ _OUTPUT_NOT_KEPT = ("q_proj", "k_proj", "o_proj", "down_proj")
 class DudeLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer with any number of adapters.
 
-    Shapes: lora_dA (r, in), lora_dB (out, r), lora_dm (out,); lora_A0, lora_B0, lora_m0 likewise.
+    Shapes: lora_dA (r, in), lora_dB (out, r), lora_dm (out,); lora_A0, lora_B0, lora_m0 likewise; those of lora_t and
+    lora_f as the method's delta has them.
     """
 
     adapter_layer_names = TRAINED
     other_param_names = (
-        *FROZEN, *_CACHED, "r", "lora_alpha", "scaling", "own_scaling", "lora_dropout", "norm_gradient"
+        *FROZEN, *_CACHED, "_deltas", "r", "lora_alpha", "scaling", "own_scaling", "lora_dropout", "norm_gradient"
     )  # fmt: skip
     # PEFT's `disable_input_dtype_casting` sets it; the input is never cast here.
     cast_input_dtype_enabled = True
@@ -62,7 +63,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.layer_name = layer_name
         self.out_features, self.in_features = frozen.layer_shape(base_layer)
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in FROZEN)
+        self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in range(3))
+        self.lora_t, self.lora_f = nn.ModuleDict(), nn.ModuleDict()
+        self._deltas: dict[str, Delta] = {}
         # Computed when they are asked for, and again when what they follow from has changed. They are replaced, never
         # written to: a graph whose backward is still to come holds them.
         self._starts: dict[str, _Cached] = {}
@@ -87,9 +90,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._fingerprint: tuple[tuple[int, int, str], TensorPrint] | None = None
 
     def add(self, adapter_name: str, config: DudeConfig, meta: bool = False, start: Start | None = None) -> None:
-        """Add an adapter: split the base weight, set the deviations to zero.
+        """Add an adapter: take its start out of the base weight, set the deviations to zero.
 
-        An adapter that is about to be loaded from a file gets zeros instead of a split (which is the base model too).
+        An adapter that is about to be loaded from a file gets zeros instead of a start (which is the base model too).
 
         Args:
             adapter_name: name.
@@ -107,30 +110,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(frozen.compute_dtype(self.get_base_layer()), torch.float32)
         device = torch.device("meta") if meta else self._base_device()
 
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        if config._loading is not None or meta:
-            split = Split(zeros(r, self.in_features), zeros(self.out_features, r) if spec.frozen_start else None)
-            m0 = zeros(self.out_features)
-        else:
-            split, m0 = start or start_of_layer(self, self.layer_name, config)
+        if config._loading is None and not meta:
+            start = start or start_of_layer(self, self.layer_name, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = self.own_scaling[adapter_name] = scaling
         self.norm_gradient[adapter_name] = spec.gradient_through_norm(config.norm_gradient)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        A = split.A.to(device=device, dtype=dtype)
-        if split.B is None:
-            self.lora_dA[adapter_name] = _Trained(A)
-        else:
-            self.lora_A0[adapter_name] = A.contiguous()
-            self.lora_B0[adapter_name] = split.B.to(device=device, dtype=dtype).contiguous()
-            self.lora_dA[adapter_name] = _Trained(zeros(r, self.in_features))
-        self.lora_dB[adapter_name] = _Trained(zeros(self.out_features, r))
-        if spec.normalised:
-            self.lora_m0[adapter_name] = m0.to(device=device, dtype=dtype)
-        if spec.magnitude == "trained":
-            self.lora_dm[adapter_name] = _Trained(zeros(self.out_features))
+        tensors = start_tensors(spec, start, r, (self.out_features, self.in_features), dtype, device)
+        if spec.delta is not None:
+            self._deltas[adapter_name] = spec.delta
+            self.lora_t[adapter_name] = nn.ParameterDict({name: tensors.pop(name) for name in spec.delta.trained})
+            frozen_ones = {name: tensors.pop(name) for name in spec.delta.frozen}
+            self.lora_f[adapter_name] = BufferDict(frozen_ones, persistent=True)
+        for name, tensor in tensors.items():
+            group = f"lora_{name}"
+            getattr(self, group)[adapter_name] = _Trained(tensor) if group in TRAINED else tensor
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._follow_mode(adapter_name)
 
@@ -185,7 +179,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if not names or frozen.plain_weight(base) is None or frozen.is_sharded(base.weight):
             return super().weight
         groups = [getattr(self, group) for group in TRAINED]
-        trained = [group[name].weight for name in names for group in groups if name in group]
+        trained = [tensor for name in names for group in groups if name in group for tensor in group[name].parameters()]
         return readable(base.weight, lambda: self._weight_with(names), trained)
 
     def _weight_with(self, names: list[str]) -> Tensor:
@@ -209,11 +203,14 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         if adapter_name not in self.lora_m0:
             return None
+        layer = self.tensors(adapter_name)
         if self._differentiates_norm(adapter_name):
-            layer = self.tensors(adapter_name)
-            assert layer.m0 is not None
-            return gain(layer.m0, layer.magnitude_change(), self._norm_change(adapter_name, layer), "exact")
-        return self._gain_and_slope(adapter_name)[0]
+            return self._exact_gain(adapter_name, layer)
+        return self._gain_and_slope(adapter_name, layer)[0]
+
+    def _exact_gain(self, adapter_name: str, layer: LayerTensors) -> Tensor:
+        assert layer.m0 is not None
+        return gain(layer.m0, layer.magnitude_change(), self._norm_change(adapter_name, layer), "exact")
 
     def _differentiates_norm(self, adapter_name: str) -> bool:
         return self.norm_gradient[adapter_name] == "exact" and torch.is_grad_enabled()
@@ -231,17 +228,15 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def current(self, slot: int, start: bool) -> list[Tensor]:
         """Gain and slope, or W0 A0^T, up to date; called by compiled code, which knows the adapter by number."""
         name = self._slots[slot]
-        return [self._start_product(name)] if start else list(self._gain_and_slope(name))
+        return [self._start_product(name)] if start else list(self._gain_and_slope(name, self.tensors(name)))
 
     @property
     def _slots(self) -> list[str]:
         return list(self.lora_m0)
 
-    def _gain_and_slope(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        layer = self.tensors(adapter_name)
+    def _gain_and_slope(self, adapter_name: str, layer: LayerTensors) -> tuple[Tensor, Tensor]:
         assert layer.m0 is not None
         dm = layer.magnitude_change()
-        trained = [tensor for tensor in (layer.dA, layer.dB, layer.dm) if tensor is not None]
         if torch.compiler.is_exporting():  # to where this layer is not: the formula itself goes along
             q = self._norm_change(adapter_name, layer)
             g = gain(layer.m0, dm, q)
@@ -250,7 +245,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             slot = self._slots.index(adapter_name)
             rows = layer.m0 if layer.dm is None else layer.dm.detach()
             return current_gain(self._number, slot, layer.dA.detach(), layer.dB.detach(), rows)
-        state = (self.scaling[adapter_name], *state_of(trained, lambda: (steps_taken(), self._mode_changes)))
+        state = (self.scaling[adapter_name], *state_of(layer.learned, lambda: (steps_taken(), self._mode_changes)))
         cached = self._gains.get(adapter_name)
         if cached is None or cached.state != state:
             # Never tensors of inference mode, also where the first forward is in it: training could not take them.
@@ -408,23 +403,23 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             )
         super().delete_adapter(adapter_name)
 
+    def kept(self, adapter_name: str) -> dict[str, Tensor]:
+        """What one adapter keeps, by the names of `start_tensors`; the tensors themselves, not copies."""
+        found: dict[str, Any] = {}
+        for group in ("dA", "dB", "dm", "A0", "B0", "m0"):
+            entries: Any = getattr(self, f"lora_{group}")
+            if adapter_name in entries:
+                entry = entries[adapter_name]
+                found[group] = entry.weight if isinstance(entry, nn.Module) else entry
+        for entries in (self.lora_t, self.lora_f):
+            if adapter_name in entries:
+                for name, tensor in entries[adapter_name].items():
+                    found[name] = tensor
+        return found
+
     def tensors(self, adapter_name: str) -> LayerTensors:
-        """State of one adapter; the tensors themselves, not copies."""
-
-        def entry(group: Any) -> Any:
-            if adapter_name not in group:
-                return None
-            found = group[adapter_name]
-            return found.weight if isinstance(found, nn.Module) else found
-
-        return LayerTensors(
-            dA=entry(self.lora_dA),
-            dB=entry(self.lora_dB),
-            A0=entry(self.lora_A0),
-            B0=entry(self.lora_B0),
-            m0=entry(self.lora_m0),
-            dm=entry(self.lora_dm),
-        )
+        """State of one adapter; L and R of a delta are made anew."""
+        return layer_tensors(self._deltas.get(adapter_name), self.kept(adapter_name))
 
     def base_fingerprint(self) -> TensorPrint:
         """Fingerprint of the base weight (of the unmerged one), computed once while the weight stays the same."""
@@ -452,9 +447,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         g = dm = slope = None
         if layer.m0 is not None and self._differentiates_norm(name):
-            g = self.gain(name)
+            g = self._exact_gain(name, layer)
         elif layer.m0 is not None:
-            dm, (g, slope) = layer.dm, self._gain_and_slope(name)
+            dm, (g, slope) = layer.dm, self._gain_and_slope(name, layer)
         product = FrozenProduct(x, base.weight) if base_out is None else base_out
         bias = getattr(base, "bias", None) if g is not None or base_out is None else None
         factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
@@ -539,11 +534,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return frozen.product(base, rows)
 
     def _names(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.lora_dA]
+        return [name for name in names if name in self.r]
 
     def _follow_mode(self, adapter_name: str) -> None:
         """A new adapter's modules, its dropout above all, in the mode that the layer is in."""
-        for group in (self.lora_dA, self.lora_dB, self.lora_dm, self.lora_dropout):
+        for group in (*(getattr(self, name) for name in TRAINED), self.lora_dropout):
             if adapter_name in group:
                 group[adapter_name].train(self.training)
 
@@ -600,8 +595,8 @@ class _Cached(NamedTuple):
 
 
 def _is_meta(entry: Any) -> bool:
-    tensor = entry.weight if isinstance(entry, nn.Module) else entry
-    return bool(tensor.device.type == "meta")
+    tensors = [*entry.parameters(), *entry.buffers()] if isinstance(entry, nn.Module) else [entry]
+    return any(tensor.is_meta for tensor in tensors)
 
 
 def check_rank(layer_name: str, shape: tuple[int, int], r: int) -> None:

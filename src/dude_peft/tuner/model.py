@@ -25,11 +25,12 @@ from typing_extensions import override
 
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.artifact.manifest import BaseRecord
-from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, stock_names, to_stock
+from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, layer_tensors, stock_names, to_stock
 from dude_peft.core.finite import first_not_finite, is_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
+from dude_peft.methods import Delta
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.parents import fits, require
 from dude_peft.show import quoted, shown
@@ -55,7 +56,7 @@ from dude_peft.tuner.weighted import plan_sum
 _BY_ADAPTER = (*TRAINED, *FROZEN, "modules_to_save")
 _PEFT_PREFIX = "base_model.model."
 # Names inside an adapted layer. PEFT takes every module whose name ends in an entry of modules_to_save.
-_INSIDE = ("base_layer", "lora_dropout", *TRAINED)
+_INSIDE = ("base_layer", "lora_dropout", *TRAINED, "lora_f")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # No folder can have these names on Windows.
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
@@ -236,7 +237,7 @@ class DudeModel(BaseTuner):
             raise ConfigError(f"the model already has an adapter {quoted(adapter_name)}; choose another adapter_name")
         configs: Any = self.peft_config
         total = plan_sum(configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
-        layers = [layer for layer in self._layers() if any(name in layer.lora_dA for name in adapters)]
+        layers = [layer for layer in self._layers() if any(name in layer.r for name in adapters)]
         with torch.no_grad():
             factors = [total.factors(layer) for layer in layers]
         ranks = {layer.layer_name: total.rank_in(layer) for layer in layers}
@@ -439,7 +440,7 @@ class DudeModel(BaseTuner):
         for layer in self.modules():
             if isinstance(layer, DudeLinear):
                 dtype = frozen.compute_dtype(layer.get_base_layer())
-                for group in (layer.lora_dA, layer.lora_dB, layer.lora_dm):
+                for group in (getattr(layer, name) for name in TRAINED):
                     if adapter_name in group:
                         group[adapter_name].to(dtype)
 
@@ -462,8 +463,8 @@ class DudeModel(BaseTuner):
         base = {}
         for module_name, layer in _adapted_layers(model, adapter_name):
             own = layer.own_scaling[adapter_name]
-            state = _from_state_dict(layer, module_name, adapter_name, state_dict)
-            state = _scaled(state, layer.scaling[adapter_name] / own)
+            state = _from_state_dict(config, layer, module_name, adapter_name, state_dict)
+            state = _scaled(state, layer.scaling[adapter_name] / own, config)
             for name, tensor in to_stock(state, own).items():
                 tensors[f"{module_name}.{name}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
@@ -516,8 +517,8 @@ class DudeModel(BaseTuner):
             if config._loading is None:
                 _check_same_base(layer, state)
             for place in places[id(layer)]:
-                for group, tensor in _named(state):
-                    loaded[_state_key(place, group, adapter_name)] = tensor
+                for name, tensor in state.kept.items():
+                    loaded[_state_key(place, name, adapter_name, spec.delta)] = tensor
         extra = _foreign(remaining, model, config)
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
@@ -560,12 +561,8 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, DudeLinear) and adapter_name in module.lora_dA:
+        if isinstance(module, DudeLinear) and adapter_name in module.r:
             yield name.removeprefix("_fsdp_wrapped_module."), module
-
-
-def _state_key(module_name: str, group: str, adapter_name: str) -> str:
-    return f"{module_name}.{group}.{adapter_name}" + (".weight" if group in TRAINED else "")
 
 
 def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
@@ -581,22 +578,24 @@ def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
         )
 
 
-def _named(state: LayerTensors) -> Iterator[tuple[str, Tensor]]:
-    for group in (*TRAINED, *FROZEN):
-        tensor = getattr(state, group.removeprefix("lora_"))
-        if tensor is not None:
-            yield group, tensor
+def _state_key(module_name: str, name: str, adapter_name: str, delta: Delta | None) -> str:
+    """Where a state dict has what a layer keeps under `name`."""
+    for group, names in (("lora_t", delta.trained), ("lora_f", delta.frozen)) if delta is not None else ():
+        if name in names:
+            return f"{module_name}.{group}.{adapter_name}.{name}"
+    return f"{module_name}.lora_{name}.{adapter_name}" + (".weight" if f"lora_{name}" in TRAINED else "")
 
 
 def _from_state_dict(
-    layer: DudeLinear, module_name: str, adapter_name: str, state: Mapping[str, Tensor]
+    config: DudeConfig, layer: DudeLinear, module_name: str, adapter_name: str, state: Mapping[str, Tensor]
 ) -> LayerTensors:
     """The layer's state as the given state dict has it (gathered from shards, say)."""
-    own = layer.tensors(adapter_name)
-    found = {}
-    for group, tensor in _named(own):
-        found[group.removeprefix("lora_")] = state.get(_state_key(module_name, group, adapter_name), tensor).detach()
-    return type(own)(**found)
+    found, delta = {}, config.spec.delta
+    for name, tensor in layer.kept(adapter_name).items():
+        found[name] = state.get(_state_key(module_name, name, adapter_name, delta), tensor).detach()
+    if delta is not None:  # on the CPU, where a product has all digits of its dtype
+        found = {name: tensor.cpu() for name, tensor in found.items()}
+    return layer_tensors(delta, found)
 
 
 def _refuse_not_finite(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], adapter_name: str) -> None:
@@ -610,10 +609,15 @@ def _refuse_not_finite(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor
         )
 
 
-def _scaled(state: LayerTensors, factor: float) -> LayerTensors:
+def _scaled(state: LayerTensors, factor: float, config: DudeConfig) -> LayerTensors:
     """The state whose change `dB A + B0 dA` is `factor` times that of another."""
     if factor == 1:
         return state
+    if state.trained is not None:
+        raise ConfigError(
+            f"the adapter's scaling was set by hand, and {config.method} has no factor to fold it into; call "
+            "unscale_layer() before saving"
+        )
     return replace(state, dB=state.dB * factor, B0=None if state.B0 is None else state.B0 * factor)
 
 
@@ -654,6 +658,7 @@ def _needless(model: nn.Module, config: DudeConfig) -> Iterator[str]:
         place = name if name.startswith(_PEFT_PREFIX) else f"{_PEFT_PREFIX}{name}"
         if isinstance(module, DudeLinear):
             yield from (f"{place}.{part}" for part in (untrained, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
+            yield from (f"{place}.{part}.{adapter}." for part in ("lora_t", "lora_f") for adapter in module.r)
         elif isinstance(module, ModulesToSaveWrapper):
             yield from (f"{place}.{part}." for part in ("original_module", "modules_to_save"))
 

@@ -43,7 +43,7 @@ def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig)
     Raises:
         NumericsError: NaN or Inf in a weight.
     """
-    if not config.spec.frozen_start:
+    if config.spec.draws:
         return {}
     by_device: dict[torch.device, list[tuple[str, Any]]] = {}
     for name, module in targets:

@@ -60,7 +60,7 @@ class Sum:
         return A, B, self._magnitude(layer, A, B, gain) if self.magnitude else None
 
     def _present(self, layer: DudeLinear) -> list[tuple[str, float]]:
-        return [(name, weight) for name, weight in self.parts if name in layer.lora_dA]
+        return [(name, weight) for name, weight in self.parts if name in layer.r]
 
     def _sum(self, layer: DudeLinear) -> tuple[Tensor, Tensor, Tensor]:
         """The gains G (out,), and G F as E (out, k) R (k, in), in float64."""
@@ -143,11 +143,12 @@ def plan_sum(
 
 def _most_columns(config: DudeConfig) -> int:
     r = max(config.r, *config.rank_pattern.values(), 1)
-    return 2 * r if config.spec.frozen_start else r
+    return config.spec.multiple * r
 
 
 def _columns(layer: DudeLinear, name: str) -> int:
-    return 2 * layer.r[name] if name in layer.lora_A0 else layer.r[name]
+    state = layer.tensors(name)
+    return sum(factor.shape[1] for factor in (state.dB, state.B0) if factor is not None)
 
 
 def _reduced(E: Tensor, R: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
