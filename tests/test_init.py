@@ -336,7 +336,17 @@ def _changed_index(spoilt, change):
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.mark.parametrize("file", ["../escape.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", ""])
+ELSEWHERE = [
+    "../escape.safetensors",
+    "/etc/passwd",
+    "sub/x.safetensors",
+    "..\\x.safetensors",
+    "",
+    "x" * 300 + ".safetensors",
+]
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
 def test_an_index_that_points_elsewhere_is_refused(file, spoilt, tmp_path):
     _changed_index(spoilt, lambda places: places.update({Q_PROJ: file}))
     refused(spoilt, tmp_path, ArtifactError, INDEX, Q_PROJ)
@@ -364,6 +374,33 @@ def test_missing_shards_and_tensors_are_refused(spoilt, tmp_path):
     refused(spoilt, tmp_path, ArtifactError, "'more' is not in")
     next(spoilt.glob("*-of-*.safetensors")).unlink()
     refused(spoilt, tmp_path, ArtifactError, "is missing", "download")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_that_is_not_adapted_has_to_be_there_too(name, spoilt, tmp_path):
+    _changed_index(spoilt, lambda places: places.pop(name))
+    refused(spoilt, tmp_path, ArtifactError, name, "lacks 1 tensors")
+
+
+@pytest.mark.parametrize(("key", "value"), [("intermediate_size", 3), ("vocab_size", 90), ("attention_bias", True)])
+def test_settings_of_another_model_are_refused_where_no_adapted_layer_shows_them(key, value, tmp_path):
+    architecture = "llama" if key == "attention_bias" else "mistral-gqa"
+    model = saved(tmp_path / "model", architecture)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, key: value}))
+    refused(model, tmp_path, ArtifactError, "lacks 8" if value is True else "config.json needs")
+
+
+@pytest.mark.parametrize(("method", "part"), [("olora", "factors"), ("dora", "row norms"), ("dude", "q_proj")])
+def test_a_start_that_overflows_is_refused(method, part, spoilt, tmp_path):
+    _rewritten(spoilt, lambda t: torch.full_like(t, 2e38))
+    refused(spoilt, tmp_path, NumericsError, "layers.1.self_attn.q_proj", part, settings={"method": method})
+
+
+def test_a_configuration_of_a_thousand_million_labels_ends(spoilt, tmp_path):
+    settings = json.loads((spoilt / "config.json").read_text())
+    (spoilt / "config.json").write_text(json.dumps({**settings, "num_labels": 10**9}))
+    refused(spoilt, tmp_path, ArtifactError, "num_labels")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1, -1000])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dude_peft.core.finite import first_not_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import NumericsError
 from dude_peft.methods.method import Method, Split, SplitOptions
@@ -39,7 +40,19 @@ def start_of(method: Method, W0: Tensor, r: int, scaling: float, options: SplitO
     """
     check_finite(where, W0)
     m0 = row_norm(W0)  # first: the split may overwrite W0
-    return Start(method.split(W0, r, scaling, options), m0)
+    dtype = W0.dtype
+    try:
+        split = method.split(W0, r, scaling, options)
+    except NumericsError as error:
+        raise NumericsError(f"base weight of '{where}': {error}") from error
+    made = [("factors", split.A), ("factors", split.B), ("row norms", m0.to(dtype) if method.normalised else None)]
+    lost = first_not_finite((name, tensor) for name, tensor in made if tensor is not None)
+    if lost is not None:
+        raise NumericsError(
+            f"base weight of '{where}': the {lost} of its start overflow {dtype}; check the checkpoint, or use a wider "
+            "dtype"
+        )
+    return Start(split, m0)
 
 
 def check_finite(layer_name: str, W0: Tensor) -> None:
