@@ -410,10 +410,10 @@ def test_a_truncated_shard_is_refused(cut, spoilt, tmp_path):
     refused(spoilt, tmp_path, ArtifactError, shard.name, "download")
 
 
-def _rewritten(spoilt, change):
-    place = json.loads((spoilt / INDEX).read_text())["weight_map"][Q_PROJ]
+def _rewritten(spoilt, change, name=Q_PROJ):
+    place = json.loads((spoilt / INDEX).read_text())["weight_map"][name]
     tensors = safetensors.torch.load_file(spoilt / place)
-    tensors[Q_PROJ] = change(tensors[Q_PROJ]).contiguous()
+    tensors[name] = change(tensors[name]).contiguous()
     safetensors.torch.save_file(tensors, spoilt / place, {"format": "pt"})
 
 
@@ -433,6 +433,12 @@ def _rewritten(spoilt, change):
 def test_a_weight_that_cannot_be_used_is_refused(change, error, parts, spoilt, tmp_path):
     _rewritten(spoilt, change)
     refused(spoilt, tmp_path, error, *parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_a_tensor_beside_the_adapted_ones_that_holds_no_floats_is_refused(dtype, spoilt, tmp_path):
+    _rewritten(spoilt, lambda t: t.to(dtype), "model.norm.weight")
+    refused(spoilt, tmp_path, ConfigError, "model.norm.weight", "no float dtype")
 
 
 def test_models_that_cannot_be_used_are_refused(spoilt, tmp_path):

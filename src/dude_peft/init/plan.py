@@ -17,7 +17,7 @@ import torch
 
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.header import StoredTensor
+from dude_peft.artifact.header import DTYPES, StoredTensor
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.layer import LayerTask
 from dude_peft.methods import Method
@@ -127,6 +127,11 @@ def _check_whole(
             raise ArtifactError(
                 f"tensor '{shown(stored.name)}' has shape {stored.shape}, but config.json needs {wanted}; they belong "
                 "to different models"
+            )
+        if stored is not None and stored.dtype not in DTYPES:
+            raise ConfigError(
+                f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}, no float dtype; use the unquantised "
+                "checkpoint"
             )
         made = any(name in layout.made for name in names)
         if stored is None and not made and not any(each.search(name) for each in optional for name in names):
