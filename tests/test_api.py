@@ -183,6 +183,54 @@ def test_a_wrong_kind_is_one_line(place, monkeypatch, call):
     assert "\n" not in str(caught.value)
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", LONG, f"{LONG}/adapter", "/x" * 3000])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: dude_peft.merge(path, "merged-1"),
+        lambda path: dude_peft.merge("runs/mine/adapter", path),
+        lambda path: dude_peft.merge(["runs/mine/adapter", path], "merged-1"),
+        lambda path: dude_peft.export("runs/mine/adapter", "peft", Path(path)),
+        lambda path: dude_peft.evaluate("my-model", "scores", text=path),
+        lambda path: dude_peft.evaluate("my-model", path, text="general.txt"),
+        lambda path: dude_peft.generate("my-model", ["x"], output=path),
+        lambda path: dude_peft.method_table(path),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_one_line(place, monkeypatch, path, call):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError) as caught:
+        call(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"model": ""}, "empty"),
+        ({"target_modules": ["q_proj"]}, "only with a model"),
+        ({"model": "my-model", "target_modules": ["\x1b[2J"]}, "not a module"),
+        ({"model": "my-model", "target_modules": "x" * 5000}, "matches no layer"),
+    ],
+)
+def test_a_table_of_methods_that_cannot_be_is_one_line(place, monkeypatch, options, part):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match=part) as caught:
+        dude_peft.method_table(**options)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_samples_have_a_limit(place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match="10,000"):
+        dude_peft.generate("my-model", ["x"], samples=10**9, temperature=0.5)
+
+
 def test_numbers_of_numpy_are_numbers(place, monkeypatch):
     monkeypatch.chdir(place)
     found = dude_peft.check_data("mine.jsonl", "my-model", seed=np.int64(3), max_length=np.int32(64))

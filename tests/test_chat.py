@@ -28,6 +28,7 @@ from dude_peft import DudeConfig
 from dude_peft.answer.decode import Pieces, decode, decode_all
 from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.speaker import open_speaker
+from dude_peft.artifact.sealed import sealed
 from dude_peft.chat.conversation import Conversation
 from dude_peft.chat.generate import generate
 from dude_peft.chat.talk import chat
@@ -745,6 +746,29 @@ def test_an_interrupted_command_goes_on_and_writes_the_same_file(adapter, tmp_pa
     assert len(calls) == total + 2
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
+
+
+@pytest.mark.parametrize("answer", [None, 5, [], {}, "x", ["a"], [5, "end"], ["a", "stop"], ["a", "end", 1]])
+def test_a_kept_completion_of_another_form_is_damage(adapter, tmp_path, monkeypatch, answer):
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    with monkeypatch.context() as patch:
+        patch.setattr("dude_peft.chat.generate.replace_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate(adapter, ["say one"], output=out, max_new_tokens=2)
+    first, kept = map(json.loads, part.read_text().splitlines())
+    changed = sealed({"of": kept["of"], "content": {"model:0": answer}})
+    part.write_text(f"{json.dumps(first)}\n{json.dumps(changed)}\n")
+    with pytest.raises(ArtifactError, match=r"out\.jsonl\.part is damaged; remove it"):
+        generate(adapter, ["say one"], output=out, max_new_tokens=2)
+    assert not out.exists()
+
+
+def test_a_link_that_leads_nowhere_stays(adapter, tmp_path):
+    part = tmp_path / "out.jsonl.part"
+    part.symlink_to("nowhere")
+    with pytest.raises(ResourceError):
+        generate(adapter, ["say one"], output=tmp_path / "out.jsonl", max_new_tokens=2)
+    assert part.is_symlink()
 
 
 @pytest.mark.slow

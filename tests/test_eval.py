@@ -23,6 +23,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_peft.artifact.json_text import json_text
+from dude_peft.artifact.sealed import sealed
 from dude_peft.config.schema import EvaluationSection
 from dude_peft.data import renderer
 from dude_peft.data.control_tokens import ControlTokens
@@ -374,7 +375,9 @@ def test_a_finished_evaluation_is_refused_and_computed_from_its_answers(place, t
     assert again.provenance["answers"]["model"] == {"computed": 0, "found": 36, "batch_size": 8}
 
 
-@pytest.mark.parametrize("damage", ["an answer", "the settings", "a line of another file"])
+@pytest.mark.parametrize(
+    "damage", ["an answer", "the settings", "a line of another file", "an answer's form", "a size's form"]
+)
 def test_changed_answers_are_refused(place, tmp_path, damage):
     """JSON that reads well and says something else."""
     options = EvalOptions(("mmlu_anatomy",), place / "data")
@@ -383,6 +386,13 @@ def test_changed_answers_are_refused(place, tmp_path, damage):
     lines = path.read_text().splitlines()
     if damage == "an answer":
         lines[1] = lines[1].replace("-", "-1", 1)
+    elif damage == "an answer's form":
+        line = json.loads(lines[1])
+        line = {"of": line["of"], "content": dict.fromkeys(line["content"])}
+        lines[1] = json.dumps(sealed(line))
+    elif damage == "a size's form":
+        line = json.loads(lines[0])
+        lines[0] = json.dumps(sealed({"of": line["of"], "content": {**line["content"], "batch_size": "x"}}))
     elif damage == "the settings":
         lines[0] = lines[0].replace('"batch_size": 8', '"batch_size": 9')
     else:
@@ -632,10 +642,36 @@ def test_a_task_that_lies_among_ours_is_kept(place, tmp_path):
 def test_a_general_text_is_read_before_anything_is_scored(place, tmp_path, monkeypatch):
     monkeypatch.setattr(HarnessModel, "loglikelihood", None)
     text = tmp_path / "text.txt"
-    for content, error in ((b"short", "shorter than one block"), (b"\xff" * 9000, "is not UTF-8")):
+    monkeypatch.setattr("dude_peft.evaluation.forgetting._LARGEST_BYTES", 1 << 20)
+    for content, error in (
+        (b"short", "shorter than one block"), (b"\xff" * 9000, "is not UTF-8"), (b"\0" * 9000, "NUL"),
+        (b"", "is empty"), (b"\n \r\n" * 9000, "only blank lines"), (b"PK\3\4" + b"x" * 9000, "zip archive"),
+        (b"x" * (1 << 20) + b"x", "larger than 1 MiB"),
+    ):  # fmt: skip
         text.write_bytes(content)
         with pytest.raises(DataError, match=error):
             evaluate(str(place / "model"), EvalOptions(("mmlu_anatomy",), place / "data", text=text), tmp_path / "o")
+
+
+@pytest.mark.parametrize("name", ["answers", "samples", "tasks"])
+def test_a_linked_folder_in_the_output_is_never_written_or_emptied(tmp_path, name):
+    mine = tmp_path / "mine" / "mine.jsonl"
+    for folder in (mine.parent, tmp_path / "o" / "answers"):
+        folder.mkdir(parents=True)
+    mine.write_text("precious")
+    shutil.rmtree(tmp_path / "o" / name, ignore_errors=True)
+    (tmp_path / "o" / name).symlink_to(mine.parent)
+    with pytest.raises(ConfigError, match=rf"o/{name} is a link; remove it"):
+        evaluate(str(tmp_path / "nothing"), EvalOptions(("wordmath",)), tmp_path / "o", overwrite=True)
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "wordmath ", "\x1b[1m", "a\nb"])
+def test_what_is_no_name_of_a_task_is_told_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("dude_peft.evaluation.task_names._spelt", None)
+    with pytest.raises(ConfigError, match="is no name of a task") as caught:
+        evaluate(str(tmp_path / "nothing"), EvalOptions((name,)), tmp_path / "o")
+    assert str(caught.value).isprintable()
 
 
 def test_a_misspelt_task_is_told_before_anything_heavy(tmp_path, monkeypatch):

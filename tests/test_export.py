@@ -337,6 +337,9 @@ def test_pefts_combinations_run_on_the_changes(kind, two, tmp_path):
         ({"weights": [1.0, float("nan")]}, ("--weight nan", "the largest weight is 1000")),
         ({"weights": [1.0, float("-inf")]}, ("--weight -inf", "the largest weight is 1000")),
         ({"weights": [1e308, 1.0]}, ("--weight 1e+308", "the largest weight is 1000")),
+        ({"weights": [1.0, 10**400]}, ("--weight 1000", "the largest weight is 1000")),
+        ({"weights": []}, ("2 adapters and 0 weights",)),
+        ({"combination": "\x1b[2J"}, ("\\x1b[2J", "unknown")),
         ({"combination": "tie"}, ("'tie' is unknown", "'ties'")),
         ({"combination": "ties"}, ("density", "0.5")),
         ({"combination": "ties", "density": 0.0}, ("density",)),
@@ -347,6 +350,14 @@ def test_pefts_combinations_run_on_the_changes(kind, two, tmp_path):
 def test_wrong_options_of_a_merge(options, parts, two, tmp_path):
     paths = [one.adapter for one in two]
     refused(lambda: merge(paths, tmp_path / "m", **{**QUIET, **options}), ConfigError, *parts, output=tmp_path / "m")
+
+
+def test_an_adapter_that_is_listed_twice_is_refused(usual, tmp_path):
+    for other in (usual.adapter, f"{usual.adapter}/", usual.adapter / "." / "x" / ".."):
+        refused(
+            lambda other=other: merge([usual.adapter, other], tmp_path / "m", **QUIET),
+            ConfigError, "listed twice", output=tmp_path / "m",
+        )  # fmt: skip
 
 
 # --- lora:K -------------------------------------------------------------------------------------------------------
@@ -469,6 +480,18 @@ def test_the_same_values_resharded_and_in_another_dtype_are_the_same_base(tmp_pa
     assert len(open_weights(tmp_path / "wide").files) == 1
     merge([trained.adapter], tmp_path / "merged", base=str(tmp_path / "wide"), **QUIET)
     assert kl(trained.logits, logits(load(tmp_path / "merged"))) < 1e-4
+
+
+@pytest.mark.parametrize("target", ["peft", "lora:8", "merged"])
+@pytest.mark.parametrize(
+    ("change", "part"), [({"num_hidden_layers": 1}, "does not have"), ({"intermediate_size": 64}, "shape")]
+)
+def test_an_export_for_a_base_of_another_size_is_refused(target, change, part, usual, tmp_path):
+    settings = transformers.AutoConfig.from_pretrained(usual.base)
+    settings.update(change)
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "other")
+    more = {**QUIET, "base": str(tmp_path / "other"), "allow_base_mismatch": True}
+    refused(lambda: export(usual.adapter, target, tmp_path / "x", **more), ArtifactError, part, output=tmp_path / "x")
 
 
 def test_a_base_of_another_shape_or_architecture_is_refused(usual, tmp_path):

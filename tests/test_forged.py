@@ -226,6 +226,33 @@ def test_a_forged_manifest_ends_in_one_of_our_errors(copied, small, data):
         load_adapter(base(), copied)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "rslora"}, {"method": "dora"}, {"method": "dude"}, {"r": 1}, {"lora_alpha": 17},
+        {"lora_alpha": 1e308}, {"alpha_pattern": {"linear": 3}}, {"target_modules": None}, {"method": "x" * 9999},
+    ],
+)  # fmt: skip
+def test_settings_that_change_what_the_adapter_computes_are_damage(change, tmp_path):
+    model = get_peft_model(base(), DudeConfig(method="lora", r=2, target_modules=["linear"]))
+    model.save_pretrained(tmp_path)
+    reseal(tmp_path, lambda manifest: manifest["config"].update(change))
+    for use in (lambda: load_adapter(base(), tmp_path), lambda: verify(tmp_path, quiet=True)):
+        with pytest.raises(ArtifactError) as caught:
+            use()
+        assert len(str(caught.value)) < 500
+
+
+def test_a_module_to_save_that_the_file_does_not_have_is_damage(tmp_path):
+    def two():
+        return torch.nn.ModuleDict({**base(), "head": torch.nn.Linear(4, 2)})
+
+    get_peft_model(two(), DudeConfig(r=1, target_modules=["linear"])).save_pretrained(tmp_path)
+    reseal(tmp_path, lambda manifest: manifest["config"].update(modules_to_save=["head"]))
+    with pytest.raises(ArtifactError, match=r"has no tensor .*head"):
+        load_adapter(two(), tmp_path)
+
+
 @pytest.mark.parametrize("key", ["dtype", "shape", "xxh3_128"])
 @pytest.mark.parametrize("value", [5, 1.5, None, True, {"a": 1}, [[1]], [1.5], [-1]])
 def test_a_fingerprint_of_odd_kinds_is_damage(key, value, copied):

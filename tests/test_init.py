@@ -336,7 +336,17 @@ def _changed_index(spoilt, change):
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.mark.parametrize("file", ["../escape.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", ""])
+ELSEWHERE = [
+    "../escape.safetensors",
+    "/etc/passwd",
+    "sub/x.safetensors",
+    "..\\x.safetensors",
+    "",
+    "x" * 300 + ".safetensors",
+]
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
 def test_an_index_that_points_elsewhere_is_refused(file, spoilt, tmp_path):
     _changed_index(spoilt, lambda places: places.update({Q_PROJ: file}))
     refused(spoilt, tmp_path, ArtifactError, INDEX, Q_PROJ)
@@ -366,6 +376,33 @@ def test_missing_shards_and_tensors_are_refused(spoilt, tmp_path):
     refused(spoilt, tmp_path, ArtifactError, "is missing", "download")
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_that_is_not_adapted_has_to_be_there_too(name, spoilt, tmp_path):
+    _changed_index(spoilt, lambda places: places.pop(name))
+    refused(spoilt, tmp_path, ArtifactError, name, "lacks 1 tensors")
+
+
+@pytest.mark.parametrize(("key", "value"), [("intermediate_size", 3), ("vocab_size", 90), ("attention_bias", True)])
+def test_settings_of_another_model_are_refused_where_no_adapted_layer_shows_them(key, value, tmp_path):
+    architecture = "llama" if key == "attention_bias" else "mistral-gqa"
+    model = saved(tmp_path / "model", architecture)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, key: value}))
+    refused(model, tmp_path, ArtifactError, "lacks 8" if value is True else "config.json needs")
+
+
+@pytest.mark.parametrize(("method", "part"), [("olora", "factors"), ("dora", "row norms"), ("dude", "q_proj")])
+def test_a_start_that_overflows_is_refused(method, part, spoilt, tmp_path):
+    _rewritten(spoilt, lambda t: torch.full_like(t, 2e38))
+    refused(spoilt, tmp_path, NumericsError, "layers.1.self_attn.q_proj", part, settings={"method": method})
+
+
+def test_a_configuration_of_a_thousand_million_labels_ends(spoilt, tmp_path):
+    settings = json.loads((spoilt / "config.json").read_text())
+    (spoilt / "config.json").write_text(json.dumps({**settings, "num_labels": 10**9}))
+    refused(spoilt, tmp_path, ArtifactError, "num_labels")
+
+
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1, -1000])
 def test_a_truncated_shard_is_refused(cut, spoilt, tmp_path):
     shard = sorted(spoilt.glob("*-of-*.safetensors"))[1]
@@ -373,10 +410,10 @@ def test_a_truncated_shard_is_refused(cut, spoilt, tmp_path):
     refused(spoilt, tmp_path, ArtifactError, shard.name, "download")
 
 
-def _rewritten(spoilt, change):
-    place = json.loads((spoilt / INDEX).read_text())["weight_map"][Q_PROJ]
+def _rewritten(spoilt, change, name=Q_PROJ):
+    place = json.loads((spoilt / INDEX).read_text())["weight_map"][name]
     tensors = safetensors.torch.load_file(spoilt / place)
-    tensors[Q_PROJ] = change(tensors[Q_PROJ]).contiguous()
+    tensors[name] = change(tensors[name]).contiguous()
     safetensors.torch.save_file(tensors, spoilt / place, {"format": "pt"})
 
 
@@ -396,6 +433,12 @@ def _rewritten(spoilt, change):
 def test_a_weight_that_cannot_be_used_is_refused(change, error, parts, spoilt, tmp_path):
     _rewritten(spoilt, change)
     refused(spoilt, tmp_path, error, *parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_a_tensor_beside_the_adapted_ones_that_holds_no_floats_is_refused(dtype, spoilt, tmp_path):
+    _rewritten(spoilt, lambda t: t.to(dtype), "model.norm.weight")
+    refused(spoilt, tmp_path, ConfigError, "model.norm.weight", "no float dtype")
 
 
 def test_models_that_cannot_be_used_are_refused(spoilt, tmp_path):

@@ -417,7 +417,7 @@ def merge(
     api.merge(
         adapters,
         output,
-        weights=weight,
+        weights=weight or None,
         combination=combination,
         density=density,
         seed=seed,

@@ -210,6 +210,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 _MOST = (
     (re.compile(r"(num_|n_).*layers?|n_layer|.*_layers|depth|.*_depth"), 1024),
     (re.compile(r".*experts?"), 65536),
+    (re.compile(r"num_labels"), 1 << 20),  # a name is made for each
     (re.compile(r".*(size|dim|rank|heads|width|embd|inner|model|groups)"), 1 << 26),
 )
 _MOST_OTHERWISE = 1 << 62

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+LONGEST_NAME, _LONGEST_PATH = 255, 4096
+"""Bytes, on almost every file system."""
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "None": lambda value: value is None,
     "bool": lambda value: isinstance(value, bool),
@@ -52,9 +55,26 @@ def checked(function: _Function) -> _Function:
             kinds = [_KINDS.get(kind) for kind in re.split(r" \| (?![^\[]*\])", wanted)]
             if None not in kinds and not any(kind(value) for kind in kinds if kind is not None):
                 raise ConfigError(f"{function.__name__}: {name} is {shown(repr(value), 60)}; give {wanted}")
+            if "Path" in wanted:
+                for path in value if isinstance(value, (list, tuple)) else [value]:
+                    _check_path(f"{function.__name__}: {name}", path)
         return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _check_path(where: str, path: Any) -> None:
+    """Refuse what no file system can have: every function of Python's would say so in its own way."""
+    if not isinstance(path, (str, Path)):
+        return
+    try:
+        parts = os.fsencode(path).split(os.fsencode(os.sep))
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} {shown(path)} has a character that no file name can have; give another") from None
+    if any(b"\0" in part for part in parts):
+        raise ConfigError(f"{where} {shown(path)} has a NUL character; give a path without it")
+    if max(map(len, parts)) > LONGEST_NAME or sum(map(len, parts)) + len(parts) > _LONGEST_PATH:
+        raise ConfigError(f"{where} {shown(path, 40)} is longer than the file system allows; use a shorter name")
 
 
 def _all_of(value: Any, kinds: Any) -> bool:

@@ -66,9 +66,7 @@ class AnswerCache:
                 for batch in lines[1:]:
                     self._answers |= batch
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise ArtifactError(
-                    f"{shown(path, 300)} is damaged; remove it, and its answers will be computed again"
-                ) from error
+                raise self.damaged() from error
             self._file.truncate(len(whole))
             self._file.seek(len(whole))
             if not lines:
@@ -82,6 +80,21 @@ class AnswerCache:
 
     def __len__(self) -> int:
         return len(self._answers)
+
+    def parts(self, key: str, *kinds: type | tuple[type, ...]) -> list[Any]:
+        """The values of an answer that has several, one for each kind. ArtifactError where it has others."""
+        answer = self._answers[key]
+        if (
+            not isinstance(answer, (list, tuple))
+            or len(answer) != len(kinds)
+            or not all(map(isinstance, answer, kinds))
+        ):
+            raise self.damaged()
+        return list(answer)
+
+    def damaged(self) -> ArtifactError:
+        """What to raise where the file does not hold what we write."""
+        return ArtifactError(f"{shown(self._path, 300)} is damaged; remove it, and its answers will be computed again")
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Keep a batch of answers, on the disk before the first process returns.

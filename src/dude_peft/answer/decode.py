@@ -140,7 +140,7 @@ def decode_all(
     for number, indices in enumerate(grouped([len(prompt) for prompt in prompts], batch_size, company)):
         keys = [f"{'base' if base else 'model'}:{index}" for index in indices]
         if cache is not None and all(key in cache for key in keys):
-            completions = [Completion(*cache[key]) for key in keys]
+            completions = [_kept(cache, key) for key in keys]
         else:
             decoding.start(number)
             completions = decode(speaker, [prompts[index] for index in indices], decoding, base=base)
@@ -149,6 +149,13 @@ def decode_all(
         found.update(zip(indices, completions, strict=True))
         advance(len(indices))
     return [found[index] for index in range(len(prompts))]
+
+
+def _kept(cache: AnswerCache, key: str) -> Completion:
+    text, finish = cache.parts(key, str, str)
+    if finish not in ("end", "length"):
+        raise cache.damaged()
+    return Completion(text, finish)
 
 
 def _completion(speaker: Speaker, tokens: Tensor) -> Completion:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dude_peft.answer.decode import Completion
     from dude_peft.data import Row
 
+_MOST_SAMPLES = 10_000
 # json leaves these as they are; some of them are commands to a terminal.
 _CONTROL = re.compile("[\x7f-\x9f\u2028\u2029]")
 
@@ -105,9 +106,10 @@ def generate(
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: give a whole number of prompts from 1")
-    if samples < 1 or (samples > 1 and temperature == 0):
+    if not 1 <= samples <= _MOST_SAMPLES or (samples > 1 and temperature == 0):
         raise ConfigError(
-            f"--samples {samples}: give a whole number from 1; several samples need --temperature above 0"
+            f"--samples {shown(samples, 20)}: give a whole number from 1 to {_MOST_SAMPLES:,}; several samples need "
+            "--temperature above 0"
         )
     if as_rows and (raw or base_too):
         raise ConfigError("--as-rows writes rows for dude train; leave --raw and --base-too out")

@@ -6,6 +6,7 @@ model's weights to the size of a batch. It is removed once the output is there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dude_peft.answer.cache import AnswerCache, key_of
 from dude_peft.artifact.durable import disk_errors
-from dude_peft.errors import ConfigError
+from dude_peft.errors import BusyError, ConfigError
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
     """
     path = part_of(output)
     with disk_errors(path):
-        begun = path.exists()
+        begun = os.path.lexists(path)  # a link that leads nowhere is the user's as well
     cache: AnswerCache | None = None
     try:
         cache = AnswerCache(path, {"command": command})
@@ -54,8 +55,8 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
                 )
             cache.clear({"command": command})
         yield cache
-    except BaseException:
-        if not begun and not cache:  # nothing to go on from
+    except BaseException as error:
+        if not begun and not cache and not isinstance(error, BusyError):  # nothing to go on from
             path.unlink(missing_ok=True)
         raise
     finally:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticKnownError
 
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
+from dude_peft.show import shown
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
 """A number as everybody reads it: in ASCII, without leading zeros, which some take for octal."""
@@ -454,7 +455,7 @@ class RunConfig(Section):
         if method is None:
             near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
             hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
-            raise ConfigError(f"key 'adapter.method': there is no method {self.adapter.method!r}; {hint}")
+            raise ConfigError(f"key 'adapter.method': there is no method {shown(repr(self.adapter.method))}; {hint}")
         norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
         adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})
         train = self.train

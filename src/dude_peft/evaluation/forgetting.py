@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dude_peft.data.control_tokens import ControlTokens
-from dude_peft.data.file_lines import opened
+from dude_peft.data.file_lines import BOM, decode, opened, refuse_magic
 from dude_peft.errors import DataError, NumericsError
 from dude_peft.machine.processes import count, gathered, rank
 from dude_peft.measure.divergence import divergence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dude_peft.answer.speaker import Speaker
 
 _BLOCKS, _LENGTH = 16, 512
+_LARGEST_BYTES = 256 << 20
 _CHARACTERS_A_TOKEN = 12  # more than any language needs, so that a stretch of text fills its block
 
 
@@ -78,9 +79,9 @@ def read_text(path: Path, control: ControlTokens, positions: int | None) -> Text
     Raises:
         DataError: the file is missing, empty, too short or not UTF-8.
     """
-    content = _read(path)
+    content, text = _read(path)
     length = min(_LENGTH, positions or _LENGTH)
-    blocks = _blocks(content.decode("utf-8"), control, length, shown(path, 300))
+    blocks = _blocks(text, control, length, shown(path, 300))
     if not blocks:
         raise DataError(f"{shown(path, 300)}: shorter than one block of {length} tokens; give more text")
     return Text(str(path), hashlib.sha256(content).hexdigest(), blocks)
@@ -150,14 +151,18 @@ def _perplexity(loss: float) -> float:
         ) from error
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, str]:
+    """The bytes of a file, and their text."""
     with opened(path) as (stream, name):
-        content = stream.read()
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    return content
+        content = stream.read(_LARGEST_BYTES + 1)
+    if len(content) > _LARGEST_BYTES:
+        limit = _LARGEST_BYTES >> 20
+        raise DataError(f"{name}: larger than {limit} MiB, of which {_BLOCKS} blocks are read; give a part of it")
+    refuse_magic(content[:8], name)
+    text = decode(content.removeprefix(BOM), 1, 0, name)
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty or has only blank lines; give a text")
+    return content, text
 
 
 def _blocks(text: str, control: ControlTokens, length: int, where: str) -> list[list[int]]:

@@ -136,7 +136,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             return dict(zip(pairs, answers, strict=True))
 
         self._answer([row for _, row in longest], compute)
-        return [tuple(self._cache[key]) for key in keys]
+        found = [self._cache.parts(key, (int, float), bool) for key in keys]
+        return [(float(score), greedy) for score, greedy in found]
 
     @override
     def generate_until(self, requests: list[_Request], disable_tqdm: bool = True) -> list[str]:
@@ -171,7 +172,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
             self._answer([{key: request} for key, request in longest], compute)
         for key, request in zip(keys, requests, strict=True):
-            text, stopped = self._cache[key]
+            text, stopped = self._cache.parts(key, str, bool)
             if not stopped:
                 self.unstopped.add((request.task_name, request.doc_id))
             if not text.strip():
@@ -189,7 +190,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             return dict(zip(asked, found, strict=True))
 
         self._answer([{key: request} for key, request in zip(keys, requests, strict=True)], compute)
-        return [float(self._cache[key]) for key in keys]
+        sums = [self._cache[key] for key in keys]
+        if not all(isinstance(each, (int, float)) for each in sums):
+            raise self._cache.damaged()
+        return [float(each) for each in sums]
 
     @override
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

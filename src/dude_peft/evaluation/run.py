@@ -22,6 +22,7 @@ from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Evaluation, Measure
 from dude_peft.evaluation.scorer import SEEDS, Scorer, libraries
 from dude_peft.evaluation.task_names import GSM8K, check_names, is_yaml
+from dude_peft.kinds import LONGEST_NAME
 from dude_peft.machine import processes
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -30,8 +31,6 @@ from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 if TYPE_CHECKING:
     from dude_peft.answer.speaker import Speaker
     from dude_peft.evaluation.tasks import Chosen
-
-_LONGEST_NAME = 255
 
 
 def evaluate(
@@ -288,15 +287,23 @@ def _write(
 
 
 def make_output(output: Path) -> None:
-    """The folder of the results, and in it that of the answers. ResourceError where the disk does not allow it."""
+    """The folder of the results, and in it that of the answers.
+
+    Raises:
+        ConfigError: a folder in it is a link: what it leads to would be written, and its old samples removed.
+        ResourceError: the disk does not allow it.
+    """
+    for name in (ANSWERS, SAMPLES, TASKS):
+        if (output / name).is_symlink():
+            raise ConfigError(f"output {shown(output / name, 300)} is a link; remove it, or choose another folder")
     with disk_errors(output):
         (output / ANSWERS).mkdir(parents=True, exist_ok=True)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
     named = shown(output, 300)
-    if len(output.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
-        raise ConfigError(f"output {named}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
+    if len(output.name.encode("utf-8", "surrogateescape")) > LONGEST_NAME:
+        raise ConfigError(f"output {named}: the name is longer than {LONGEST_NAME} bytes; choose a shorter one")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ConfigError(f"output {named} is not a folder; choose another name")
     if (output / RESULTS).exists() and not overwrite:

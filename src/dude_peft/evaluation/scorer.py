@@ -86,8 +86,11 @@ class Scorer:
         asked = {**settings, "asked_batch_size": self._options.batch_size}
         path = self._output / ANSWERS / f"{state}-{key_of(asked)}.jsonl"
         cache = AnswerCache(path, {**asked, "batch_size": self._options.batch_size or _rows_that_fit(self._speaker)})
+        batch_size = cache.settings["batch_size"]
         whose = "base" if state == "base" else "model"
         try:
+            if not isinstance(batch_size, int) or batch_size < 1:
+                raise cache.damaged()
             _seed_everything(self._tasks.values())
             versions = {name: task.VERSION for name, task in self._tasks.items()}
             total = sum(map(len, self._items.values()))
@@ -97,7 +100,7 @@ class Scorer:
                     tokenizer,
                     cache,
                     name=self._speaker.name,
-                    batch_size=int(cache.settings["batch_size"]),
+                    batch_size=batch_size,
                     versions=versions,
                     prompts=prompts,
                     company=self._company,

@@ -51,6 +51,9 @@ def check_names(names: Sequence[str]) -> None:
     asked = [name for name in names if not is_yaml(name) and name not in (*GSM8K, *GROUPS, WORDMATH)]
     if not asked:
         return
+    for name in asked:
+        if not name.isprintable() or not name or name != name.strip():
+            raise ConfigError(f"--tasks: {quoted(name)} is no name of a task; `lm-eval ls tasks` lists all tasks")
     known = _spelt(harness_tasks())
     for name in asked:
         # A name that is no word of a file may be one all the same: the harness's index decides.

@@ -203,6 +203,18 @@ def check_base(base: Base, layers: dict[str, Layer]) -> ArtifactError | None:
     )
 
 
+def check_shapes(layers: dict[str, Layer]) -> None:
+    """Other values may be allowed, another size cannot be: no program could add the change. Raises ArtifactError."""
+    for name, layer in layers.items():
+        for change, _ in layer.changes:
+            seen = change.adapter.base[name]
+            if not seen["dtype"].startswith("opaque:") and list(layer.stored.shape) != seen["shape"]:
+                raise ArtifactError(
+                    f"adapter {shown(change.adapter.folder, 300)} was trained on a '{shown(name)}' of shape "
+                    f"{tuple(seen['shape'])}, but the base model's has {layer.stored.shape}; give the right --base"
+                )
+
+
 def _trained_whole(adapters: Sequence[Weighted]) -> Iterator[tuple[str, StoredTensor, str]]:
     for weighted in adapters:
         folder = shown(weighted.adapter.folder, 300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import statistics
@@ -152,13 +153,18 @@ def merge(
         NumericsError: the merged model is not what the adapters are, or overflows its dtype.
         ResourceError: disk, memory or permission.
     """
-    weights = list(weights) if weights else [1.0] * len(adapters)
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one --weight for each adapter")
+    places = [os.path.abspath(adapter) for adapter in adapters]
+    twice = next((adapter for adapter, place in zip(adapters, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"adapter {shown(twice, 300)} is listed twice; list it once, with the sum of its weights")
     absurd = next((weight for weight in weights if not abs(weight) <= _LARGEST_WEIGHT), None)  # nan is absurd too
     if absurd is not None:
         raise ConfigError(
-            f"--weight {absurd:g}: the largest weight is {_LARGEST_WEIGHT:g}; 1 adds the change as it was trained"
+            f"--weight {shown(absurd, 20)}: the largest weight is {_LARGEST_WEIGHT:g}; 1 adds the change as it was "
+            "trained"
         )
     settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
     with quiet_imports():
@@ -247,6 +253,9 @@ class _Export:
         return Target(target.kind, quantisation=name)
 
     def _make(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:
+        from dude_peft.exporting.merge import layers_of
+
+        self.layers = layers_of(base, self.weighted)
         if target.kind in ("peft", "lora"):
             self._check_stock(base)
         self._check_base(base)
@@ -271,9 +280,8 @@ class _Export:
 
     def _check_base(self, base: Base) -> None:
         from dude_peft.exporting.adapter import check_names
-        from dude_peft.exporting.merge import check_base, layers_of
+        from dude_peft.exporting.merge import check_base, check_shapes
 
-        self.layers = layers_of(base, self.weighted)
         for weighted in self.weighted:
             check_names(weighted.adapter, [name for name, _ in base.model.named_modules() if name])
         with self.display.waiting("checking the base weights"):
@@ -282,6 +290,7 @@ class _Export:
             return
         if not self.settings.allow_base_mismatch:
             raise problem
+        check_shapes(self.layers)
         self.display.warn(f"{problem} (allowed; the export records it)")
 
     def _merge(self, base: Base, folder: Path) -> None:

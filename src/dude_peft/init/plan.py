@@ -7,6 +7,8 @@ of `get_peft_model`.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,13 @@ import torch
 
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.header import StoredTensor
+from dude_peft.artifact.header import DTYPES, StoredTensor
 from dude_peft.artifact.stock import stock_shapes
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.layer import LayerTask
 from dude_peft.methods import Method
 from dude_peft.model.architecture import empty_model, parameter_names
-from dude_peft.model.layout import layout_of
+from dude_peft.model.layout import Layout, layout_of
 from dude_peft.model.weights import WeightFiles, is_plain, print_of
 from dude_peft.show import a_, shown
 from dude_peft.tuner import DudeConfig, DudeLinear, frozen
@@ -69,6 +71,7 @@ def make_plan(
     """
     model = empty_model(model_name, folder, checkpoint.dtype, dtype)
     names_of, layout = parameter_names(model), layout_of(model, checkpoint)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     # What get_peft_model does, which has no way of its own to leave the tensors empty.
     config.base_model_name_or_path = model_name
     adapted: Any = peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
@@ -104,6 +107,7 @@ def make_plan(
         transposed = frozen.is_transposed(base)
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
         size += saved_bytes(module, config.spec, r)
+    _check_whole(model, shapes, names_of.values(), layout)
     warn_if_refused(model, config.stock(), [task.name for task in layers])
     beside = {}
     for name, tensor in relied_on(model):
@@ -111,6 +115,34 @@ def make_plan(
         if place is not None and frozen.is_plain(tensor):
             beside[name] = place, tensor.dtype
     return Plan(config, layers, size, beside, base_settings(model.config))
+
+
+def _check_whole(
+    model: Any, shapes: dict[str, tuple[int, ...]], parameters: Iterable[list[str]], layout: Layout
+) -> None:
+    """Refuse a checkpoint that `load_model` would: what is not adapted has to be there as well, and to fit."""
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    absent = []
+    for names in parameters:
+        stored, wanted = layout.whole(names), next(shapes[name] for name in names if name in shapes)
+        if stored is not None and stored.shape != wanted:
+            raise ArtifactError(
+                f"tensor '{shown(stored.name)}' has shape {stored.shape}, but config.json needs {wanted}; they belong "
+                "to different models"
+            )
+        if stored is not None and stored.dtype not in DTYPES:
+            raise ConfigError(
+                f"tensor '{shown(stored.name)}' has dtype {shown(stored.dtype)}, no float dtype; use the unquantised "
+                "checkpoint"
+            )
+        made = any(name in layout.made for name in names)
+        if stored is None and not made and not any(each.search(name) for each in optional for name in names):
+            absent.append(names[0])
+    if absent:
+        raise ArtifactError(
+            f"the checkpoint lacks {len(absent)} tensors of {type(model).__name__}, among them '{shown(absent[0])}'; "
+            "use a complete causal language model"
+        )
 
 
 def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dude_peft.core.finite import first_not_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import NumericsError
 from dude_peft.methods.delta import DeltaStart
@@ -41,7 +42,20 @@ def start_of(method: Method, W0: Tensor, r: int, scaling: float, options: SplitO
     """
     check_finite(where, W0)
     m0 = row_norm(W0)  # first: the start may overwrite W0
-    return Start(method.begin(W0, r, scaling, options), m0)
+    dtype = W0.dtype
+    try:
+        begun = method.begin(W0, r, scaling, options)
+    except NumericsError as error:
+        raise NumericsError(f"base weight of '{where}': {error}") from error
+    factors = begun.tensors.values() if isinstance(begun, DeltaStart) else (begun.A, begun.B)
+    made = [*(("factors", tensor) for tensor in factors), ("row norms", m0.to(dtype) if method.normalised else None)]
+    lost = first_not_finite((name, tensor) for name, tensor in made if tensor is not None)
+    if lost is not None:
+        raise NumericsError(
+            f"base weight of '{where}': the {lost} of its start overflow {dtype}; check the checkpoint, or use a wider "
+            "dtype"
+        )
+    return Start(begun, m0)
 
 
 def check_finite(layer_name: str, W0: Tensor) -> None:

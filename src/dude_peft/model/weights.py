@@ -19,6 +19,7 @@ from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
 from dude_peft.doors import check_size, read_json, without_duplicates
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.kinds import LONGEST_NAME
 from dude_peft.show import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -162,7 +163,8 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ArtifactError(f"{shown(path, 300)} cannot be used ({shown(reason, 200)}); download it again") from error
     for name, file in places.items():
         # A name, never a path: an index from elsewhere must not make us read files outside its folder.
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        plain = Path(file).name == file and "\\" not in file and len(file.encode("utf-8", "replace")) <= LONGEST_NAME
+        if not plain or not file.endswith(".safetensors"):
             raise ArtifactError(
                 f"{shown(path, 300)}: tensor '{shown(name)}' lies in '{shown(file)}', which is not the name of a "
                 "shard; use the checkpoint's own index"

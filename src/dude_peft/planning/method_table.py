@@ -99,6 +99,10 @@ def method_table(
     """
     if r < 1:
         raise ConfigError(f"r={r}; a rank is a whole number of at least 1, 8 to 64 are usual")
+    if model is None and target_modules != "all-linear":
+        raise ConfigError("target modules count only with a model; add --model, or leave them out")
+    if model == "":
+        raise ConfigError("the model's name is empty; give a folder, a hub id or package:NAME")
     display = Display(quiet=quiet)
     shapes = None if model is None else _shapes(model, r, target_modules, display)
     made = MethodTable(model, r, len(shapes or ()), tuple(_row(method, shapes, r) for method in METHODS.values()))

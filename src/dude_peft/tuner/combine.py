@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dude_peft.artifact.effective import weighted_sum
 from dude_peft.errors import ConfigError
+from dude_peft.show import quoted
 from dude_peft.tuner.config import closest
 
 KINDS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -39,7 +40,7 @@ class Combination:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"combination '{self.kind}' is unknown; {closest(self.kind, KINDS)}")
+            raise ConfigError(f"combination {quoted(self.kind)} is unknown; {closest(self.kind, KINDS)}")
         if self.by_rows and self.density is not None:
             raise ConfigError(
                 "linear takes no density; leave it out, or choose ties, dare_linear, dare_ties or magnitude_prune"

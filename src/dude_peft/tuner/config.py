@@ -18,7 +18,15 @@ from pydantic import TypeAdapter
 from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, BaseRecord, Manifest, read_manifest, stamp
+from dude_peft.artifact.manifest import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    WEIGHTS_FILE,
+    BaseRecord,
+    Manifest,
+    read_manifest,
+    stamp,
+)
 from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
@@ -45,6 +53,7 @@ class _PeftType(str):
 
 DUDE_TYPE = _PeftType("DUDE")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+_LARGEST_ALPHA = 1e38  # what float32 holds
 # Keys of PEFT's LoraConfig that people bring along -> what does the same here.
 _INSTEAD = {
     "trainable_token_indices": "train added tokens with the whole embedding: modules_to_save=['embed_tokens']",
@@ -253,6 +262,7 @@ class DudeConfig(PeftConfig):
         except (ConfigError, TypeError, AttributeError) as error:  # in a file it is forged: training refuses such ones
             raise ArtifactError(f"{shown(directory / WEIGHTS_FILE, 300)}: {error}") from error
         config._loading = manifest
+        config._check_stock(directory)
         config._warn_of_lost_order(directory)
         return config
 
@@ -289,6 +299,21 @@ class DudeConfig(PeftConfig):
         if self._base is not None:
             return list(self._base.layers)
         return [] if self._loading is None else list(self._loading.base)
+
+    def _check_stock(self, directory: Path) -> None:
+        """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
+        assert self._loading is not None
+        keys = ["r", "lora_alpha", "use_dora"]
+        if self._loading.format_version == FORMAT_VERSION:  # earlier ones wrote patterns in another order
+            keys += _PATTERNS
+        wanted, found = self.stock().to_dict(), read_json(directory / CONFIG_FILE)
+        differing = [key for key in keys if found.get(key) != wanted[key]]
+        if differing or self.target_modules is None:
+            what = differing[0] if differing else "target_modules"
+            raise ArtifactError(
+                f"{shown(directory / CONFIG_FILE, 300)}: its {what} is {shown(repr(found.get(what)))}, but the "
+                f"manifest in {WEIGHTS_FILE} says otherwise; copy both files again"
+            )
 
     def _warn_of_lost_order(self, directory: Path) -> None:
         """Files of before format 4 have the patterns sorted, whatever their order was in training."""
@@ -360,7 +385,7 @@ def _check_kinds(config: DudeConfig) -> None:
 
 def _check(config: DudeConfig) -> None:
     if config.method not in METHODS:
-        raise ConfigError(f"method={config.method!r} is unknown; {closest(str(config.method), METHODS)}")
+        raise ConfigError(f"method={shown(repr(config.method))} is unknown; {closest(str(config.method), METHODS)}")
     for name, r in [("r", config.r), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]:
         if not _is_int(r) or r < 1:
             raise ConfigError(f"{name}={r!r}; a rank is a whole number of at least 1, usually 8 to 64")
@@ -369,7 +394,7 @@ def _check(config: DudeConfig) -> None:
         *((f"alpha_pattern[{k!r}]", v) for k, v in config.alpha_pattern.items()),
     ]
     for name, alpha in alphas:
-        if not _is_number(alpha) or not 0 < alpha < math.inf:
+        if not _is_number(alpha) or not 0 < alpha <= _LARGEST_ALPHA:
             raise ConfigError(f"{name}={alpha!r}; it is a number above 0, often r or 2 r")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r}; it is a probability from 0 to below 1")

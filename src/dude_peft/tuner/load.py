@@ -11,6 +11,7 @@ from torch import nn
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.core.threads import one_thread
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.show import shown
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.same_base import check_base, checked_base
 
@@ -93,6 +94,10 @@ def _load_first(
     try:
         with checked_base(model, recorded, path, allow_mismatch), one_thread():  # hundreds of small copies
             loaded = PeftModel.from_pretrained(model, path, config=config, **options)
+    except KeyError as error:  # PEFT's, of a module to save whose tensors the file does not have
+        raise ArtifactError(
+            f"adapter {shown(path, 300)} has no tensor {shown(error, 200)}, which its settings name; save it again"
+        ) from error
     except ArtifactError:
         if loaded is not None:
             loaded.unload()

@@ -721,7 +721,7 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
             "tensors are not supported: adapt the attention and dense layers instead"
         )
     hint = closest(wanted, _last_parts(names))
-    return f"target_modules: '{wanted}' is not a module of {type(model).__name__}; {hint}"
+    return f"target_modules: {quoted(wanted)} is not a module of {type(model).__name__}; {hint}"
 
 
 def _no_target(config: DudeConfig, model: nn.Module, names: list[str]) -> str:
@@ -825,4 +825,4 @@ def _is_inside(place: str) -> bool:
 
 
 def _shown(targets: Any) -> str:
-    return repr(targets) if isinstance(targets, str) else repr(sorted(targets or ()))
+    return shown(repr(targets) if isinstance(targets, str) else repr(sorted(targets or ())), 200)
