@@ -824,7 +824,7 @@ def test_an_adapter_for_another_base(place, tmp_path):
         (["--tasks", "gsm8k", "--limit", "0"], 2, "--limit 0"),
         (["--tasks", "gsm8k", "--seed", "-1"], 2, "--seed -1"),
         (["--tasks", "math"], 2, "needs LLM-Adapters' files"),
-        (["--tasks", "gsm8k", "-o", "x" * 300], 2, "longer than 255 bytes"),
+        (["--tasks", "gsm8k", "-o", "x" * 300], 2, "longer than the file system allows"),
         (["--tasks", "gsm8k", "--data-dir", __file__], 3, "this is a file"),
         (["--text", "nowhere.txt"], 3, "nowhere.txt: no such file"),
         (["--text", "."], 3, "--text .: this is a folder"),

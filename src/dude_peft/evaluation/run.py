@@ -22,7 +22,6 @@ from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Evaluation, Measure
 from dude_peft.evaluation.scorer import SEEDS, Scorer, libraries
 from dude_peft.evaluation.task_names import GSM8K, check_names, is_yaml
-from dude_peft.kinds import LONGEST_NAME
 from dude_peft.machine import processes
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -302,8 +301,6 @@ def make_output(output: Path) -> None:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     named = shown(output, 300)
-    if len(output.name.encode("utf-8", "surrogateescape")) > LONGEST_NAME:
-        raise ConfigError(f"output {named}: the name is longer than {LONGEST_NAME} bytes; choose a shorter one")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ConfigError(f"output {named} is not a folder; choose another name")
     if (output / RESULTS).exists() and not overwrite:

@@ -304,7 +304,7 @@ class DudeConfig(PeftConfig):
         """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
         assert self._loading is not None
         keys = ["r", "lora_alpha", "use_dora"]
-        if self._loading.format_version == FORMAT_VERSION:  # earlier ones wrote patterns in another order
+        if self._loading.format_version >= FORMAT_VERSION:  # earlier ones wrote patterns in another order
             keys += _PATTERNS
         wanted, found = self.stock().to_dict(), read_json(directory / CONFIG_FILE)
         differing = [key for key in keys if found.get(key) != wanted[key]]
