@@ -9,7 +9,6 @@ EDORA = replace(
     LORA_XS,
     name="edora",
     magnitude="trained",
-    rate_of="lora",
     summary="lora-xs with a trained magnitude",
     choose="few trained numbers, and a magnitude",
     paper="arXiv 2501.12067",

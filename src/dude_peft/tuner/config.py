@@ -256,13 +256,14 @@ class DudeConfig(PeftConfig):
             )
         config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
         try:
-            for settings in (vars(config), read_json(directory / CONFIG_FILE)):  # stock PEFT reads the second
+            stock = read_json(directory / CONFIG_FILE)  # what PEFT reads
+            for settings in (vars(config), stock):
                 check_patterns(settings, manifest.base)
             check_quantization((manifest.quantization or {}).get("config", {}), manifest.base)
         except (ConfigError, TypeError, AttributeError) as error:  # in a file it is forged: training refuses such ones
             raise ArtifactError(f"{shown(directory / WEIGHTS_FILE, 300)}: {error}") from error
         config._loading = manifest
-        config._check_stock(directory)
+        config._check_stock(stock, directory)
         config._warn_of_lost_order(directory)
         return config
 
@@ -300,13 +301,13 @@ class DudeConfig(PeftConfig):
             return list(self._base.layers)
         return [] if self._loading is None else list(self._loading.base)
 
-    def _check_stock(self, directory: Path) -> None:
+    def _check_stock(self, found: dict[str, Any], directory: Path) -> None:
         """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
         assert self._loading is not None
         keys = ["r", "lora_alpha", "use_dora"]
         if self._loading.format_version >= FORMAT_VERSION:  # earlier ones wrote patterns in another order
             keys += _PATTERNS
-        wanted, found = self.stock().to_dict(), read_json(directory / CONFIG_FILE)
+        wanted = self.stock().to_dict()
         differing = [key for key in keys if found.get(key) != wanted[key]]
         if differing or self.target_modules is None:
             what = differing[0] if differing else "target_modules"
