@@ -180,11 +180,16 @@ def mol() -> str:
 def step_model() -> str:
     subjects = ["DuDe", "our lora", "our pissa", "PEFT DoRA", "PEFT PiSSA + DoRA", "frozen base"]
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        name = f"2026-11-24-step-model-{dtype}"
-        found = next(iter(_record(name)["results"].values()))["rows"]
-        cells = [_ratio(found[one]) if one in found else "" for one in subjects]
-        rows.append([f"{dtype} ({_link(name)})", *cells])
+    for record, calls in (
+        ("2026-11-28-step-model-float32", "Trainer's calls"),
+        ("2026-11-28-step-model-bfloat16", "Trainer's calls"),
+        ("2026-11-28-step-model-bfloat16-accumulated", "Trainer's calls"),
+        ("2026-11-24-step-model-float32", "a hand loop, earlier code"),
+    ):
+        for title, found in _record(record)["results"].items():
+            _, dtype, tokens, _ = title.split(", ")
+            cells = [_ratio(found["rows"][one]) if one in found["rows"] else "" for one in subjects]
+            rows.append([f"{dtype}, {tokens}, {calls} ({_link(record)})", *cells])
     return _table(["97.5 M Llama", *subjects], rows)
 
 
