@@ -55,7 +55,7 @@ def _in_float32(value: float) -> float:
 
 
 _QUANTITY = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)([kKmMbB%]?)")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_UNITS = {"": 1.0, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def _quantity(value: Any) -> Any:
@@ -67,8 +67,8 @@ def _quantity(value: Any) -> Any:
         number, unit = float(found[1]), found[2].lower()
         if unit == "%" and 0 < number <= 100:
             return f"{found[1]}%"
-        if unit != "%" and number * _UNITS[unit] >= 1:
-            return int(number * _UNITS[unit])
+        if unit != "%" and (total := number * _UNITS[unit]) >= 1 and total.is_integer():
+            return int(total)
     raise ValueError(
         f"key 'adapter.budget.parameters': expected a share of the model's parameters (0.5%) or a count (2M, 2000000), "
         f"got {shown(repr(value), 120)}"
@@ -548,6 +548,11 @@ class RunConfig(Section):
             raise ConfigError(
                 f"key 'train.orthogonality': method {method.name!r} trains no factors A and B; leave it out, or choose "
                 "another method"
+            )
+        if self.adapter.budget is not None and any("rest" in sides for sides in method.trained.values()):
+            raise ConfigError(
+                f"key 'adapter.budget': a larger rank of method {method.name!r} can take fewer parameters; set "
+                "adapter.r, or choose another method"
             )
         norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
         adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})

@@ -19,6 +19,7 @@ from dude_peft.config.schema import AdapterSection, BudgetSection
 from dude_peft.errors import ConfigError
 from dude_peft.methods import METHODS
 from dude_peft.methods.sizes import count
+from dude_peft.terminal.html import table
 from dude_peft.training.allocation import Lot, greedy_ranks, spent, uniform_rank
 from dude_peft.training.calibration import calibration_rows, gradient_worths, leading, spectrum_worths
 from dude_peft.training.training_set import TrainingSet
@@ -74,6 +75,12 @@ class Spent:
         return blocks, parts, [[found.get((block, part)) for part in parts] for block in blocks]
 
 
+    def _repr_html_(self) -> str:
+        blocks, parts, ranks = self.grid()
+        rows = [(block, *("" if r is None else r for r in row)) for block, row in zip(blocks, ranks, strict=True)]
+        return table(self.line(), rows, ("", *parts))
+
+
 def spend(section: AdapterSection, total: int, shapes: Mapping[str, tuple[int, int]], worths: Worths) -> Spent:
     """Ranks of all layers that the section's budget pays for.
 
@@ -103,7 +110,7 @@ def spend(section: AdapterSection, total: int, shapes: Mapping[str, tuple[int, i
         lots = [Lot(lot.name, lot.price, min(lot.most, largest)) for lot in lots]
         found = worths({lot.name: lot.most for lot in lots})
         ranks = greedy_ranks(lots, [found[lot.name] for lot in lots], allowed, budget.min_r)
-        _check_spent(lots, ranks, allowed, budget)
+    _check_spent(lots, ranks, allowed, budget)
     named = {lot.name: r for lot, r in zip(lots, ranks, strict=True)}
     return Spent(_settled(section, named), named, spent(lots, ranks), allowed, budget.by)
 
