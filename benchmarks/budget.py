@@ -57,9 +57,7 @@ def main() -> None:
         told(settings, runs)
 
 
-def measured(
-    settings: argparse.Namespace, rule: str, parameters: str | int, seed: int, folder: Path
-) -> dict[str, Any]:
+def measured(settings: argparse.Namespace, rule: str, parameters: str | int, seed: int, folder: Path) -> dict[str, Any]:
     """One run's figures."""
     output = folder / rule
     config = {
@@ -103,8 +101,8 @@ def told(settings: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
     """Prints the table so far, and writes the record."""
     rows = {rule: _row([found[rule] for found in runs.values()], runs) for rule in settings.rules.split(",")}
     notes = [
-        "the weights of SmolLM2 are a 4-bit GGUF file's (Q4_1), dequantised to float32; half widths are of 95 % intervals "
-        f"of the mean over {len(runs)} seeds (Student's t); to_uniform is of the pairs of one seed"
+        "the weights of SmolLM2 are a 4-bit GGUF file's (Q4_1), dequantised to float32; half widths are of 95 % "
+        f"intervals of the mean over {len(runs)} seeds (Student's t); to_uniform is of the pairs of one seed"
     ]
     show("Held-out loss, nats a token", rows, COLUMNS)
     finish("budget", settings, {"table": rows, "runs": runs}, notes)

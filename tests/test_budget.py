@@ -21,7 +21,7 @@ from dude_peft import DudeConfig
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import AdapterSection
 from dude_peft.core.reference import reference_tangent_energy
-from dude_peft.errors import ConfigError, NumericsError, StoppedError
+from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import METHODS
 from dude_peft.methods.sizes import count
 from dude_peft.training import calibration
@@ -51,7 +51,9 @@ def random_lots(seed: int, method: str = "dude") -> tuple[list[Lot], list[list[f
         Lot(f"layer.{n}", lambda r, shape=shape: count(trained, *shape, r) if r else 0, min(*shape, 9))
         for n, shape in enumerate(shapes)
     ]
-    worths = [[0.0, *torch.rand(lot.most, generator=generator).sort(descending=True)[0].cumsum(0).tolist()] for lot in lots]
+    worths = [
+        [0.0, *torch.rand(lot.most, generator=generator).sort(descending=True)[0].cumsum(0).tolist()] for lot in lots
+    ]
     return lots, worths, shapes
 
 
@@ -138,7 +140,10 @@ def test_gradients_are_the_textbooks(architecture, each_row):
     """Against autograd's own gradient of every weight, projected in float64 with whole matrices."""
     model, layers = model_and_layers(architecture, torch.float64)
     conv = architecture == "gpt2-conv1d"
-    weights = {name: (lambda l=layer: l.weight.detach().T if conv else l.weight.detach()) for name, layer in layers.items()}
+    weights = {
+        name: (lambda layer=layer: layer.weight.detach().T if conv else layer.weight.detach())
+        for name, layer in layers.items()
+    }
     found = list(calibration.leading(weights, dict.fromkeys(layers, 4), DudeConfig(svd_tol=0).split_options))
     worths = calibration.gradient_worths(model, layers, iter(found), rows(), 0, each_row=each_row)
     grads: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
@@ -333,7 +338,7 @@ def test_an_interrupted_run_goes_on_without_a_second_look(places, tmp_path, monk
     wanted = settings(places, tmp_path / "cut", "fisher")
     whole = dude_peft.train(settings(places, tmp_path / "whole", "fisher"))
 
-    class Cut(Exception):
+    class CutError(Exception):
         pass
 
     with monkeypatch.context() as patch:
@@ -345,12 +350,12 @@ def test_an_interrupted_run_goes_on_without_a_second_look(places, tmp_path, monk
             def then_cut(self, step, *args):
                 save(self, step, *args)
                 if step == saved:
-                    raise Cut
+                    raise CutError
 
             patch.setattr(Checkpoints, "save", then_cut)
         else:
-            patch.setattr(run_module._Run, "_train", lambda *args: (_ for _ in ()).throw(Cut))
-        with contextlib.suppress(Cut, StoppedError):
+            patch.setattr(run_module._Run, "_train", lambda *args: (_ for _ in ()).throw(CutError))
+        with contextlib.suppress(CutError):
             dude_peft.train(wanted)
     assert not (tmp_path / "cut/report.json").exists()
     stays_uncalibrated(monkeypatch)

@@ -528,7 +528,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _groups_of_something(self) -> RunConfig:
         if self.adapter.groups > 1 and self.train.orthogonality == 0:
-            raise ValueError("key 'adapter.groups' counts with train.orthogonality alone; set that, or leave groups out")
+            raise ValueError(
+                "key 'adapter.groups' counts with train.orthogonality alone; set that, or leave groups out"
+            )
         return self
 
     def resolved(self) -> RunConfig:

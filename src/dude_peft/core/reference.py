@@ -135,7 +135,7 @@ def reference_orthogonality(W0: Tensor, changes: Sequence[Tensor]) -> tuple[Tens
     Returns:
         Two scalars, float64: to W0, and between groups.
 
-    Source: PEGO, arXiv 2407.15085, with the squares that stand as an alternative in the authors' code; the paper adds up
+    Source: PEGO, arXiv 2407.15085, with the squares that are an alternative in the authors' code; what they run adds up
     absolute values, which only the (out, out) matrices themselves tell.
     """
     D = [change.double() for change in changes]

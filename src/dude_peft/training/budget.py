@@ -63,8 +63,8 @@ class Spent:
         found = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         if found != self.parameters:
             raise ConfigError(
-                f"adapter.budget: the adapter trains {found:,} parameters and not the {self.parameters:,} of its ranks, "
-                "because names of layers end in names of others; write adapter.rank_pattern by hand"
+                f"adapter.budget: the adapter trains {found:,} parameters and not the {self.parameters:,} of its "
+                "ranks, because names of layers end in names of others; write adapter.rank_pattern by hand"
             )
 
     def grid(self) -> tuple[list[str], list[str], list[list[int | None]]]:
@@ -73,7 +73,6 @@ class Spent:
         blocks, parts = (list(dict.fromkeys(pair[side] for pair in places.values())) for side in (0, 1))
         found = {places[name]: r for name, r in self.ranks.items()}
         return blocks, parts, [[found.get((block, part)) for part in parts] for block in blocks]
-
 
     def _repr_html_(self) -> str:
         blocks, parts, ranks = self.grid()

@@ -76,7 +76,7 @@ class _Gathered:
     right: Tensor | None = None
 
     def add(self, x: Tensor, dy: Tensor) -> None:
-        """x (*, in) came in, and dy (*, out) is the gradient of what came out; G gains dy^T x."""
+        """X (*, in) came in, and dy (*, out) is the gradient of what came out; G gains dy^T x."""
         U, Vh = self.svd.U, self.svd.Vh
         x, dy = x.detach().flatten(0, -2).to(U), dy.detach().flatten(0, -2).to(U)
         left, right = (dy @ U).T @ x, dy.T @ (x @ Vh.T)
@@ -125,7 +125,9 @@ def gradient_worths(
             batch = {name: tensor.to(model.device) for name, tensor in pad_right([example], pad_id).items()}
             labels = batch.pop("labels")
             logits = model(**batch, use_cache=False).logits
-            ForCausalLMLoss(logits, labels, logits.shape[-1], torch.tensor(1, device=logits.device)).backward()
+            one = torch.tensor(1, device=logits.device)  # the row's sum, and not its mean
+            loss: Any = ForCausalLMLoss(logits, labels, logits.shape[-1], one)
+            loss.backward()
             if each_row:
                 for name, each in gathered.items():
                     sums[name] += each.energy()
@@ -142,10 +144,10 @@ def gradient_worths(
 
 @contextmanager
 def _gathering(model: Any, layers: Mapping[str, nn.Module], gathered: Mapping[str, _Gathered]) -> Iterator[None]:
-    """Within: what runs through the layers, forward and backward, is added to `gathered`; no parameter gets a gradient."""
+    """Within: what runs through the layers, forth and back, is added to `gathered`; no parameter gets a gradient."""
 
     def hook(each: _Gathered) -> Callable[..., None]:
-        def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def forward(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             x = inputs[0]
             if output.requires_grad:
                 output.register_hook(lambda dy: each.add(x, dy))

@@ -36,7 +36,8 @@ class Orthogonality:
         sums: dict[str, Tensor] = {}
         for layer in self._layers:
             for adapter in layer.r:
-                trained = [group[adapter].weight for group in (layer.lora_dA, layer.lora_dB)]
+                factors: list[Any] = [layer.lora_dA[adapter], layer.lora_dB[adapter]]
+                trained = [factor.weight for factor in factors]
                 base, between = layer.orthogonality(adapter, self._groups)
                 slopes = torch.autograd.grad(self._weight * (base + between), trained)
                 for parameter, slope in zip(trained, slopes, strict=True):

@@ -298,7 +298,8 @@ class _Run:
             display.say(f"note: {note}")
         if self.asked is not None:
             with self._phase("budget"), display.waiting("spending the budget"):
-                self._settle(processes.from_first(self._spend(model, data, pad_id) if processes.is_first() else None))
+                own = self._spend(model, data, pad_id) if processes.is_first() else self.asked
+                self._settle(processes.from_first(own))
             if self.spent is not None:
                 display.ranks(self.spent)
         with self._phase("adapter"), display.waiting("making the adapter"):
