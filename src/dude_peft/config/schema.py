@@ -70,7 +70,7 @@ def _quantity(value: Any) -> Any:
         if unit != "%" and (total := number * _UNITS[unit]) >= 1 and total.is_integer():
             return int(total)
     raise ValueError(
-        f"key 'adapter.budget.parameters': expected a share of the model's parameters (0.5%) or a count (2M, 2000000), "
+        "key 'adapter.budget.parameters': expected a share of the model's parameters (0.5%) or a count (2M, 2000000), "
         f"got {shown(repr(value), 120)}"
     )
 
@@ -140,7 +140,7 @@ class BudgetSection(Section):
     def _room_between(self) -> BudgetSection:
         if self.max_r is not None and self.max_r < max(self.min_r, 1):
             raise ValueError("key 'adapter.budget.max_r' is below 'adapter.budget.min_r'; raise it")
-        if self.by == "uniform" and {"min_r", "max_r"} & self.model_fields_set:
+        if self.by == "uniform" and (self.min_r or self.max_r is not None):
             raise ValueError("key 'adapter.budget': uniform has one rank for all; leave min_r and max_r out")
         return self
 

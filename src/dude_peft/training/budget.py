@@ -159,7 +159,7 @@ def worths_of(
     }
 
     def worths(ranks: Mapping[str, int]) -> dict[str, list[float]]:
-        found = leading(weights, ranks, options)
+        found = leading(weights, ranks, options, model.device)
         if budget.by == "spectrum":
             return spectrum_worths(found)
         rows = calibration_rows(examples, budget.calibration_rows, seed)

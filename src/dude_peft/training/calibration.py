@@ -30,7 +30,10 @@ _STREAM = 7  # of the seeded order: no other choice of rows follows it
 
 
 def leading(
-    weights: Mapping[str, Callable[[], Tensor]], ranks: Mapping[str, int], options: SplitOptions
+    weights: Mapping[str, Callable[[], Tensor]],
+    ranks: Mapping[str, int],
+    options: SplitOptions,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[str, TopSVD]]:
     """Leading singular triplets of every layer, in order; each on one thread, so the number of threads changes no bit.
 
@@ -38,10 +41,12 @@ def leading(
         weights: name -> a function that gives W0 (out, in), float32 or float64.
         ranks: how many triplets.
         options: tolerance and seed of the SVD.
+        device: where the weights are; None is the CPU, on which several layers are computed at a time.
 
     Raises:
         NumericsError: NaN or Inf in a weight.
     """
+    most = _MOST_THREADS if device is None or device.type == "cpu" else 1
 
     def of(name: str) -> TopSVD:
         with torch.no_grad(), one_thread():
@@ -53,7 +58,7 @@ def leading(
             except NumericsError as error:
                 raise NumericsError(f"base weight of '{name}': {error}") from error
 
-    with single_threaded_pool(len(weights), _MOST_THREADS) as pool:
+    with single_threaded_pool(len(weights), most) as pool:
         yield from zip(weights, pool.map(of, weights), strict=True)
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
 from dude_peft.config.schema import AdapterSection, RunConfig
-from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError
+from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, RANKS, SCORES, Answer, RunReport, Score
 from dude_peft.folder.run_folder import RunFolder, save_adapter
@@ -189,7 +190,11 @@ class _Run:
         """With the ranks that an earlier process of this run has found, so that no row is looked at again."""
         settled = earlier.settled(self.config.adapter.model_dump(mode="json"))
         if settled is not None:
-            self._settle(AdapterSection.model_validate(settled))
+            try:
+                self._settle(AdapterSection.model_validate(settled))
+            except ValueError as error:  # pydantic's
+                name = shown(self.folder.path / RUN, 300)
+                raise ArtifactError(f"{name} is damaged: its ranks are none; add --overwrite to start over") from error
         return self.config
 
     def _settle(self, adapter: AdapterSection) -> None:
@@ -297,7 +302,7 @@ class _Run:
         for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
             display.say(f"note: {note}")
         if self.asked is not None:
-            with self._phase("budget"), display.waiting("spending the budget"):
+            with self._phase("budget"):
                 own = self._spend(model, data, pad_id) if processes.is_first() else self.asked
                 self._settle(processes.from_first(own))
             if self.spent is not None:
@@ -319,9 +324,10 @@ class _Run:
         adapter, seed = self.config.adapter, self.config.train.seed
         if adapter.budget is None:  # an earlier process of this run knew
             return adapter
-        layers = targets(model, adapter)
-        worths = worths_of(model, layers, adapter, data.train, pad_id, seed)
-        self.spent = spend(adapter, model.num_parameters(), shapes_of(layers), worths)
+        with self.display.waiting("spending the budget"):
+            layers = targets(model, adapter)
+            worths = worths_of(model, layers, adapter, data.train, pad_id, seed)
+            self.spent = spend(adapter, model.num_parameters(), shapes_of(layers), worths)
         return self.spent.adapter
 
     def _adapt(self, model: Any, base: Any, data: RunData, pad_id: int) -> None:
