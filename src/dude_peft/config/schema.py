@@ -146,7 +146,7 @@ class BudgetSection(Section):
 
 
 class AdapterSection(Section):
-    """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""
+    """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are, and how a run chooses them."""
 
     method: Text = "dude"
     """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 from rich.text import Text
 
 from dude_peft.folder.record import Answer, Score
 from dude_peft.show import shown
 from dude_peft.terminal import display
-from dude_peft.training.budget import Spent
+
+if TYPE_CHECKING:
+    from dude_peft.training.budget import Spent
 
 _LONGEST_ANSWER = 700
 
