@@ -117,8 +117,8 @@ def told(settings: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
     """Prints the table so far, and writes the record."""
     rows = {rule: _row([found[rule] for found in runs.values()], runs) for rule in settings.rules.split(",")}
     notes = [
-        f"half widths are of 95 % intervals of the mean over {len(runs)} seeds (Student's t); to_uniform is of the pairs "
-        "of one seed"
+        f"half widths are of 95 % intervals of the mean over {len(runs)} seeds (Student's t); to_uniform is of the "
+        "pairs of one seed"
     ]
     if settings.gguf_file:
         notes.append(f"the weights come from the GGUF file {settings.gguf_file}, dequantised to float32")

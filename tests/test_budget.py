@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from models import make
+from night import some_by_day
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from served import dude
@@ -300,7 +301,7 @@ def stays_uncalibrated(monkeypatch) -> None:
     monkeypatch.setattr("dude_peft.training.budget.leading", refuse)
 
 
-@pytest.mark.parametrize("by", RULES)
+@pytest.mark.parametrize("by", some_by_day(RULES, ["gradient"]))
 def test_a_run_shows_its_ranks_and_repeats_from_its_own_configuration(places, tmp_path, monkeypatch, by):
     first = dude_peft.train(settings(places, tmp_path / "one", by))
     allowed = int(0.04 * tiny_llama().num_parameters())
@@ -373,7 +374,7 @@ def test_an_interrupted_run_goes_on_without_a_second_look(places, tmp_path, monk
     assert not (tmp_path / "cut/ranks.png").exists()
 
 
-@pytest.mark.parametrize("by", RULES)
+@pytest.mark.parametrize("by", some_by_day(RULES, ["spectrum", "fisher"]))
 def test_the_plan_decides_what_it_can(places, tmp_path, by):
     wanted = settings(places, tmp_path / "out", by)
     planned = dude_peft.plan(wanted)
@@ -407,6 +408,7 @@ def test_the_command_shows_the_ranks_and_the_plan_says_them_too(places, tmp_path
     assert "raise adapter.budget.parameters" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_ranks_of_the_first(places, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(places, tmp_path / "two", "gradient")))

@@ -22,8 +22,10 @@ from dude_peft.core.orthogonality import orthogonality
 from dude_peft.core.reference import reference_orthogonality
 from dude_peft.errors import ConfigError
 from dude_peft.folder.checkpoint import Checkpoints
+from dude_peft.machine import processes
 from dude_peft.methods import METHODS
 from dude_peft.training.orthogonality import Orthogonality
+from dude_peft.training.run import run
 from dude_peft.tuner import DudeLinear
 
 PAIRED = [name for name, method in METHODS.items() if method.delta is None]
@@ -254,9 +256,7 @@ def test_what_means_nothing_is_refused(adapter, train, told):
     assert "\n" not in str(caught.value)
 
 
-def test_split_weights_are_refused(places, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings(places, tmp_path / "out")))
-    done = dude("train", path, "--launch", "fsdp2", "--processes", "2")
-    assert done.returncode == 2
-    assert "train.orthogonality: it needs whole weights" in done.stderr
+def test_split_weights_are_refused(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"train\.orthogonality: it needs whole weights, and fsdp2 splits them"):
+        run(load_config(settings(places, tmp_path / "out")), strategy="fsdp2", quiet=True)
