@@ -177,18 +177,6 @@ def mol() -> str:
     return _table([*header, "domain loss", "general loss", "KL to the base, general rows"], rows)
 
 
-def budgets() -> str:
-    name = "2026-11-28-budget-stories260k"
-    record = _record(name)
-    rows = []
-    for rule, found in record["results"]["table"].items():
-        difference = "" if rule == "uniform" else f"{found['to_uniform']:+.3f} ± {found['to_uniform_half_width']:.3f}"
-        loss = f"{found['loss']:.3f} ± {found['loss_half_width']:.3f}"
-        rows.append([rule, f"{found['parameters']:,}", found["layers"], loss, difference])
-    header = f"40 steps of 8 rows, 3 seeds, mean ± half of the 95 % interval ({_link(name)})"
-    return _table([header, "trained parameters", "layers of 35", "held-out loss", "against uniform, same seed"], rows)
-
-
 def step_model() -> str:
     subjects = ["DuDe", "our lora", "our pissa", "PEFT DoRA", "PEFT PiSSA + DoRA", "frozen base"]
     rows = []
@@ -303,7 +291,6 @@ MAKERS: dict[str, Callable[[], str]] = {
     "exports": exports,
     "quantised": quantised,
     "mol": mol,
-    "budgets": budgets,
     "step-model": step_model,
     "step-layer": step_layer,
     "memory": memory,
