@@ -54,6 +54,27 @@ def _in_float32(value: float) -> float:
     return value
 
 
+_QUANTITY = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)([kKmMbB%]?)")
+_UNITS = {"": 1.0, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def _quantity(value: Any) -> Any:
+    """A share as text, as 0.5%; a count as a whole number, whether it was written 2000000 or 2M."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    found = _QUANTITY.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is not None:
+        number, unit = float(found[1]), found[2].lower()
+        if unit == "%" and 0 < number <= 100:
+            return f"{found[1]}%"
+        if unit != "%" and (total := number * _UNITS[unit]) >= 1 and total.is_integer():
+            return int(total)
+    raise ValueError(
+        "key 'adapter.budget.parameters': expected a share of the model's parameters (0.5%) or a count (2M, 2000000), "
+        f"got {shown(repr(value), 120)}"
+    )
+
+
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -65,6 +86,7 @@ Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
 Source = Annotated[Text, BeforeValidator(_expand_home)]
 Columns = Annotated[dict[Text, Text], AfterValidator(_known_columns)]
+Quantity = Annotated[int | str, BeforeValidator(_quantity)]
 # 16 stays the int that PEFT's config is written with; 16.5 stays a float.
 Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
 
@@ -95,8 +117,36 @@ class ModelSection(Section):
     `revision`. Nothing else allows it: other commands never run such code, nor an adapter's."""
 
 
+class BudgetSection(Section):
+    """How many parameters the adapted layers may train, and what decides which layers get them."""
+
+    parameters: Quantity
+    """The most that may be trained: a share of the model's parameters (`0.5%`), or a count (`2M`, `2000000`)."""
+
+    by: Literal["uniform", "spectrum", "gradient", "fisher"] = "uniform"
+    """`uniform`: one rank for all. `spectrum`: energy of the weight's singular values. `gradient`, `fisher`: energy of
+    the loss's gradient in the weight's principal subspace, of the mean gradient or on average over rows."""
+
+    calibration_rows: Count = 32
+    """Training rows that gradient and fisher look at. train.seed chooses them."""
+
+    min_r: CountOrZero = 0
+    """Least rank of every layer; 0 leaves out layers that are worth least."""
+
+    max_r: Count | None = None
+    """Largest rank of a layer; null: four times the rank that uniform would give."""
+
+    @model_validator(mode="after")
+    def _room_between(self) -> BudgetSection:
+        if self.max_r is not None and self.max_r < max(self.min_r, 1):
+            raise ValueError("key 'adapter.budget.max_r' is below 'adapter.budget.min_r'; raise it")
+        if self.by == "uniform" and (self.min_r or self.max_r is not None):
+            raise ValueError("key 'adapter.budget': uniform has one rank for all; leave min_r and max_r out")
+        return self
+
+
 class AdapterSection(Section):
-    """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""
+    """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are, and how a run chooses them."""
 
     method: Text = "dude"
     """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch
@@ -139,6 +189,34 @@ class AdapterSection(Section):
 
     svd_seed: Seed = 0
     """Seed of the truncated SVD, and of random directions."""
+
+    budget: BudgetSection | None = None
+    """Parameters to spend on ranks, layer by layer. r and lora_alpha then say the scaling alone: lora_alpha / r, the
+    same in every layer. The run writes the ranks into its config.yaml."""
+
+    groups: Count = 1
+    """Groups that the r pairs of a layer fall into, as equal as r allows. train.orthogonality keeps them apart."""
+
+    def settings(self) -> dict[str, Any]:
+        """The keys that are DudeConfig's own."""
+        return self.model_dump(exclude={"budget", "groups"})
+
+    @model_validator(mode="after")
+    def _budget_alone_decides(self) -> AdapterSection:
+        if self.budget is None:
+            return self
+        if self.rank_pattern:
+            raise ValueError("key 'adapter.rank_pattern': adapter.budget decides the ranks; leave one of the two out")
+        if self.modules_to_save is not None or self.bias != "none":
+            key = "bias" if self.modules_to_save is None else "modules_to_save"
+            raise ValueError(f"key 'adapter.{key}': adapter.budget counts adapted layers alone; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_pair_for_each_group(self) -> AdapterSection:
+        if self.budget is None and self.groups > self.r:
+            raise ValueError(f"key 'adapter.groups': {self.groups} groups need a rank of at least {self.groups}")
+        return self
 
 
 class SourceSection(Section):
@@ -258,6 +336,10 @@ class TrainSection(Section):
     objective: Literal["sft", "mol"] = "sft"
     """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
     general ability (mixture of losses, arXiv 2505.12043)."""
+
+    orthogonality: NonNegative = 0.0
+    """Weight of a penalty, added once a step: how far each group's change of a weight is from orthogonal to the weight
+    and to the other groups' (PEGO, arXiv 2407.15085)."""
 
     learning_rate: Positive | None = None
     """Peak learning rate. The default is the method's own."""
@@ -443,6 +525,14 @@ class RunConfig(Section):
             raise ValueError("key 'adapter.bias': trained biases leave no base model to compare with; set it to none")
         return self
 
+    @model_validator(mode="after")
+    def _groups_of_something(self) -> RunConfig:
+        if self.adapter.groups > 1 and self.train.orthogonality == 0:
+            raise ValueError(
+                "key 'adapter.groups' counts with train.orthogonality alone; set that, or leave groups out"
+            )
+        return self
+
     def resolved(self) -> RunConfig:
         """The same run with every choice that was left open written out.
 
@@ -456,6 +546,16 @@ class RunConfig(Section):
             near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
             hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
             raise ConfigError(f"key 'adapter.method': there is no method {shown(repr(self.adapter.method))}; {hint}")
+        if self.train.orthogonality and method.delta is not None:
+            raise ConfigError(
+                f"key 'train.orthogonality': method {method.name!r} trains no factors A and B; leave it out, or choose "
+                "another method"
+            )
+        if self.adapter.budget is not None and any("rest" in sides for sides in method.trained.values()):
+            raise ConfigError(
+                f"key 'adapter.budget': a larger rank of method {method.name!r} can take fewer parameters; set "
+                "adapter.r, or choose another method"
+            )
         norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
         adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})
         train = self.train

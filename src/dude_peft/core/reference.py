@@ -15,6 +15,8 @@ Two cases that the papers leave open, decided here for the whole project:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, where
 
 
@@ -102,3 +104,44 @@ def reference_linear(
     if m is not None:
         y = reference_gain(W0, V, m, norm_gradient) * y
     return y if bias is None else y + bias.double()
+
+
+def reference_tangent_energy(G: Tensor, U: Tensor, Vh: Tensor, r: int) -> Tensor:
+    """Energy of `P(G) = Pu G + G Pv - Pu G Pv`, where Pu and Pv project on the first r columns of U and rows of Vh.
+
+    Args:
+        G: (out, in) a gradient.
+        U: (out, k) orthonormal columns.
+        Vh: (k, in) orthonormal rows.
+        r: at most k.
+
+    Returns:
+        Scalar, float64.
+
+    Source: the tangent space of matrices of rank r at U_r S V_r^T.
+    """
+    G, U, Vh = G.double(), U.double()[:, :r], Vh.double()[:r]
+    Pu, Pv = U @ U.T, Vh.T @ Vh
+    return (Pu @ G + G @ Pv - Pu @ G @ Pv).square().sum()
+
+
+def reference_orthogonality(W0: Tensor, changes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """PEGO's two penalties with squares: `sum_i ||W0 D_i^T||^2` and `sum_{i<j} ||D_i D_j^T||^2`.
+
+    Args:
+        W0: (out, in) base weight.
+        changes: (out, in) delta weights of the groups, scaled.
+
+    Returns:
+        Two scalars, float64: to W0, and between groups.
+
+    Source: PEGO, arXiv 2407.15085, with the squares that are an alternative in the authors' code; what they run adds up
+    absolute values, which only the (out, out) matrices themselves tell.
+    """
+    D = [change.double() for change in changes]
+    base, between = W0.double().new_zeros(()), W0.double().new_zeros(())
+    for i in range(len(D)):
+        base = base + (W0.double() @ D[i].T).square().sum()
+        for j in range(i + 1, len(D)):
+            between = between + (D[i] @ D[j].T).square().sum()
+    return base, between

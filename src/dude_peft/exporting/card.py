@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def model_card(
         method=escaped(config.method),
         base=escaped(base),
         revision=escaped(f", revision {config.revision}") if config.revision else "",
-        r=config.r,
+        r=_span(config.rank_and_alpha(layer)[0] for layer in adapter.base) or config.r,
         alpha=escaped(f"{config.lora_alpha:g}"),
         layers=len(adapter.base),
         version=escaped(__version__),
@@ -166,11 +166,19 @@ def model_card(
             for name, part in _mapping(report.get("data")).items()
             if isinstance(part, Mapping)
         ],
-        settings=[(escaped(key), escaped(value)) for key, value in settings_of(settings)],
+        settings=[
+            (escaped(key), escaped(value)) for key, value in settings_of(settings, _mapping(report.get("budget")))
+        ],
         programs=PROGRAMS,
         serving=serving_matrix(config.spec, ranks or {config.r}),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=False)}---\n\n{body}"
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """5, or 2 to 9; empty for none."""
+    found = sorted(set(numbers))
+    return " to ".join(str(number) for number in dict.fromkeys([*found[:1], *found[-1:]]))
 
 
 def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:

@@ -12,12 +12,22 @@ _CENTRAL = {
     "data.test", "data.max_length", "train.learning_rate", "train.max_steps", "train.num_train_epochs",
     "train.per_device_train_batch_size", "train.seed",
 }  # fmt: skip
+# What adapter.budget decides, layer by layer: too long for a card, and in adapter_config.json.
+_OF_A_BUDGET = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
 # What a run writes out for a setting that was left to most methods.
 _LEFT_OUT = {"adapter.norm_gradient": "detached"}
 
 
-def settings_of(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(dotted key, value) of the settings in a report's `config` that are central, or not as they are left out."""
+def settings_of(config: Mapping[str, Any], budget: Mapping[str, Any] | None = None) -> list[tuple[str, Any]]:
+    """(dotted key, value) of the settings in a report's `config` that are central, or not as they are left out.
+
+    Args:
+        config: of the report.
+        budget: of the report too; where it is there it stands for the ranks and layers that came of it.
+    """
+    if budget and isinstance(adapter := config.get("adapter"), Mapping):
+        asked = {key: value for key, value in adapter.items() if key not in _OF_A_BUDGET}
+        config = {**config, "adapter": {**asked, "budget": budget}}
     return list(_chosen(config, RunConfig, ""))
 
 

@@ -47,6 +47,8 @@ class Identity:
     """sha256 of what each set of rows became, token ids and masks; of runs of older versions nothing is known."""
     tokenizer: dict[str, str] = field(default_factory=dict)
     """sha256 of each part of the tokenizer, which the adapter takes along."""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """The adapter section as it was asked for, where its budget became the ranks of `config`."""
     moment: str = ""
     """When it began: the date that its chat template writes."""
     format_version: int = FORMAT_VERSION
@@ -55,9 +57,14 @@ class Identity:
         """As JSON."""
         return json_text(sealed(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
+    def settled(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """The adapter section that this run trains with, where it was asked for in these words; else None."""
+        return dict(self.config["adapter"]) if self.asked and self.asked == asked else None
+
     def check_config(self, now: dict[str, Any]) -> None:
         """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
-        before, after = _flat(self.config), _flat(now)
+        asks = bool(self.asked) and now["adapter"].get("budget") is not None
+        before, after = _flat({**self.config, "adapter": self.asked} if asks else self.config), _flat(now)
         free = _FREE | (_SCORING if after["evaluation.metric_for_best_model"] == "loss" else set())
         changed = [key for key in {**before, **after} if key not in free and before.get(key) != after.get(key)]
         if not changed:
@@ -123,7 +130,7 @@ def read_identity(folder: Path) -> Identity | None:
             found = Identity(**unsealed(content))
             if all(
                 isinstance(part, dict)
-                for part in (found.config, found.data, found.environment, found.tokens, found.tokenizer)
+                for part in (found.config, found.data, found.environment, found.tokens, found.tokenizer, found.asked)
             ):
                 _ = datetime.fromisoformat(found.moment) if found.moment else None
                 return found

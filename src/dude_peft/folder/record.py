@@ -14,6 +14,7 @@ from dude_peft.terminal.html import table
 ADAPTER, CHECKPOINTS, RECOVERED, BEFORE = "adapter", "checkpoints", "recovered", "before.json"
 SCORES = "scores"
 CONFIG, METRICS, PICTURE, REPORT = "config.yaml", "metrics.jsonl", "loss.png", "report.json"
+RANKS = "ranks.png"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class RunReport:
     """What evaluation.tasks found, `measures` and `text`, as in scores/results.json."""
     files: dict[str, str] | None = None
     """sha256 of what else the run wrote beside its adapter, by name."""
+    budget: dict[str, Any] | None = None
+    """adapter.budget as the run was asked for it; `config` has the ranks that came of it."""
 
     @property
     def adapter(self) -> Path:

@@ -28,6 +28,7 @@ from dude_peft.folder.record import (
     CONFIG,
     METRICS,
     PICTURE,
+    RANKS,
     RECOVERED,
     REPORT,
     SCORES,
@@ -146,6 +147,8 @@ class RunFolder:
             # report.json first: beside the other files it tells of the same, finished run.
             for stale in (REPORT, RUN, METRICS, BEFORE, Path(SCORES) / "results.json"):
                 (self.path / stale).unlink(missing_ok=True)
+            if not identity.asked:
+                (self.path / RANKS).unlink(missing_ok=True)
             self.checkpoints.clear()
         self.write(RUN, identity.text())
 
@@ -293,7 +296,7 @@ class RunFolder:
 
     def listed(self) -> dict[str, str]:
         """sha256 of the files beside the adapter, for the report."""
-        there = [self.path / name for name in (CONFIG, METRICS, PICTURE)]
+        there = [self.path / name for name in (CONFIG, METRICS, PICTURE, RANKS)]
         return {path.name: file_sha256(path) for path in there if path.is_file()}
 
     @contextlib.contextmanager

@@ -27,6 +27,13 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
     Raises:
         ConfigError: whatever the real run would refuse (targets, ranks, a model that is none), or a quantised model.
     """
+    model = bare_model(config, settings, where)
+    adapter = DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM")
+    return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
+
+
+def bare_model(config: RunConfig, settings: Any, where: str) -> Any:
+    """The model without an adapter, likewise; `adapted_model` says what is refused."""
     if getattr(settings, "quantization_config", None) is not None:
         raise ConfigError(
             f"model {shown(config.model.name_or_path, 300)} is quantised, and dude plan cannot count its memory; plan "
@@ -36,8 +43,7 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
         settings, config.model.name_or_path, _dtype(config, settings, where), config.model.trust_remote_code
     )
     model.requires_grad_(False)
-    adapter = DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM")
-    return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
+    return model
 
 
 def _dtype(config: RunConfig, settings: Any, where: str) -> torch.dtype:

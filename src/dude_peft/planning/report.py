@@ -20,6 +20,8 @@ from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
 from dude_peft.terminal.html import table
+from dude_peft.training.budget import Spent
+from dude_peft.training.progress import rank_table
 
 _PARTS = {
     "weights": "frozen weights",
@@ -47,6 +49,8 @@ class Plan:
     disk: Disk
     remedies: list[Remedy] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    budget: Spent | None = None
+    """adapter.budget as ranks, which `config` has too."""
     speed: float | None = None
     """Floating-point operations a second of this device's products."""
 
@@ -113,6 +117,9 @@ class Plan:
                 "trainable": cost.static.trainable_parameters,
                 "total": cost.static.total_parameters,
             },
+            "budget": None
+            if self.budget is None
+            else {"by": self.budget.by, "allowed": self.budget.allowed, "ranks": self.budget.ranks},
             "batch": {"rows": config.train.per_device_train_batch_size, "longest_row": self.length},
             "memory": {
                 **asdict(cost.bill),
@@ -137,6 +144,8 @@ class Plan:
         """Prints the bill, then the rest."""
         for title, facts in self._tables():
             show_facts(display, title, facts)
+        if self.budget is not None:
+            display.console.print(rank_table(self.budget))
         for text in self.warnings:
             display.warn(text)
 
@@ -146,7 +155,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         notes = [("warning", text) for text in self.warnings]
-        return "".join(table(title, facts) for title, facts in self._tables()) + (table("", notes) if notes else "")
+        ranks = "" if self.budget is None else self.budget._repr_html_()
+        found = "".join(table(title, facts) for title, facts in self._tables())
+        return found + ranks + (table("", notes) if notes else "")
 
     def _tables(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         cost, bill = self.cost, asdict(self.cost.bill)

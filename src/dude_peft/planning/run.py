@@ -80,6 +80,13 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     from dude_peft.planning.remedies import remedies
     from dude_peft.planning.report import Plan
 
+    spent = None
+    if config.adapter.budget is not None:
+        from dude_peft.planning.budget import planned
+
+        with display.waiting("spending the budget"), quiet_imports():
+            spent = planned(config, load_settings(config.model, where), where, warnings.append)
+        config = config.model_copy(update={"adapter": spent.adapter})
     method, train = METHODS[config.adapter.method], config.train
     if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
         warnings.append(text)
@@ -100,12 +107,14 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     with display.waiting("dry step"):
         found = evaluate(config, length)
     made = Plan(config, device, found, rows, length, disk(model, method, found.bill.optimizer, config.output_dir))
-    made.warnings = warnings
+    made.warnings, made.budget = warnings, spent
     if found.uncounted:
         warnings.append(f"activations are not counted, because the step cannot run without weights: {found.uncounted}")
     if found.bill.total > device.memory and not found.uncounted:
         with display.waiting("changes that would make it fit"):
-            made.remedies = remedies(config, found, length, device.memory, evaluate)
+            tried = remedies(config, found, length, device.memory, evaluate)
+            # Of a run with a budget r says the scaling alone.
+            made.remedies = [each for each in tried if spent is None or "adapter.r" not in each.settings]
     if device.here and rows is not None:
         made.measure_speed()
     return made

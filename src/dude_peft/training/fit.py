@@ -27,6 +27,7 @@ from dude_peft.training.mixed_order import MixedOrder
 from dude_peft.training.model_checks import probe
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
+from dude_peft.training.orthogonality import Orthogonality
 from dude_peft.training.trainer import RunTrainer
 from dude_peft.training.training_rows import Packs, Rows
 from dude_peft.training.training_set import TrainingSet
@@ -260,6 +261,9 @@ def _trainer(
         "section": section,
         "meter": _meter_of(model, pad_id, nature, examples, config, loop),
         "check_output": functools.partial(_check_output, model, examples, pad_id),
+        "orthogonality": Orthogonality(model, section.orthogonality, config.adapter.groups)
+        if section.orthogonality
+        else None,
     }
     step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
     if section.trainer == "trl":

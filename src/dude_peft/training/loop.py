@@ -73,6 +73,8 @@ class Loop(TrainerCallback):
     """(step, held-out loss)."""
     batches: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, init=False)
     """(loss, rows) of every micro-batch of the step in work; TRL does not tell the rows."""
+    penalties: Mapping[str, Tensor] = field(default_factory=dict, init=False)
+    """What was added to the loss of the step in work, by its name in metrics.jsonl."""
     ended: bool = field(default=False, init=False)
     """Whether training has ended early, for good."""
 
@@ -189,6 +191,7 @@ class Loop(TrainerCallback):
         line: dict[str, Any] = {
             "step": state.global_step,
             "loss": float(logs["loss"]),
+            **{name: float(value) for name, value in self.penalties.items()},
             "learning_rate": float(logs["learning_rate"]),
             "grad_norm": float(logs["grad_norm"]),
             "epoch": round(float(state.epoch or 0), 4),

@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""The pictures of a run: its loss over the steps, and the ranks that a budget gave to its layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import io
 from collections.abc import Sequence
 
 from dude_peft.errors import ConfigError
+
+_MOST_WRITTEN = 150
+"""Blocks of which each rank is written as a number."""
 
 
 def check_picture() -> None:
@@ -47,6 +50,32 @@ def loss_curve(
     axes.margins(y=0.15)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def rank_map(blocks: Sequence[str], parts: Sequence[str], ranks: Sequence[Sequence[int | None]], title: str) -> bytes:
+    """A PNG of the rank of every layer: blocks downwards, modules across, each rank written where there is room."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = min(2.0 + 0.24 * len(blocks), 40.0)
+    figure = Figure(figsize=(min(2.5 + 0.9 * len(parts), 40.0), height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shown = axes.imshow(
+        [[float("nan") if r is None else r for r in row] for row in ranks], aspect="auto", cmap="viridis", vmin=0
+    )
+    half = max((r for row in ranks for r in row if r is not None), default=0) / 2
+    for y, row in enumerate(ranks):
+        for x, r in enumerate(row):
+            if r is not None and len(ranks) <= _MOST_WRITTEN:
+                axes.text(x, y, str(r), ha="center", va="center", fontsize=7, color="white" if r <= half else "black")
+    axes.set_xticks(range(len(parts)), labels=parts, rotation=45, ha="right", fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(blocks)), labels=blocks, fontsize=7, parse_math=False)
+    axes.set_title(title, fontsize=9, parse_math=False)
+    figure.colorbar(shown, ax=axes, label="rank; 0 is not adapted")
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 from rich.text import Text
 
 from dude_peft.folder.record import Answer, Score
 from dude_peft.show import shown
 from dude_peft.terminal import display
+
+if TYPE_CHECKING:
+    from dude_peft.training.budget import Spent
 
 _LONGEST_ANSWER = 700
 
@@ -41,6 +46,10 @@ class Display(display.Display):
             table.add_row(title, f"{before[name]:.4f}", f"{after[name]:.4f}", "")
         self.console.print(table)
 
+    def ranks(self, spent: Spent) -> None:
+        """What a budget was spent on."""
+        self.console.print(rank_table(spent))
+
     def samples(self, before: tuple[Answer, ...], after: tuple[Answer, ...]) -> None:
         """Answers of the model before and after, side by side."""
         for number, (old, new) in enumerate(zip(before, after, strict=True), start=1):
@@ -54,6 +63,18 @@ class Display(display.Display):
                 table.add_column(f"{title}: {'right' if answer.right else 'wrong'}", ratio=1)
             table.add_row(Text(_lines(old.text)), Text(_lines(new.text)))
             self.console.print(table)
+
+
+def rank_table(spent: Spent) -> Table:
+    """The rank of every layer that a budget was spent on: a row a block, a column a module."""
+    blocks, parts, ranks = spent.grid()
+    table = Table(title=Text(shown(spent.line(), None)), title_justify="left", title_style="")
+    table.add_column("")
+    for part in parts:
+        table.add_column(Text(shown(part.rpartition(".")[2], 40)), justify="right")
+    for block, row in zip(blocks, ranks, strict=True):
+        table.add_row(Text(shown(block, 60)), *("" if r is None else str(r) for r in row))
+    return table
 
 
 def _share(score: Score) -> str:

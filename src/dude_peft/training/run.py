@@ -16,23 +16,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import RunConfig
-from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.config.schema import AdapterSection, RunConfig
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError
+from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
-from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, SCORES, Answer, RunReport, Score
+from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, RANKS, SCORES, Answer, RunReport, Score
 from dude_peft.folder.run_folder import RunFolder, save_adapter
 from dude_peft.machine import processes
 from dude_peft.machine.environment import environment, hardware, versions
 from dude_peft.model.load import with_only_gguf
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.training.picture import check_picture, loss_curve
+from dude_peft.training.picture import check_picture, loss_curve, rank_map
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company
     from dude_peft.folder.checkpoint import Checkpoint
+    from dude_peft.training.budget import Spent
     from dude_peft.training.fit import Fit
     from dude_peft.training.run_data import HeldOut, RunData
 
@@ -104,6 +106,9 @@ class _Run:
         from dude_peft.training.progress import Display
 
         self.config = config
+        self.asked: AdapterSection | None = None if config.adapter.budget is None else config.adapter
+        """The adapter section whose budget becomes ranks; `config` has these as soon as they are known."""
+        self.spent: Spent | None = None
         self.folder = folder
         self.weights_only = weights_only
         self.strategy = strategy
@@ -134,6 +139,7 @@ class _Run:
             if note := code_note(config.model):
                 self.warn(note)
             if self.folder.earlier is not None:
+                config = self._as_before(self.folder.earlier)
                 self.folder.earlier.check_config(config.model_dump(mode="json"))
             self._check_rate()
             self._check_strategy()
@@ -179,6 +185,20 @@ class _Run:
         display.say(f"adapter: {shown(self.folder.path / ADAPTER, None)}")
         self._tell_next(report)
         return report
+
+    def _as_before(self, earlier: Identity) -> RunConfig:
+        """With the ranks that an earlier process of this run has found, so that no row is looked at again."""
+        settled = earlier.settled(self.config.adapter.model_dump(mode="json"))
+        if settled is not None:
+            try:
+                self._settle(AdapterSection.model_validate(settled))
+            except ValueError as error:  # pydantic's
+                name = shown(self.folder.path / RUN, 300)
+                raise ArtifactError(f"{name} is damaged: its ranks are none; add --overwrite to start over") from error
+        return self.config
+
+    def _settle(self, adapter: AdapterSection) -> None:
+        self.config = self.config.model_copy(update={"adapter": adapter})
 
     def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
         """What the base model knows of the held-out rows, and how many seconds it took to find out."""
@@ -260,6 +280,8 @@ class _Run:
 
         config, display = self.config, self.display
         pad_id = int(self.tokenizer.pad_token_id)
+        if self.asked is not None:
+            import dude_peft.training.budget  # noqa: F401  # before the model is there
         with self._phase("model"), display.waiting("loading the model"):
             model: Any = load_model(config.model, where)
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
@@ -279,6 +301,12 @@ class _Run:
                 check_packs(model)
         for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
             display.say(f"note: {note}")
+        if self.asked is not None:
+            with self._phase("budget"):
+                own = self._spend(model, data, pad_id) if processes.is_first() else self.asked
+                self._settle(processes.from_first(own))
+            if self.spent is not None:
+                display.ranks(self.spent)
         with self._phase("adapter"), display.waiting("making the adapter"):
             self._adapt(model, base, data, pad_id)
         trainable, total = self.model.get_nb_trainable_parameters()
@@ -288,6 +316,19 @@ class _Run:
             f"examples of {data.train.counts.tokens:,} tokens; "
             + (exact if self.start is None else f"started from {shown(self.start, 300)}")
         )
+
+    def _spend(self, model: Any, data: RunData, pad_id: int) -> AdapterSection:
+        """The adapter section with ranks for its budget; by the first process, for all."""
+        from dude_peft.training.budget import shapes_of, spend, targets, worths_of
+
+        adapter, seed = self.config.adapter, self.config.train.seed
+        if adapter.budget is None:  # an earlier process of this run knew
+            return adapter
+        with self.display.waiting("spending the budget"):
+            layers = targets(model, adapter)
+            worths = worths_of(model, layers, adapter, data.train, pad_id, seed)
+            self.spent = spend(adapter, model.num_parameters(), shapes_of(layers), worths)
+        return self.spent.adapter
 
     def _adapt(self, model: Any, base: Any, data: RunData, pad_id: int) -> None:
         """The adapter on the model: loaded, or made once, by the first process, and loaded from its file by others."""
@@ -308,9 +349,11 @@ class _Run:
                 self.model = load_adapter(model, str(self.start), is_trainable=True)
         elif processes.is_first():
             # Its keys are DudeConfig's own.
-            settings = DudeConfig(**self.config.adapter.model_dump(), task_type="CAUSAL_LM")
+            settings = DudeConfig(**self.config.adapter.settings(), task_type="CAUSAL_LM")
             self.model = peft.get_peft_model(model, settings)
             check_start(base, probe(self.model, data.train, pad_id))
+            if self.spent is not None:
+                self.spent.check(self.model)
         if processes.count() > 1:
             with self.folder.shared_start(self.model if fresh else None) as start:
                 processes.from_first(None)
@@ -324,6 +367,11 @@ class _Run:
         if self.strategy == "zero3" and processes.count() > 1:
             self.warn(
                 "zero3 writes no checkpoints, because DeepSpeed does not share its optimizer state; fsdp2 writes them"
+            )
+        if self.config.train.orthogonality and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(
+                f"train.orthogonality: it needs whole weights, and {self.strategy} splits them; use --launch ddp, or "
+                "leave it out"
             )
         if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(
@@ -344,9 +392,12 @@ class _Run:
                 now,
                 tokens=data.tokens_sha256,
                 tokenizer=self._tokenizer_parts(),
+                asked={} if self.asked is None else self.asked.model_dump(mode="json"),
                 moment=moment(),
             )
             self.folder.begin(identity, self.start)
+            if self.spent is not None:
+                self.folder.write(RANKS, rank_map(*self.spent.grid(), self.spent.line()))
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
             told = ", ".join(changes)
             self.warn(f"the run started in another environment ({told}): results may differ in the last bits")
@@ -438,7 +489,9 @@ class _Run:
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.loss)] if before else []
         held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
-        title = f"{config.adapter.method}, r = {config.adapter.r}, on {shown(config.model.name_or_path)}"
+        ranks = sorted({config.adapter.r, *config.adapter.rank_pattern.values()})
+        r = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+        title = f"{config.adapter.method}, r = {r}, on {shown(config.model.name_or_path)}"
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
 
     def _score_tasks(self) -> dict[str, Any] | None:
@@ -483,6 +536,9 @@ class _Run:
             best_step=fitted.best_step,
             tasks=tasks,
             files=self.folder.listed(),
+            budget=None
+            if self.asked is None or self.asked.budget is None
+            else self.asked.budget.model_dump(mode="json"),
         )
 
     def _tell_next(self, report: RunReport) -> None:

@@ -31,6 +31,7 @@ from dude_peft.training.groups import parameter_groups
 from dude_peft.training.loop import Loop
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
+from dude_peft.training.orthogonality import Orthogonality
 from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
@@ -48,6 +49,7 @@ class RunTrainer(Trainer):
         meter: GeneralMeter | None,
         check_output: Callable[[int], None],
         order_of: Callable[[Any], EpochOrder],
+        orthogonality: Orthogonality | None = None,
         **settings: Any,
     ) -> None:
         """Sets up the Trainer.
@@ -58,12 +60,14 @@ class RunTrainer(Trainer):
             meter: of general ability.
             check_output: raises NumericsError where what the model computes behind a step is not finite.
             order_of: a dataset -> the order of its places.
+            orthogonality: a penalty whose gradient every optimizer step takes along.
             settings: Trainer's own.
         """
         self.loop, self.section, self.meter = loop, section, meter
         self.checked: int | None = None
         """Step whose numbers were looked at last."""
         self._check_output = check_output
+        self._orthogonality = orthogonality
         self._resumed: Checkpoint | None = loop.resumed
         self._rows: Tensor | None = None  # those of the micro-batch in work
         super().__init__(callbacks=[loop] if meter is None else [loop, meter], **settings)
@@ -117,6 +121,8 @@ class RunTrainer(Trainer):
         self._rows = inputs.pop("rows")
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.loop.seen(loss, self._rows)
+        if self._orthogonality is not None and self.accelerator.sync_gradients:  # the step's last micro-batch
+            self.loop.penalties = self._orthogonality.pull()
         return loss
 
     @override

@@ -18,6 +18,7 @@ from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors, layer_tensors, start_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
 from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm
+from dude_peft.core.orthogonality import orthogonality
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Delta
@@ -287,6 +288,18 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if layer.dm is not None:
             found["magnitude"] = torch.where(m0 > 0, layer.dm.abs() / m0, 0.0)
         return found
+
+    def orthogonality(self, adapter_name: str, groups: int) -> tuple[Tensor, Tensor]:
+        """How far the delta weights of the adapter's groups of pairs are from orthogonal, to W0 and to each other.
+
+        Differentiable in the trained factors; `core.orthogonality` has the formula. Not for methods with a delta.
+        """
+        layer = self.tensors(adapter_name)
+        with torch.autocast(layer.dA.device.type, enabled=False):
+            dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
+            start = None if layer.A0 is None else self._start_product(adapter_name)
+            change = (self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0)
+            return orthogonality(*change, self.scaling[adapter_name], groups)
 
     def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
         with torch.autocast(layer.dA.device.type, enabled=False):
