@@ -12,11 +12,22 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
+from dude_peft.peft_file import PREFIX, checked_settings, is_foreign, read_peft_file
 from dude_peft.show import shown
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
@@ -99,7 +110,12 @@ class AdapterSection(Section):
     """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are."""
 
     method: Text = "dude"
-    """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch
+    """The method to train, one of `dude_peft.METHODS`, or `peft:FILE.json`: any other adapter of PEFT, as its
+    configuration says."""  # checked in `resolved`: the table imports torch
+
+    peft: dict[Text, Any] | None = None
+    """Content of the file of `method: peft:FILE.json`. The run writes it down here, and its own config.yaml needs no
+    file."""
 
     r: Count = 16
     """Rank of the update."""
@@ -139,6 +155,23 @@ class AdapterSection(Section):
 
     svd_seed: Seed = 0
     """Seed of the truncated SVD, and of random directions."""
+
+    @property
+    def foreign(self) -> bool:
+        """Whether stock PEFT makes it, from a configuration of its own."""
+        return is_foreign(self.method)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of a DudeConfig."""
+        return {key: value for key, value in self.model_dump().items() if key != "peft"}
+
+    @model_serializer(mode="wrap")
+    def _what_counts(self, everything: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of an adapter of stock PEFT its own settings alone; of ours everything else."""
+        found: dict[str, Any] = everything(self)
+        if self.foreign:
+            return {key: found[key] for key in ("method", "peft")}
+        return {key: value for key, value in found.items() if key != "peft" or value is not None}
 
 
 class SourceSection(Section):
@@ -451,6 +484,13 @@ class RunConfig(Section):
         """
         from dude_peft.methods import METHODS
 
+        if self.adapter.foreign:
+            return self._resolved_foreign()
+        if self.adapter.peft is not None:
+            raise ConfigError(
+                f"key 'adapter.peft': adapter.method is {shown(self.adapter.method)}, which has no such settings; "
+                "leave it out, or set adapter.method: peft:FILE.json"
+            )
         method = METHODS.get(self.adapter.method)
         if method is None:
             near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
@@ -464,4 +504,28 @@ class RunConfig(Section):
             choices["learning_rate"] = method.learning_rate
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
+        return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})
+
+    def _resolved_foreign(self) -> RunConfig:
+        """The same of an adapter that stock PEFT makes; its settings are in it, and the file is no longer needed."""
+        beside = sorted(self.adapter.model_fields_set - {"method", "peft"})
+        if beside:
+            raise ConfigError(
+                f"key 'adapter.{beside[0]}' has no effect beside adapter.method: peft:...; write it into the PEFT "
+                "configuration, in PEFT's words"
+            )
+        content = self.adapter.peft
+        content = read_peft_file(self.adapter.method) if content is None else content
+        settings = checked_settings(content, self.model.name_or_path)
+        name = f"{PREFIX}{settings['peft_type']}"
+        train = self.train
+        if train.learning_rate is None:
+            raise ConfigError(f"key 'train.learning_rate' is missing: {name} has no rate of ours; set one")
+        for key in ("loraplus_lr_ratio", "magnitude_lr_ratio"):
+            if getattr(train, key) != 1:
+                raise ConfigError(f"key 'train.{key}' has no effect on {name}; leave it out")
+        if train.movement_steps is not None:
+            raise ConfigError(f"key 'train.movement_steps': the movement of {name} cannot be measured; leave it out")
+        choices = {} if train.max_steps or train.num_train_epochs else {"num_train_epochs": 1.0}
+        adapter = AdapterSection(method=name, peft=settings)
         return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})

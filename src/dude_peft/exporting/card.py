@@ -38,7 +38,7 @@ _LONGEST = 300
 _TEMPLATE = """\
 # {{ title }}
 
-{{ method }} adapter of {{ base }}{{ revision }}, r = {{ r }}, lora_alpha = {{ alpha }}, {{ layers }} layers. \
+{{ method }} adapter of {{ base }}{{ revision }}, {{ rank }}, {{ layers }} layers. \
 Made by dude-peft {{ version }}.
 {% if mismatch %}
 
@@ -136,7 +136,7 @@ def model_card(
         "base_model": shown(base, _LONGEST),
         "library_name": "transformers" if export and export.get("to") in ("merged", "gguf") else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["dude", "lora", "dude-peft"],
+        "tags": ["dude", *(["lora"] if config.spec.ranked else []), "dude-peft"],
     }
     ranks = {config.spec.multiple * config.rank_and_alpha(layer)[0] for layer in adapter.base}
     report = report if report is not None else {}
@@ -153,8 +153,7 @@ def model_card(
         method=escaped(config.method),
         base=escaped(base),
         revision=escaped(f", revision {config.revision}") if config.revision else "",
-        r=config.r,
-        alpha=escaped(f"{config.lora_alpha:g}"),
+        rank=f"r = {config.r}, lora_alpha = {escaped(f'{config.lora_alpha:g}')}" if config.spec.ranked else "no rank",
         layers=len(adapter.base),
         version=escaped(__version__),
         mismatch=bool(export and export.get("base_mismatch_allowed")),

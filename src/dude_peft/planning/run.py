@@ -80,6 +80,8 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     from dude_peft.planning.remedies import remedies
     from dude_peft.planning.report import Plan
 
+    if config.adapter.foreign:
+        raise ConfigError(f"dude plan cannot count {config.adapter.method}; it counts the methods of dude methods")
     method, train = METHODS[config.adapter.method], config.train
     if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
         warnings.append(text)
