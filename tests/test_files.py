@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -97,7 +98,7 @@ def refused(folder, error=ArtifactError, *parts, base=None):
 @pytest.mark.parametrize(
     ("with_dude", "method"),
     some_by_day(
-        [(True, name) for name in METHODS] + [(False, name) for name in RANKED],
+        [*itertools.product([True], METHODS), *itertools.product([False], RANKED)],
         [(True, "dude"), (False, "dude"), (False, "pissa")],
     ),
 )

@@ -504,7 +504,7 @@ def test_prepare_model_for_kbit_training_does_not_break(tmp_path, method):
 @pytest.mark.parametrize("method", ["dude", "dora", "pissa", "lora", "rslora"])
 def test_trainable_parameters_are_counted_exactly(capsys, method):
     r = 3
-    model = _wrapped(method, r=r, **({"rank_pattern": {"down_proj": 5}} if METHODS[method].ranked else {}))
+    model = _wrapped(method, r=r, rank_pattern={"down_proj": 5})
     want = 0
     for name, module in tiny_llama().named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
