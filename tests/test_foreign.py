@@ -231,6 +231,7 @@ OFT = {"peft_type": "OFT", **TYPES["OFT"]}
         ({"peft_type": "LORA", "init_lora_weights": "pissa", **QV}, "key 'init_lora_weights' 'pissa' needs data"),
         ({"peft_type": "LORA", "megatron_config": {"a": 1}, **QV}, "key 'megatron_config' would run other code"),
         ({"peft_type": "LORA", "r": 10**9, **QV}, "key 'r' is 1000000000; no adapter has such a size"),
+        ({"peft_type": "LORA", "r": 4, "rank_pattern": {"q_proj": 10**9}, **QV}, "key 'rank_pattern' is 1000000000"),
         ({**OFT, "target_modules": ["nowhere"]}, "PEFT's OFT refuses this model"),
         ({**OFT, "target_modules": "(a+)+b$"}, "target_modules"),
         ([1, 2], "holds no JSON object"),
@@ -238,6 +239,13 @@ OFT = {"peft_type": "OFT", **TYPES["OFT"]}
 )
 def test_what_a_run_does_not_do_is_refused_by_name(place, settings, words):
     refused(place, settings, words)
+
+
+def test_biases_of_the_base_model_are_not_trained(place):
+    save_tiny(place / "biased", attention_bias=True)
+    settings = {"peft_type": "LORA", "r": 4, "bias": "all", **QV}
+    words = "LORA trains 'base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias' of the base model itself"
+    refused(place, settings, words, model={"name_or_path": str(place / "biased")})
 
 
 def test_what_is_no_such_file_is_refused(place):

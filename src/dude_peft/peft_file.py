@@ -7,7 +7,7 @@ files or need more than a plain training step is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dude_peft.doors import parse_json, read_file, without_duplicates
@@ -93,8 +93,17 @@ def _check(key: str, value: Any) -> None:
     if key.endswith(("_path", "_config")) and key != _BASE:
         raise _refused(key, "reads another file or needs data; leave it out")
     most = 2**63 if _SEED.fullmatch(key) else _LARGEST_NUMBER
-    if isinstance(value, (int, float)) and not abs(value) <= most:
-        raise _refused(key, f"is {shown(repr(value), 30)}; no adapter has such a size")
+    for number in _numbers(value):
+        if not abs(number) <= most:  # nor NaN
+            raise _refused(key, f"is {shown(repr(number), 30)}; no adapter has such a size")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def _refused(key: str, why: str) -> ConfigError:

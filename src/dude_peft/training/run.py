@@ -522,11 +522,12 @@ class _Run:
         """The commands that take the adapter up."""
         from dude_peft.terminal.next_steps import tell_next
 
-        model, adapter = self.config.model, str(self.folder.path / ADAPTER)
+        model, adapter, merged = self.config.model, str(self.folder.path / ADAPTER), f"{self.folder.path}-merged"
         if model.trust_remote_code:
             self.display.say(
                 "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
-                "base model and dude_peft.load_adapter for the adapter"
+                f"base model and {'peft.PeftModel' if self.config.adapter.foreign else 'dude_peft.load_adapter'} for "
+                "the adapter"
             )
             return
         base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]
@@ -534,7 +535,9 @@ class _Run:
             self.display,
             ["chat", adapter, *base],
             *self._ways_to_judge(adapter, base, report),
-            ["export", adapter, *base, "--to", "merged", "-o", f"{self.folder.path}-merged"],
+            ["merge", adapter, "-o", merged]
+            if self.config.adapter.foreign
+            else ["export", adapter, *base, "--to", "merged", "-o", merged],
         )
 
     def _ways_to_judge(self, adapter: str, base: list[str], report: RunReport) -> list[list[str]]:

@@ -74,7 +74,7 @@ def adapt_foreign(model: Any, settings: Mapping[str, Any]) -> PeftModel:
     config = config_of(settings)
     kind = settings["peft_type"]
     check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
-    record = _record(model)
+    record, own = _record(model), {id(parameter) for parameter in model.parameters()}
     try:
         adapted: PeftModel = get_peft_model(model, config)
     except Exception as error:
@@ -82,6 +82,12 @@ def adapt_foreign(model: Any, settings: Mapping[str, Any]) -> PeftModel:
     _keep(adapted, record)
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ConfigError(f"adapter.peft: {kind} trains nothing with these settings; set what its start needs")
+    in_place = [name for name, p in adapted.named_parameters() if p.requires_grad and id(p) in own]
+    if in_place:
+        raise ConfigError(
+            f"adapter.peft: {kind} trains {quoted(in_place[0], 200)} of the base model itself, so no base model would "
+            "be left to compare with; set bias: none"
+        )
     here = Counter(_same(fingerprint(t)) for t in (*adapted.parameters(), *adapted.buffers()) if frozen.is_plain(t))
     # Of tied tensors the record has several names.
     missing = [name for name, seen in record.beside.items() if not here[_same(seen)]]
