@@ -108,7 +108,16 @@ def test_what_the_commands_do_with_it(trained):
     assert done.returncode == 0, done.stdout + done.stderr
     for words, command in {
         "trains whole matrices, which a stock adapter cannot hold": ["export", adapter, "--to", "peft"],
-        "not full; choose one of": ["init", trained / "model", "--method", "full", "--quantize", "nf4"],
+        "not full; choose one of": [
+            "init",
+            trained / "model",
+            "--method",
+            "full",
+            "--quantize",
+            "nf4",
+            "--residual",
+            trained / "residual",
+        ],
     }.items():
         done = dude(*command, "-o", trained / "refused")
         assert done.returncode == 2, done.stdout + done.stderr
@@ -117,7 +126,7 @@ def test_what_the_commands_do_with_it(trained):
 
 
 def test_plan_and_methods_count_it(trained):
-    done = dude("plan", trained / "run.yaml", "--json")
+    done = dude("plan", trained / "out/config.yaml", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((trained / "out/report.json").read_text())
     assert f'"trainable_parameters": {report["trainable_parameters"]}' in done.stdout
