@@ -129,7 +129,10 @@ def test_plan_and_methods_count_it(trained):
     done = dude("plan", trained / "out/config.yaml", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((trained / "out/report.json").read_text())
-    assert f'"trainable_parameters": {report["trainable_parameters"]}' in done.stdout
+    planned = json.loads(done.stdout)
+    assert planned["parameters"]["trainable"] == report["trainable_parameters"]
+    assert planned["memory"]["trained"] == 4 * report["trainable_parameters"]
+    assert planned["disk"]["adapter"] == pytest.approx((trained / "out/adapter" / WEIGHTS).stat().st_size, rel=0.2)
     row = next(row for row in method_table(str(trained / "model"), r=4).rows if row.name == "full")
     assert (row.trained, row.kept, row.bytes) == (
         report["trainable_parameters"],

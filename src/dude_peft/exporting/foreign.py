@@ -41,8 +41,7 @@ def open_foreign(path: str | Path) -> ForeignAdapter | None:
     folder = adapter_folder(str(path))
     if not is_foreign_adapter(folder):
         return None
-    manifest = read_foreign(folder)
+    manifest, config = read_foreign(folder)
     check_complete(folder, manifest)
-    config = PeftConfig.from_pretrained(str(folder))
     tensors = read_header(folder / WEIGHTS_FILE).tensors
     return ForeignAdapter(folder, config, manifest.config["method"], manifest.record, tensors)

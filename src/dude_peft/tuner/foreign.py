@@ -106,7 +106,7 @@ def load_foreign(model: nn.Module, path: str | os.PathLike[str], is_trainable: b
         ArtifactError: damaged files, or another base model.
     """
     folder = Path(path)
-    manifest = read_foreign(folder)
+    manifest, _ = read_foreign(folder)
     with checked_base(model, manifest.record, str(path)):
         pass
     try:
@@ -119,8 +119,8 @@ def load_foreign(model: nn.Module, path: str | os.PathLike[str], is_trainable: b
     return loaded
 
 
-def read_foreign(folder: Path) -> Manifest:
-    """The manifest of such an adapter, its files and settings checked.
+def read_foreign(folder: Path) -> tuple[Manifest, PeftConfig]:
+    """Manifest and configuration of such an adapter, its files and settings checked.
 
     Raises:
         ArtifactError: they are damaged, forged, or not of such an adapter.
@@ -135,9 +135,12 @@ def read_foreign(folder: Path) -> Manifest:
         check_patterns(vars(config), list(manifest.beside or ()))
         if f"{PREFIX}{settings['peft_type']}" != manifest.config["method"]:
             raise ConfigError("its type is not the manifest's")
+        config.base_model_name_or_path, config.revision = (
+            None if stored.get(key) is None else str(stored[key]) for key in ("base_model_name_or_path", "revision")
+        )
     except ConfigError as error:
         raise ArtifactError(f"{shown(folder / CONFIG_FILE, 300)}: {error}") from error
-    return manifest
+    return manifest, config
 
 
 def stamp_foreign(model: Any, folder: Path) -> None:
