@@ -32,7 +32,7 @@ from dude_peft.training.budget import shapes_of, spend, targets
 from dude_peft.tuner import DudeLinear
 
 RULES = ["uniform", "spectrum", "gradient", "fisher"]
-METHODS_WITH_A_PRICE = [name for name in METHODS if name != "salt"]
+METHODS_WITH_A_PRICE = [name for name, method in METHODS.items() if name != "salt" and method.ranked]
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -268,6 +268,9 @@ def test_a_method_whose_parameters_fall_with_the_rank_is_refused():
     values = {"model": {"name_or_path": "m"}, "data": {"train": "a.jsonl", "test": "b.jsonl"}, "output_dir": "o"}
     run = load_config({**values, "adapter": {"method": "salt", "budget": {"parameters": "1%"}}})
     with pytest.raises(ConfigError, match=r"adapter\.budget': a larger rank of method 'salt'"):
+        run.resolved()
+    run = load_config({**values, "adapter": {"method": "full", "budget": {"parameters": "1%"}}})
+    with pytest.raises(ConfigError, match=r"adapter\.budget': method 'full' has no rank to choose"):
         run.resolved()
 
 

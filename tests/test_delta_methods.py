@@ -28,6 +28,7 @@ from dude_peft.training.groups import parameter_groups
 
 DELTAS = [name for name, method in METHODS.items() if method.delta is not None]
 every_delta = pytest.mark.parametrize("method", DELTAS)
+every_stock_delta = pytest.mark.parametrize("method", [name for name in DELTAS if METHODS[name].ranked])
 every_shape = pytest.mark.parametrize("shape", [(40, 28), (28, 40)])
 
 
@@ -89,7 +90,20 @@ def spectral(W0, s, layer):
     return p, lambda: W0 + s * p["B"] @ p["A"] + U[:, :4] @ torch.diag(S[:4] * p["mu"]) @ Vh[:4]
 
 
-FORMULAS = {"lora-xs": lora_xs, "edora": edora, "osora": osora, "vera": vera, "salt": salt, "spectral": spectral}
+def full(W0, s, layer):
+    p = parameters(dW=torch.zeros(W0.shape))
+    return p, lambda: W0 + p["dW"]
+
+
+FORMULAS = {
+    "full": full,
+    "lora-xs": lora_xs,
+    "edora": edora,
+    "osora": osora,
+    "vera": vera,
+    "salt": salt,
+    "spectral": spectral,
+}
 
 
 def test_every_delta_has_a_formula_here():
@@ -227,7 +241,7 @@ def moved(method):
     return model.eval()
 
 
-@every_delta
+@every_stock_delta
 def test_a_small_tensor_that_was_edited_is_refused(method, tmp_path):
     moved(method).save_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)

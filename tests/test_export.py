@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from method_rows import each_kind
+from method_rows import each_ranked_kind
 from models import logits, make, perturb, tokens
 from night import some_by_day
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -131,7 +131,7 @@ def test_the_merged_model_is_the_live_adapter(architecture, dtype, tmp_path):
     near(logits(merged), trained, dtype)
 
 
-@each_kind
+@each_ranked_kind
 def test_every_method_merges_and_its_stock_adapter_is_the_live_one(method, tmp_path):
     trained = Trained(tmp_path, method=method)
     merge([trained.adapter], tmp_path / "merged", **QUIET)

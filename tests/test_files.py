@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from method_rows import each_kind, every_method
+from method_rows import RANKED, each_kind, each_ranked_kind, every_ranked_method
 from models import logits, make, perturb, tokens
 from night import some_by_day
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -97,7 +97,10 @@ def refused(folder, error=ArtifactError, *parts, base=None):
 
 @pytest.mark.parametrize(
     ("with_dude", "method"),
-    some_by_day(itertools.product([True, False], METHODS), [(True, "dude"), (False, "dude"), (False, "pissa")]),
+    some_by_day(
+        [*itertools.product([True], METHODS), *itertools.product([False], RANKED)],
+        [(True, "dude"), (False, "dude"), (False, "pissa")],
+    ),
 )
 def test_another_process_gets_the_same_logits_with_and_without_our_package(method, with_dude, trained, tmp_path):
     folder, expected = trained(method)
@@ -134,7 +137,7 @@ print("equal")
     assert "missing adapter keys" not in done.stderr
 
 
-@every_method
+@every_ranked_method
 def test_the_config_is_one_that_servers_read_right(method, trained):
     settings = json.loads((trained(method)[0] / CONFIG).read_text())
     spec = METHODS[method]
@@ -147,7 +150,7 @@ def test_the_config_is_one_that_servers_read_right(method, trained):
     assert "dude" not in json.dumps(settings).lower()
 
 
-@every_method
+@every_ranked_method
 def test_the_tensors_are_stock_and_a_few_more(method, trained):
     names = {name.partition("q_proj.")[2] for name in tensors_of(trained(method)[0]) if "q_proj" in name}
     spec = METHODS[method]
@@ -386,7 +389,7 @@ def test_loading_in_place_on_another_base_is_refused(trained):
     assert torch.equal(logits(model), expected)
 
 
-@each_kind
+@each_ranked_kind
 def test_transformers_own_loader_gets_it_right(method, trained, tmp_path):
     """Other DoRA files lose their magnitudes there in silence; ours name them so that it finds them."""
     folder, expected = trained(method)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_rows import each_kind
+from method_rows import each_kind, each_ranked_kind
 from models import logits, make, perturb
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
@@ -344,7 +344,7 @@ def changes(model, names):
     return {layer.layer_name: [layer.get_delta_weight(name) for name in names] for layer in layers_of(model)}
 
 
-@each_kind
+@each_ranked_kind
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
 def test_a_weighted_adapter_is_the_weighted_sum_of_changes(method, kind, tmp_path):
     model = adapted(method)
@@ -392,7 +392,7 @@ def test_a_smaller_rank_keeps_most(method):
         assert errors[1] == pytest.approx(singular[3:].norm().item(), rel=1e-4)
 
 
-@each_kind
+@each_ranked_kind
 @pytest.mark.parametrize("kind", ["ties", "dare_linear_svd", "dare_ties", "magnitude_prune_svd"])
 def test_entries_are_dropped_from_the_changes(method, kind):
     model = adapted(method)

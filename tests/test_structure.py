@@ -15,7 +15,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
-ROOMS = ["version", "errors", "parents", "show", "names", "kinds", "doors", "core", "methods", "artifact", "tuner"]
+ROOMS = [
+    "version",
+    "errors",
+    "parents",
+    "show",
+    "names",
+    "kinds",
+    "doors",
+    "peft_file",
+    "core",
+    "methods",
+    "artifact",
+    "tuner",
+]
 ROOMS += ["data", "config", "terminal", "machine", "model", "measure", "init", "folder", "exporting", "answer"]
 ROOMS += ["training", "planning", "chat", "evaluation", "doctor", "api", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}

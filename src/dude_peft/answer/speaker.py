@@ -17,6 +17,7 @@ from dude_peft.data.template import KINDS, Template
 from dude_peft.errors import ConfigError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter, refuse_run_folder
 from dude_peft.exporting.base import source_named, source_of
+from dude_peft.exporting.foreign import ForeignAdapter, open_foreign
 from dude_peft.folder.identity import recorded_config
 from dude_peft.folder.record import ADAPTER
 from dude_peft.folder.record import CONFIG as RUN_CONFIG
@@ -105,9 +106,9 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
 
     from dude_peft.model.probe import check_causal, nature_of, quiet_router_
 
-    saved: SavedAdapter | None = None
+    saved: SavedAdapter | ForeignAdapter | None = None
     if _is_adapter(name):
-        saved = open_adapter(name)
+        saved = open_foreign(name) or open_adapter(name)
         source = source_of(saved, base, gguf_file)
     elif base is not None:
         raise ConfigError(f"--base needs an adapter; {shown(name, 300)} has no {CONFIG_FILE}")
@@ -148,22 +149,24 @@ def _hub_has_adapter(name: str) -> bool:
         return False
 
 
-def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | None) -> Any:
+def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:
     """The adapter's own, which it was trained with, or the model's."""
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
         return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
     return load_tokenizer(source, where)
 
 
-def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
+def _model(source: ModelSection, where: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:
     from dude_peft.exporting.dense import apply_as_trained_
+    from dude_peft.tuner.foreign import load_foreign
     from dude_peft.tuner.load import load_adapter
     from dude_peft.tuner.same_base import with_remedy
 
     model: Any = load_model(source, where, saved.quantization if saved else None)
     if saved is not None:
         with with_remedy("give the base model it was trained on with --base"):
-            model = load_adapter(model, saved.folder)
+            load = load_foreign if isinstance(saved, ForeignAdapter) else load_adapter
+            model = load(model, saved.folder)
     apply_as_trained_(model.eval())
     return model
 

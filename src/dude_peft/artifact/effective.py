@@ -17,7 +17,7 @@ Change = tuple[float, LayerTensors, float]
 
 
 def effective_weight(W0: Tensor, layer: LayerTensors, scaling: float, g: Tensor | None = None) -> Tensor:
-    """Effective weight `W' = g V`, `V = W0 + s (dB A + B0 dA)`.
+    """Effective weight `W' = g V`, `V = W0 + s (dB A + B0 dA)`; without a rank `V = W0 + s dB`.
 
     Every row follows from its own row of W0 and of the layer's tensors, so some rows at a time may be given.
 
@@ -34,6 +34,8 @@ def effective_weight(W0: Tensor, layer: LayerTensors, scaling: float, g: Tensor 
     """
     if g is None:
         g = layer_gain(W0, layer, scaling)
+    if layer.dA is None:
+        return torch.add(W0, layer.dB.to(W0), alpha=scaling)
     A = layer.dA if layer.A0 is None else layer.A0 + layer.dA
     V = torch.addmm(W0, layer.dB.to(W0), A.to(W0), alpha=scaling)
     if layer.B0 is not None:
@@ -47,6 +49,7 @@ def layer_gain(W0: Tensor, layer: LayerTensors, scaling: float, norm_gradient: s
     """Gain g = m / ||V|| of every row, (out,) in float32 or better; None for methods without a magnitude."""
     if layer.m0 is None:
         return None
+    assert layer.dA is not None
     dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
     start = None if layer.A0 is None else rows_product(W0, layer.A0)
     q = norm_change(rows_product(W0, dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)

@@ -24,6 +24,7 @@ from dude_peft.core.threads import single_threaded_pool
 from dude_peft.doors import open_file, parse_json, read_json
 from dude_peft.errors import ArtifactError
 from dude_peft.methods import METHODS
+from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
 from dude_peft.version import __version__
 
@@ -32,7 +33,11 @@ from dude_peft.version import __version__
 FORMAT_VERSION = 4
 # Of methods whose change is made out of small tensors, which readers of format 4 do not know.
 DELTA_FORMAT_VERSION = 5
-_READ = (3, FORMAT_VERSION, DELTA_FORMAT_VERSION)
+# Of methods without a rank, which are no stock adapters.
+WHOLE_FORMAT_VERSION = 6
+# Of adapters that stock PEFT made; the rest of what they remember is all of the base model.
+FOREIGN_FORMAT_VERSION = 7
+_READ = (3, FORMAT_VERSION, DELTA_FORMAT_VERSION, WHOLE_FORMAT_VERSION, FOREIGN_FORMAT_VERSION)
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
 _SHARES = 16
@@ -60,8 +65,9 @@ class BaseRecord:
 
     @property
     def dtype(self) -> str | None:
-        """The one dtype of all adapted weights; None where they have several, or are packed."""
-        dtypes = {seen["dtype"] for seen in self.layers.values()}
+        """The one dtype of all adapted weights (of all, where these are not known); None of several, or packed ones."""
+        seen = self.layers or {name: one for name, one in self.beside.items() if len(one["shape"]) > 1}
+        dtypes = {one["dtype"] for one in seen.values()}
         return dtypes.pop() if len(dtypes) == 1 and dtypes <= FLOATS else None
 
 
@@ -139,9 +145,12 @@ def sealed_metadata(
     """
     digest = _json_sha256(config_file)
     manifest = Manifest(config, base.layers, tensors, digest, base.quantization, base.beside or None, base.settings)
+    if is_foreign(config.get("method")):
+        manifest = replace(manifest, format_version=FOREIGN_FORMAT_VERSION)
     method = METHODS.get(config.get("method", ""))
     if method is not None and method.delta is not None:
-        manifest = replace(manifest, format_version=DELTA_FORMAT_VERSION)
+        version = DELTA_FORMAT_VERSION if method.ranked else WHOLE_FORMAT_VERSION
+        manifest = replace(manifest, format_version=version)
     return _sealed(manifest)
 
 
@@ -149,6 +158,18 @@ def _sealed(manifest: Manifest) -> dict[str, str]:
     fields = {name: value for name, value in asdict(manifest).items() if value is not None}
     text = json.dumps(fields, sort_keys=True)
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
+
+
+def is_foreign_adapter(directory: Path) -> bool:
+    """Whether a folder is said to hold an adapter that stock PEFT made, trained by `dude train`; nothing is checked."""
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        return False
+    try:
+        config = parse_json(read_header(path).metadata.get(_KEY, "{}"))["config"]
+        return is_foreign(config.get("method"))
+    except (ArtifactError, AttributeError, KeyError, TypeError, ValueError):
+        return False  # who reads it says so
 
 
 def cover_tokenizer(directory: Path) -> None:
@@ -250,7 +271,7 @@ def _parse(text: str, path: Path) -> Manifest:
         if version not in _READ:
             raise ArtifactError(
                 f"'{path}' has adapter format {version}, but dude-peft {__version__} reads formats up to "
-                f"{DELTA_FORMAT_VERSION}; "
+                f"{FOREIGN_FORMAT_VERSION}; "
                 + (
                     "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)

@@ -14,6 +14,9 @@ A change made out of small tensors (`methods.delta`) is a stock adapter too: lor
 Its trained tensors are beside as lora_t.NAME and its frozen ones as lora_f.NAME, and our loader goes on from these; L
 and R are made again only to see that the file's belong to them.
 
+A change without a rank is no stock adapter: its trained tensors are all there is, and adapter_config.json names a type
+that stock PEFT does not know and refuses.
+
 Zero rows. Stock PEFT divides by the row norm, so a zero row of W0 loads as NaN there. We adapt such a row as LoRA does
 (its gain is 1), so its stock magnitude is the norm of its change. Where that change is zero too, lora_B gets a 1 in the
 row's first column and the magnitude is 0: stock PEFT then gives exactly 0 for the row, and our loader takes the 1 out.
@@ -46,8 +49,8 @@ _SAME_FACTORS = 1e-5
 class LayerTensors:
     """The state of one adapted layer; what a method has not is None."""
 
-    dA: Tensor
-    """(r, in) deviation of A; A itself without a frozen start; R (k, in) of a delta."""
+    dA: Tensor | None
+    """(r, in) deviation of A; A itself without a frozen start; R (k, in) of a delta, None for the identity."""
     dB: Tensor
     """(out, r) deviation of B; B itself without a frozen start; L (out, k) of a delta."""
     A0: Tensor | None = None
@@ -66,8 +69,8 @@ class LayerTensors:
     @property
     def learned(self) -> list[Tensor]:
         """Every tensor that training changes."""
-        change = (self.dA, self.dB) if self.trained is None else self.trained.values()
-        return [*change, *(() if self.dm is None else (self.dm,))]
+        change = (self.dA, self.dB, self.dm) if self.trained is None else (*self.trained.values(), self.dm)
+        return [tensor for tensor in change if tensor is not None]
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -142,7 +145,7 @@ def stock_shapes(method: Method, r: int, shape: tuple[int, int]) -> dict[str, tu
     """Name and shape of every tensor that a layer (out, in) of rank r has on disk."""
     out, in_ = shape
     k = method.multiple * r
-    shapes: dict[str, tuple[int, ...]] = {STOCK_A: (k, in_), STOCK_B: (out, k)}
+    shapes: dict[str, tuple[int, ...]] = {STOCK_A: (k, in_), STOCK_B: (out, k)} if method.ranked else {}
     if method.frozen_start:
         shapes[EXTRA_A0] = (r, in_)
     if method.normalised:
@@ -170,7 +173,10 @@ def to_stock(layer: LayerTensors, scaling: float) -> dict[str, Tensor]:
     Returns:
         The names of `stock_names`, each contiguous and with a storage of its own.
     """
-    if layer.A0 is not None and layer.B0 is not None:
+    tensors: dict[str, Tensor] = {}
+    if layer.dA is None:
+        pass  # the trained tensors are all
+    elif layer.A0 is not None and layer.B0 is not None:
         A = layer.A0 + layer.dA
         lora_A = torch.cat([A, layer.dA.to(A.dtype)])
         lora_B = torch.cat([layer.dB.to(layer.B0.dtype), layer.B0], dim=1)
@@ -231,6 +237,9 @@ def from_stock(
             raise NumericsError(
                 f"tensor '{where}.{name}' holds NaN or Inf; training diverged, use an earlier checkpoint"
             )
+    if method.delta is not None and not method.ranked:
+        trained = {name: tensors[f"{EXTRA_TRAINED}{name}"].clone() for name in method.delta.trained}
+        return layer_tensors(method.delta, trained)
     lora_A, lora_B = tensors[STOCK_A], tensors[STOCK_B].clone()
     m0 = dm = None
     if method.normalised:
@@ -267,6 +276,7 @@ def _from_delta(
         for prefix, names in ((EXTRA_TRAINED, delta.trained), (EXTRA_FROZEN, delta.frozen))
     )
     L, R = delta.pair({name: tensor.double() for name, tensor in {**trained, **frozen}.items()})
+    assert R is not None
     for name, stored, made in ((STOCK_B, lora_B, L), (STOCK_A, lora_A, R)):
         if not bool((stored.double() - made).norm() <= _SAME_FACTORS * made.norm()):
             raise _disagreement(where, name)

@@ -108,7 +108,8 @@ def _values(entry: dict[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_values(entry['items'])}"
     if entry.get("type") == "object":
-        return f"names -> {_values(entry['additionalProperties'])}"
+        inner = entry["additionalProperties"]
+        return "names -> " + ("any values" if inner is True else _values(inner))
     for word, limit in (
         ("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")
     ):  # fmt: skip

@@ -12,11 +12,22 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
+from dude_peft.peft_file import PREFIX, checked_settings, is_foreign, read_peft_file
 from dude_peft.show import shown
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
@@ -149,7 +160,12 @@ class AdapterSection(Section):
     """The adapter: PEFT's own names, handed to `dude_peft.DudeConfig` as they are, and how a run chooses them."""
 
     method: Text = "dude"
-    """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch
+    """The method to train, one of `dude_peft.METHODS`, or `peft:FILE.json`: any other adapter of PEFT, as its
+    configuration says."""  # checked in `resolved`: the table imports torch
+
+    peft: dict[Text, Any] | None = None
+    """Content of the file of `method: peft:FILE.json`. The run writes it down here, and its own config.yaml needs no
+    file."""
 
     r: Count = 16
     """Rank of the update."""
@@ -199,7 +215,7 @@ class AdapterSection(Section):
 
     def settings(self) -> dict[str, Any]:
         """The keys that are DudeConfig's own."""
-        return self.model_dump(exclude={"budget", "groups"})
+        return {key: value for key, value in self.model_dump().items() if key not in ("peft", "budget", "groups")}
 
     @model_validator(mode="after")
     def _budget_alone_decides(self) -> AdapterSection:
@@ -217,6 +233,19 @@ class AdapterSection(Section):
         if self.budget is None and self.groups > self.r:
             raise ValueError(f"key 'adapter.groups': {self.groups} groups need a rank of at least {self.groups}")
         return self
+
+    @property
+    def foreign(self) -> bool:
+        """Whether stock PEFT makes it, from a configuration of its own."""
+        return is_foreign(self.method)
+
+    @model_serializer(mode="wrap")
+    def _what_counts(self, everything: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of an adapter of stock PEFT its own settings alone; of ours everything else."""
+        found: dict[str, Any] = everything(self)
+        if self.foreign:
+            return {key: found[key] for key in ("method", "peft")}
+        return {key: value for key, value in found.items() if key != "peft" or value is not None}
 
 
 class SourceSection(Section):
@@ -541,6 +570,13 @@ class RunConfig(Section):
         """
         from dude_peft.methods import METHODS
 
+        if self.adapter.foreign:
+            return self._resolved_foreign()
+        if self.adapter.peft is not None:
+            raise ConfigError(
+                f"key 'adapter.peft': adapter.method is {shown(self.adapter.method)}, which has no such settings; "
+                "leave it out, or set adapter.method: peft:FILE.json"
+            )
         method = METHODS.get(self.adapter.method)
         if method is None:
             near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
@@ -550,6 +586,11 @@ class RunConfig(Section):
             raise ConfigError(
                 f"key 'train.orthogonality': method {method.name!r} trains no factors A and B; leave it out, or choose "
                 "another method"
+            )
+        if self.adapter.budget is not None and not method.ranked:
+            raise ConfigError(
+                f"key 'adapter.budget': method {method.name!r} has no rank to choose; leave it out, or choose another "
+                "method"
             )
         if self.adapter.budget is not None and any("rest" in sides for sides in method.trained.values()):
             raise ConfigError(
@@ -564,4 +605,33 @@ class RunConfig(Section):
             choices["learning_rate"] = method.learning_rate
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
+        return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})
+
+    def _resolved_foreign(self) -> RunConfig:
+        """The same of an adapter that stock PEFT makes; its settings are in it, and the file is no longer needed."""
+        if self.train.orthogonality:
+            raise ConfigError(
+                "key 'train.orthogonality' is for the methods of dude methods; leave it out beside adapter.method: "
+                "peft:..."
+            )
+        beside = sorted(self.adapter.model_fields_set - {"method", "peft"})
+        if beside:
+            raise ConfigError(
+                f"key 'adapter.{beside[0]}' has no effect beside adapter.method: peft:...; write it into the PEFT "
+                "configuration, in PEFT's words"
+            )
+        content = self.adapter.peft
+        content = read_peft_file(self.adapter.method) if content is None else content
+        settings = checked_settings(content, self.model.name_or_path)
+        name = f"{PREFIX}{settings['peft_type']}"
+        train = self.train
+        if train.learning_rate is None:
+            raise ConfigError(f"key 'train.learning_rate' is missing: {name} has no rate of ours; set one")
+        for key in ("loraplus_lr_ratio", "magnitude_lr_ratio"):
+            if getattr(train, key) != 1:
+                raise ConfigError(f"key 'train.{key}' has no effect on {name}; leave it out")
+        if train.movement_steps is not None:
+            raise ConfigError(f"key 'train.movement_steps': the movement of {name} cannot be measured; leave it out")
+        choices = {} if train.max_steps or train.num_train_epochs else {"num_train_epochs": 1.0}
+        adapter = AdapterSection(method=name, peft=settings)
         return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})

@@ -7,6 +7,8 @@ sharded, hooked. Of a plain frozen nn.Linear the product is taken inside instead
 with the same bits: the change is then added where the product lies, and in the backward both parts of the input's
 gradient are one sum, which saves a pass over memory in each direction.
 
+Without a rank R is the identity, which no product is taken with: L is the whole change, and u is x.
+
 The two low-rank products are stacked, L = [dB, B0] (out, 2r) and R = [A; dA] (2r, in), and the sum is formed in float32
 with one rounding at the end (`rounding.py`). Where nothing changed, g = 1 and the change is 0, the bits of `base_out`
 come out as they went in.
@@ -60,7 +62,7 @@ class FrozenProduct(NamedTuple):
 def adapted_linear(
     base: Tensor | FrozenProduct,
     x: Tensor,
-    dA: Tensor,
+    dA: Tensor | None,
     dB: Tensor,
     A0: Tensor | None,
     B0: Tensor | None,
@@ -78,7 +80,7 @@ def adapted_linear(
     Args:
         base: (*, out) what the frozen layer gave for its input, bias included; or the product, to be taken inside.
         x: (*, in) input of the change; the layer's input, or its dropped-out copy.
-        dA: (r, in) trained deviation of A.
+        dA: (r, in) trained deviation of A; None for the identity, where B (out, in) is the whole change.
         dB: (out, r) trained deviation of B.
         A0: (r, in) frozen start of A; None where the method has none (then dA is A itself).
         B0: (out, r) frozen start of B; None together with A0.
@@ -115,7 +117,7 @@ def adapted_linear(
 
 def _forward(
     inputs: _Inputs,
-    dA: Tensor,
+    dA: Tensor | None,
     dB: Tensor,
     A0: Tensor | None,
     B0: Tensor | None,
@@ -137,7 +139,9 @@ def _forward(
     with torch.autocast(base_out.device.type, enabled=False):
         left, right = _stack(dA, dB, A0, B0, compute)
         base = base_out.reshape(-1, base_out.shape[-1])
-        u = seen.reshape(-1, seen.shape[-1]).to(compute) @ right.T  # (tokens, 2r)
+        u = seen.reshape(-1, seen.shape[-1]).to(compute)
+        if right is not None:
+            u = u @ right.T  # (tokens, 2r)
         y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
         # A view could not be changed in place by the code behind the layer.
         return torch.ops.aten._unsafe_view.default(y, base_out.shape), u, kept
@@ -151,7 +155,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x: Tensor | None,
         weight: Tensor | None,
         x_change: Tensor | None,
-        dA: Tensor,
+        dA: Tensor | None,
         dB: Tensor,
         A0: Tensor | None,
         B0: Tensor | None,
@@ -176,7 +180,7 @@ class _AdaptedLinear(torch.autograd.Function):
         keep = (torch.bfloat16 if compact else compute) if keep_v else None
         inputs = (base_out, x, weight, x_change)
         y, u, kept = _forward(inputs, dA, dB, A0, B0, gain, bias, scaling, keep)
-        if B0 is not None:
+        if B0 is not None and dA is not None:
             u = u[:, : dA.shape[0]].contiguous()  # x A^T is all that the backward reads
         ctx.changes = source = None
         if needs_kept and kept is None:
@@ -205,7 +209,7 @@ class _AdaptedLinear(torch.autograd.Function):
         need_base, need_x, _, need_change, need_dA, need_dB, _, _, need_gain, need_bias, _, need_dm, *_ = (
             ctx.needs_input_grad
         )
-        r, compute, scaling = dA.shape[0], u.dtype, ctx.scaling
+        compute, scaling = u.dtype, ctx.scaling
         need_change = need_change or (need_x and ctx.one_input)
         with torch.autocast(dy.device.type, enabled=False):
             left, right = _stack(dA, dB, A0, B0, compute)
@@ -223,10 +227,11 @@ class _AdaptedLinear(torch.autograd.Function):
             if w is not None:
                 w = w.mul_(scaling)  # (tokens, 2r)
                 if grad_x is not None and ctx.one_input:
-                    grad_x.addmm_(w, right)
+                    grad_x = grad_x.add_(w) if right is None else grad_x.addmm_(w, right)
                 elif need_change:
-                    grad_change = (w @ right).view(seen.shape).to(seen.dtype)
+                    grad_change = (w if right is None else w @ right).view(seen.shape).to(seen.dtype)
                 if need_dA:
+                    r = dA.shape[0]
                     through_B = w if B0 is None else w[:, :r] + w[:, r:]
                     grad_dA = (through_B.T @ seen.reshape(-1, seen.shape[-1]).to(compute)).to(dA.dtype)
             if grad_x is not None:
@@ -266,7 +271,7 @@ def _product_again(
     seen: Tensor,
     weight: Tensor | None,
     left: Tensor,
-    right: Tensor,
+    right: Tensor | None,
     scaling: float,
     frozen_rows: FrozenRows | None,
 ) -> Tensor:
@@ -278,11 +283,16 @@ def _product_again(
         raise RuntimeError("the output of an adapted layer was changed in place, but its product is needed again")
     else:
         base = frozen_rows(rows).to(left.dtype)
-    return base.addmm_(change_rows @ right.T, left.T, alpha=scaling)
+    u = change_rows if right is None else change_rows @ right.T
+    return base.addmm_(u, left.T, alpha=scaling)
 
 
-def _stack(dA: Tensor, dB: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """L = [dB, B0] and R = [A0 + dA; dA]; dB and dA alone where there is no frozen start."""
+def _stack(
+    dA: Tensor | None, dB: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """L = [dB, B0] and R = [A0 + dA; dA]; dB and dA alone where there is no frozen start; no R for the identity."""
+    if dA is None:
+        return dB.to(dtype), None
     if A0 is None or B0 is None:
         return dB.to(dtype), dA.to(dtype)
     return torch.cat([dB.to(dtype), B0.to(dtype)], dim=1), torch.cat([(A0 + dA).to(dtype), dA.to(dtype)])

@@ -177,9 +177,6 @@ def direction_change(
 ) -> Tensor:
     """How far every row of the direction turned, `1 - cos(V, W0)`, from what `norm_change` takes and m0 (out,).
 
-    With p = s <D, W0> and t = ||s D||^2 it is (m0^2 t - p^2) / (n m0 (n m0 + m0^2 + p)), which does not cancel for
-    small turns as 1 minus the cosine would.
-
     Returns:
         (out,) float64, 0 where W0 or V has a zero row.
 
@@ -189,9 +186,19 @@ def direction_change(
     # The squared part alone: the same formula with the products with W0 left out.
     zeros = torch.zeros_like(W0_dA)
     t = norm_change(zeros, None if W0_A0 is None else zeros, dA, dB, A0, B0, scaling)
-    p = (q - t) / 2
+    return turned_by((q - t) / 2, t, m0)
+
+
+def turned_by(p: Tensor, t: Tensor, m0: Tensor) -> Tensor:
+    """`1 - cos(V, W0)` of every row from p = s <D, W0>, t = ||s D||^2 and m0, (out,) each.
+
+    It is (m0^2 t - p^2) / (n m0 (n m0 + m0^2 + p)), which does not cancel for small turns as 1 minus the cosine would.
+
+    Returns:
+        (out,) float64, 0 where W0 or V has a zero row.
+    """
     m0 = m0.to(_wide(m0))
-    n = direction_norm(m0, q)
+    n = direction_norm(m0, 2 * p + t)
     turned = (m0.square() * t - p.square()).clamp_min(0)
     below = n * m0 * (n * m0 + m0.square() + p)
     return torch.where(below > 0, turned / below, 0.0)

@@ -5,6 +5,7 @@ hold its outputs and all of its gradients against this file. Read this one first
 
     V  = W0 - s B0 A0 + s B A            direction (DuDe, arXiv 2505.14367, section 3; PiSSA, arXiv 2404.02948)
     n  = ||V||, one norm per output row  (DoRA, arXiv 2402.09353, calls it column-wise)
+    V  = W0 + dW                         direction without a rank (full fine-tuning of the layer)
     W' = diag(m / n) V                   effective weight
     y  = x W'^T + bias
 
@@ -21,13 +22,13 @@ from torch import Tensor, where
 
 
 def reference_direction(
-    W0: Tensor, A: Tensor, B: Tensor, scaling: float, A0: Tensor | None = None, B0: Tensor | None = None
+    W0: Tensor, A: Tensor | None, B: Tensor, scaling: float, A0: Tensor | None = None, B0: Tensor | None = None
 ) -> Tensor:
     """Direction `V = W0 - s B0 A0 + s B A`.
 
     Args:
         W0: (out, in) base weight.
-        A: (r, in) the factor itself, not its deviation.
+        A: (r, in) the factor itself, not its deviation; None for the identity, where B (out, in) is dW.
         B: (out, r) the factor itself.
         scaling: s.
         A0: (r, in) start of A where the start was taken out of W0; None for LoRA and DoRA.
@@ -38,7 +39,8 @@ def reference_direction(
 
     Source: DuDe section 3.
     """
-    V = W0.double() + scaling * (B.double() @ A.double())
+    change = B.double() if A is None else B.double() @ A.double()
+    V = W0.double() + scaling * change
     if A0 is not None and B0 is not None:
         V = V - scaling * (B0.double() @ A0.double())
     return V

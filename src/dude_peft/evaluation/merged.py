@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.machine.processes import gathered
+from dude_peft.tuner import DudeModel
 
 _ROWS, _TOKENS = 4, 64
 _TOLERANCE = 1e-4
@@ -27,7 +28,9 @@ def merged_if_equal(model: Any, wanted: bool = True) -> Iterator[bool]:
         model: a PeftModel with one DuDe adapter.
         wanted: False leaves it alone.
     """
-    if not wanted or any(p.dtype != torch.float32 for p in model.parameters()):
+    # PEFT's own adapters are taken out of the weights again by arithmetic, which leaves other bits behind.
+    ours = isinstance(getattr(model, "base_model", None), DudeModel)
+    if not wanted or not ours or any(p.dtype != torch.float32 for p in model.parameters()):
         yield False
         return
     live = _logits(model)

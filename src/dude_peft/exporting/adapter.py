@@ -21,7 +21,7 @@ from dude_peft.artifact.manifest import (
     check_complete,
     tokenizer_files,
 )
-from dude_peft.artifact.stock import LayerTensors, from_stock, stock_names
+from dude_peft.artifact.stock import EXTRA_TRAINED, STOCK_A, STOCK_B, LayerTensors, from_stock, stock_names
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.folder.record import ADAPTER
@@ -84,6 +84,18 @@ class SavedAdapter:
             )
         found = {name: read_tensor(self.tensors[self._key(layer, name)]) for name in names}
         return from_stock(found, spec, r, shape, layer)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(out, in) of one layer, as the adapter's own tensors have it; zeros where these are damaged."""
+        delta = self.config.spec.delta
+        left, right = STOCK_B, STOCK_A
+        if delta is not None and not self.config.spec.ranked:
+            left = right = EXTRA_TRAINED + next(name for name, own in delta.trained.items() if own == ("out", "in"))
+        stored = [self.tensors.get(self._key(layer, name)) for name in (left, right)]
+        out, in_ = (
+            one.shape[side] if one is not None and len(one.shape) == 2 else 0 for side, one in enumerate(stored)
+        )
+        return out, in_
 
     def whole(self) -> Iterator[tuple[str, StoredTensor]]:
         """Tensors that were trained whole (biases, modules_to_save), by their names in the base model."""

@@ -17,6 +17,7 @@ from dude_peft.config.schema import ModelSection
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.dense import densify_
+from dude_peft.exporting.foreign import ForeignAdapter
 from dude_peft.exporting.rounded import narrower_dtype, write_rounded
 from dude_peft.model.architecture import empty_model, fetch_checkpoint, parameter_names
 from dude_peft.model.layout import Layout, layout_of
@@ -53,7 +54,7 @@ class Base:
         return None if self.quantization is None else str(self.quantization["dtype"])
 
 
-def source_of(adapter: SavedAdapter, name: str | None, gguf_file: str | None) -> ModelSection:
+def source_of(adapter: SavedAdapter | ForeignAdapter, name: str | None, gguf_file: str | None) -> ModelSection:
     """Which base model an adapter means, or the user says, in the dtype that the adapter was trained on.
 
     Raises:

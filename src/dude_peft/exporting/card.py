@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dude_peft.exporting.serving import PROGRAMS, serving_matrix
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.record import REPORT
 from dude_peft.show import shown
+from dude_peft.tuner.config import DudeConfig
 from dude_peft.version import __version__
 
 CARD = "README.md"
@@ -38,7 +39,7 @@ _LONGEST = 300
 _TEMPLATE = """\
 # {{ title }}
 
-{{ method }} adapter of {{ base }}{{ revision }}, r = {{ r }}, lora_alpha = {{ alpha }}, {{ layers }} layers. \
+{{ method }} adapter of {{ base }}{{ revision }}, {{ rank }}, {{ layers }} layers. \
 Made by dude-peft {{ version }}.
 {% if mismatch %}
 
@@ -136,7 +137,7 @@ def model_card(
         "base_model": shown(base, _LONGEST),
         "library_name": "transformers" if export and export.get("to") in ("merged", "gguf") else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["dude", "lora", "dude-peft"],
+        "tags": ["dude", *(["lora"] if config.spec.ranked else []), "dude-peft"],
     }
     ranks = {config.spec.multiple * config.rank_and_alpha(layer)[0] for layer in adapter.base}
     report = report if report is not None else {}
@@ -153,8 +154,7 @@ def model_card(
         method=escaped(config.method),
         base=escaped(base),
         revision=escaped(f", revision {config.revision}") if config.revision else "",
-        r=_span(config.rank_and_alpha(layer)[0] for layer in adapter.base) or config.r,
-        alpha=escaped(f"{config.lora_alpha:g}"),
+        rank=_rank(config, [config.rank_and_alpha(layer)[0] for layer in adapter.base]),
         layers=len(adapter.base),
         version=escaped(__version__),
         mismatch=bool(export and export.get("base_mismatch_allowed")),
@@ -175,10 +175,12 @@ def model_card(
     return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=False)}---\n\n{body}"
 
 
-def _span(numbers: Iterable[int]) -> str:
-    """5, or 2 to 9; empty for none."""
-    found = sorted(set(numbers))
-    return " to ".join(str(number) for number in dict.fromkeys([*found[:1], *found[-1:]]))
+def _rank(config: DudeConfig, ranks: list[int]) -> str:
+    """As in: r = 5, lora_alpha = 10; r = 2 to 9, where layers differ."""
+    if not config.spec.ranked:
+        return "no rank"
+    span = " to ".join(str(rank) for rank in dict.fromkeys([min(ranks), max(ranks)])) if ranks else str(config.r)
+    return f"r = {span}, lora_alpha = {escaped(f'{config.lora_alpha:g}')}"
 
 
 def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ def usage(
     stock = f"peft.PeftModel.from_pretrained(base, {place!a})"
     if export is not None:
         return "\n".join(["import peft", *imports, "", base, f"model = {stock}"]), []
+    without = f"# Without DuDe, in place of the last line: import peft; model = {stock}"
     lines = [
         *imports,
         "",
@@ -64,7 +65,7 @@ def usage(
         "",
         base,
         f"model = load_adapter(base, {place!a})",
-        f"# Without DuDe, in place of the last line: import peft; model = {stock}",
+        *([without] if adapter.config.spec.ranked else []),
     ]
     commands = [] if code or automatic != _CAUSAL else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
     return "\n".join(lines), commands

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -57,11 +58,15 @@ def _logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
 
 def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Module:
     from dude_peft import load_adapter
+    from dude_peft.artifact.manifest import is_foreign_adapter
     from dude_peft.exporting.dense import dense_layer
     from dude_peft.tuner import frozen
+    from dude_peft.tuner.foreign import load_foreign
     from dude_peft.tuner.layer import DudeLinear
 
     adapted: Any = model
+    if len(adapters) == 1 and is_foreign_adapter(Path(adapters[0]["path"])):
+        return load_foreign(adapted, adapters[0]["path"]).eval()
     for number, adapter in enumerate(adapters):
         adapted = load_adapter(adapted, adapter["path"], adapter_name=f"a{number}", allow_base_mismatch=mismatch)
     if not adapters:

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,8 +169,20 @@ def merge(
     settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
     with quiet_imports():
         from dude_peft.exporting.combine import Combination
+        from dude_peft.exporting.foreign import open_foreign
+        from dude_peft.exporting.foreign_merge import merge_foreign
 
-        how = Combination(combination, density, seed)
+        foreign = [adapter for adapter in map(open_foreign, adapters) if adapter is not None]
+    if foreign:
+        plain = len(adapters) == 1 and weights == [1.0] and combination == "linear" and dtype == "keep"
+        if not plain or gguf_file is not None or allow_base_mismatch:
+            raise ConfigError(f"{foreign[0].method} is merged by PEFT, alone and as it is; leave other options out")
+        refuse_existing(settings.output)
+        display = Display(quiet=quiet)
+        made = merge_foreign(foreign[0], settings.output, base, verify=verify, display=display)
+        display.say(f"written: {shown(output, None)}")
+        return Export(settings.output, made)
+    how = Combination(combination, density, seed)
     return _Export(settings, list(map(str, adapters)), weights, base, gguf_file).run(Target("merged"), how)
 
 
@@ -217,10 +229,16 @@ class _Export:
             from dude_peft.exporting.adapter import open_adapter
             from dude_peft.exporting.base import open_base, source_of
             from dude_peft.exporting.combine import Combination
+            from dude_peft.exporting.foreign import open_foreign
             from dude_peft.exporting.merge import Weighted
             from dude_peft.exporting.tokenizer import tokenizer_change
         self.dtype = None if self.settings.dtype == "keep" else getattr(torch, self.settings.dtype)
         self.combination = combination or Combination()
+        if foreign := next(filter(None, map(open_foreign, self.adapters)), None):
+            raise ConfigError(
+                f"{foreign.method} is an adapter of stock PEFT already, and dude export has no other form of it; use "
+                "dude merge"
+            )
         opened = [open_adapter(path) for path in self.adapters]
         for adapter in opened:
             _check_task(adapter)
@@ -257,7 +275,7 @@ class _Export:
 
         self.layers = layers_of(base, self.weighted)
         if target.kind in ("peft", "lora"):
-            self._check_stock(base)
+            self._check_stock(base, target)
         self._check_base(base)
         if target.kind == "merged":
             self._merge(base, folder)
@@ -271,11 +289,12 @@ class _Export:
             return self._lora(target, base, folder, scratch)
         return self._gguf(target, base, folder, scratch)
 
-    def _check_stock(self, base: Base) -> None:
+    def _check_stock(self, base: Base, target: Target) -> None:
         from dude_peft.tuner.stock_loading import stock_refusal
 
         adapter = self.weighted[0].adapter
-        if refusal := stock_refusal(base.model, adapter.config.stock(), adapter.base):
+        config = replace(adapter.config, method="lora") if target.kind == "lora" else adapter.config
+        if refusal := stock_refusal(base.model, config.stock(), adapter.base):
             raise ConfigError(f"{refusal}; use --to merged")
 
     def _check_base(self, base: Base) -> None:
@@ -430,7 +449,12 @@ class _Export:
             "to": target.kind,
             "base": base.source.name_or_path,
             "adapters": [
-                {"method": w.adapter.config.method, "r": w.adapter.config.r, "weight": w.weight} for w in self.weighted
+                {
+                    "method": w.adapter.config.method,
+                    "r": w.adapter.config.r if w.adapter.config.spec.ranked else None,
+                    "weight": w.weight,
+                }
+                for w in self.weighted
             ],
             "combination": self.combination.kind,
             "base_mismatch_allowed": self.settings.allow_base_mismatch,

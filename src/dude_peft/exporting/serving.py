@@ -30,15 +30,11 @@ def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True) -> li
         ranks: of its stock tensors, over all layers.
         loads: whether stock PEFT loads adapters on these layers of this model.
     """
-    largest = max(ranks)
-    served = next((rank for rank in SERVED_RANKS if rank >= largest), None)
-    if method.normalised:
-        adapter = ("exact", "refused (DoRA)", "refused (DoRA)", "refused (DoRA)")
-    elif served is None:
-        adapter = ("exact", f"refused (rank {largest})", "exact", "exact, once converted")
+    if not method.ranked:
+        adapter: tuple[str, ...] = ("refused",) * len(PROGRAMS)
     else:
-        adapter = ("exact", f"exact, --max-lora-rank {served}", "exact", "exact, once converted")
-    lora = ("approximate", "approximate", "approximate", "approximate, once converted")
+        adapter = _adapter(method, max(ranks))
+    lora: tuple[str, ...] = ("approximate", "approximate", "approximate", "approximate, once converted")
     if not loads:
         adapter, lora = (("refused", *answers[1:]) for answers in (adapter, lora))
     return [
@@ -47,3 +43,12 @@ def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True) -> li
         Serving("--to lora:K", lora),
         Serving("--to gguf:TYPE", ("no", "no", "no", "exact up to TYPE")),
     ]
+
+
+def _adapter(method: Method, largest: int) -> tuple[str, ...]:
+    served = next((rank for rank in SERVED_RANKS if rank >= largest), None)
+    if method.normalised:
+        return "exact", "refused (DoRA)", "refused (DoRA)", "refused (DoRA)"
+    if served is None:
+        return "exact", f"refused (rank {largest})", "exact", "exact, once converted"
+    return "exact", f"exact, --max-lora-rank {served}", "exact", "exact, once converted"

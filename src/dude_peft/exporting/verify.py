@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.exporting.serving import PROGRAMS, Serving, serving_matrix
+from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -18,6 +20,7 @@ from dude_peft.terminal.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from dude_peft.exporting.adapter import SavedAdapter
+    from dude_peft.exporting.foreign import ForeignAdapter
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Verification:
 
     method: str
     r: int
+    """0 where the method has no rank; then lora_alpha has no meaning."""
     lora_alpha: float
     layers: int
     trained_numbers: int
@@ -42,10 +46,11 @@ class Verification:
 
     def facts(self) -> list[str]:
         """Lines for a terminal."""
-        lines = [
-            f"{self.method}, r = {self.r}, lora_alpha = {self.lora_alpha:g}, {self.layers} layers, "
-            f"{self.trained_numbers:,} trained parameters, base model {shown(self.base_model, 300)}"
-        ]
+        rank = f"r = {self.r}, lora_alpha = {self.lora_alpha:g}" if self.r else "no rank"
+        what = f"{rank}, {self.layers} layers, {self.trained_numbers:,} trained parameters"
+        if is_foreign(self.method):
+            what = f"an adapter of stock PEFT, {self.trained_numbers:,} saved numbers"
+        lines = [f"{self.method}, {what}, base model {shown(self.base_model, 300)}"]
         if self.saved_whole:
             lines.append(f"saved in full: {shown(', '.join(self.saved_whole), 300)}")
         lines.append("files: complete, unchanged, finite")
@@ -84,20 +89,16 @@ def verify(
     """
     display = Display(quiet=quiet)
     with display.waiting("reading the adapter"), quiet_imports():
-        from dude_peft.artifact.stock import STOCK_A, STOCK_B
         from dude_peft.exporting.adapter import open_adapter
+        from dude_peft.exporting.foreign import open_foreign
 
+        foreign = open_foreign(adapter)
+    if foreign is not None:
+        return _verify_foreign(foreign, base, gguf_file, display)
+    with display.waiting("reading the adapter"):
         opened = open_adapter(adapter)
-        prefix, ranks, numbers = "base_model.model.", set(), 0
-        for layer in opened.base:
-            factors = [opened.tensors.get(f"{prefix}{layer}.{name}") for name in (STOCK_A, STOCK_B)]
-            out, in_ = (
-                f.shape[side] if f is not None and len(f.shape) == 2 else 0
-                for f, side in zip(factors[::-1], (0, 1), strict=True)
-            )
-            state = opened.layer(layer, (out, in_))
-            ranks.add(factors[0].shape[0])  # type: ignore[union-attr]  # `layer` refused a missing one
-            numbers += sum(t.numel() for t in state.learned)
+        numbers = sum(t.numel() for layer in opened.base for t in opened.layer(layer, opened.shape(layer)).learned)
+        ranks = {opened.config.spec.multiple * opened.config.rank_and_alpha(layer)[0] for layer in opened.base}
         whole = [name for name, _ in opened.whole()]
     config, warnings = opened.config, []
     compare = base is not None or gguf_file is not None
@@ -108,7 +109,7 @@ def verify(
         warnings.append(f"{refusal}; use --to merged")
     found = Verification(
         method=config.method,
-        r=config.r,
+        r=config.r if config.spec.ranked else 0,
         lora_alpha=config.lora_alpha,
         layers=len(opened.base),
         trained_numbers=numbers,
@@ -132,6 +133,42 @@ def verify(
     return found
 
 
+def _verify_foreign(adapter: ForeignAdapter, base: str | None, gguf_file: str | None, display: Display) -> Verification:
+    """The same of an adapter that stock PEFT made: of its function nothing is known here but PEFT's word."""
+    from dude_peft.artifact.header import DTYPES
+    from dude_peft.core.finite import first_not_finite
+    from dude_peft.exporting.adapter import read_tensor
+    from dude_peft.exporting.base import source_of
+    from dude_peft.model.load import load_model, locate
+    from dude_peft.tuner.same_base import check_base
+
+    floats = {name: stored for name, stored in adapter.tensors.items() if stored.dtype in DTYPES}
+    lost = first_not_finite((name, read_tensor(stored)) for name, stored in floats.items())
+    if lost is not None:
+        raise NumericsError(f"tensor {shown(lost, 200)} holds NaN or Inf; training diverged, use an earlier checkpoint")
+    compare = base is not None or gguf_file is not None
+    if compare:
+        source = source_of(adapter, base, gguf_file)
+        with display.waiting("comparing the base weights"):
+            check_base(load_model(source, locate(source)), adapter.record, str(adapter.folder))
+    found = Verification(
+        method=adapter.method,
+        r=0,
+        lora_alpha=0,
+        layers=0,
+        trained_numbers=sum(math.prod(stored.shape) for stored in adapter.tensors.values()),
+        base_model=adapter.config.base_model_name_or_path,
+        saved_whole=(),
+        base_compared=compare,
+        stock_refusal="",
+        serving=(),
+        warnings=(),
+    )
+    for line in found.facts():
+        display.say(line)
+    return found
+
+
 def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None) -> str | None:
     """Why stock PEFT does not load it, empty where it does; None where nothing is known of the base model."""
     import torch
@@ -141,6 +178,8 @@ def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None
     from dude_peft.model.load import load_settings, locate
     from dude_peft.tuner.stock_loading import stock_refusal
 
+    if not opened.config.spec.ranked:
+        return f"stock PEFT refuses an adapter of method {opened.config.method}, which has no rank"
     try:
         source = source_of(opened, base, gguf_file)
         settings = load_settings(source, locate(source))

@@ -323,9 +323,12 @@ def save_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None, 
         state: the trained tensors, where the model holds only a shard of each.
         card: write PEFT's README.md as well. Nobody reads a checkpoint's, and its template takes longer than the rest.
     """
+    from dude_peft.tuner.foreign import stamp_foreign
+
     with contextlib.nullcontext() if card else _without_card(model):
         # Embeddings stay the base's: who trains them names them in modules_to_save.
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    stamp_foreign(model, folder)
 
 
 @contextlib.contextmanager

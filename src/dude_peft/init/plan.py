@@ -108,7 +108,8 @@ def make_plan(
         layers.append(LayerTask(module.layer_name, stored, dtype_name, transposed, r, scaling, state))
         size += saved_bytes(module, config.spec, r)
     _check_whole(model, shapes, names_of.values(), layout)
-    warn_if_refused(model, config.stock(), [task.name for task in layers])
+    if config.spec.ranked:
+        warn_if_refused(model, config.stock(), [task.name for task in layers])
     beside = {}
     for name, tensor in relied_on(model):
         place = layout.whole(names_of.get(id(tensor), [name]))

@@ -114,8 +114,8 @@ def _work(
     size = plan.adapter_bytes * (1 + len(tasks) / len(plan.layers))
     check_space(parts.output, int(size), parts.output)
     display.say(
-        f"DuDe {__version__}: {plan.config.method}, r = {plan.config.r}, {len(plan.layers)} layers of "
-        f"{shown(model, 300)}; {len(plan.layers) - len(tasks)} done before, {min(workers, len(tasks))} workers"
+        f"DuDe {__version__}: {plan.config.method}, {plan.config.spec.size(plan.config.r)}, {len(plan.layers)} layers "
+        f"of {shown(model, 300)}; {len(plan.layers) - len(tasks)} done before, {min(workers, len(tasks))} workers"
     )
     _show(display, run_layers(tasks, plan.config, parts.output, parts.settings, workers, debug), len(tasks))
     finished = [_trusted(parts, i, task.name) for i, task in enumerate(plan.layers)]

@@ -23,6 +23,7 @@ from dude_peft.methods.random_basis import RANDOM_BASIS
 from dude_peft.methods.frozen_m import FROZEN_M
 from dude_peft.methods.dude_exact import DUDE_EXACT
 from dude_peft.methods.dora_exact import DORA_EXACT
+from dude_peft.methods.full import FULL
 # isort: on
 
 METHODS: dict[str, Method] = {row.name: row for row in tuple(globals().values()) if isinstance(row, Method)}

@@ -30,7 +30,8 @@ class Delta:
     """How `V = W0 + s L R` follows from named tensors, L (out, k) and R (k, in), k a multiple of r.
 
     Autograd carries the gradients of L and R on to the trained ones. The layer, the files and everything behind them
-    see L and R alone, as LoRA's B and A.
+    see L and R alone, as LoRA's B and A. Without a rank, L (out, in) is the whole change: R is the identity, and never
+    formed.
     """
 
     trained: Shapes
@@ -39,16 +40,16 @@ class Delta:
     """Likewise; they are stored, so that loading computes no decomposition and draws nothing."""
     start: Callable[[Tensor, int, float, SplitOptions], DeltaStart]
     """Pure function (W0 (out, in) in float32 or float64, r, scaling, options) -> DeltaStart."""
-    factors: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+    factors: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor | None]]
     """Pure, differentiable function from all tensors to (L, R); at the start L R is exactly zero, so it is written in
-    deviations, never as a difference of two products."""
+    deviations, never as a difference of two products. R is None where it is the identity."""
     multiple: int = 1
-    """k / r."""
+    """k / r; 0 where there is no rank, because R is the identity."""
     step: str = ""
     """What making L and R takes, where it is more than a product with r columns."""
 
-    def pair(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """L (out, k) and R (k, in), in float32 or better whatever autocast is on and the tensors' dtypes are."""
+    def pair(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """L (out, k) and R (k, in), None for the identity, in float32 or better whatever autocast and dtypes are."""
         dtypes = [tensor.dtype for tensor in tensors.values()]
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
         device = next(iter(tensors.values())).device

@@ -82,6 +82,8 @@ class Method:
     def __post_init__(self) -> None:
         if (self.split is None) == (self.delta is None):
             raise ValueError(f"method {self.name!r} needs a split or a delta, and not both")
+        if self.normalised and not self.ranked:
+            raise ValueError(f"method {self.name!r} has a magnitude, which needs a rank")
 
     def begin(self, W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split | DeltaStart:
         """Where a layer starts: its split, or the tensors of its delta."""
@@ -97,10 +99,19 @@ class Method:
 
     @property
     def multiple(self) -> int:
-        """How many times r the rank of the change is."""
+        """How many times r the rank of the change is; 0 where there is no rank."""
         if self.delta is not None:
             return self.delta.multiple
         return 2 if self.frozen_start else 1
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the change has a rank, so that its files are a stock LoRA or DoRA; else it is a whole matrix."""
+        return self.multiple > 0
+
+    def size(self, r: int) -> str:
+        """How large it is at rank r, for people."""
+        return f"r = {r}" if self.ranked else "no rank"
 
     @property
     def normalised(self) -> bool:
@@ -108,7 +119,9 @@ class Method:
         return self.magnitude != "none"
 
     def scaling(self, r: int, lora_alpha: float) -> float:
-        """Scaling s of rank r and alpha."""
+        """Scaling s of rank r and alpha; 1 without a rank."""
+        if not self.ranked:
+            return 1.0
         return lora_alpha / (math.sqrt(r) if self.rank_stabilized else r)
 
     def gradient_through_norm(self, asked: str | None) -> Literal["detached", "exact"]:
@@ -143,6 +156,8 @@ class Method:
     @property
     def step(self) -> str:
         """What a training step computes beside the frozen layer."""
+        if not self.ranked:
+            return "a product with a matrix of W0's size"
         rank = "rank r" if self.multiple == 1 else f"rank {self.multiple}r"
         if self.delta is not None and self.delta.step:
             rank += f", {self.delta.step}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_peft.config.schema import RunConfig
+from dude_peft.methods import METHODS
 from dude_peft.planning.bill import Cost
 
 _ENOUGH = 3
@@ -94,7 +95,8 @@ def _ways(config: RunConfig, length: int, wide: bool) -> Iterator[list[dict[str,
         yield [{"model.dtype": "bfloat16"}]
     if lengths := [length // 2**n for n in (1, 2, 3) if length // 2**n >= _SHORTEST]:
         yield [{"data.max_length": tokens} for tokens in lengths]
-    if ranks := [r // 2**n for n in range(1, r.bit_length()) if r // 2**n >= _SMALLEST_RANK]:
+    ranks = [r // 2**n for n in range(1, r.bit_length()) if r // 2**n >= _SMALLEST_RANK]
+    if ranks and METHODS[config.adapter.method].ranked:
         yield [{"adapter.r": rank} for rank in ranks]
 
 

@@ -80,6 +80,8 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     from dude_peft.planning.remedies import remedies
     from dude_peft.planning.report import Plan
 
+    if config.adapter.foreign:
+        raise ConfigError(f"dude plan cannot count {config.adapter.method}; it counts the methods of dude methods")
     spent = None
     if config.adapter.budget is not None:
         from dude_peft.planning.budget import planned

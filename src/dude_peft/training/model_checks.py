@@ -123,9 +123,13 @@ def check_start(base: Tensor, adapted: Tensor) -> None:
         NumericsError: they differ in any bit.
     """
     if not torch.equal(base, adapted):
-        moved = (base.float() - adapted.float()).abs()
-        distance = float(torch.where(base == adapted, 0.0, moved).max())  # -inf is as far from itself as anything
         raise NumericsError(
-            f"the start is not the base model: a new adapter changes the logits by up to {distance:.2g}; report this "
-            "with the model's name"
+            f"the start is not the base model: a new adapter changes the logits by up to {distance(base, adapted):.2g};"
+            " report this with the model's name"
         )
+
+
+def distance(base: Tensor, adapted: Tensor) -> float:
+    """The largest difference of two `probe` results; 0 where they are equal."""
+    moved = (base.float() - adapted.float()).abs()
+    return float(torch.where(base == adapted, 0.0, moved).max())  # -inf is as far from itself as anything

@@ -124,6 +124,8 @@ class _Run:
         self.company: Company = "any"
         """Which held-out prompts share a batch."""
         self.resumed: Checkpoint | None = None
+        self.exact = True
+        """Whether a fresh adapter leaves the base model as it is."""
         self.start: Path | None = None
         """The adapter that training starts from; None for a fresh one."""
 
@@ -170,7 +172,7 @@ class _Run:
         tasks = self._score_tasks()
         self.seconds["total"] = round(time.perf_counter() - begun, 2)
         report = self._report(data, fitted, before, after, tasks)
-        if self.card_of is not None and self.folder.writes:
+        if self.card_of is not None and self.folder.writes and not config.adapter.foreign:  # PEFT wrote its own
             self.folder.write(f"{ADAPTER}/README.md", self.card_of(self.folder.path / ADAPTER, asdict(report)))
         self.folder.write_report(report)
 
@@ -217,6 +219,8 @@ class _Run:
         from dude_peft.methods import METHODS
         from dude_peft.methods.learning_rate import learning_rate_warning
 
+        if self.config.adapter.foreign:
+            return
         rate = self.config.train.learning_rate
         assert rate is not None, "a resolved configuration has a rate"
         if warning := learning_rate_warning(METHODS[self.config.adapter.method], rate):
@@ -310,7 +314,7 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             self._adapt(model, base, data, pad_id)
         trainable, total = self.model.get_nb_trainable_parameters()
-        exact = "the start equals the base model bit by bit"
+        exact = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
         display.say(
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
             f"examples of {data.train.counts.tokens:,} tokens; "
@@ -337,16 +341,20 @@ class _Run:
 
         from dude_peft import DudeConfig, load_adapter
         from dude_peft.training.model_checks import check_start, keep_fingerprints, probe
+        from dude_peft.tuner.foreign import load_foreign
         from dude_peft.tuner.same_base import with_remedy
 
         transformers.set_seed(self.config.train.seed)
         fresh = self.start is None
+        load = load_foreign if self.config.adapter.foreign else load_adapter
         if not fresh:
             with with_remedy(
                 f"restore the base model that this run started with ({shown(self.config.model.name_or_path, 300)} has "
                 "changed), or add --overwrite to start over"
             ):
-                self.model = load_adapter(model, str(self.start), is_trainable=True)
+                self.model = load(model, str(self.start), is_trainable=True)
+        elif processes.is_first() and self.config.adapter.foreign:
+            self.model = self._adapt_foreign(model, base, data, pad_id)
         elif processes.is_first():
             # Its keys are DudeConfig's own.
             settings = DudeConfig(**self.config.adapter.settings(), task_type="CAUSAL_LM")
@@ -358,12 +366,34 @@ class _Run:
             with self.folder.shared_start(self.model if fresh else None) as start:
                 processes.from_first(None)
                 if fresh and not processes.is_first():
-                    self.model = load_adapter(model, str(start), is_trainable=True)
+                    self.model = load(model, str(start), is_trainable=True)
                 processes.from_first(None)
-            keep_fingerprints(self.model)
+            if not self.config.adapter.foreign:
+                keep_fingerprints(self.model)
         transformers.set_seed(self.config.train.seed)
 
+    def _adapt_foreign(self, model: Any, base: Any, data: RunData, pad_id: int) -> Any:
+        """An adapter that stock PEFT makes; where its start is not the base model, the run says how far it is off."""
+        from dude_peft.training.model_checks import distance, probe
+        from dude_peft.tuner.foreign import adapt_foreign, check_disabled
+
+        assert self.config.adapter.peft is not None
+        name = self.config.adapter.method
+        adapted = adapt_foreign(model, self.config.adapter.peft)
+        fault = f"the start of {name} gives NaN or Inf; change its settings"
+        moved = distance(base, probe(adapted, data.train, pad_id, fault))
+        check_disabled(adapted, base, lambda model: probe(model, data.train, pad_id, fault))
+        self.exact = moved == 0
+        if moved:
+            self.warn(
+                f"the start of {name} is not the base model: it changes the logits by up to {moved:.2g}, so the first "
+                "losses of the run are not the base model's"
+            )
+        return adapted
+
     def _check_strategy(self) -> None:
+        if self.config.adapter.foreign and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(f"{self.strategy} does not split {self.config.adapter.method}; choose ddp")
         if self.strategy == "zero3" and processes.count() > 1:
             self.warn(
                 "zero3 writes no checkpoints, because DeepSpeed does not share its optimizer state; fsdp2 writes them"
@@ -481,6 +511,7 @@ class _Run:
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         from dude_peft.folder.state import sharded_state
+        from dude_peft.methods import METHODS
 
         config = self.config
         state = sharded_state(self.model)
@@ -489,9 +520,11 @@ class _Run:
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.loss)] if before else []
         held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
+        own = METHODS.get(config.adapter.method)
         ranks = sorted({config.adapter.r, *config.adapter.rank_pattern.values()})
-        r = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
-        title = f"{config.adapter.method}, r = {r}, on {shown(config.model.name_or_path)}"
+        r = f"r = {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"r = {ranks[0]}"
+        what = config.adapter.method if own is None else f"{own.name}, {r if own.ranked else 'no rank'}"
+        title = f"{what}, on {shown(config.model.name_or_path)}"
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
 
     def _score_tasks(self) -> dict[str, Any] | None:
@@ -545,11 +578,12 @@ class _Run:
         """The commands that take the adapter up."""
         from dude_peft.terminal.next_steps import tell_next
 
-        model, adapter = self.config.model, str(self.folder.path / ADAPTER)
+        model, adapter, merged = self.config.model, str(self.folder.path / ADAPTER), f"{self.folder.path}-merged"
         if model.trust_remote_code:
             self.display.say(
                 "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
-                "base model and dude_peft.load_adapter for the adapter"
+                f"base model and {'peft.PeftModel' if self.config.adapter.foreign else 'dude_peft.load_adapter'} for "
+                "the adapter"
             )
             return
         base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]
@@ -557,7 +591,9 @@ class _Run:
             self.display,
             ["chat", adapter, *base],
             *self._ways_to_judge(adapter, base, report),
-            ["export", adapter, *base, "--to", "merged", "-o", f"{self.folder.path}-merged"],
+            ["merge", adapter, "-o", merged]
+            if self.config.adapter.foreign
+            else ["export", adapter, *base, "--to", "merged", "-o", merged],
         )
 
     def _ways_to_judge(self, adapter: str, base: list[str], report: RunReport) -> list[list[str]]:

@@ -32,6 +32,7 @@ from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.names import instead_of, our_key
 from dude_peft.parents import fits
+from dude_peft.peft_file import is_foreign
 from dude_peft.show import quoted, shown
 from dude_peft.tuner.patterns import check_patterns, check_quantization, exactly, in_any_order, overlapping
 
@@ -174,7 +175,15 @@ class DudeConfig(PeftConfig):
 
         Rank and alpha are doubled where the change has rank 2r, so the scaling stays. rsLoRA's scaling is folded
         into alpha, because some servers ignore its flag.
+
+        Raises:
+            ConfigError: the method has no rank, so there is none.
         """
+        if not self.spec.ranked:
+            raise ConfigError(
+                f"method {self.method!r} trains whole matrices, which a stock adapter cannot hold; use --to merged or "
+                "gguf, or --to lora:K for the nearest LoRA"
+            )
         multiple = self.spec.multiple
         rank_pattern: dict[str, int] = {name: multiple * r for name, r in self._in_any_order("rank_pattern").items()}
         alphas = self._in_any_order("alpha_pattern")
@@ -220,7 +229,10 @@ class DudeConfig(PeftConfig):
         Raises:
             ArtifactError: the tensors were written as a pickle, which we neither write nor read.
         """
-        self.stock().save_pretrained(save_directory, **kwargs)
+        if self.spec.ranked:
+            self.stock().save_pretrained(save_directory, **kwargs)
+        else:  # under a type that stock PEFT does not know, and refuses
+            super().save_pretrained(save_directory, **kwargs)
         directory = Path(save_directory)
         if self._base is None:
             return
@@ -247,6 +259,11 @@ class DudeConfig(PeftConfig):
         """
         directory = adapter_folder(str(pretrained_model_name_or_path), subfolder, kwargs)
         manifest = read_manifest(directory)
+        if is_foreign(manifest.config.get("method")):
+            raise ArtifactError(
+                f"{shown(directory, 300)} is an adapter of stock PEFT ({shown(manifest.config['method'], 60)}), which "
+                "peft.PeftModel loads; dude chat, generate, eval, merge and verify take it"
+            )
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(manifest.config) - known)
         if unknown:
@@ -304,10 +321,14 @@ class DudeConfig(PeftConfig):
     def _check_stock(self, found: dict[str, Any], directory: Path) -> None:
         """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
         assert self._loading is not None
-        keys = ["r", "lora_alpha", "use_dora"]
-        if self._loading.format_version >= FORMAT_VERSION:  # earlier ones wrote patterns in another order
-            keys += _PATTERNS
-        wanted = self.stock().to_dict()
+        if self.spec.ranked:
+            keys = ["r", "lora_alpha", "use_dora"]
+            if self._loading.format_version >= FORMAT_VERSION:  # earlier ones wrote patterns in another order
+                keys += _PATTERNS
+            wanted = self.stock().to_dict()
+        else:
+            keys = ["method", "peft_type"]
+            wanted = self.to_dict()
         differing = [key for key in keys if found.get(key) != wanted[key]]
         if differing or self.target_modules is None:
             what = differing[0] if differing else "target_modules"
@@ -397,6 +418,8 @@ def _check(config: DudeConfig) -> None:
     for name, alpha in alphas:
         if not _is_number(alpha) or not 0 < alpha <= _LARGEST_ALPHA:
             raise ConfigError(f"{name}={alpha!r}; it is a number above 0, often r or 2 r")
+    if pattern := next((name for name in _PATTERNS if getattr(config, name) and not config.spec.ranked), None):
+        raise ConfigError(f"{pattern}: method {config.method!r} has no rank and no alpha; leave it out")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r}; it is a probability from 0 to below 1")
     config.norm_gradient = config.spec.gradient_through_norm(config.norm_gradient)

@@ -17,11 +17,11 @@ from dude_peft.artifact.effective import combined_weight, effective_weight, laye
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors, layer_tensors, start_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
-from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm
+from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm, turned_by
 from dude_peft.core.orthogonality import orthogonality
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
-from dude_peft.methods import Delta
+from dude_peft.methods import Delta, Method
 from dude_peft.methods.start import Start
 from dude_peft.parents import fits
 from dude_peft.show import a_
@@ -106,8 +106,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             NumericsError: NaN or Inf in the base weight.
         """
         r, alpha = config.rank_and_alpha(self.layer_name)
-        check_rank(self.layer_name, (self.out_features, self.in_features), r)
         spec, scaling = config.spec, config.spec.scaling(r, alpha)
+        check_rank(spec, self.layer_name, (self.out_features, self.in_features), r)
         dtype = torch.promote_types(frozen.compute_dtype(self.get_base_layer()), torch.float32)
         device = torch.device("meta") if meta else self._base_device()
 
@@ -244,6 +244,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return g, gain_slope(layer.m0, q).to(g.dtype)
         if torch.compiler.is_compiling():
             slot = self._slots.index(adapter_name)
+            assert layer.dA is not None
             rows = layer.m0 if layer.dm is None else layer.dm.detach()
             return current_gain(self._number, slot, layer.dA.detach(), layer.dB.detach(), rows)
         state = (self.scaling[adapter_name], *state_of(layer.learned, lambda: (steps_taken(), self._mode_changes)))
@@ -280,11 +281,15 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         A method without a magnitude has the second alone; there V is the whole weight.
         """
         layer = self.tensors(adapter_name)
+        scaling = self.scaling[adapter_name]
+        if layer.dA is None:
+            W0, D = self._base_weight().double(), scaling * layer.dB.double()
+            return {"direction": turned_by((D * W0).sum(dim=1), D.square().sum(dim=1), row_norm(W0))}
         dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
         start = None if layer.A0 is None else self._product(layer.A0)
         m0 = row_norm(self._base_weight()) if layer.m0 is None else layer.m0
         change = (self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0)
-        found = {"direction": direction_change(*change, self.scaling[adapter_name], m0)}
+        found = {"direction": direction_change(*change, scaling, m0)}
         if layer.dm is not None:
             found["magnitude"] = torch.where(m0 > 0, layer.dm.abs() / m0, 0.0)
         return found
@@ -302,6 +307,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return orthogonality(*change, self.scaling[adapter_name], groups)
 
     def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
+        assert layer.dA is not None
         with torch.autocast(layer.dA.device.type, enabled=False):
             dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
             start = None if layer.A0 is None else self._start_product(adapter_name)
@@ -373,6 +379,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def put_factors(self, adapter_name: str, A: Tensor, B: Tensor, dm: Tensor | None) -> None:
         """Set what an adapter without a frozen start has trained: A (r, in), B (out, r), dm (out,)."""
         state = self.tensors(adapter_name)
+        assert state.dA is not None
         state.dA.copy_(A)
         state.dB.copy_(B)
         if state.dm is not None and dm is not None:
@@ -612,10 +619,10 @@ def _is_meta(entry: Any) -> bool:
     return any(tensor.is_meta for tensor in tensors)
 
 
-def check_rank(layer_name: str, shape: tuple[int, int], r: int) -> None:
+def check_rank(method: Method, layer_name: str, shape: tuple[int, int], r: int) -> None:
     """Refuse a rank above the layer's smaller side."""
     out, in_ = shape
-    if r > min(out, in_):
+    if method.ranked and r > min(out, in_):
         raise ConfigError(
             f"r={r} is more than layer '{layer_name}' (out {out}, in {in_}) can have; use r <= {min(out, in_)}, or "
             "give the layer a smaller rank with rank_pattern"

@@ -334,7 +334,7 @@ class DudeModel(BaseTuner):
                     f"target '{name}' {reason}; adapt linear layers, and train others in full with "
                     f"modules_to_save=[{name.rpartition('.')[2]!r}]"
                 )
-            check_rank(name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
+            check_rank(config.spec, name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
             weight = frozen.plain_weight(layer)
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
@@ -475,7 +475,8 @@ class DudeModel(BaseTuner):
         settings = base_settings(getattr(base_model, "config", None))
         config._base = BaseRecord(base, beside, settings, _quantization_of(model))
         config._left_out = tuple(_needless(model, config))
-        warn_if_refused(base_model, config.stock(), base)
+        if config.spec.ranked:
+            warn_if_refused(base_model, config.stock(), base)
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
 

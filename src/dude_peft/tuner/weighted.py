@@ -71,6 +71,7 @@ class Sum:
             g = torch.ones_like(gain) if g is None else g.detach().cpu().double()
             gain += weight * (g - 1)
             scale = (weight * layer.scaling[name] * g)[:, None]
+            assert state.dA is not None
             dA, dB = state.dA.detach().cpu().double(), state.dB.detach().cpu().double()
             A = dA if state.A0 is None else state.A0.cpu().double() + dA
             left.append(scale * dB)
@@ -127,6 +128,11 @@ def plan_sum(
     if rank is not None and rank < 1:
         raise ConfigError(f"svd_rank={rank}; a rank is a whole number of at least 1")
     for name in adapters:
+        if not configs[name].spec.ranked:
+            raise ConfigError(
+                f"adapter '{name}' is of method {configs[name].method}, which has no rank, so it is no part of a new "
+                "adapter; use dude merge, which adds up the changes of the weights"
+            )
         if configs[name].modules_to_save or configs[name].bias != "none":
             raise ConfigError(
                 f"adapter '{name}' trains {'modules' if configs[name].modules_to_save else 'biases'} in full, which "
