@@ -156,7 +156,6 @@ def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter 
 
 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
-    from dude_peft.exporting.dense import apply_as_trained_
     from dude_peft.tuner.load import load_adapter
     from dude_peft.tuner.same_base import with_remedy
 
@@ -164,8 +163,7 @@ def _model(source: ModelSection, where: str, saved: SavedAdapter | None) -> Any:
     if saved is not None:
         with with_remedy("give the base model it was trained on with --base"):
             model = load_adapter(model, saved.folder)
-    apply_as_trained_(model.eval())
-    return model
+    return model.eval()
 
 
 def _only_ends_(model: Any, tokenizer: Any) -> frozenset[int]:

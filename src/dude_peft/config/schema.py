@@ -75,6 +75,42 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+def _known_format(value: str) -> str:
+    if value in ("none", "nf4", "fp4", "int8") or re.fullmatch(r"torchao:[a-z0-9_]+", value):
+        return value
+    raise ValueError("choose none, nf4, fp4, int8 or torchao:SCHEME, such as torchao:int8_weight_only")
+
+
+class QuantizationSection(Section):
+    """How the frozen weights are quantised."""
+
+    method: Annotated[Text, AfterValidator(_known_format)]
+    """`nf4`, `fp4` or `int8` of bitsandbytes, `torchao:SCHEME` (torchao:int8_weight_only), or `none`."""
+
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the products with 4-bit weights; null is that of the model."""
+
+    double_quantization: bool = False
+    """Quantise the scales of 4-bit weights too, which saves 0.4 bits a weight."""
+
+    @model_validator(mode="after")
+    def _of_four_bits(self) -> QuantizationSection:
+        if self.method not in ("nf4", "fp4") and (self.compute_dtype is not None or self.double_quantization):
+            raise ValueError("compute_dtype and double_quantization are for nf4 and fp4; leave them out")
+        return self
+
+
+def _as_method(value: Any) -> Any:
+    """A bare word is a method."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+Quantization = Annotated[
+    QuantizationSection | None,
+    BeforeValidator(_as_method, json_schema_input_type=Text | QuantizationSection | None),
+]
+
+
 class ModelSection(Section):
     """The pretrained model to start from."""
 
@@ -90,9 +126,22 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the frozen weights; `auto` takes the checkpoint's own."""
 
+    quantization: Quantization = None
+    """Quantise the frozen weights while they are loaded (QLoRA): `nf4`, `fp4`, `int8`, `torchao:SCHEME`, or a section.
+    null takes the checkpoint as it is stored, quantised or not; `none` refuses a quantised one."""
+
     trust_remote_code: bool = False
     """Run the Python code in this model's folder, with your rights. Read the code first, and name its commit in
     `revision`. Nothing else allows it: other commands never run such code, nor an adapter's."""
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> ModelSection:
+        if self.gguf_file is not None and self.quantization is not None and self.quantization.method != "none":
+            raise ValueError(
+                "keys 'model.gguf_file' and 'model.quantization': GGUF weights are dequantised; save them with "
+                "save_pretrained, and quantise that folder"
+            )
+        return self
 
 
 class AdapterSection(Section):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 
 from dude_peft.config.schema import RunConfig
-from dude_peft.errors import ConfigError, DudeError
+from dude_peft.errors import ConfigError
 from dude_peft.model.architecture import model_of
-from dude_peft.model.weights import open_weights
+from dude_peft.model.load import dtype_of
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
 
@@ -33,24 +31,9 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
             "the unquantised model, which needs more"
         )
     model = model_of(
-        settings, config.model.name_or_path, _dtype(config, settings, where), config.model.trust_remote_code
+        settings, config.model.name_or_path, dtype_of(config.model, settings, where), config.model.trust_remote_code
     )
     model.requires_grad_(False)
     adapter = DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM")
     return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
 
-
-def _dtype(config: RunConfig, settings: Any, where: str) -> torch.dtype:
-    """As `load_model` chooses it; float32, the most that it can be, where only the weights could tell."""
-    if config.model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.model.dtype)
-        return dtype
-    if config.model.gguf_file is not None:
-        return torch.float32
-    stored: torch.dtype | None = getattr(settings, "dtype", None)
-    if stored is not None:
-        return stored
-    try:
-        return open_weights(Path(where)).dtype
-    except (DudeError, OSError):
-        return torch.float32

@@ -141,6 +141,7 @@ class _Run:
         with self._phase("imports"), quiet_imports():
             from dude_peft.training.fit import training_arguments
         arguments = training_arguments(config, self.strategy)
+        self._check_quantisation(where, arguments.device)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where)
             if self.scorer is not None:
@@ -256,12 +257,14 @@ class _Run:
         """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet."""
         from dude_peft.model.load import load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
+        from dude_peft.model.quantised import check_trains
         from dude_peft.training.model_checks import check_answers_fit, check_fits, check_nature, check_packs, probe
 
         config, display = self.config, self.display
         pad_id = int(self.tokenizer.pad_token_id)
         with self._phase("model"), display.waiting("loading the model"):
             model: Any = load_model(config.model, where)
+            check_trains(model)
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if data.held_out is not None:
                 check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
@@ -319,6 +322,19 @@ class _Run:
                 processes.from_first(None)
             keep_fingerprints(self.model)
         transformers.set_seed(self.config.train.seed)
+
+    def _check_quantisation(self, where: str, device: Any) -> None:
+        """What can be told of a quantised base before its weights are read."""
+        from dude_peft.model.load import dtype_of, load_settings
+        from dude_peft.model.quantised import check_as_stored, check_runs, stored_config, wanted
+
+        settings = load_settings(self.config.model, where)
+        check_as_stored(self.config.model, settings)
+        asked, stored = wanted(self.config.model), stored_config(settings)
+        if (asked or stored) and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(f"--launch {self.strategy}: a quantised base model cannot be split; use --launch ddp")
+        if asked is not None and stored is None:
+            check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
     def _check_strategy(self) -> None:
         if self.strategy == "zero3" and processes.count() > 1:
