@@ -150,6 +150,10 @@ class AdapterSection(Section):
     method: Text = "dude"
     """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch
 
+    start: Source | None = None
+    """Folder of an adapter to start from, as `dude init` writes it: no SVD runs. Method, rank and layers are the file's.
+    """
+
     r: Count = 16
     """Rank of the update."""
 

@@ -34,6 +34,6 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
         settings, config.model.name_or_path, dtype_of(config.model, settings, where), config.model.trust_remote_code
     )
     model.requires_grad_(False)
-    adapter = DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM")
+    adapter = DudeConfig(**config.adapter.model_dump(exclude={"start"}), task_type="CAUSAL_LM")
     return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
 

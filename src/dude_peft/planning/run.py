@@ -16,6 +16,7 @@ from dude_peft.model.load import code_note, load_settings, load_tokenizer, locat
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.run_data import glance
+from dude_peft.training.start import with_start
 from dude_peft.training.task_scores import ScorerOf, scorer_for
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def plan(
     display = Display(quiet=quiet)
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
+        config, _ = with_start(config)
         config = config.model_copy(update={"model": with_only_gguf(config.model)})
         where = locate(config.model)
         if note := code_note(config.model):

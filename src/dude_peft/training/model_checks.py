@@ -116,6 +116,16 @@ def probe(
     return logits
 
 
+def check_beginning(config: RunConfig, *, from_base: bool) -> None:
+    """Raises ConfigError for a run that compares with its base model, and whose start is another model."""
+    if not from_base and (config.train.objective == "mol" or config.data.general_test is not None):
+        key = "train.objective: mol" if config.train.objective == "mol" else "data.general_test"
+        raise ConfigError(
+            f"{key} compares with the base model, but adapter.start is in the folded form, or trained, so its base "
+            "model alone is another one; leave one of them out"
+        )
+
+
 def check_start(base: Tensor, adapted: Tensor) -> None:
     """Compares the two `probe` results.
 

@@ -27,6 +27,7 @@ from dude_peft.model.load import with_only_gguf
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve
+from dude_peft.training.start import Start, put_on, with_start
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
@@ -75,13 +76,14 @@ def run(
         StoppedError: Ctrl-C or SIGTERM; a checkpoint is there.
     """
     check_picture()
+    config, start = with_start(config)
     resolved = config.resolved()
     resolved = resolved.model_copy(update={"model": with_only_gguf(resolved.model)})
     folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
     try:
         scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         silent = quiet or not processes.is_first()
-        this = _Run(resolved, folder, weights_only, strategy, scorer, card_of, quiet=silent)
+        this = _Run(resolved, start, folder, weights_only, strategy, scorer, card_of, quiet=silent)
         with gathered_warnings(this.warn), this.stop.listening():
             return this.go()
     finally:
@@ -92,6 +94,7 @@ class _Run:
     def __init__(
         self,
         config: RunConfig,
+        given: Start | None,
         folder: RunFolder,
         weights_only: bool,
         strategy: str,
@@ -104,6 +107,8 @@ class _Run:
         from dude_peft.training.progress import Display
 
         self.config = config
+        self.given = given
+        """The adapter that the run was told to begin with."""
         self.folder = folder
         self.weights_only = weights_only
         self.strategy = strategy
@@ -121,6 +126,8 @@ class _Run:
         self.resumed: Checkpoint | None = None
         self.start: Path | None = None
         """The adapter that training starts from; None for a fresh one."""
+        self.from_base = True
+        """Whether the run began, or begins, as the base model."""
 
     def go(self) -> RunReport:
         begun = time.perf_counter()
@@ -135,6 +142,8 @@ class _Run:
                 self.warn(note)
             if self.folder.earlier is not None:
                 self.folder.earlier.check_config(config.model_dump(mode="json"))
+                self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
+                self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
             self._check_strategy()
             glance(config)
@@ -182,12 +191,15 @@ class _Run:
         return report
 
     def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
-        """What the base model knows of the held-out rows, and how many seconds it took to find out."""
+        """What the model that the run begins with, the base model as a rule, knows of the held-out rows, and how many seconds it took to find out."""
         found = None if self.resumed is None else self.folder.read_before(self.warn)
         kept = processes.from_first(found)
         if kept is not None:
             return kept
-        with self.model.disable_adapter():
+        if self.resumed is not None and not self.from_base and held_out is not None:
+            self.warn("the scores from before training are lost, and the model that they were of is not there any more")
+            return None, 0.0
+        with self.model.disable_adapter() if self.from_base else nullcontext():
             before = self._score("before", held_out)
         seconds = self.seconds.get("evaluation_before", 0.0)
         if before is not None:
@@ -286,19 +298,21 @@ class _Run:
             self._adapt(model, base, data, pad_id)
         trainable, total = self.model.get_nb_trainable_parameters()
         exact = "the start equals the base model bit by bit"
+        begun = self.start if self.given is None or self.start is not None else self.given.folder
         display.say(
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
             f"examples of {data.train.counts.tokens:,} tokens; "
-            + (exact if self.start is None else f"started from {shown(self.start, 300)}")
+            + (exact if begun is None else f"started from {shown(begun, 300)}")
         )
 
     def _adapt(self, model: Any, base: Any, data: RunData, pad_id: int) -> None:
         """The adapter on the model: loaded, or made once, by the first process, and loaded from its file by others."""
         import peft
+        import torch
         import transformers
 
         from dude_peft import DudeConfig, load_adapter
-        from dude_peft.training.model_checks import check_start, keep_fingerprints, probe
+        from dude_peft.training.model_checks import check_beginning, check_start, keep_fingerprints, probe
         from dude_peft.tuner.same_base import with_remedy
 
         transformers.set_seed(self.config.train.seed)
@@ -309,15 +323,20 @@ class _Run:
                 "changed), or add --overwrite to start over"
             ):
                 self.model = load_adapter(model, str(self.start), is_trainable=True)
+        elif self.given is not None:
+            self.model = put_on(model, self.given, self.config)
+            self.from_base = bool(torch.equal(base, probe(self.model, data.train, pad_id)))
+            check_beginning(self.config, from_base=self.from_base)
         elif processes.is_first():
             # Its keys are DudeConfig's own.
-            settings = DudeConfig(**self.config.adapter.model_dump(), task_type="CAUSAL_LM")
+            settings = DudeConfig(**self.config.adapter.model_dump(exclude={"start"}), task_type="CAUSAL_LM")
             self.model = peft.get_peft_model(model, settings)
             check_start(base, probe(self.model, data.train, pad_id))
         if processes.count() > 1:
-            with self.folder.shared_start(self.model if fresh else None) as start:
+            made = fresh and self.given is None
+            with self.folder.shared_start(self.model if made else None) as start:
                 processes.from_first(None)
-                if fresh and not processes.is_first():
+                if made and not processes.is_first():
                     self.model = load_adapter(model, str(start), is_trainable=True)
                 processes.from_first(None)
             keep_fingerprints(self.model)
@@ -361,6 +380,7 @@ class _Run:
                 tokens=data.tokens_sha256,
                 tokenizer=self._tokenizer_parts(),
                 moment=moment(),
+                start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
             )
             self.folder.begin(identity, self.start)
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
