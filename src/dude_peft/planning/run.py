@@ -76,6 +76,8 @@ def plan(
 def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warnings: list[str], display: Display) -> Plan:
     from dude_peft.methods import METHODS
     from dude_peft.methods.learning_rate import learning_rate_warning
+    from dude_peft.model.load import dtype_of
+    from dude_peft.model.quantised import check_installed, check_runs, stored_config, wanted
     from dude_peft.planning.adapted import adapted_model
     from dude_peft.planning.bill import cost
     from dude_peft.planning.disk import disk
@@ -89,6 +91,11 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
+        asked = wanted(config.model)
+        if asked is not None and stored_config(settings) is None:
+            check_installed(asked.method)
+            if device.here:
+                check_runs(asked, dtype_of(config.model, settings, where), "cuda" if device.gpu else "cpu")
         # Adapting writes into the configuration.
         model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
     with display.waiting("rows"):
