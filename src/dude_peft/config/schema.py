@@ -130,6 +130,9 @@ class ModelSection(Section):
     """Quantise the frozen weights while they are loaded (QLoRA): `nf4`, `fp4`, `int8`, `torchao:SCHEME`, or a section.
     null takes the checkpoint as it is stored, quantised or not; `none` refuses a quantised one."""
 
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    """How training computes attention; null is transformers' choice. The run tries it on the model first."""
+
     trust_remote_code: bool = False
     """Run the Python code in this model's folder, with your rights. Read the code first, and name its commit in
     `revision`. Nothing else allows it: other commands never run such code, nor an adapter's."""
@@ -342,10 +345,15 @@ class TrainSection(Section):
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
 
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"] = (
-        "adamw_torch"
-    )
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd", "adamw_8bit", "paged_adamw_8bit",
+        "paged_adamw_32bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit",
+        "paged_lion_32bit",
+    ] = "adamw_torch"  # fmt: skip
     """Optimizer."""
+
+    neftune_noise_alpha: Positive | None = None
+    """Noise on the embeddings in training, of this strength (NEFTune, arXiv 2310.05914); 5 is usual."""
 
     loraplus_lr_ratio: Positive = 1.0
     """Learning rate of B over that of A (LoRA+)."""

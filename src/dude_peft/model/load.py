@@ -205,6 +205,8 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
         options |= _quantised(section, quantization["config"], stored=stored is not None)
     elif stored is not None and moves(stored):
         options["device_map"] = {"": "cpu"}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     automatic = automatic_class(settings)
     with _loading("model", section, where):

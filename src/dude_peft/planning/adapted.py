@@ -33,6 +33,8 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
     quantization = _quantization(config, settings, dtype)
     if getattr(settings, "quantization_config", None) is not None:
         del settings.quantization_config  # else the model without weights would be no plain one
+    if config.model.attn_implementation == "eager":  # the others keep no table of scores
+        settings._attn_implementation = "eager"
     model = model_of(settings, config.model.name_or_path, dtype, config.model.trust_remote_code)
     model.requires_grad_(False)
     if quantization is not None:

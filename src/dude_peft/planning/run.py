@@ -55,7 +55,7 @@ def plan(
             warnings.append(note)
         check_output_dir(Path(config.output_dir))
         glance(config)
-        if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
+        if (config.train.optim.endswith("bit") or config.train.optim == "ademamix") and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
         scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
         with display.waiting("imports"), quiet_imports():

@@ -11,8 +11,10 @@ from torch import Tensor
 from dude_peft.config.schema import RunConfig
 from dude_peft.data.batches import pad_right
 from dude_peft.data.packing import packs_apart
+from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.model.probe import Nature, check_causal
+from dude_peft.show import shown
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear
 
@@ -65,6 +67,33 @@ def check_nature(nature: Nature, config: RunConfig) -> None:
             f"train.per_device_train_batch_size: padding after a row changes the result of {nature.name}; set it to "
             "1, and set train.gradient_accumulation_steps to its old value"
         )
+
+
+def check_attention(model: Any, wanted: str | None) -> None:
+    """Tries the attention that the run asks for, forward and backward.
+
+    Raises:
+        ConfigError: transformers took another one, or it does not run here.
+    """
+    if wanted is None:
+        return
+    found = model.config.get_text_config()._attn_implementation
+    fault = f"transformers uses {found} for {type(model).__name__}"
+    if found == wanted:
+        ids = torch.tensor(trial_rows(text_ids(model), 2, trial_length(model)), device=model.device)
+        try:
+            with torch.enable_grad():
+                start = model.get_input_embeddings()(ids).detach().requires_grad_()
+                model(inputs_embeds=start, use_cache=False).logits.float().sum().backward()
+            if start.grad is not None and bool(torch.isfinite(start.grad).all()):
+                return
+            fault = "its gradient is not finite"
+        except Exception as error:  # whatever its kernels raise
+            fault = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+    raise ConfigError(
+        f"model.attn_implementation: {wanted} does not work on this model and device ({fault}); leave it out, or "
+        "choose sdpa or eager"
+    )
 
 
 def check_packs(model: Any) -> None:

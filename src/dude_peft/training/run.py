@@ -270,7 +270,14 @@ class _Run:
         from dude_peft.model.load import load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains
-        from dude_peft.training.model_checks import check_answers_fit, check_fits, check_nature, check_packs, probe
+        from dude_peft.training.model_checks import (
+            check_answers_fit,
+            check_attention,
+            check_fits,
+            check_nature,
+            check_packs,
+            probe,
+        )
 
         config, display = self.config, self.display
         pad_id = int(self.tokenizer.pad_token_id)
@@ -284,6 +291,7 @@ class _Run:
             # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id))
             check_nature(self.nature, config)
+            check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
             notes = self.nature.notes(config.train.objective)
             if data.held_out is not None and config.evaluation.batch_size > 1:
