@@ -108,7 +108,6 @@ def measured(settings: Any, scratch: Path) -> dict[str, dict[str, float]]:
 
 def outputs(model: Any, ids: list[torch.Tensor]) -> list[torch.Tensor]:
     """Log-probabilities of every prompt's next tokens."""
-    apply_as_trained_(model)
     model.eval()
     with torch.no_grad():
         return [model(input_ids=row).logits[0].double().log_softmax(-1) for row in ids]

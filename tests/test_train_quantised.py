@@ -179,7 +179,9 @@ def test_a_checkpoint_that_is_stored_quantised_is_loaded_as_it_is(place, whole):
     for key in ("null", "nf4"):
         done = dude("train", file, "--set", f"model.quantization={key}", "--output-dir", place / f"stored-{key}")
         assert done.returncode == 0, done.stderr
-        trained, same = (load_file(out / "adapter/adapter_model.safetensors") for out in (place / f"stored-{key}", whole("nf4")))
+        trained, same = (
+            load_file(out / "adapter/adapter_model.safetensors") for out in (place / f"stored-{key}", whole("nf4"))
+        )
         assert all(torch.equal(trained[tensor], same[tensor]) for tensor in same)
     for key, words in (
         ("int8", "method: int8, but the checkpoint"),
@@ -188,7 +190,8 @@ def test_a_checkpoint_that_is_stored_quantised_is_loaded_as_it_is(place, whole):
         ("{method: nf4, compute_dtype: bfloat16}", "compute_dtype: bfloat16, but the checkpoint"),
     ):
         for command in ("train", "plan"):
-            done = dude(command, file, "--set", f"model.quantization={key}", "--output-dir", place / "refused")
+            sets = ("--set", f"model.quantization={key}", "--set", f"output_dir={place / 'refused'}")
+            done = dude(command, file, *sets)
             line = assert_refused(done, 2, "config")
             assert words in line
             assert "is stored quantised with" in line

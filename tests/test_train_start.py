@@ -105,7 +105,7 @@ def test_keys_that_agree_with_the_file_are_accepted(place):
     done = dude("train", write_yaml(place, "agreeing", adapter))
     assert done.returncode == 0, done.stderr
     assert f"started from {place / 'start'}" in done.stdout
-    done = dude("plan", place / "agreeing.yaml", "--output-dir", place / "planned")
+    done = dude("plan", place / "agreeing.yaml", "--set", f"output_dir={place / 'planned'}")
     assert done.returncode == 0, done.stderr
 
 
@@ -209,9 +209,7 @@ def test_a_folded_start_on_the_full_model_is_refused(place, folded):
 
 def test_losses_that_need_the_base_model_refuse_a_start_that_is_another_one(place, folded):
     general = {"general": str(place / "train.jsonl")}
-    file = write_yaml(
-        place, "mol", {"start": str(folded)}, model="residual", data=general, train={"objective": "mol"}
-    )
+    file = write_yaml(place, "mol", {"start": str(folded)}, model="residual", data=general, train={"objective": "mol"})
     line = assert_refused(dude("train", file), 2, "config")
     assert "train.objective: mol compares with the base model" in line
 

@@ -130,7 +130,9 @@ class ModelSection(Section):
     """Quantise the frozen weights while they are loaded (QLoRA): `nf4`, `fp4`, `int8`, `torchao:SCHEME`, or a section.
     null takes the checkpoint as it is stored, quantised or not; `none` refuses a quantised one."""
 
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        None
+    )
     """How training computes attention; null is transformers' choice. The run tries it on the model first."""
 
     trust_remote_code: bool = False
@@ -154,8 +156,8 @@ class AdapterSection(Section):
     """The method to train, one of `dude_peft.METHODS`."""  # checked in `resolved`: the table imports torch
 
     start: Source | None = None
-    """Folder of an adapter to start from, as `dude init` writes it: no SVD runs. Method, rank and layers are the file's.
-    """
+    """Folder of an adapter to start from, as `dude init` writes it. No SVD runs. Method, rank and layers are the
+    file's."""
 
     r: Count = 16
     """Rank of the update."""

@@ -50,9 +50,14 @@ def usage(
         "revision": adapter.config.revision,
         "trust_remote_code": code or None,
     }
+    quantised = _quantised(adapter, model)
     if adapter.quantization is None:
         options["dtype"] = adapter.record.dtype or "auto"
+    elif quantised:
+        options["dtype"] = str(adapter.quantization["dtype"])
+        imports += quantised[0]
     given = "".join(f", {key}={value!a}" for key, value in options.items() if value is not None)
+    given += f", quantization_config={quantised[1]}" if quantised else ""
     base = f"base = {automatic}.from_pretrained({where}{given})"
     stock = f"peft.PeftModel.from_pretrained(base, {place!a})"
     if export is not None:
@@ -68,6 +73,24 @@ def usage(
     ]
     commands = [] if code or automatic != _CAUSAL else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
     return "\n".join(lines), commands
+
+
+def _quantised(adapter: SavedAdapter, model: Mapping[str, Any]) -> tuple[list[str], str] | None:
+    """Imports, and the quantisation that the run asked for; None where the checkpoint is loaded as it is stored."""
+    asked = model.get("quantization")
+    if adapter.quantization is None or not isinstance(asked, Mapping) or asked.get("method") == "none":
+        return None
+    config = adapter.quantization["config"]
+    if config.get("quant_method") == "torchao":
+        kind = str(config["quant_type"]["default"]["_type"])
+        return [
+            f"from transformers import TorchAoConfig\nfrom torchao.quantization import {kind}"
+        ], f"TorchAoConfig({kind}())"
+    names = ["load_in_8bit"] if config.get("load_in_8bit") else [
+        "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
+    ]  # fmt: skip
+    given = ", ".join(f"{name}={config[name]!a}" for name in names)
+    return ["from transformers import BitsAndBytesConfig"], f"BitsAndBytesConfig({given})"
 
 
 def _commands(place: str, options: list[str]) -> list[str]:

@@ -37,4 +37,3 @@ def densify_(model: nn.Module) -> None:
         conversions = getattr(model, "_weight_conversions", None) or []
         kept = [c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))]
         model._weight_conversions = kept  # type: ignore[assignment]
-

@@ -22,8 +22,8 @@ NAME = "run.json"
 FORMAT_VERSION = 2  # 1: without a seal
 # What a run shows and keeps, but does not compute with.
 _FREE = {
-    "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit", "train.report_to",
-    "train.movement_steps",
+    "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit",
+    "train.report_to", "train.movement_steps",
 }  # fmt: skip
 # What the run is scored on; where that does not choose the adapter, it may change.
 _SCORING = {

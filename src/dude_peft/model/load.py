@@ -182,16 +182,16 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     from dude_peft.model.architecture import automatic_class
     from dude_peft.model.quantised import (
         apply_as_trained_,
+        asked_of,
         check_as_stored,
         moves,
         quantization_of,
         stored_config,
-        wanted,
     )
 
     settings = load_settings(section, where)
     check_as_stored(section, settings)
-    asked = wanted(section)
+    asked = asked_of(section)
     if quantization is None and asked is not None:
         quantization = quantization_of(asked, dtype_of(section, settings, where))
     options = _source_options(section, where)

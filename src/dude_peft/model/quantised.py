@@ -1,7 +1,8 @@
-"""Quantised base models: what a configuration asks for, what a checkpoint already is, and whether this device runs it.
+"""Quantised base models: what a configuration asks for, what a checkpoint is already, and whether this device runs it.
 
-bitsandbytes' and torchao's formats are made while a full-precision checkpoint is loaded. Whatever a checkpoint is stored
-as stays as it is. A format is tried on one small layer first, forward and backward: libraries list more than they run.
+bitsandbytes' and torchao's formats are made while a full-precision checkpoint is loaded. A checkpoint that is stored
+quantised stays as it is. A format is tried on one small layer first, forward and backward: libraries list more than
+they run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _WORST_ERROR = 0.5
 """Of a format worth the name; 4 bits have 0.09 on random weights."""
 
 
-def wanted(section: ModelSection) -> QuantizationSection | None:
+def asked_of(section: ModelSection) -> QuantizationSection | None:
     """What `model.quantization` asks for; None where it asks for nothing, or for a model that is not quantised."""
     asked = section.quantization
     return None if asked is None or asked.method == "none" else asked
@@ -88,7 +89,7 @@ def check_as_stored(section: ModelSection, settings: Any) -> None:
 
 
 def quantization_of(asked: QuantizationSection, dtype: torch.dtype) -> dict[str, Any]:
-    """How a model is to be quantised, as an adapter's manifest has it: transformers' settings, and the other weights' dtype.
+    """How a model is to be quantised, as an adapter's manifest has it: transformers' settings, and the others' dtype.
 
     Args:
         asked: by the configuration; its library is here (`check_runs`).
@@ -100,12 +101,13 @@ def quantization_of(asked: QuantizationSection, dtype: torch.dtype) -> dict[str,
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     config: Any
+    bitsandbytes: Any = BitsAndBytesConfig
     if asked.method.startswith(_TORCHAO):
         config = TorchAoConfig(quant_type=_scheme(asked.method))
     elif asked.method == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        config = bitsandbytes(load_in_8bit=True)
     else:
-        config = BitsAndBytesConfig(
+        config = bitsandbytes(
             load_in_4bit=True,
             bnb_4bit_quant_type=asked.method,
             bnb_4bit_compute_dtype=_compute_dtype(asked, dtype),
@@ -241,7 +243,7 @@ def _compute_dtype(asked: QuantizationSection, dtype: torch.dtype) -> torch.dtyp
 
 
 def _scheme(method: str) -> Any:
-    """torchao's own settings of a scheme, all at their defaults."""
+    """Settings of a scheme of torchao, all at their defaults."""
     with quiet_imports():
         import torchao.quantization as library
         from torchao.core.config import AOBaseConfig

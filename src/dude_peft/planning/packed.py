@@ -1,4 +1,4 @@
-"""Quantised layers without weights: as many bytes as the real ones, and a forward and a backward that unpack for a moment."""
+"""Quantised layers without weights: as many bytes as the real ones have, and passes that unpack for a moment."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(*, in) -> (*, out), of no meaning."""
         inner = x.to(getattr(self, "compute_dtype", x.dtype))
-        y: Tensor = _Product.apply(inner, self.weight, self.out_features, self.keeps_input)
+        product: Any = _Product.apply
+        y: Tensor = product(inner, self.weight, self.out_features, self.keeps_input)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
 
@@ -82,7 +83,7 @@ class _Product(torch.autograd.Function):
         return x @ x.new_empty(ctx.shape).T
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         return dy @ dy.new_empty(ctx.shape), None, None, None
 
 

@@ -113,9 +113,7 @@ def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     for key, value in settings.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return config.model_copy(
-        update={name: _with(getattr(config, name), update) for name, update in sections.items()}
-    )
+    return config.model_copy(update={name: _with(getattr(config, name), update) for name, update in sections.items()})
 
 
 def _has_bitsandbytes() -> bool:

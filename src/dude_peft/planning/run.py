@@ -55,7 +55,8 @@ def plan(
             warnings.append(note)
         check_output_dir(Path(config.output_dir))
         glance(config)
-        if (config.train.optim.endswith("bit") or config.train.optim == "ademamix") and importlib.util.find_spec("bitsandbytes") is None:
+        by_bitsandbytes = config.train.optim.endswith("bit") or config.train.optim == "ademamix"
+        if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
         scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
         with display.waiting("imports"), quiet_imports():
@@ -77,7 +78,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     from dude_peft.methods import METHODS
     from dude_peft.methods.learning_rate import learning_rate_warning
     from dude_peft.model.load import dtype_of
-    from dude_peft.model.quantised import check_installed, check_runs, stored_config, wanted
+    from dude_peft.model.quantised import asked_of, check_installed, check_runs, stored_config
     from dude_peft.planning.adapted import adapted_model
     from dude_peft.planning.bill import cost
     from dude_peft.planning.disk import disk
@@ -91,7 +92,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
-        asked = wanted(config.model)
+        asked = asked_of(config.model)
         if asked is not None and stored_config(settings) is None:
             check_installed(asked.method)
             if device.here:

@@ -191,7 +191,7 @@ class _Run:
         return report
 
     def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
-        """What the model that the run begins with, the base model as a rule, knows of the held-out rows, and how many seconds it took to find out."""
+        """What the model that the run begins with knows of the held-out rows, and the seconds that finding out took."""
         found = None if self.resumed is None else self.folder.read_before(self.warn)
         kept = processes.from_first(found)
         if kept is not None:
@@ -353,11 +353,11 @@ class _Run:
     def _check_quantisation(self, where: str, device: Any) -> None:
         """What can be told of a quantised base before its weights are read."""
         from dude_peft.model.load import dtype_of, load_settings
-        from dude_peft.model.quantised import check_as_stored, check_runs, stored_config, wanted
+        from dude_peft.model.quantised import asked_of, check_as_stored, check_runs, stored_config
 
         settings = load_settings(self.config.model, where)
         check_as_stored(self.config.model, settings)
-        asked, stored = wanted(self.config.model), stored_config(settings)
+        asked, stored = asked_of(self.config.model), stored_config(settings)
         if (asked or stored) and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(f"--launch {self.strategy}: a quantised base model cannot be split; use --launch ddp")
         if asked is not None and stored is None:

@@ -59,8 +59,9 @@ def with_start(config: RunConfig) -> tuple[RunConfig, Start | None]:
     fields: dict[str, Any] = saved.config.to_dict()
     asks = bool(set(_LAYERS) & section.model_fields_set)
     decided = {name: fields[name] for name in AdapterSection.model_fields if name not in (*_LAYERS, *_FREE)}
+    said_of = section.model_dump()
     for name, value in decided.items():
-        said = getattr(section, name)
+        said = said_of[name]
         if name in section.model_fields_set and said is not None and said != value:
             raise ConfigError(
                 f"adapter.{name}: {shown(said)}, but the start {shown(folder, 300)} has {shown(value)}; leave the key "
@@ -97,9 +98,7 @@ def put_on(model: Any, start: Start, config: RunConfig) -> Any:
         _compare_layers(model, start, config)
     remedy = f"adapter.start needs the model that it was made for, {shown(start.base, 300)}, loaded in the same way"
     with with_remedy(remedy):
-        adapted = load_adapter(
-            model, str(start.folder), is_trainable=True, lora_dropout=config.adapter.lora_dropout
-        )
+        adapted = load_adapter(model, str(start.folder), is_trainable=True, lora_dropout=config.adapter.lora_dropout)
     adapted.peft_config["default"].base_model_name_or_path = config.model.name_or_path
     adapted.peft_config["default"].revision = config.model.revision
     return adapted

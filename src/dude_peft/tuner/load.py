@@ -17,9 +17,9 @@ from dude_peft.tuner.same_base import check_base, checked_base
 
 # Ours, and those that reach the hub and PEFT's own loading.
 _OPTIONS = (
-    "adapter_name", "is_trainable", "allow_base_mismatch", "lora_dropout", "revision", "token", "cache_dir", "subfolder",
-    "force_download", "local_files_only", "proxies", "low_cpu_mem_usage", "autocast_adapter_dtype", "torch_device",
-    "ephemeral_gpu_offload", "key_mapping", "max_memory", "device_map", "offload_folder", "offload_dir",
+    "adapter_name", "is_trainable", "allow_base_mismatch", "lora_dropout", "revision", "token", "cache_dir",
+    "subfolder", "force_download", "local_files_only", "proxies", "low_cpu_mem_usage", "autocast_adapter_dtype",
+    "torch_device", "ephemeral_gpu_offload", "key_mapping", "max_memory", "device_map", "offload_folder", "offload_dir",
 )  # fmt: skip
 
 
