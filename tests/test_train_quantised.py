@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -159,6 +160,16 @@ def test_chat_and_exports(whole, tmp_path):
     assert json.loads((tmp_path / "dense" / "dude_export.json").read_text())["verified"]
 
 
+@pytest.mark.parametrize("name", some_by_day(FORMATS, ["nf4"]))
+def test_the_python_of_the_model_card_loads_it(whole, name):
+    card = (whole(name) / "adapter" / "README.md").read_text("utf-8")
+    code = card.partition("```python\n")[2].partition("\n```")[0]
+    assert "quantization_config=" in code
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].active_adapter == "default"
+
+
 def test_evaluation_computes_with_the_weights_that_training_uses(place):
     """In evaluation on CPUs bitsandbytes would pack, and round the input of 8-bit layers."""
     ids = torch.arange(3, 40)[None]
@@ -251,7 +262,10 @@ def test_a_format_that_applies_other_weights_or_another_gradient_is_not_trusted(
 
 def test_without_the_library_the_line_says_how_to_get_it(place, whole, monkeypatch):
     adapter = whole("nf4") / "adapter"
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
     with pytest.raises(ConfigError, match=r"nf4 needs bitsandbytes: pip install 'dude-peft\[quant\]'"):
         start(write_yaml(place, "missing", "nf4"))
     from dude_peft.answer.speaker import open_speaker

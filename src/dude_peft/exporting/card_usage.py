@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,9 @@ _AUTOMATIC = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_BITSANDBYTES = (
+    "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
+)  # fmt: skip
 _CAUSAL = "AutoModelForCausalLM"
 
 
@@ -82,14 +87,14 @@ def _quantised(adapter: SavedAdapter, model: Mapping[str, Any]) -> tuple[list[st
         return None
     config = adapter.quantization["config"]
     if config.get("quant_method") == "torchao":
-        kind = str(config["quant_type"]["default"]["_type"])
-        return [
-            f"from transformers import TorchAoConfig\nfrom torchao.quantization import {kind}"
-        ], f"TorchAoConfig({kind}())"
-    names = ["load_in_8bit"] if config.get("load_in_8bit") else [
-        "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
-    ]  # fmt: skip
-    given = ", ".join(f"{name}={config[name]!a}" for name in names)
+        # A name, and nothing else that a file may say there.
+        named = re.search(r'"_type": "([A-Za-z0-9]+Config)"', json.dumps(config.get("quant_type")))
+        if named is None:
+            return None
+        kind = named[1]
+        imports = ["from transformers import TorchAoConfig", f"from torchao.quantization import {kind}"]
+        return imports, f"TorchAoConfig({kind}())"
+    given = ", ".join(f"{name}={config[name]!a}" for name in _BITSANDBYTES if config.get(name))
     return ["from transformers import BitsAndBytesConfig"], f"BitsAndBytesConfig({given})"
 
 
