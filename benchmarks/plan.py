@@ -119,7 +119,7 @@ def _predicted(found: Cost) -> dict[str, int]:
 def _measured(config: RunConfig, model: Any, settings: Any, folder: str) -> dict[str, int]:
     train = config.train
     model.requires_grad_(False)
-    adapted = peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(model, DudeConfig(**config.adapter.for_tuner(), task_type="CAUSAL_LM"))
     adapted.config.use_cache = False
     checkpointing: dict[str, Any] = {}
     if train.gradient_checkpointing:

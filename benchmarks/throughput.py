@@ -96,7 +96,7 @@ def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> 
     """The loop of `dude train`."""
     model: Any = load_model(config.model, where)
     nature = nature_of(model, int(tokenizer.pad_token_id))
-    model = peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(model, DudeConfig(**config.adapter.for_tuner(), task_type="CAUSAL_LM"))
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
         display = Display(quiet=True)

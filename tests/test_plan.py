@@ -63,7 +63,7 @@ def cost_of(config: RunConfig, length: int, whole: bool = False) -> Cost:
 
 def adapted(model: Any, config: RunConfig) -> Any:
     model.requires_grad_(False)
-    return peft.get_peft_model(model, DudeConfig(**config.adapter.model_dump(), task_type="CAUSAL_LM"))
+    return peft.get_peft_model(model, DudeConfig(**config.adapter.for_tuner(), task_type="CAUSAL_LM"))
 
 
 def llama(layers: int = 5, hidden: int = 128, dtype: str = "float32", **changes: Any) -> Any:

@@ -117,7 +117,7 @@ def test_an_unknown_method_is_refused_before_anything_is_loaded(file):
 def test_adapter_keys_and_defaults_are_those_of_the_tuner():
     from dude_peft import DudeConfig
 
-    DudeConfig(**AdapterSection().model_dump(), task_type="CAUSAL_LM")
+    DudeConfig(**AdapterSection().for_tuner(), task_type="CAUSAL_LM")
 
 
 def test_every_example_reads():

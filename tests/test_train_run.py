@@ -91,7 +91,7 @@ def test_attention_is_computed_as_the_run_says(settings, monkeypatch):
 
 
 def test_attention_that_does_not_work_here_is_refused_in_one_line(settings, checkpoint, monkeypatch):
-    with pytest.raises(ConfigError, match="flash_attention_2") as caught:
+    with pytest.raises(ConfigError, match="attn_implementation: flash_attention_2 does not work here") as caught:
         start(settings, model={"attn_implementation": "flash_attention_2"})
     assert "\n" not in str(caught.value)
     model = load_model(ModelSection(name_or_path=str(checkpoint)), str(checkpoint))

@@ -11,8 +11,6 @@ _MEANT = {
         "quantisation", "quantize", "quantise", "quantization_config", "quant_method", "quant", "bnb_4bit_quant_type",
         "bnb_config", "quantization_method",
     ),
-    "model.quantization.compute_dtype": ("bnb_4bit_compute_dtype",),
-    "model.quantization.double_quantization": ("bnb_4bit_use_double_quant", "double_quant"),
     "model.dtype": ("torch_dtype", "precision", "fp16", "float16"),
     "adapter": ("lora", "peft", "lora_config", "peft_config"),
     "adapter.method": ("peft_type", "finetuning_type", "train_type", "tuner_type"),
@@ -81,6 +79,9 @@ _FORMATS = {
     "qlora": "nf4",
     "quantization_bit": "nf4 (4 bits) or int8",
     "bits": "nf4 (4 bits) or int8",
+    "bnb_4bit_compute_dtype": "{method: nf4, compute_dtype: ...}",
+    "bnb_4bit_use_double_quant": "{method: nf4, double_quantization: true}",
+    "double_quant": "{method: nf4, double_quantization: true}",
 }
 _KEYS = {word: key for key, words in _MEANT.items() for word in words}
 

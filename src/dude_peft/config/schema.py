@@ -198,6 +198,10 @@ class AdapterSection(Section):
     svd_seed: Seed = 0
     """Seed of the truncated SVD, and of random directions."""
 
+    def for_tuner(self) -> dict[str, Any]:
+        """The keys that are DudeConfig's own."""
+        return self.model_dump(exclude={"start"})
+
 
 class SourceSection(Section):
     """One source of a mixture."""

@@ -322,6 +322,11 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        if section.attn_implementation is not None and "ttention" in str(error):
+            raise ConfigError(
+                f"model.attn_implementation: {section.attn_implementation} does not work here ({reason}); leave it "
+                "out, or choose sdpa or eager"
+            ) from error
         if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
             raise ArtifactError(
                 f"{what} {name}: its files cannot be read ({reason}); copy or download them again"

@@ -39,7 +39,7 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
     model.requires_grad_(False)
     if quantization is not None:
         pack_(model, quantization)
-    adapter = DudeConfig(**config.adapter.model_dump(exclude={"start"}), task_type="CAUSAL_LM")
+    adapter = DudeConfig(**config.adapter.for_tuner(), task_type="CAUSAL_LM")
     return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
 
 

@@ -269,7 +269,7 @@ class _Run:
         """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet."""
         from dude_peft.model.load import load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
-        from dude_peft.model.quantised import check_trains
+        from dude_peft.model.quantised import check_trains, method_of, stored_config
         from dude_peft.training.model_checks import (
             check_answers_fit,
             check_attention,
@@ -294,6 +294,8 @@ class _Run:
             check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
             notes = self.nature.notes(config.train.objective)
+            if quantised := stored_config(model.config):
+                notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             if data.held_out is not None and config.evaluation.batch_size > 1:
                 self.company = processes.from_first(company_of(model, pad_id))
                 notes.append(company_note(self.nature.name, self.company))
@@ -305,12 +307,18 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             self._adapt(model, base, data, pad_id)
         trainable, total = self.model.get_nb_trainable_parameters()
-        exact = "the start equals the base model bit by bit"
-        begun = self.start if self.given is None or self.start is not None else self.given.folder
+        begun = "the start equals the base model bit by bit"
+        if self.start is not None:
+            begun = f"started from {shown(self.start, 300)}"
+        elif self.given is not None:
+            begun = f"started from {shown(self.given.folder, 300)}, which " + (
+                "equals the base model bit by bit"
+                if self.from_base
+                else "is not its base model alone: scores before training are with it"
+            )
         display.say(
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
-            f"examples of {data.train.counts.tokens:,} tokens; "
-            + (exact if begun is None else f"started from {shown(begun, 300)}")
+            f"examples of {data.train.counts.tokens:,} tokens; " + begun
         )
 
     def _adapt(self, model: Any, base: Any, data: RunData, pad_id: int) -> None:
@@ -335,9 +343,11 @@ class _Run:
             self.model = put_on(model, self.given, self.config)
             self.from_base = bool(torch.equal(base, probe(self.model, data.train, pad_id)))
             check_beginning(self.config, from_base=self.from_base)
+            if self.scorer is not None and not self.from_base:
+                self.warn("evaluation.tasks: the base model that is scored is adapter.start's base without the start")
         elif processes.is_first():
             # Its keys are DudeConfig's own.
-            settings = DudeConfig(**self.config.adapter.model_dump(exclude={"start"}), task_type="CAUSAL_LM")
+            settings = DudeConfig(**self.config.adapter.for_tuner(), task_type="CAUSAL_LM")
             self.model = peft.get_peft_model(model, settings)
             check_start(base, probe(self.model, data.train, pad_id))
         if processes.count() > 1:
@@ -355,6 +365,8 @@ class _Run:
         from dude_peft.model.load import dtype_of, load_settings
         from dude_peft.model.quantised import asked_of, check_as_stored, check_runs, stored_config
 
+        if self.config.model.gguf_file is not None:  # dequantised, whatever it is
+            return
         settings = load_settings(self.config.model, where)
         check_as_stored(self.config.model, settings)
         asked, stored = asked_of(self.config.model), stored_config(settings)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dude_peft.artifact.manifest import WEIGHTS_FILE
 from dude_peft.artifact.sealed import file_sha256
 from dude_peft.config.schema import AdapterSection, RunConfig
 from dude_peft.errors import ConfigError
@@ -54,6 +53,7 @@ def with_start(config: RunConfig) -> tuple[RunConfig, Start | None]:
             f"{shown(config.model.name_or_path)} -o {shown(folder)}"
         )
     with quiet_imports():
+        from dude_peft.artifact.manifest import WEIGHTS_FILE
         from dude_peft.exporting.adapter import open_adapter
     saved = open_adapter(folder)
     fields: dict[str, Any] = saved.config.to_dict()
@@ -114,7 +114,7 @@ def _compare_layers(model: Any, start: Start, config: RunConfig) -> None:
     if getattr(settings, "quantization_config", None) is not None:
         del settings.quantization_config
     empty = model_of(settings, config.model.name_or_path, model.dtype, config.model.trust_remote_code)
-    wanted = DudeConfig(**config.adapter.model_dump(exclude={"start"}), task_type="CAUSAL_LM")
+    wanted = DudeConfig(**config.adapter.for_tuner(), task_type="CAUSAL_LM")
     adapted = peft.inject_adapter_in_model(wanted, empty, low_cpu_mem_usage=True)
     layers = {module.layer_name for module in adapted.modules() if isinstance(module, DudeLinear)}
     if layers != start.layers:
