@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from eval_data import write_data
 from night import some_by_day
 from safetensors.torch import load_file
 from served import dude
@@ -122,6 +123,33 @@ def test_killed_and_resumed_through_the_command_it_is_the_same_bit_by_bit(place,
     assert [line.get("loss") for line in lines[0]] == [line.get("loss") for line in lines[1]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"gradient_checkpointing": True, "bf16": True, "optim": "paged_adamw_8bit"}},
+        {"train": {"objective": "mol"}, "data": {"general": "train.jsonl", "general_test": "test.jsonl"}},
+        {"train": {"trainer": "trl"}, "data": {"packing": True, "max_length": 64}},
+    ],
+    ids=["checkpointing", "mol", "trl"],
+)
+def test_other_ways_to_train_resume_as_well(place, monkeypatch, name, sections):
+    data = {key: str(place / value) if "gen" in key else value for key, value in sections.get("data", {}).items()}
+    files = []
+    for kind in ("through", "halved"):
+        file = write_yaml(place, f"{kind}-{name}-{'-'.join(sections['train'])}", name, **(sections | {"data": data}))
+        files.append(file)
+    start(files[0])
+    with monkeypatch.context() as patch:
+        cut_at(4, patch)
+        with pytest.raises(_CutError):
+            start(files[1])
+    start(files[1])
+    ours, theirs = (load_file(place / file.stem / "adapter/adapter_model.safetensors") for file in files)
+    assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
+
+
 @pytest.mark.parametrize("name", some_by_day(FORMATS, ["nf4", "int8"]))
 def test_the_manifest_says_how_the_base_was_quantised_and_every_command_does_it_again(whole, place, tmp_path, name):
     out = whole(name)
@@ -150,8 +178,12 @@ def loss_of(model: Any, place: Path, out: Path) -> float:
     return held_out_loss(model, data.held_out.examples, pad_id=int(tokenizer.pad_token_id), batch_size=16)
 
 
-def test_chat_and_exports(whole, tmp_path):
+def test_chat_evaluation_and_exports(whole, tmp_path):
     adapter = whole("nf4") / "adapter"
+    write_data(tmp_path / "data")
+    sets = ("--tasks", "mmlu_anatomy", "--data-dir", tmp_path / "data", "--limit", 2)
+    done = dude("eval", adapter, *sets, "-o", tmp_path / "scores")
+    assert done.returncode == 0, done.stderr
     command = [sys.executable, "-m", "dude_peft", "chat", str(adapter), "--compare", "--max-new-tokens", "4"]
     talked = subprocess.run(command, input="say 5\n", capture_output=True, text=True, timeout=300, check=False)
     assert talked.returncode == 0, talked.stderr
