@@ -111,6 +111,9 @@ Quantization = Annotated[
 ]
 
 
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
 class ModelSection(Section):
     """The pretrained model to start from."""
 
@@ -130,9 +133,7 @@ class ModelSection(Section):
     """Quantise the frozen weights while they are loaded (QLoRA): `nf4`, `fp4`, `int8`, `torchao:SCHEME`, or a section.
     null takes the checkpoint as it is stored, quantised or not; `none` refuses a quantised one."""
 
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
-        None
-    )
+    attn_implementation: Attention | None = None
     """How training computes attention; null is transformers' choice. The run tries it on the model first."""
 
     trust_remote_code: bool = False
