@@ -117,12 +117,17 @@ def quantization_of(asked: QuantizationSection, dtype: torch.dtype) -> dict[str,
 
 
 def check_runs(asked: QuantizationSection, dtype: torch.dtype, device: Any) -> None:
-    """Try a format on one small layer, forward and backward.
+    """Try a format on one small layer, forward and backward, before a large model is loaded in it.
 
     Raises:
-        ConfigError: its library is not installed, has no such scheme, or does not run it on this device.
+        ConfigError: its library is not installed, has no such scheme, or does not run it on this device; transformers
+            trains no adapters on it.
     """
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
     check_installed(asked.method)
+    config = quantization_of(asked, dtype)["config"]
+    check_trains(AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(config), pre_quantized=False), config)
     reason = _fault(asked, dtype, device)
     if reason is None:
         return
@@ -142,14 +147,17 @@ def check_installed(method: str) -> None:
         raise ConfigError(f"model.quantization: {method} needs {library}: pip install 'dude-peft[quant]'")
 
 
-def check_trains(model: Any) -> None:
-    """Raises ConfigError for a quantised model in whose format transformers trains no adapters."""
-    quantiser = getattr(model, "hf_quantizer", None)
+def check_trains(quantiser: Any, config: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError for a format in which transformers trains no adapters.
+
+    Args:
+        quantiser: transformers' own of the format, as a model has it; None of a model that is not quantised.
+        config: of the format, in transformers' words.
+    """
     if quantiser is not None and not quantiser.is_trainable:
-        method = method_of(stored_config(model.config) or {})
         raise ConfigError(
-            f"model.quantization: transformers trains no adapters on {shown(method)}; choose nf4, fp4, int8 or "
-            "torchao:int8_weight_only, from the unquantised checkpoint"
+            f"model.quantization: transformers trains no adapters on {shown(method_of(config or {}))}; choose nf4, "
+            "fp4, int8 or torchao:int8_weight_only, from the unquantised checkpoint"
         )
 
 

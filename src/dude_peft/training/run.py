@@ -283,7 +283,7 @@ class _Run:
         pad_id = int(self.tokenizer.pad_token_id)
         with self._phase("model"), display.waiting("loading the model"):
             model: Any = load_model(config.model, where)
-            check_trains(model)
+            check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if data.held_out is not None:
                 check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
