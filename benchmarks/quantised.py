@@ -25,7 +25,7 @@ from dude_peft import load_adapter
 from dude_peft.config.schema import ModelSection
 from dude_peft.core.magnitude import row_norm
 from dude_peft.exporting.check import PROMPTS
-from dude_peft.exporting.dense import apply_as_trained_, densify_
+from dude_peft.exporting.dense import densify_
 from dude_peft.init.fold import fold
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.tuner import DudeLinear
@@ -108,7 +108,6 @@ def measured(settings: Any, scratch: Path) -> dict[str, dict[str, float]]:
 
 def outputs(model: Any, ids: list[torch.Tensor]) -> list[torch.Tensor]:
     """Log-probabilities of every prompt's next tokens."""
-    apply_as_trained_(model)
     model.eval()
     with torch.no_grad():
         return [model(input_ids=row).logits[0].double().log_softmax(-1) for row in ids]

@@ -33,12 +33,12 @@ from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.methods import METHODS
 from dude_peft.methods.learning_rate import learning_rate_warning
-from dude_peft.model.load import load_settings
+from dude_peft.model.load import load_model, load_settings
 from dude_peft.planning.bill import Cost, cost
 from dude_peft.planning.device import parse_size
 from dude_peft.planning.live_bytes import LiveBytes
 from dude_peft.planning.optimizers import state_bytes
-from dude_peft.planning.remedies import changed
+from dude_peft.planning.remedies import changed, remedies
 from dude_peft.planning.rows import is_local, optimizer_steps
 from dude_peft.planning.run import plan
 
@@ -206,12 +206,78 @@ def test_a_step_that_cannot_be_traced_leaves_the_rest_of_the_bill(tmp_path, monk
     assert found.bill.weights > 0
 
 
-def test_a_quantised_model_is_refused(tmp_path):
+def test_a_format_whose_bytes_are_not_known_is_refused(tmp_path):
     settings = llama().config
-    settings.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    settings.quantization_config = {"quant_method": "gptq", "bits": 4}
     settings.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="cannot count"):
+    with pytest.raises(ConfigError, match="cannot count the memory of gptq"):
         cost_of(run_of(tmp_path), 16)
+
+
+QUANTISED: list[Any] = [
+    {"method": "nf4"},
+    {"method": "fp4", "double_quantization": True},
+    {"method": "int8"},
+    {"method": "torchao:int8_weight_only"},
+    {"method": "torchao:float8_weight_only"},
+]
+
+
+@pytest.mark.parametrize("asked", some_by_day(QUANTISED, QUANTISED[:3]), ids=lambda asked: asked["method"])
+@pytest.mark.parametrize("dtype", some_by_day(["float32", "bfloat16"], ["float32"]))
+def test_the_weights_of_a_quantised_model_are_counted_to_the_byte(tmp_path, asked, dtype):
+    pytest.importorskip("torchao" if "torchao" in asked["method"] else "bitsandbytes", reason="dude-peft[quant]")
+    save_tiny(tmp_path, intermediate_size=172)
+    plain = run_of(tmp_path, dtype=dtype)
+    config = changed(plain, {"model.quantization": asked})
+    found, dense = cost_of(config, 16), cost_of(plain, 16)
+    assert found.uncounted == ""
+    assert found.bill.activations > 0
+    assert found.static.total_parameters == dense.static.total_parameters
+    assert found.bill.trained == dense.bill.trained
+    model = load_model(config.model, str(tmp_path))
+    assert found.bill.weights == sum(bytes_in(model).values())
+    assert found.bill.weights < dense.bill.weights
+
+
+def bytes_in(model: torch.nn.Module) -> dict[int, int]:
+    """Place in memory -> bytes of every tensor that a quantised model holds."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            for part in inside(tensor):
+                found[part.data_ptr()] = part.nbytes
+    return found
+
+
+def inside(tensor: Any) -> list[torch.Tensor]:
+    """A tensor, and what bitsandbytes or torchao keep beside it or in it."""
+    if tensor is None:
+        return []
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    state: Any = getattr(tensor, "quant_state", None)
+    beside = [getattr(tensor, "SCB", None)]
+    if state is not None:
+        beside += [state.absmax, state.code]
+        if state.nested:
+            beside += [state.state2.absmax, state.state2.code, state.offset]
+    return [tensor, *(each for each in beside if each is not None)]
+
+
+def test_four_bits_are_offered_where_nothing_cheaper_fits(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="dude-peft[quant]")
+    llama().config.save_pretrained(tmp_path)
+    config = run_of(tmp_path, dtype="bfloat16", per_device_train_batch_size=1, gradient_checkpointing=True)
+    quantised = changed(config, {"model.quantization": "nf4"})
+    memory = cost_of(quantised, 16).bill.total
+    assert memory < cost_of(config, 16).bill.total
+    found = remedies(config, cost_of(config, 16), 16, memory, cost_of)
+    assert [remedy.settings for remedy in found][:1] == [{"model.quantization": "nf4"}]
+    assert str(found[0]) == "--set model.quantization=nf4"
+    assert not any(
+        "model.quantization" in each.settings for each in remedies(quantised, cost_of(quantised, 16), 16, 1, cost_of)
+    )
 
 
 def test_real_layers_work_after_a_dry_step(tmp_path):
@@ -224,10 +290,21 @@ def test_real_layers_work_after_a_dry_step(tmp_path):
     assert torch.isfinite(adapted(model, config)(input_ids=ids, labels=ids).loss)
 
 
-def test_states_of_8_bit_optimizers_are_those_of_bitsandbytes():
+@pytest.mark.parametrize(
+    ("optim", "name"),
+    [
+        ("adamw_8bit", "AdamW8bit"),
+        ("paged_adamw_32bit", "PagedAdamW32bit"),
+        ("lion_8bit", "Lion8bit"),
+        ("lion_32bit", "Lion32bit"),
+        ("ademamix", "AdEMAMix32bit"),
+        ("ademamix_8bit", "AdEMAMix8bit"),
+    ],
+)
+def test_states_of_bitsandbytes_optimizers_are_counted_to_the_byte(optim, name):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     parameters = [torch.nn.Parameter(torch.randn(64, 100)), torch.nn.Parameter(torch.randn(30))]
-    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+    optimizer = getattr(bitsandbytes.optim, name)(parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     try:
@@ -236,7 +313,7 @@ def test_states_of_8_bit_optimizers_are_those_of_bitsandbytes():
         pytest.skip(f"bitsandbytes takes no step on this device: {error}")
     states = [value for state in optimizer.state.values() for name, value in state.items() if "qmap" not in name]
     real = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
-    assert state_bytes("adamw_8bit", parameters) == real
+    assert state_bytes(optim, parameters) == real
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from torch import nn
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.manifest import read_manifest
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
-from dude_peft.exporting.dense import apply_as_trained_
 from dude_peft.exporting.run import merge
 from dude_peft.exporting.verify import verify
 from dude_peft.init import fold as fold_room
 from dude_peft.init.fold import fold
+from dude_peft.model.quantised import apply_as_trained_
 from dude_peft.tuner import DudeLinear, frozen
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

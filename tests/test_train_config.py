@@ -172,7 +172,7 @@ def test_every_word_of_other_tools_leads_to_a_key_that_exists(file):
     for word in set(_KEYS) - set(_known_keys()):
         assert f"closest: {_KEYS[word]!r}" in refusal(file, f"adapter.{word}=1"), word
     assert "set adapter.method to 'dora'" in refusal(file, "adapter.use_dora=true")
-    assert "such as dude init --quantize writes" in refusal(file, "model.load_in_4bit=true")
+    assert "set model.quantization to nf4" in refusal(file, "model.load_in_4bit=true")
     assert refusal(file, "training.lr=1").startswith("--set training.lr=1: ")
 
 

@@ -159,13 +159,19 @@ OTHER_SETTINGS = [
     {"trainer": "trl"},
     {"packing": True},
     {"packing": True, "trainer": "trl"},
+    {"neftune_noise_alpha": 5.0},
+    {"optim": "adagrad"},
+    {"optim": "rmsprop"},
+    {"optim": "ademamix"},
+    {"optim": "lion_32bit"},
+    {"optim": "paged_adamw_32bit"},
 ]
 
 
 @pytest.mark.parametrize("train", some_by_day(OTHER_SETTINGS, OTHER_SETTINGS[4:8]), ids=str)
 def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
-    if "8bit" in train.get("optim", ""):
-        pytest.importorskip("bitsandbytes", reason="8-bit optimizers are bitsandbytes'")
+    if train.get("optim", "").endswith(("bit", "mix")):
+        pytest.importorskip("bitsandbytes", reason="these optimizers are bitsandbytes'")
     train = dict(train)
     data = {"packing": True, "max_length": 40} if train.pop("packing", False) else {}
 
@@ -180,6 +186,26 @@ def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
         with pytest.raises(_CutError):
             start(wanted)
     start(wanted)
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optim", some_by_day(["adamw_8bit", "lion_8bit", "ademamix_8bit"], ["adamw_8bit"]))
+def test_states_in_8_bits_resume_where_they_share_a_table(places, tmp_path, monkeypatch, optim):
+    """From 4,096 numbers on a tensor's states are 8-bit, and all of them name the same tensors as their tables."""
+    pytest.importorskip("bitsandbytes", reason="8-bit optimizers are bitsandbytes'")
+
+    def configured(name: str) -> dict:
+        made = settings(places, tmp_path / name, optim=optim, max_steps=4)
+        return made | {"adapter": made["adapter"] | {"r": 40}}
+
+    start(configured("whole"))
+    tables = load_file(max((tmp_path / "whole/checkpoints").glob("step-*")) / "optimizer.safetensors")
+    assert any(name.endswith("qmap1") for name in tables)
+    with monkeypatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(_CutError):
+            start(configured("out"))
+    start(configured("out"))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 

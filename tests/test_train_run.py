@@ -15,6 +15,7 @@ import torch
 from method_rows import each_kind
 from night import some_by_day
 from safetensors.torch import load_file
+from served import dude
 from tiny import save_tiny, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
@@ -25,8 +26,10 @@ from dude_peft.folder.run_folder import RunFolder
 from dude_peft.model import load as model_module
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.terminal.quiet import gathered_warnings
-from dude_peft.training.model_checks import check_start
-from dude_peft.training.run import run
+from dude_peft.training.model_checks import check_attention, check_start
+from dude_peft.training.run import _Run, run
+
+trained = _Run._train
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -73,6 +76,32 @@ def test_every_method_trains_from_the_base_and_learns(settings, method):
     assert report.steps == 6
     assert report.after.loss < report.before.loss
     assert Path(settings["output_dir"], "report.json").is_file()
+
+
+def test_attention_is_computed_as_the_run_says(settings, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "dude_peft.training.run._Run._train",
+        lambda self, *rest: seen.append(self.model.config._attn_implementation) or trained(self, *rest),
+    )
+    start(settings, model={"attn_implementation": "eager"})
+    assert seen == ["eager"]
+    done = dude("generate", Path(settings["output_dir"], "adapter"), "say 5", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_attention_that_does_not_work_here_is_refused_in_one_line(settings, checkpoint, monkeypatch):
+    with pytest.raises(ConfigError, match="attn_implementation: flash_attention_2 does not work here") as caught:
+        start(settings, model={"attn_implementation": "flash_attention_2"})
+    assert "\n" not in str(caught.value)
+    model = load_model(ModelSection(name_or_path=str(checkpoint)), str(checkpoint))
+    with pytest.raises(
+        ConfigError, match=r"flex_attention does not work .*transformers uses sdpa for LlamaForCausalLM"
+    ):
+        check_attention(model, "flex_attention")
+    monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ConfigError, match=r"sdpa does not work on this model and device \(ZeroDivisionError"):
+        check_attention(model, "sdpa")
 
 
 def test_before_is_the_base_model_and_after_is_the_saved_adapter(settings, checkpoint):

@@ -7,6 +7,10 @@ _MEANT = {
         "model", "base_model", "model_id", "model_name", "model_path", "model_name_or_path", "base_model_name_or_path",
         "pretrained_model_name_or_path", "checkpoint",
     ),
+    "model.quantization": (
+        "quantisation", "quantize", "quantise", "quantization_config", "quant_method", "quant", "bnb_4bit_quant_type",
+        "bnb_config", "quantization_method",
+    ),
     "model.dtype": ("torch_dtype", "precision", "fp16", "float16"),
     "adapter": ("lora", "peft", "lora_config", "peft_config"),
     "adapter.method": ("peft_type", "finetuning_type", "train_type", "tuner_type"),
@@ -69,10 +73,16 @@ _METHODS = {
     "init_lora_weights": "pissa",
     "pissa_init": "pissa",
 }
-_QUANTISED = (
-    "quantization", "quantisation", "quantize", "quantization_bit", "quantization_config", "quant_method", "quant",
-    "load_in_4bit", "load_in_8bit", "bits", "bnb_4bit_quant_type", "bnb_config", "qlora",
-)  # fmt: skip
+_FORMATS = {
+    "load_in_4bit": "nf4",
+    "load_in_8bit": "int8",
+    "qlora": "nf4",
+    "quantization_bit": "nf4 (4 bits) or int8",
+    "bits": "nf4 (4 bits) or int8",
+    "bnb_4bit_compute_dtype": "{method: nf4, compute_dtype: ...}",
+    "bnb_4bit_use_double_quant": "{method: nf4, double_quantization: true}",
+    "double_quant": "{method: nf4, double_quantization: true}",
+}
 _KEYS = {word: key for key, words in _MEANT.items() for word in words}
 
 
@@ -90,6 +100,6 @@ def instead_of(word: str, section: str = "adapter.") -> str | None:
     plain = word.strip().lower().replace("-", "_")
     if plain in _METHODS:
         return f"set {section}method to {_METHODS[plain]!r}"
-    if plain in _QUANTISED:
-        return "give a quantised model, such as dude init --quantize writes"
+    if plain in _FORMATS:
+        return f"set model.quantization to {_FORMATS[plain]}"
     return None

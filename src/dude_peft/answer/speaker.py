@@ -157,7 +157,6 @@ def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter 
 
 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:
-    from dude_peft.exporting.dense import apply_as_trained_
     from dude_peft.tuner.foreign import load_foreign
     from dude_peft.tuner.load import load_adapter
     from dude_peft.tuner.same_base import with_remedy
@@ -167,8 +166,7 @@ def _model(source: ModelSection, where: str, saved: SavedAdapter | ForeignAdapte
         with with_remedy("give the base model it was trained on with --base"):
             load = load_foreign if isinstance(saved, ForeignAdapter) else load_adapter
             model = load(model, saved.folder)
-    apply_as_trained_(model.eval())
-    return model
+    return model.eval()
 
 
 def _only_ends_(model: Any, tokenizer: Any) -> frozenset[int]:

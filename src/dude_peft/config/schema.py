@@ -108,6 +108,45 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+def _known_format(value: str) -> str:
+    if value in ("none", "nf4", "fp4", "int8") or re.fullmatch(r"torchao:[a-z0-9_]+", value):
+        return value
+    raise ValueError("choose none, nf4, fp4, int8 or torchao:SCHEME, such as torchao:int8_weight_only")
+
+
+class QuantizationSection(Section):
+    """How the frozen weights are quantised."""
+
+    method: Annotated[Text, AfterValidator(_known_format)]
+    """`nf4`, `fp4` or `int8` of bitsandbytes, `torchao:SCHEME` (torchao:int8_weight_only), or `none`."""
+
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of the products with 4-bit weights; null is that of the model."""
+
+    double_quantization: bool = False
+    """Quantise the scales of 4-bit weights too, which saves 0.4 bits a weight."""
+
+    @model_validator(mode="after")
+    def _of_four_bits(self) -> QuantizationSection:
+        if self.method not in ("nf4", "fp4") and (self.compute_dtype is not None or self.double_quantization):
+            raise ValueError("compute_dtype and double_quantization are for nf4 and fp4; leave them out")
+        return self
+
+
+def _as_method(value: Any) -> Any:
+    """A bare word is a method."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+Quantization = Annotated[
+    QuantizationSection | None,
+    BeforeValidator(_as_method, json_schema_input_type=Text | QuantizationSection | None),
+]
+
+
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
 class ModelSection(Section):
     """The pretrained model to start from."""
 
@@ -123,9 +162,25 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the frozen weights; `auto` takes the checkpoint's own."""
 
+    quantization: Quantization = None
+    """Quantise the frozen weights while they are loaded (QLoRA): `nf4`, `fp4`, `int8`, `torchao:SCHEME`, or a section.
+    null takes the checkpoint as it is stored, quantised or not; `none` refuses a quantised one."""
+
+    attn_implementation: Attention | None = None
+    """How training computes attention; null is transformers' choice. The run tries it on the model first."""
+
     trust_remote_code: bool = False
     """Run the Python code in this model's folder, with your rights. Read the code first, and name its commit in
     `revision`. Nothing else allows it: other commands never run such code, nor an adapter's."""
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> ModelSection:
+        if self.gguf_file is not None and self.quantization is not None and self.quantization.method != "none":
+            raise ValueError(
+                "keys 'model.gguf_file' and 'model.quantization': GGUF weights are dequantised; save them with "
+                "save_pretrained, and quantise that folder"
+            )
+        return self
 
 
 class BudgetSection(Section):
@@ -166,6 +221,10 @@ class AdapterSection(Section):
     peft: dict[Text, Any] | None = None
     """Content of the file of `method: peft:FILE.json`. The run writes it down here, and its own config.yaml needs no
     file."""
+
+    start: Source | None = None
+    """Folder of an adapter to start from, as `dude init` writes it. No SVD runs. Method, rank and layers are the
+    file's."""
 
     r: Count = 16
     """Rank of the update."""
@@ -215,12 +274,16 @@ class AdapterSection(Section):
 
     def settings(self) -> dict[str, Any]:
         """The keys that are DudeConfig's own."""
-        return {key: value for key, value in self.model_dump().items() if key not in ("peft", "budget", "groups")}
+        return {
+            key: value for key, value in self.model_dump().items() if key not in ("peft", "start", "budget", "groups")
+        }
 
     @model_validator(mode="after")
     def _budget_alone_decides(self) -> AdapterSection:
         if self.budget is None:
             return self
+        if self.start is not None:
+            raise ValueError("key 'adapter.budget': adapter.start has its ranks already; leave one of the two out")
         if self.rank_pattern:
             raise ValueError("key 'adapter.rank_pattern': adapter.budget decides the ranks; leave one of the two out")
         if self.modules_to_save is not None or self.bias != "none":
@@ -400,10 +463,15 @@ class TrainSection(Section):
     max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this norm; 0 switches it off."""
 
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit"] = (
-        "adamw_torch"
-    )
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd", "adamw_8bit", "paged_adamw_8bit",
+        "paged_adamw_32bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit",
+        "paged_lion_32bit",
+    ] = "adamw_torch"  # fmt: skip
     """Optimizer."""
+
+    neftune_noise_alpha: Positive | None = None
+    """Noise on the embeddings in training, of this strength (NEFTune, arXiv 2310.05914); 5 is usual."""
 
     loraplus_lr_ratio: Positive = 1.0
     """Learning rate of B over that of A (LoRA+)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,9 @@ _AUTOMATIC = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_BITSANDBYTES = (
+    "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
+)  # fmt: skip
 _CAUSAL = "AutoModelForCausalLM"
 
 
@@ -50,9 +55,14 @@ def usage(
         "revision": adapter.config.revision,
         "trust_remote_code": code or None,
     }
+    quantised = _quantised(adapter, model)
     if adapter.quantization is None:
         options["dtype"] = adapter.record.dtype or "auto"
+    elif quantised:
+        options["dtype"] = str(adapter.quantization["dtype"])
+        imports += quantised[0]
     given = "".join(f", {key}={value!a}" for key, value in options.items() if value is not None)
+    given += f", quantization_config={quantised[1]}" if quantised else ""
     base = f"base = {automatic}.from_pretrained({where}{given})"
     stock = f"peft.PeftModel.from_pretrained(base, {place!a})"
     if export is not None:
@@ -69,6 +79,24 @@ def usage(
     ]
     commands = [] if code or automatic != _CAUSAL else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
     return "\n".join(lines), commands
+
+
+def _quantised(adapter: SavedAdapter, model: Mapping[str, Any]) -> tuple[list[str], str] | None:
+    """Imports, and the quantisation that the run asked for; None where the checkpoint is loaded as it is stored."""
+    asked = model.get("quantization")
+    if adapter.quantization is None or not isinstance(asked, Mapping) or asked.get("method") == "none":
+        return None
+    config = adapter.quantization["config"]
+    if config.get("quant_method") == "torchao":
+        # A name, and nothing else that a file may say there.
+        named = re.search(r'"_type": "([A-Za-z0-9]+Config)"', json.dumps(config.get("quant_type")))
+        if named is None:
+            return None
+        kind = named[1]
+        imports = ["from transformers import TorchAoConfig", f"from torchao.quantization import {kind}"]
+        return imports, f"TorchAoConfig({kind}())"
+    given = ", ".join(f"{name}={config[name]!a}" for name in _BITSANDBYTES if config.get(name))
+    return ["from transformers import BitsAndBytesConfig"], f"BitsAndBytesConfig({given})"
 
 
 def _commands(place: str, options: list[str]) -> list[str]:

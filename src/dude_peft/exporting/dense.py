@@ -37,17 +37,3 @@ def densify_(model: nn.Module) -> None:
         conversions = getattr(model, "_weight_conversions", None) or []
         kept = [c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))]
         model._weight_conversions = kept  # type: ignore[assignment]
-
-
-def apply_as_trained_(model: nn.Module) -> None:
-    """Let bitsandbytes' layers compute with the weights that they train on; called behind `model.eval()`.
-
-    In evaluation on CPUs, 4-bit ones round their scales to bfloat16 where AVX512-BF16 is, and 8-bit ones round their
-    input to int8: arithmetic of that place, which no file has a part in.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if hasattr(module, "init_8bit_state"):
-            module.training = True

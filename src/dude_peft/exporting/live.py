@@ -48,9 +48,7 @@ def _token_ids(tokenizer: str | None, prompts: list[str], config: Any) -> list[l
 
 def _logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """(tokens, vocabulary) float32."""
-    from dude_peft.exporting.dense import apply_as_trained_
-
-    apply_as_trained_(model.eval())
+    model.eval()
     with torch.inference_mode():
         found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0].float()
     return found.contiguous()

@@ -22,8 +22,8 @@ NAME = "run.json"
 FORMAT_VERSION = 2  # 1: without a seal
 # What a run shows and keeps, but does not compute with.
 _FREE = {
-    "output_dir", "evaluation.samples", "train.save_steps", "train.save_total_limit", "train.report_to",
-    "train.movement_steps",
+    "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit",
+    "train.report_to", "train.movement_steps",
 }  # fmt: skip
 # What the run is scored on; where that does not choose the adapter, it may change.
 _SCORING = {
@@ -51,6 +51,8 @@ class Identity:
     """The adapter section as it was asked for, where its budget became the ranks of `config`."""
     moment: str = ""
     """When it began: the date that its chat template writes."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """Of adapter.start: its sha256, and whether it is the base model; empty without one."""
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
@@ -104,6 +106,14 @@ class Identity:
                 "choose another output_dir, or add --overwrite"
             )
 
+    def check_start(self, sha256: str | None) -> None:
+        """Raises ConfigError where the run began with another start than the one of this print."""
+        if self.start.get("sha256") != sha256:
+            raise ConfigError(
+                f"adapter.start: not the one that this run began with (sha256 {_cut(self.start.get('sha256'))} then, "
+                f"{_cut(sha256)} now); restore it, choose another output_dir, or add --overwrite"
+            )
+
     def differences(self, now: dict[str, Any]) -> list[str]:
         """What of the environment is not as it was."""
         before, after = _flat(self.environment), _flat(now)
@@ -130,7 +140,10 @@ def read_identity(folder: Path) -> Identity | None:
             found = Identity(**unsealed(content))
             if all(
                 isinstance(part, dict)
-                for part in (found.config, found.data, found.environment, found.tokens, found.tokenizer, found.asked)
+                for part in (
+                    *(found.config, found.data, found.environment, found.tokens, found.tokenizer),
+                    *(found.asked, found.start),
+                )
             ):
                 _ = datetime.fromisoformat(found.moment) if found.moment else None
                 return found

@@ -27,10 +27,15 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
+    taken: set[int] = set()
     for index, entries in state["state"].items():
         for name, value in _flat(entries).items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = whole(value).detach().cpu().contiguous()
+                tensor = whole(value).detach().cpu().contiguous()
+                # bitsandbytes' 8-bit optimizers share one table among all tensors; a file has none that are shared.
+                shared = tensor.data_ptr() in taken
+                tensors[f"{index}.{name}"] = tensor.clone() if shared else tensor
+                taken.add(tensor.data_ptr())
             else:
                 numbers.setdefault(str(index), {})[name] = value
     return tensors, {"groups": state["param_groups"], "numbers": numbers}

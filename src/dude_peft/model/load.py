@@ -20,6 +20,7 @@ from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGE = "package:"
@@ -142,33 +143,72 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
     return settings
 
 
+def dtype_of(section: ModelSection, settings: Any, where: str) -> torch.dtype:
+    """As `load_model` chooses it; float32, the most that it can be, where only weights that are not here could tell."""
+    import torch
+
+    from dude_peft.model.weights import open_weights
+
+    if section.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, section.dtype)
+        return dtype
+    if section.gguf_file is not None:
+        return torch.float32
+    stored: torch.dtype | None = getattr(settings, "dtype", None)
+    if stored is not None:
+        return stored
+    try:
+        return open_weights(Path(where)).dtype
+    except (DudeError, OSError):
+        return torch.float32
+
+
 def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """The causal language model at `where`, frozen weights in the configured dtype, in evaluation mode.
 
     Args:
         section: what the configuration says.
         where: from `locate`.
-        quantization: as an adapter's manifest has it: quantised so, in that dtype, unless it is stored quantised.
+        quantization: as an adapter's manifest has it: quantised so, in that dtype, unless it is stored quantised. The
+            default is `section.quantization`.
 
     Raises:
-        ConfigError: it cannot be found, or is no causal language model.
+        ConfigError: it cannot be found, is no causal language model, or is stored quantised otherwise.
         ArtifactError: weights are missing from the checkpoint.
         ResourceError: it does not fit into memory.
     """
     import torch
 
     from dude_peft.model.architecture import automatic_class
+    from dude_peft.model.quantised import (
+        apply_as_trained_,
+        asked_of,
+        check_as_stored,
+        moves,
+        quantization_of,
+        stored_config,
+    )
 
+    settings = load_settings(section, where)
+    check_as_stored(section, settings)
+    asked = asked_of(section)
+    if quantization is None and asked is not None:
+        quantization = quantization_of(asked, dtype_of(section, settings, where))
     options = _source_options(section, where)
     dtype: Any = section.dtype
     if section.gguf_file is not None:
         options |= _dequantised()
         dtype = "float32" if dtype == "auto" else dtype
+    stored = stored_config(settings)
     if quantization is not None:
         dtype = quantization["dtype"]
-        options |= _quantised(section, where, quantization["config"])
+        options |= _quantised(section, quantization["config"], stored=stored is not None)
+    elif stored is not None and moves(stored):
+        options["device_map"] = {"": "cpu"}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
-    automatic = automatic_class(load_settings(section, where))
+    automatic = automatic_class(settings)
     with _loading("model", section, where):
         loaded: Any = automatic.from_pretrained(
             where,
@@ -196,6 +236,7 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     model.config.name_or_path = model.name_or_path = section.name_or_path
     model.requires_grad_(False)
     model.train(False)
+    apply_as_trained_(model)
     if getattr(model.config, "rescale_every", 0):
         # RWKV would halve some of its weights whenever it begins to infer, and double them for training.
         model.config.rescale_every = 0
@@ -215,18 +256,21 @@ def _dequantised() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _quantised(section: ModelSection, where: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The options that quantise while loading, on the CPU: bitsandbytes would go to a GPU by itself."""
-    from transformers import AutoConfig
+def _quantised(section: ModelSection, config: dict[str, Any], *, stored: bool) -> dict[str, Any]:
+    """The options that quantise while loading, on the CPU: bitsandbytes would go to a GPU by itself.
+
+    The same bits then come out wherever the model is moved to afterwards.
+    """
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    with _loading("model", section, where):
-        stored = AutoConfig.from_pretrained(
-            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
-        )
-        if getattr(stored, "quantization_config", None) is not None:
-            return {"device_map": {"": "cpu"}}
-        return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
+    from dude_peft.model.quantised import check_installed, method_of
+
+    check_installed(method_of(config))
+    options: dict[str, Any] = {"device_map": {"": "cpu"}}
+    if not stored:
+        with _loading("quantisation of model", section, section.name_or_path):
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(config)
+    return options
 
 
 def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
@@ -278,6 +322,11 @@ def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
         reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        if section.attn_implementation is not None and "ttention" in str(error):
+            raise ConfigError(
+                f"model.attn_implementation: {section.attn_implementation} does not work here ({reason}); leave it "
+                "out, or choose sdpa or eager"
+            ) from error
         if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
             raise ArtifactError(
                 f"{what} {name}: its files cannot be read ({reason}); copy or download them again"

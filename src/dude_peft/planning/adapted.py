@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 
 from dude_peft.config.schema import RunConfig
-from dude_peft.errors import ConfigError, DudeError
+from dude_peft.errors import ConfigError
 from dude_peft.model.architecture import model_of
-from dude_peft.model.weights import open_weights
+from dude_peft.model.load import dtype_of
+from dude_peft.model.quantised import asked_of, check_as_stored, method_of, quantization_of, stored_config
+from dude_peft.planning.packed import countable, pack_
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
 
@@ -25,38 +26,38 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
         where: from `train.model.locate`.
 
     Raises:
-        ConfigError: whatever the real run would refuse (targets, ranks, a model that is none), or a quantised model.
+        ConfigError: whatever the real run would refuse (targets, ranks, a model that is none), or a format of
+            quantisation whose bytes are not known here.
     """
+    quantization = _quantization(config, settings, dtype_of(config.model, settings, where))
     model = bare_model(config, settings, where)
+    if quantization is not None:
+        pack_(model, quantization)
     adapter = DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM")
     return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
 
 
 def bare_model(config: RunConfig, settings: Any, where: str) -> Any:
-    """The model without an adapter, likewise; `adapted_model` says what is refused."""
+    """The model without an adapter, likewise, as it is before it is quantised; `adapted_model` says what is refused."""
+    dtype = dtype_of(config.model, settings, where)
     if getattr(settings, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"model {shown(config.model.name_or_path, 300)} is quantised, and dude plan cannot count its memory; plan "
-            "the unquantised model, which needs more"
-        )
-    model = model_of(
-        settings, config.model.name_or_path, _dtype(config, settings, where), config.model.trust_remote_code
-    )
+        del settings.quantization_config  # else the model without weights would be no plain one
+    if config.model.attn_implementation == "eager":  # the others keep no table of scores
+        settings._attn_implementation = "eager"
+    model = model_of(settings, config.model.name_or_path, dtype, config.model.trust_remote_code)
     model.requires_grad_(False)
     return model
 
 
-def _dtype(config: RunConfig, settings: Any, where: str) -> torch.dtype:
-    """As `load_model` chooses it; float32, the most that it can be, where only the weights could tell."""
-    if config.model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.model.dtype)
-        return dtype
-    if config.model.gguf_file is not None:
-        return torch.float32
-    stored: torch.dtype | None = getattr(settings, "dtype", None)
-    if stored is not None:
-        return stored
-    try:
-        return open_weights(Path(where)).dtype
-    except (DudeError, OSError):
-        return torch.float32
+def _quantization(config: RunConfig, settings: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+    """In transformers' words, as it is stored or asked for."""
+    check_as_stored(config.model, settings)
+    found, asked = stored_config(settings), asked_of(config.model)
+    if found is None and asked is not None:
+        found = quantization_of(asked, dtype)["config"]
+    if found is not None and not countable(found):
+        raise ConfigError(
+            f"model {shown(config.model.name_or_path, 300)}: dude plan cannot count the memory of "
+            f"{shown(method_of(found))}; plan it with model.quantization: int8 from the unquantised model"
+        )
+    return found

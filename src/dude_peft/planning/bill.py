@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dude_peft.config.schema import RunConfig
@@ -14,6 +15,7 @@ from dude_peft.planning.dry_step import DryStep, dry_step
 from dude_peft.planning.layers import shorten
 from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
+from dude_peft.planning.packed import PackedLinear
 from dude_peft.show import shown
 from dude_peft.tuner import DudeLinear
 
@@ -33,6 +35,10 @@ class Static:
     """Bytes of A0, B0, m0 and what is cached of them."""
     trained: tuple[Tensor, ...]
     """The trained parameters, on the meta device."""
+    packed_parameters: int
+    """Those of quantised layers."""
+    dtype: torch.dtype
+    """Of the weights that are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +155,17 @@ def _static(model: nn.Module) -> Static:
     parameters = list(model.parameters())
     trained = tuple(p.detach() for p in parameters if p.requires_grad)
     buffers = list(model.buffers())
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     return Static(
         trainable_parameters=sum(p.numel() for p in trained),
-        total_parameters=sum(p.numel() for p in parameters),
+        total_parameters=sum(p.numel() for p in parameters) + sum(p.numbers - p.weight.numel() for p in packed),
         weights=_bytes(
             [p for p in parameters if not p.requires_grad] + [b for b in buffers if id(b) not in frozen_parts]
         ),
         adapter_frozen=_bytes([b for b in buffers if id(b) in frozen_parts]),
         trained=trained,
+        packed_parameters=sum(layer.numbers for layer in packed),
+        dtype=next((p.dtype for p in parameters if p.is_floating_point() and not p.requires_grad), torch.float32),
     )
 
 

@@ -34,14 +34,23 @@ def step_bytes(optim: str, parameters: Sequence[Tensor], *, gpu: bool) -> int:
     return 3 * largest if optim == "adafactor" else 0
 
 
+_NUMBERS_KEPT = {"adamw": 2, "lion": 1, "ademamix": 3}
+
+
 def _state_of(optim: str, parameter: Tensor) -> int:
+    numbers = parameter.numel()
     if optim in ("adamw_torch", "adamw_torch_fused"):
         return 2 * parameter.nbytes + _STEP_BYTES
-    numbers = parameter.numel()
+    if optim in ("adagrad", "rmsprop"):
+        return parameter.nbytes + _STEP_BYTES
     if optim == "adafactor":
         shape = parameter.shape
         second = numbers // shape[-1] + numbers // shape[-2] if len(shape) >= 2 else numbers
         return 4 * second + _STEP_BYTES
-    if optim in ("adamw_8bit", "paged_adamw_8bit"):
-        return 8 * numbers if numbers < _SMALLEST_8BIT else 2 * (numbers + 4 * -(-numbers // _BLOCK))
-    return 0  # sgd, without momentum
+    if optim == "sgd":  # without momentum
+        return 0
+    name, _, bits = optim.removeprefix("paged_").partition("_")  # bitsandbytes'
+    kept = _NUMBERS_KEPT[name]
+    if bits == "8bit" and numbers >= _SMALLEST_8BIT:
+        return kept * (numbers + 4 * -(-numbers // _BLOCK))
+    return 4 * kept * numbers

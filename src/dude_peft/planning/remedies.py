@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from dude_peft.config.schema import RunConfig
 from dude_peft.methods import METHODS
@@ -33,7 +36,7 @@ def remedies(config: RunConfig, cost: Cost, length: int, memory: int, evaluate: 
     """At most three changes with which the run fits into `memory` bytes; where no single one helps, several together.
 
     They come in the order of what they cost: memory for time first (smaller batches with more accumulation, gradient
-    checkpointing), then rounding (bfloat16 weights), then what is trained (rows cut off, a smaller rank).
+    checkpointing), then rounding (bfloat16 weights, 4-bit ones), then what is trained (rows cut off, a smaller rank).
 
     Args:
         config: of the run, resolved.
@@ -45,7 +48,7 @@ def remedies(config: RunConfig, cost: Cost, length: int, memory: int, evaluate: 
     found: list[Remedy] = []
     always = _always(cost)
     wide = cost.bill.weights > 3 * (cost.static.total_parameters - cost.static.trainable_parameters)
-    ways = list(_ways(config, length, wide))
+    ways = list(_ways(config, length, wide, packed=cost.static.packed_parameters > 0))
     for steps in ways:
         smallest = steps[-1]
         changes_static = any(key.startswith(("model.", "adapter.")) for key in smallest)
@@ -76,7 +79,7 @@ def _together(
     return []
 
 
-def _ways(config: RunConfig, length: int, wide: bool) -> Iterator[list[dict[str, Any]]]:
+def _ways(config: RunConfig, length: int, wide: bool, *, packed: bool) -> Iterator[list[dict[str, Any]]]:
     """Each way as its steps, from the smallest change to the largest."""
     train, r = config.train, config.adapter.r
     batch, micro = train.per_device_train_batch_size, train.gradient_accumulation_steps
@@ -93,6 +96,8 @@ def _ways(config: RunConfig, length: int, wide: bool) -> Iterator[list[dict[str,
         yield [{"train.gradient_checkpointing": True}]
     if wide:  # float32 weights
         yield [{"model.dtype": "bfloat16"}]
+    if not packed and config.model.quantization is None and config.model.gguf_file is None and _has_bitsandbytes():
+        yield [{"model.quantization": "nf4"}]
     if lengths := [length // 2**n for n in (1, 2, 3) if length // 2**n >= _SHORTEST]:
         yield [{"data.max_length": tokens} for tokens in lengths]
     ranks = [r // 2**n for n in range(1, r.bit_length()) if r // 2**n >= _SMALLEST_RANK]
@@ -110,9 +115,16 @@ def changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     for key, value in settings.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
-    )
+    return config.model_copy(update={name: _with(getattr(config, name), update) for name, update in sections.items()})
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _with(section: BaseModel, update: dict[str, Any]) -> BaseModel:
+    """Read again, because a value may be short for a section."""
+    return type(section).model_validate({**dict(section), **update})
 
 
 def _always(cost: Cost) -> int:

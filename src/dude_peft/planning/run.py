@@ -16,6 +16,7 @@ from dude_peft.model.load import code_note, load_settings, load_tokenizer, locat
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.run_data import glance
+from dude_peft.training.start import with_start
 from dude_peft.training.task_scores import ScorerOf, scorer_for
 
 if TYPE_CHECKING:
@@ -47,13 +48,15 @@ def plan(
     display = Display(quiet=quiet)
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
+        config, _ = with_start(config)
         config = config.model_copy(update={"model": with_only_gguf(config.model)})
         where = locate(config.model)
         if note := code_note(config.model):
             warnings.append(note)
         check_output_dir(Path(config.output_dir))
         glance(config)
-        if "8bit" in config.train.optim and importlib.util.find_spec("bitsandbytes") is None:
+        by_bitsandbytes = config.train.optim.endswith("bit") or config.train.optim == "ademamix"
+        if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
         scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
         with display.waiting("imports"), quiet_imports():
@@ -74,6 +77,8 @@ def plan(
 def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warnings: list[str], display: Display) -> Plan:
     from dude_peft.methods import METHODS
     from dude_peft.methods.learning_rate import learning_rate_warning
+    from dude_peft.model.load import dtype_of
+    from dude_peft.model.quantised import asked_of, check_installed, check_runs, stored_config
     from dude_peft.planning.adapted import adapted_model
     from dude_peft.planning.bill import cost
     from dude_peft.planning.disk import disk
@@ -96,6 +101,11 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
+        asked = asked_of(config.model)
+        if asked is not None and stored_config(settings) is None:
+            check_installed(asked.method)
+            if device.here:
+                check_runs(asked, dtype_of(config.model, settings, where), "cuda" if device.gpu else "cpu")
         # Adapting writes into the configuration.
         model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
     with display.waiting("rows"):

@@ -86,6 +86,7 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
             weight_decay=section.weight_decay,
             max_grad_norm=section.max_grad_norm,
             optim=section.optim,
+            neftune_noise_alpha=section.neftune_noise_alpha,
             seed=section.seed,
             data_seed=section.seed,
             bf16=section.bf16,

@@ -11,8 +11,10 @@ from torch import Tensor
 from dude_peft.config.schema import RunConfig
 from dude_peft.data.batches import pad_right
 from dude_peft.data.packing import packs_apart
+from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.model.probe import Nature, check_causal
+from dude_peft.show import shown
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear
 
@@ -67,6 +69,33 @@ def check_nature(nature: Nature, config: RunConfig) -> None:
         )
 
 
+def check_attention(model: Any, wanted: str | None) -> None:
+    """Tries the attention that the run asks for, forward and backward.
+
+    Raises:
+        ConfigError: transformers took another one, or it does not run here.
+    """
+    if wanted is None:
+        return
+    found = model.config.get_text_config()._attn_implementation
+    fault = f"transformers uses {found} for {type(model).__name__}"
+    if found == wanted:
+        ids = torch.tensor(trial_rows(text_ids(model), 2, trial_length(model)), device=model.device)
+        try:
+            with torch.enable_grad():
+                start = model.get_input_embeddings()(ids).detach().requires_grad_()
+                model(inputs_embeds=start, use_cache=False).logits.float().sum().backward()
+            if start.grad is not None and bool(torch.isfinite(start.grad).all()):
+                return
+            fault = "its gradient is not finite"
+        except Exception as error:  # whatever its kernels raise
+            fault = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+    raise ConfigError(
+        f"model.attn_implementation: {wanted} does not work on this model and device ({fault}); leave it out, or "
+        "choose sdpa or eager"
+    )
+
+
 def check_packs(model: Any) -> None:
     """Raises ConfigError for a model that mixes rows laid end to end."""
     if not packs_apart(model):
@@ -114,6 +143,16 @@ def probe(
     if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
         raise NumericsError(fault)
     return logits
+
+
+def check_beginning(config: RunConfig, *, from_base: bool) -> None:
+    """Raises ConfigError for a run that compares with its base model, and whose start is another model."""
+    if not from_base and (config.train.objective == "mol" or config.data.general_test is not None):
+        key = "train.objective: mol" if config.train.objective == "mol" else "data.general_test"
+        raise ConfigError(
+            f"{key} compares with the base model, but adapter.start is in the folded form, or trained, so its base "
+            "model alone is another one; leave one of them out"
+        )
 
 
 def check_start(base: Tensor, adapted: Tensor) -> None:

@@ -28,6 +28,7 @@ from dude_peft.model.load import with_only_gguf
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
+from dude_peft.training.start import Start, put_on, with_start
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
@@ -77,13 +78,14 @@ def run(
         StoppedError: Ctrl-C or SIGTERM; a checkpoint is there.
     """
     check_picture()
+    config, start = with_start(config)
     resolved = config.resolved()
     resolved = resolved.model_copy(update={"model": with_only_gguf(resolved.model)})
     folder = RunFolder(config.output_dir, overwrite=overwrite, writes=processes.is_first())
     try:
         scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         silent = quiet or not processes.is_first()
-        this = _Run(resolved, folder, weights_only, strategy, scorer, card_of, quiet=silent)
+        this = _Run(resolved, start, folder, weights_only, strategy, scorer, card_of, quiet=silent)
         with gathered_warnings(this.warn), this.stop.listening():
             return this.go()
     finally:
@@ -94,6 +96,7 @@ class _Run:
     def __init__(
         self,
         config: RunConfig,
+        given: Start | None,
         folder: RunFolder,
         weights_only: bool,
         strategy: str,
@@ -109,6 +112,8 @@ class _Run:
         self.asked: AdapterSection | None = None if config.adapter.budget is None else config.adapter
         """The adapter section whose budget becomes ranks; `config` has these as soon as they are known."""
         self.spent: Spent | None = None
+        self.given = given
+        """The adapter that the run was told to begin with."""
         self.folder = folder
         self.weights_only = weights_only
         self.strategy = strategy
@@ -128,6 +133,8 @@ class _Run:
         """Whether a fresh adapter leaves the base model as it is."""
         self.start: Path | None = None
         """The adapter that training starts from; None for a fresh one."""
+        self.from_base = True
+        """Whether the run began, or begins, as the base model."""
 
     def go(self) -> RunReport:
         begun = time.perf_counter()
@@ -143,12 +150,15 @@ class _Run:
             if self.folder.earlier is not None:
                 config = self._as_before(self.folder.earlier)
                 self.folder.earlier.check_config(config.model_dump(mode="json"))
+                self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
+                self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
             self._check_strategy()
             glance(config)
         with self._phase("imports"), quiet_imports():
             from dude_peft.training.fit import training_arguments
         arguments = training_arguments(config, self.strategy)
+        self._check_quantisation(where, arguments.device)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where)
             if self.scorer is not None:
@@ -203,12 +213,15 @@ class _Run:
         self.config = self.config.model_copy(update={"adapter": adapter})
 
     def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
-        """What the base model knows of the held-out rows, and how many seconds it took to find out."""
+        """What the model that the run begins with knows of the held-out rows, and the seconds that finding out took."""
         found = None if self.resumed is None else self.folder.read_before(self.warn)
         kept = processes.from_first(found)
         if kept is not None:
             return kept
-        with self.model.disable_adapter():
+        if self.resumed is not None and not self.from_base and held_out is not None:
+            self.warn("the scores from before training are lost, and the model that they were of is not there any more")
+            return None, 0.0
+        with self.model.disable_adapter() if self.from_base else nullcontext():
             before = self._score("before", held_out)
         seconds = self.seconds.get("evaluation_before", 0.0)
         if before is not None:
@@ -280,7 +293,15 @@ class _Run:
         """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet."""
         from dude_peft.model.load import load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
-        from dude_peft.training.model_checks import check_answers_fit, check_fits, check_nature, check_packs, probe
+        from dude_peft.model.quantised import check_trains, method_of, stored_config
+        from dude_peft.training.model_checks import (
+            check_answers_fit,
+            check_attention,
+            check_fits,
+            check_nature,
+            check_packs,
+            probe,
+        )
 
         config, display = self.config, self.display
         pad_id = int(self.tokenizer.pad_token_id)
@@ -288,6 +309,7 @@ class _Run:
             import dude_peft.training.budget  # noqa: F401  # before the model is there
         with self._phase("model"), display.waiting("loading the model"):
             model: Any = load_model(config.model, where)
+            check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if data.held_out is not None:
                 check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
@@ -295,8 +317,11 @@ class _Run:
             # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id))
             check_nature(self.nature, config)
+            check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
             notes = self.nature.notes(config.train.objective)
+            if quantised := stored_config(model.config):
+                notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             if data.held_out is not None and config.evaluation.batch_size > 1:
                 self.company = processes.from_first(company_of(model, pad_id))
                 notes.append(company_note(self.nature.name, self.company))
@@ -314,11 +339,18 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             self._adapt(model, base, data, pad_id)
         trainable, total = self.model.get_nb_trainable_parameters()
-        exact = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
+        begun = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
+        if self.start is not None:
+            begun = f"started from {shown(self.start, 300)}"
+        elif self.given is not None:
+            begun = f"started from {shown(self.given.folder, 300)}, which " + (
+                "equals the base model bit by bit"
+                if self.from_base
+                else "is not its base model alone: scores before training are with it"
+            )
         display.say(
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
-            f"examples of {data.train.counts.tokens:,} tokens; "
-            + (exact if self.start is None else f"started from {shown(self.start, 300)}")
+            f"examples of {data.train.counts.tokens:,} tokens; " + begun
         )
 
     def _spend(self, model: Any, data: RunData, pad_id: int) -> AdapterSection:
@@ -337,10 +369,11 @@ class _Run:
     def _adapt(self, model: Any, base: Any, data: RunData, pad_id: int) -> None:
         """The adapter on the model: loaded, or made once, by the first process, and loaded from its file by others."""
         import peft
+        import torch
         import transformers
 
         from dude_peft import DudeConfig, load_adapter
-        from dude_peft.training.model_checks import check_start, keep_fingerprints, probe
+        from dude_peft.training.model_checks import check_beginning, check_start, keep_fingerprints, probe
         from dude_peft.tuner.foreign import load_foreign
         from dude_peft.tuner.same_base import with_remedy
 
@@ -353,6 +386,12 @@ class _Run:
                 "changed), or add --overwrite to start over"
             ):
                 self.model = load(model, str(self.start), is_trainable=True)
+        elif self.given is not None:
+            self.model = put_on(model, self.given, self.config)
+            self.from_base = bool(torch.equal(base, probe(self.model, data.train, pad_id)))
+            check_beginning(self.config, from_base=self.from_base)
+            if self.scorer is not None and not self.from_base:
+                self.warn("evaluation.tasks: the base model that is scored is adapter.start's base without the start")
         elif processes.is_first() and self.config.adapter.foreign:
             self.model = self._adapt_foreign(model, base, data, pad_id)
         elif processes.is_first():
@@ -363,9 +402,10 @@ class _Run:
             if self.spent is not None:
                 self.spent.check(self.model)
         if processes.count() > 1:
-            with self.folder.shared_start(self.model if fresh else None) as start:
+            made = fresh and self.given is None
+            with self.folder.shared_start(self.model if made else None) as start:
                 processes.from_first(None)
-                if fresh and not processes.is_first():
+                if made and not processes.is_first():
                     self.model = load(model, str(start), is_trainable=True)
                 processes.from_first(None)
             if not self.config.adapter.foreign:
@@ -390,6 +430,24 @@ class _Run:
                 "losses of the run are not the base model's"
             )
         return adapted
+
+    def _check_quantisation(self, where: str, device: Any) -> None:
+        """What can be told of a quantised base before its weights are read."""
+        from dude_peft.model.load import dtype_of, load_settings
+        from dude_peft.model.quantised import asked_of, check_as_stored, check_runs, stored_config
+
+        if self.config.model.gguf_file is not None:  # dequantised, whatever it is
+            return
+        settings = load_settings(self.config.model, where)
+        check_as_stored(self.config.model, settings)
+        asked, stored = asked_of(self.config.model), stored_config(settings)
+        if (asked or stored) and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(f"--launch {self.strategy}: a quantised base model cannot be split; use --launch ddp")
+        if (asked or stored) and (self.asked is not None or self.config.adapter.foreign):
+            key = "method: peft:..." if self.config.adapter.foreign else "budget"
+            raise ConfigError(f"key 'adapter.{key}' does not work on a quantised base model yet; leave one of them out")
+        if asked is not None and stored is None:
+            check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
     def _check_strategy(self) -> None:
         if self.config.adapter.foreign and self.strategy != "ddp" and processes.count() > 1:
@@ -424,6 +482,7 @@ class _Run:
                 tokenizer=self._tokenizer_parts(),
                 asked={} if self.asked is None else self.asked.model_dump(mode="json"),
                 moment=moment(),
+                start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
             )
             self.folder.begin(identity, self.start)
             if self.spent is not None:

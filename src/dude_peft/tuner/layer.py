@@ -300,6 +300,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Differentiable in the trained factors; `core.orthogonality` has the formula. Not for methods with a delta.
         """
         layer = self.tensors(adapter_name)
+        assert layer.dA is not None
         with torch.autocast(layer.dA.device.type, enabled=False):
             dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
             start = None if layer.A0 is None else self._start_product(adapter_name)

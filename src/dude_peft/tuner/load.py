@@ -17,9 +17,9 @@ from dude_peft.tuner.same_base import check_base, checked_base
 
 # Ours, and those that reach the hub and PEFT's own loading.
 _OPTIONS = (
-    "adapter_name", "is_trainable", "allow_base_mismatch", "revision", "token", "cache_dir", "subfolder",
-    "force_download", "local_files_only", "proxies", "low_cpu_mem_usage", "autocast_adapter_dtype", "torch_device",
-    "ephemeral_gpu_offload", "key_mapping", "max_memory", "device_map", "offload_folder", "offload_dir",
+    "adapter_name", "is_trainable", "allow_base_mismatch", "lora_dropout", "revision", "token", "cache_dir",
+    "subfolder", "force_download", "local_files_only", "proxies", "low_cpu_mem_usage", "autocast_adapter_dtype",
+    "torch_device", "ephemeral_gpu_offload", "key_mapping", "max_memory", "device_map", "offload_folder", "offload_dir",
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = False,
     allow_base_mismatch: bool = False,
+    lora_dropout: float | None = None,
     **hub_options: Any,
 ) -> PeftModel:
     """Load a DuDe adapter with its frozen start, without an SVD.
@@ -45,6 +46,7 @@ def load_adapter(
         adapter_name: its name in the model.
         is_trainable: True to go on training, False for inference.
         allow_base_mismatch: accept a base model with other values (outputs are then not those of training).
+        lora_dropout: of the training that follows; None: the file's.
         **hub_options: revision, token, cache_dir, subfolder, and what PEFT's loading takes (low_cpu_mem_usage).
 
     Returns:
@@ -67,6 +69,8 @@ def load_adapter(
             raise ConfigError("the model has another kind of adapter; load this one on the base model itself")
     config = DudeConfig.from_pretrained(str(path), **hub_options)
     config.inference_mode = not is_trainable
+    if lora_dropout is not None:
+        config.lora_dropout = lora_dropout
     assert config._loading is not None
     recorded = config._loading.record
     if not isinstance(model, PeftModel):
