@@ -343,6 +343,8 @@ def test_pefts_combinations_run_on_the_changes(kind, two, tmp_path):
         ({"combination": "tie"}, ("'tie' is unknown", "'ties'")),
         ({"combination": "ties"}, ("density", "0.5")),
         ({"combination": "ties", "density": 0.0}, ("density",)),
+        ({"combination": "ties", "density": 1e-9}, ("density 1e-09 keeps none of the",)),
+        ({"seed": -1}, ("seed -1", "2**32")),
         ({"density": 0.5}, ("linear takes no density",)),
         ({"dtype": "int8"}, ("int8", "bfloat16")),
     ],

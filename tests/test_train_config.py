@@ -178,6 +178,7 @@ def test_every_word_of_other_tools_leads_to_a_key_that_exists(file):
 
 WRONG = [
     ("train.max_steps=0", ">= 1"),
+    ("train.num_train_epochs=1e9", "<= 100000"),
     ("train.max_steps=-1", ">= 1"),
     ("train.max_steps=1.5", "whole number"),
     ("train.max_steps=true", "whole number"),

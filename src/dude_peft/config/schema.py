@@ -60,6 +60,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
+Epochs = Annotated[Number, Field(gt=0, le=100_000)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -265,7 +266,7 @@ class TrainSection(Section):
     max_steps: Count | None = None
     """Optimizer steps. Set this or num_train_epochs, not both."""
 
-    num_train_epochs: Positive | None = None
+    num_train_epochs: Epochs | None = None
     """Passes over the training rows; 1 unless max_steps is set."""
 
     per_device_train_batch_size: Count = 8

@@ -35,6 +35,7 @@ class Comparison:
 
 def wilson_interval(right: int, rows: int) -> tuple[float, float]:
     """95 % interval of the share right / rows (Wilson 1927), sensible down to 0 and up to all."""
+    # scipy has it too (binomtest), but training does without scipy.
     if rows == 0:
         return 0.0, 1.0
     share, z2 = right / rows, _Z95**2

@@ -353,7 +353,7 @@ class _Run:
 
     def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
         from dude_peft.folder.state import load_trained_state
-        from dude_peft.training.fit import fit
+        from dude_peft.training.fit import Training
         from dude_peft.training.loop import Loop, metric_name
 
         held_out, scorer = data.held_out, self.scorer
@@ -374,9 +374,9 @@ class _Run:
             behind_seconds=behind_seconds,
         )
         with self._phase("training"):
-            fitted = fit(
+            fitted = Training(
                 self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop, self.strategy
-            )
+            ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:
