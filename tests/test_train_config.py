@@ -342,7 +342,7 @@ def test_every_key_is_explained():
     found = {key: (values, default) for key, values, default, _ in rows}
     assert found["train.learning_rate"] == ("number above 0 or null", "null")
     assert found["adapter.r"][1] == "16"
-    assert found["data.train"] == ("text or list of sections with keys", "required")
+    assert found["data.train"] == ("text or list of sections", "required")
     assert found["data.train[].weight"] == ("number above 0 or null", "null")
     assert [row[0] for row in explain("data.train")] == [
         f"data.train{key}" for key in ("", "[].source", "[].split", "[].rows", "[].weight", "[].columns")

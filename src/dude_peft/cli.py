@@ -304,7 +304,7 @@ def init(
     workers: Annotated[int | None, _whole(help="Number of processes; default: the cores, at most 4.")] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="nf4 or int8: write what the factors leave of each weight, quantised, to --residual."),
+        typer.Option(help="nf4 or int8: quantise each weight without its factors, and write it to --residual."),
     ] = None,
     residual: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="Folder for the quantised model of --quantize.")
@@ -312,7 +312,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Write the start of an adapter, for a model larger than the memory too. The same command again resumes."""
+    """Write the start of an adapter, also for a model larger than the memory. The same command again resumes."""
     from dude_peft.init.fold import fold
     from dude_peft.init.options import int_if_whole, module_names, pattern
     from dude_peft.init.run import initialise
