@@ -294,8 +294,8 @@ class _Run:
         import peft
         import transformers
 
-        from dude_peft.tuner import DudeConfig, load_adapter
         from dude_peft.training.model_checks import check_start, keep_fingerprints, probe
+        from dude_peft.tuner import DudeConfig, load_adapter
         from dude_peft.tuner.same_base import with_remedy
 
         transformers.set_seed(self.config.train.seed)
