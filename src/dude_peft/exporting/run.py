@@ -144,7 +144,7 @@ def merge(
     Args:
         adapters: folder or hub id of one, or several on one base model.
         output: folder that is made; nothing is there unless everything went well.
-        weights: w_i; None is 1 for each.
+        weights: w_i, from -1000 to 1000; None is 1 for each.
         combination: linear, ties, dare_linear, dare_ties or magnitude_prune.
         density: share of entries that those but linear keep.
         seed: of what dare_* drops.
