@@ -32,7 +32,7 @@ from dude_peft.machine.stop import Stop
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.model.probe import nature_of
 from dude_peft.terminal.quiet import quiet_imports
-from dude_peft.training.fit import fit, training_arguments
+from dude_peft.training.fit import Training, training_arguments
 from dude_peft.training.loop import Loop
 from dude_peft.training.progress import Display
 from dude_peft.training.training_set import TrainingSet
@@ -110,7 +110,7 @@ def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> 
             open_metrics=lambda kept: metrics.open("w", buffering=1, encoding="utf-8"),
         )
         run = config.model_copy(update={"output_dir": folder})
-        fit(model, tokenizer, nature, examples, training_arguments(run), run, loop)
+        Training(model, tokenizer, nature, examples, training_arguments(run), run, loop).run()
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         return float(lines[-1]["tokens_per_second"])  # from the first line, behind step 1, to the last
 

@@ -136,7 +136,7 @@ def _option_default(option: Any) -> str:
         return "required"
     if option.is_flag:
         return f"`{option.opts[0]}`" if option.default and option.secondary_opts else ""
-    return "" if option.default in (None, [], ()) else _default(str(option.default))
+    return "" if option.default in (None, "", [], ()) else _default(str(option.default))
 
 
 def layout() -> str:

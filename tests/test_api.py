@@ -16,7 +16,6 @@ from tiny import save_tiny, write_rows
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import dude_peft
-from dude_peft import api
 from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError
 
@@ -62,7 +61,7 @@ def test_the_example_of_every_function_runs(place, monkeypatch, capfd, name):
     if name == "evaluate":
         pytest.importorskip("lm_eval", reason="dude eval needs lm_eval, which is not installed here")
     monkeypatch.chdir(place)
-    code = example(getattr(api, name))
+    code = example(getattr(dude_peft, name))
     capfd.readouterr()
     names = {"dude_peft": dude_peft, "print": lambda *values: None}
     exec(compile(code, name, "exec"), names)
@@ -132,7 +131,7 @@ def test_the_options_are_those_of_the_command():
     only_here = {"debug", "as_json", "help", "strategy", "processes", "config"}
     renamed = {"weight": "weights"}
     for name in FUNCTIONS:
-        ours = set(inspect.signature(getattr(api, name)).parameters)
+        ours = set(inspect.signature(getattr(dude_peft, name)).parameters)
         theirs = {renamed.get(p.name, p.name) for p in commands[name].params} - only_here
         assert theirs <= ours, f"{name}: {theirs - ours}"
 

@@ -527,7 +527,7 @@ def test_prompts_come_from_standard_input_and_text_files(place, tmp_path, monkey
 def test_rows_without_an_answer_are_asked(place, tmp_path, capsysbinary):
     rows = [{"question": "q"}, {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}], "id": 1}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, two = generate(str(place / "model"), file=str(tmp_path / "q.jsonl"), max_new_tokens=1)
+    one, two = generate(str(place / "model"), file=str(tmp_path / "q.jsonl"), max_new_tokens=1, quiet=False)
     told = capsysbinary.readouterr()
     assert (one["prompt"], two["prompt"], one["completion"]) == ("q", "q", two["completion"])
     assert two["tools"] == [{"type": "function", "function": {"name": "f"}}]
@@ -678,11 +678,11 @@ def test_words_that_a_template_changes_are_told(tmp_path, monkeypatch, capsysbin
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
-    generate(str(tmp_path), ["short", "two", "a <|user|>"], max_new_tokens=1)
+    generate(str(tmp_path), ["short", "two", "a <|user|>"], max_new_tokens=1, quiet=False)
     told = " ".join(capsysbinary.readouterr().err.decode().split())
     assert "left out: messages[] of role user word for word, which the template does not write (2 of 3 rows)" in told
     assert "1 of 3 rows spells special tokens, which are plain text there; special_tokens: allow" in told
-    generate(str(tmp_path), ["two"], max_new_tokens=1)
+    generate(str(tmp_path), ["two"], max_new_tokens=1, quiet=False)
     assert "word for word" not in capsysbinary.readouterr().err.decode()
     piped(monkeypatch, "two", "longer", "longer still")
     chat(str(tmp_path), max_new_tokens=1)

@@ -1,5 +1,6 @@
 """`dude data check`: what it shows of a data set, without weights and without the network."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from transformers import LlamaConfig
 
 from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.training.data_check import check
+from dude_peft.training.data_check import check_data
 from dude_peft.training.run_data import read
+
+check = functools.partial(check_data, quiet=False)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +79,8 @@ def test_the_middle_of_a_long_example_is_left_out(tmp_path, model, capsys):
     ("count", "options", "section"),
     [
         (3, {}, {"data": {"template": "chat"}, "evaluation": {"enabled": False}}),
-        (30, {}, {"data": {"template": "chat", "test": 0.1}}),
+        (30, {}, {"data": {"template": "chat", "test": 0.2}}),
+        (60, {}, {"data": {"template": "chat", "test": 0.1}}),
         (30, {"test": "0.2", "seed": 3}, {"data": {"template": "chat", "test": 0.2, "seed": 3}}),
         (3, {"template": "plain", "max_length": 64}, {"data": {"template": "plain", "max_length": 64}}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from dude_peft.data.rows import data_sha256
 from dude_peft.data.suggest import mapping_for
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.terminal.numbers import integer
-from dude_peft.training.data_check import check
+from dude_peft.training.data_check import check_data
+
+check = functools.partial(check_data, quiet=False)
 
 PLAIN_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -296,7 +296,14 @@ def test_beside_another_method_it_is_combined_exactly(method):
 @pytest.mark.parametrize("method", ["lora-xs", "vera"])
 def test_a_rate_for_b_needs_a_b(method):
     section = TrainSection(learning_rate=1e-3, loraplus_lr_ratio=4)
-    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio .*has no B"):
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio 4: the adapter's method trains no B"):
+        parameter_groups(moved(method), section, set())
+
+
+@pytest.mark.parametrize("method", ["frozen-m", "lora"])
+def test_a_rate_for_the_magnitude_needs_one_that_is_trained(method):
+    section = TrainSection(learning_rate=1e-3, magnitude_lr_ratio=4)
+    with pytest.raises(ConfigError, match=r"magnitude_lr_ratio 4: the adapter's method trains no magnitude"):
         parameter_groups(moved(method), section, set())
 
 

@@ -440,10 +440,11 @@ def test_overwriting_forgets_the_tasks_of_before(place, tmp_path):
     """Local rows that an earlier call wrote are never scored in the place of the hub's."""
     evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath"), place / "data", limit=4), tmp_path / "o")
     assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"gsm8k_cot.jsonl", "wordmath.jsonl"}
+    (tmp_path / "o" / "samples" / "mine.jsonl").write_text("a user's own")
     with pytest.raises(DataError, match="task 'gsm8k_cot': its data cannot be loaded"):
         evaluate(str(place / "model"), EvalOptions(("gsm8k_cot", "wordmath")), tmp_path / "o", overwrite=True)
     evaluate(str(place / "model"), EvalOptions(("wordmath",), limit=2), tmp_path / "o", overwrite=True)
-    assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"wordmath.jsonl"}
+    assert {path.name for path in (tmp_path / "o" / "samples").iterdir()} == {"wordmath.jsonl", "mine.jsonl"}
     assert {path.name for path in (tmp_path / "o" / "tasks").glob("*.yaml")} == {"wordmath.yaml"}
 
 

@@ -343,6 +343,8 @@ def test_pefts_combinations_run_on_the_changes(kind, two, tmp_path):
         ({"combination": "tie"}, ("'tie' is unknown", "'ties'")),
         ({"combination": "ties"}, ("density", "0.5")),
         ({"combination": "ties", "density": 0.0}, ("density",)),
+        ({"combination": "ties", "density": 1e-9}, ("density 1e-09 keeps none of the",)),
+        ({"seed": -1}, ("seed -1", "2**32")),
         ({"density": 0.5}, ("linear takes no density",)),
         ({"dtype": "int8"}, ("int8", "bfloat16")),
     ],
@@ -643,7 +645,7 @@ def worded(tmp_path_factory):
 
 @pytest.mark.parametrize("target", some_by_day(["merged", "peft", "lora:32"], ["merged"]))
 def test_an_export_is_run_in_a_fresh_process_without_our_package(target, worded, tmp_path, capsys):
-    export(worded / "adapter", target, tmp_path / "out")
+    export(worded / "adapter", target, tmp_path / "out", quiet=False)
     record = json.loads((tmp_path / "out/dude_export.json").read_text())
     found = record["difference"]
     assert record["verified"] is True
@@ -796,7 +798,7 @@ def test_files_have_the_usual_permissions_and_the_umask_is_never_touched(usual, 
 
 
 def test_verify_tells_what_an_adapter_is(usual, capsys):
-    verify(usual.adapter, base=str(usual.base))
+    verify(usual.adapter, base=str(usual.base), quiet=False)
     text = capsys.readouterr().out
     for part in ("dude, r = 4", "14 layers", "complete, unchanged, finite", "ones the adapter was trained on", "vLLM"):
         assert part in text, text
@@ -804,15 +806,15 @@ def test_verify_tells_what_an_adapter_is(usual, capsys):
 
 def test_another_tokenizer_is_told_and_the_adapters_own_is_merged(worded, tmp_path, capsys):
     shutil.copytree(worded / "adapter", tmp_path / "adapter")
-    verify(tmp_path / "adapter", base=str(worded / "base"))
+    verify(tmp_path / "adapter", base=str(worded / "base"), quiet=False)
     assert "tokenizer" not in capsys.readouterr().out
     own = transformers.AutoTokenizer.from_pretrained(worded / "base")
     own.chat_template = "{{ messages }}"
     own.add_tokens(["<new>"])
     own.save_pretrained(tmp_path / "adapter")
-    verify(tmp_path / "adapter", base=str(worded / "base"))
+    verify(tmp_path / "adapter", base=str(worded / "base"), quiet=False)
     assert "not the one used in training: chat template, added tokens" in capsys.readouterr().out
-    merge([tmp_path / "adapter"], tmp_path / "merged", verify=False)
+    merge([tmp_path / "adapter"], tmp_path / "merged", verify=False, quiet=False)
     assert "another tokenizer: chat template, added tokens" in capsys.readouterr().out
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages }}"
 

@@ -188,7 +188,7 @@ def test_what_stock_peft_refuses_is_said_and_not_exported(saved, tmp_path, capsy
     live = peft.get_peft_model(type(model).from_pretrained(base), DudeConfig(**SETTINGS))
     with pytest.warns(UserWarning, match="stock PEFT refuses this adapter on a mamba2 model.*out_proj.*dude merge"):
         live.save_pretrained(tmp_path / "adapter")
-    verify(tmp_path / "adapter")
+    verify(tmp_path / "adapter", quiet=False)
     told = " ".join("".join(capsys.readouterr()).split())
     assert "warning: stock PEFT refuses this adapter on a mamba2 model" in told
     assert "refused" in told
@@ -197,7 +197,7 @@ def test_what_stock_peft_refuses_is_said_and_not_exported(saved, tmp_path, capsy
             export(tmp_path / "adapter", target, tmp_path / "out", quiet=True)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").unlink()
-    verify(tmp_path / "adapter")
+    verify(tmp_path / "adapter", quiet=False)
     assert "stock PEFT: not checked" in " ".join("".join(capsys.readouterr()).split())
     (base / "config.json").write_text(json.dumps(config))
 

@@ -441,6 +441,12 @@ def test_a_tensor_beside_the_adapted_ones_that_holds_no_floats_is_refused(dtype,
     refused(spoilt, tmp_path, ConfigError, "model.norm.weight", "no float dtype")
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_what_is_not_adapted_is_finite_too(name, spoilt, tmp_path):
+    _rewritten(spoilt, lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), name)
+    refused(spoilt, tmp_path, NumericsError, name, "NaN or Inf")
+
+
 def test_models_that_cannot_be_used_are_refused(spoilt, tmp_path):
     refused(spoilt, tmp_path, ConfigError, "not a module", settings={"target_modules": ["q_porj"]})
     refused(spoilt, tmp_path, ConfigError, "more than layer", settings={"r": 40, "target_modules": ["k_proj"]})

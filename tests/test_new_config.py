@@ -11,6 +11,7 @@ from tiny import save_tiny, write_rows
 
 from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError
+from dude_peft.training.data_section import held_out_share
 from dude_peft.training.new_config import new_config
 
 
@@ -42,6 +43,15 @@ def test_columns_and_odd_names_are_kept(model, tmp_path):
     assert content["data"]["train"] == str(file)
     assert content["data"]["columns"] == {"prompt": "ask: it", "completion": "reply"}
     assert content["data"]["test"] == 0.2
+
+
+@pytest.mark.parametrize(("rows", "share"), [(4, None), (24, 0.2), (60, 0.1)])
+def test_the_share_is_that_of_data_check(model, tmp_path, rows, share):
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    content = yaml.safe_load(new_config(str(file), model))
+    assert content["data"].get("test") == share
+    assert content["evaluation"].get("enabled", True) == (share is not None)
+    assert held_out_share(rows) == share
 
 
 def test_a_file_that_is_there_is_left_alone(model, tmp_path):

@@ -294,7 +294,7 @@ def test_answers_do_not_depend_on_the_batch(tmp_path, capsys, name):
     prompts = [[70 + n, *range(5 + n, 5 + 3 * n)] for n in (1, 4, 4, 2, 7)]
     alone = [decode_all(speaker, [prompt], Decoding(6), batch_size=1)[0] for prompt in prompts]
     assert decode_all(speaker, prompts, Decoding(6), batch_size=4) == alone
-    generate(path, ["a", "bcd", "efghijk"], raw=True, max_new_tokens=3)
+    generate(path, ["a", "bcd", "efghijk"], raw=True, max_new_tokens=3, quiet=False)
     told = "lets padding change" in (said := capsys.readouterr().err) or "one at a time" in said
     assert told == (COMPANY.get(name, "any") != "any")
 

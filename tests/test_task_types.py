@@ -547,7 +547,7 @@ def test_the_command_on_added_tokens(whole, vocabulary, tmp_path, capsys):
     model = shake(get_peft_model(resized(vocabulary, 1), config))
     model.save_pretrained(tmp_path / "adapter")
     expected = outputs(model, ADDED)
-    verify(tmp_path / "adapter")
+    verify(tmp_path / "adapter", quiet=False)
     assert "saved in full: lm_head.weight, model.embed_tokens.weight" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ArtifactError, match="resize the base model, save it"):
         merge([tmp_path / "adapter"], tmp_path / "refused", verify=False, quiet=True)

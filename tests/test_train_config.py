@@ -178,6 +178,7 @@ def test_every_word_of_other_tools_leads_to_a_key_that_exists(file):
 
 WRONG = [
     ("train.max_steps=0", ">= 1"),
+    ("train.num_train_epochs=1e9", "<= 100000"),
     ("train.max_steps=-1", ">= 1"),
     ("train.max_steps=1.5", "whole number"),
     ("train.max_steps=true", "whole number"),
@@ -341,7 +342,7 @@ def test_every_key_is_explained():
     found = {key: (values, default) for key, values, default, _ in rows}
     assert found["train.learning_rate"] == ("number above 0 or null", "null")
     assert found["adapter.r"][1] == "16"
-    assert found["data.train"] == ("text or list of sections with keys", "required")
+    assert found["data.train"] == ("text or list of sections", "required")
     assert found["data.train[].weight"] == ("number above 0 or null", "null")
     assert [row[0] for row in explain("data.train")] == [
         f"data.train{key}" for key in ("", "[].source", "[].split", "[].rows", "[].weight", "[].columns")

@@ -218,16 +218,16 @@ def test_a_mixture_trains(settings, tmp_path):
 
 
 def test_a_file_that_changes_in_training_is_noticed(settings, monkeypatch):
-    from dude_peft.training import fit as fit_module
+    from dude_peft.training.fit import Training
 
-    original = fit_module.fit
+    original = Training.run
 
-    def fit(*args, **kwargs):
+    def run(training):
         with open(settings["data"]["train"], "a", encoding="utf-8") as file:
             file.write('{"prompt": "late", "completion": "no"}\n')
-        return original(*args, **kwargs)
+        return original(training)
 
-    monkeypatch.setattr(fit_module, "fit", fit)
+    monkeypatch.setattr(Training, "run", run)
     with pytest.raises(DataError, match=r"train\.jsonl"):
         start(settings)
 

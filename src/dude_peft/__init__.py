@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
-    from dude_peft.api import check_data, evaluate, export, generate, merge, method_table, plan, train, verify
+    from dude_peft.api import evaluate, plan, train
+    from dude_peft.chat.generate import generate
+    from dude_peft.exporting.run import export, merge
+    from dude_peft.exporting.verify import verify
     from dude_peft.measure.movement import MovementCallback
     from dude_peft.methods import METHODS
+    from dude_peft.planning.method_table import method_table
+    from dude_peft.training.data_check import check_data
     from dude_peft.tuner import DudeConfig, load_adapter
 
 __all__ = [
@@ -26,7 +31,14 @@ _HOMES = {
     "load_adapter": "tuner",
     "METHODS": "methods",
     "MovementCallback": "measure.movement",
+    "check_data": "training.data_check",
+    "generate": "chat.generate",
+    "merge": "exporting.run",
+    "export": "exporting.run",
+    "verify": "exporting.verify",
+    "method_table": "planning.method_table",
 }
+"""Where a name is defined, if it is not in api.py."""
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import dude_peft
 from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
@@ -95,8 +96,6 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after. The same command again resumes."""
-    from dude_peft import api
-
     if processes is not None and strategy is None:
         raise ConfigError("--processes goes with --launch; add --launch ddp")
     if strategy is not None:
@@ -106,7 +105,7 @@ def train(
         # A mistake is told before processes start.
         load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
         launch_if_first(strategy, processes)
-    api.train(
+    dude_peft.train(
         config,
         overrides or (),
         output_dir=output_dir,
@@ -137,12 +136,11 @@ def plan(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Check a run, and show the memory, disk and steps that it needs, without loading weights."""
-    from dude_peft import api
     from dude_peft.artifact.json_text import json_text
     from dude_peft.terminal.display import Display
     from dude_peft.terminal.next_steps import tell_next
 
-    made = api.plan(config, overrides or (), device_memory=device_memory, quiet=as_json)
+    made = dude_peft.plan(config, overrides or (), device_memory=device_memory, quiet=as_json)
     if as_json:
         typer.echo(json_text(made.as_dict(), indent=2))
     made.check()
@@ -164,11 +162,12 @@ def methods(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare the methods: what each trains, keeps and computes, and when to take it. No weights are read."""
-    from dude_peft import api
     from dude_peft.artifact.json_text import json_text
     from dude_peft.init.options import module_names
 
-    made = api.method_table(model, r=r, target_modules=module_names(target_modules) or "all-linear", quiet=as_json)
+    made = dude_peft.method_table(
+        model, r=r, target_modules=module_names(target_modules) or "all-linear", quiet=as_json
+    )
     if as_json:
         typer.echo(json_text(made.as_dict(), indent=2))
 
@@ -275,12 +274,10 @@ def data_check(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""
-    from dude_peft import api
-
     how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
     how |= {"columns": _columns(columns), "seed": seed, "max_length": max_length, "upft": upft}
     try:
-        api.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
+        dude_peft.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:
         raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; nothing was kept, start the command again") from None
 
@@ -307,7 +304,7 @@ def init(
     workers: Annotated[int | None, _whole(help="Number of processes; default: the cores, at most 4.")] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="nf4 or int8: write what the factors leave of each weight, quantised, to --residual."),
+        typer.Option(help="nf4 or int8: quantise each weight without its factors, and write it to --residual."),
     ] = None,
     residual: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="Folder for the quantised model of --quantize.")
@@ -315,7 +312,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Write the start of an adapter, for a model larger than the memory too. The same command again resumes."""
+    """Write the start of an adapter, also for a model larger than the memory. The same command again resumes."""
     from dude_peft.init.fold import fold
     from dude_peft.init.options import int_if_whole, module_names, pattern
     from dude_peft.init.run import initialise
@@ -373,9 +370,7 @@ def export(
     debug: _Debug = False,
 ) -> None:
     """Write an adapter for another program, and compare it with the live adapter."""
-    from dude_peft import api
-
-    api.export(
+    dude_peft.export(
         adapter,
         to,
         output,
@@ -412,9 +407,7 @@ def merge(
     debug: _Debug = False,
 ) -> None:
     """Merge adapters into their base model, shard by shard, with little memory."""
-    from dude_peft import api
-
-    api.merge(
+    dude_peft.merge(
         adapters,
         output,
         weights=weight or None,
@@ -441,9 +434,7 @@ def verify(
     debug: _Debug = False,
 ) -> None:
     """Check an adapter's files, and show what it is and which program can run it."""
-    from dude_peft import api
-
-    api.verify(adapter, base=base, gguf_file=gguf_file, quiet=False)
+    dude_peft.verify(adapter, base=base, gguf_file=gguf_file, quiet=False)
 
 
 @app.command(epilog="Example: dude upload runs/mine/adapter OWNER/NAME --dry-run upload")
@@ -547,10 +538,8 @@ def generate(
     debug: _Debug = False,
 ) -> None:
     """Continue prompts in batches. Each gives one line of JSON: {prompt, completion, finish}."""
-    from dude_peft import api
-
     try:
-        found = api.generate(
+        found = dude_peft.generate(
             name,
             prompts or [],
             file=file,
@@ -621,7 +610,6 @@ def evaluate(
     debug: _Debug = False,
 ) -> None:
     """Score an adapter and its base by lm-evaluation-harness. The same command again resumes."""
-    from dude_peft import api
     from dude_peft.evaluation.options import EvalOptions
     from dude_peft.machine.launch import launch_if_first
 
@@ -631,7 +619,7 @@ def evaluate(
         EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
         launch_if_first("ddp", processes)
     try:
-        api.evaluate(
+        dude_peft.evaluate(
             name,
             output,
             tasks=names,

@@ -81,7 +81,11 @@ def read_object(path: Path, remedy: str = "") -> dict[str, Any]:
 
 def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
     """What was sealed in a file; args and errors are those of `read_object`."""
-    content = read_object(path, remedy)
+    return unsealed_of(path, read_object(path, remedy), remedy)
+
+
+def unsealed_of(path: Path, content: Mapping[str, Any], remedy: str = "") -> dict[str, Any]:
+    """What was sealed in a file of which the content is read already; args and errors are those of `read_object`."""
     try:
         return unsealed(content)
     except ValueError as error:

@@ -16,7 +16,9 @@ from dude_peft.artifact.json_text import json_text
 from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
+from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DataError, ResourceError
+from dude_peft.kinds import checked
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -43,66 +45,66 @@ class Completions(list[dict[str, Any]]):
         return table("completions", [[record.get(name, "") for name in names] for record in self], names)
 
 
+@checked
 def generate(
-    name: str,
+    name: str | Path,
     prompts: Sequence[str] = (),
     *,
-    file: str | None = None,
+    file: str | Path | None = None,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
     base: str | None = None,
     gguf_file: str | None = None,
-    template: str | None = None,
-    special_tokens: str | None = None,
-    raw: bool = False,
     base_too: bool = False,
+    raw: bool = False,
     as_rows: bool = False,
     samples: int = 1,
+    template: str | None = None,
+    special_tokens: str | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    quiet: bool = False,
+    quiet: bool = True,
 ) -> Completions:
-    """Continue prompts: {prompt, completion, finish} of each, in order, and into a file as lines of JSON.
+    """Continue prompts in batches; returns a list of {prompt, completion, finish}, in order.
 
-    Greedy completions in float32 do not depend on the batch size; sampled ones do. With an output, the same call goes
-    on after an interruption: completions that are there (`OUTPUT.part`) are not computed again.
+        for record in dude_peft.generate("runs/mine/adapter", ["What is 2 + 3?"], max_new_tokens=16):
+            print(record["completion"])
 
     Args:
-        name: folder or hub id of an adapter or a model, or `package:NAME`.
-        prompts: the prompts; without any, and without `file`, they come from standard input, one a line.
-        file: a .txt file with one prompt a line, or a data set as `load_rows` reads it.
-        limit: number of prompts of the file.
+        name: folder or hub id of an adapter or a model, or `package:NAME` of a model.
+        prompts: the prompts; without any, and without a file, they are lines of standard input.
+        file: prompts: .txt, one a line, or rows as `train` reads them.
+        limit: the first prompts of the file only.
         columns: what the file calls its columns, as data.columns.
-        output: file that is written whole or not at all.
+        output: JSON lines are written there too; the same call again resumes.
         overwrite: replace an output that is there.
         base: base model of the adapter; None takes its own.
-        gguf_file: name of the GGUF file that is the (base) model.
-        template: auto, chat or plain; None takes the training's.
-        special_tokens: what one is that a text spells, text or, by allow, the token; None takes the training's.
-        raw: take the prompts as they are, without a template.
-        base_too: add the base model's completion: base_completion, base_finish.
-        as_rows: write rows that `data.train` reads: {prompt, completion}, of a conversation {messages}. A completion
-            that it would refuse, an empty one above all, gives none.
-        samples: completions of each prompt, one behind the other.
+        gguf_file: the GGUF file that is the (base) model.
+        base_too: add the base model's completion.
+        raw: no template: continue the text as it is.
+        as_rows: rows that `train` reads: prompt and completion alone.
+        samples: completions of each prompt; needs a temperature.
+        template: auto, chat or plain; None is as in the training run.
+        special_tokens: what texts that spell them are: text, or allow; None is as in the training run.
         batch_size: prompts at a time.
-        max_new_tokens: of each completion.
-        temperature: 0 takes the likeliest token.
-        top_p: share of probability that is drawn from.
+        max_new_tokens: tokens of one completion at most.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        top_p: draw from the likeliest tokens of this probability.
         seed: of the drawing.
         quiet: print nothing.
 
     Raises:
-        ConfigError: an option, model or output that cannot be used.
-        DataError: a prompt that is empty or too long.
-        ArtifactError: a damaged adapter, or another base model.
-        NumericsError: NaN or Inf.
-        ResourceError: disk, memory or permission.
+        ConfigError, DataError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
+    require_place(str(name))
+    name = str(name)
+    output = None if output is None else Path(output)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: give a whole number of prompts from 1")
@@ -116,7 +118,11 @@ def generate(
     if raw and template is not None:
         raise ConfigError("--raw and --template exclude each other; give one of them")
     _check_output(output, overwrite)
-    rows = [row for row in read_prompts(prompts, file, limit, columns) for _ in range(samples)]
+    rows = [
+        row
+        for row in read_prompts(prompts, None if file is None else str(file), limit, columns)
+        for _ in range(samples)
+    ]
     with quiet_imports():
         from dude_peft.answer.decode import decode_all
         from dude_peft.answer.speaker import open_speaker

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from dude_peft.config.reading import closest_key
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import LARGEST_COUNT, RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.names import instead_of, our_key
 from dude_peft.show import quoted
 
+_WORDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 
 
@@ -98,7 +99,7 @@ def _listed(entry: dict[str, Any], root: dict[str, Any]) -> dict[str, Any] | Non
 
 def _values(entry: dict[str, Any]) -> str:
     if "$ref" in entry:
-        return "sections with keys"
+        return "section"
     if "anyOf" in entry:
         return " or ".join(dict.fromkeys(_values(form) for form in entry["anyOf"]))
     if "enum" in entry:
@@ -106,16 +107,21 @@ def _values(entry: dict[str, Any]) -> str:
     kind = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
     text = kind.get(entry.get("type", ""), str(entry.get("type", "")))
     if entry.get("type") == "array":
-        return f"list of {_values(entry['items'])}"
+        return f"list of {_plural(_values(entry['items']))}"
     if entry.get("type") == "object":
         inner = entry["additionalProperties"]
         return "names -> " + ("any values" if inner is True else _values(inner))
-    for word, limit in (
-        ("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")
-    ):  # fmt: skip
-        if word in entry:
-            text += f" {limit} {entry[word]:g}"
-    return text
+    limits = [
+        f"{limit} {entry[word]:,}"
+        for word, limit in _WORDS.items()
+        if word in entry and entry[word] != LARGEST_COUNT  # which no run comes near to
+    ]
+    return f"{text} {', '.join(limits)}".strip()
+
+
+def _plural(kind: str) -> str:
+    """Of what a list holds: sections, whole numbers at least 0; texts and words stay as they are."""
+    return next((kind.replace(one, f"{one}s", 1) for one in ("section", "number") if one in kind), kind)
 
 
 def _shown(default: Any) -> str:

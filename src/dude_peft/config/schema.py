@@ -51,7 +51,7 @@ def _known_columns(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-_LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
+LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
 
 _LARGEST_NUMBER = 1e38  # what float32 holds
 
@@ -90,8 +90,9 @@ Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_na
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-CountOrZero = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Epochs = Annotated[Number, Field(gt=0, le=100_000)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
@@ -171,7 +172,7 @@ class ModelSection(Section):
 
     trust_remote_code: bool = False
     """Run the Python code in this model's folder, with your rights. Read the code first, and name its commit in
-    `revision`. Nothing else allows it: other commands never run such code, nor an adapter's."""
+    `revision`. Only `dude train` and `dude plan` run it. No command runs code of an adapter."""
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> ModelSection:
@@ -233,7 +234,7 @@ class AdapterSection(Section):
     """The update is scaled by lora_alpha / r (rslora: lora_alpha / sqrt(r))."""
 
     lora_dropout: Fraction = 0.0
-    """Dropout on the input of the update; the base product never sees it."""
+    """Dropout on the input of the update. The base weight's input has none."""
 
     target_modules: Text | Names = "all-linear"
     """"all-linear", a list of module-name endings, or one regular expression."""
@@ -384,8 +385,8 @@ class DataSection(Section):
     """Which tokens of a conversation are trained: those of every answer, of the last answer, or all of them."""
 
     upft: Count | None = None
-    """Train on the first tokens of each answer, this many, and not on its end (UPFT, arXiv 2503.02875). The method is
-    for answers of the model itself, as `dude generate --as-rows` writes them. Held-out rows stay whole."""
+    """Train on this many first tokens of each answer, and not on its end (UPFT, arXiv 2503.02875). The method is for
+    answers of the model itself, as `dude generate --as-rows` writes them. Held-out rows stay whole."""
 
     general: Sources | None = None
     """General rows on which the model should not change, written like `train`. train.objective: mol needs them. All of
@@ -439,7 +440,7 @@ class TrainSection(Section):
     max_steps: Count | None = None
     """Optimizer steps. Set this or num_train_epochs, not both."""
 
-    num_train_epochs: Positive | None = None
+    num_train_epochs: Epochs | None = None
     """Passes over the training rows; 1 unless max_steps is set."""
 
     per_device_train_batch_size: Count = 8
@@ -492,7 +493,7 @@ class TrainSection(Section):
     """Steps between two lines of metrics.jsonl."""
 
     movement_steps: Count | None = None
-    """Steps between two lines of metrics.jsonl with each layer's movement: of its magnitude and of its direction."""
+    """Steps between two measurements, in metrics.jsonl, of how far each layer's magnitude and direction have moved."""
 
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
     """Trackers that get the same numbers, through transformers' Trainer."""
@@ -500,7 +501,7 @@ class TrainSection(Section):
     save_steps: Count = 50
     """Steps between two checkpoints; one is written at the end too."""
 
-    save_total_limit: Annotated[int, Field(ge=2, le=_LARGEST_COUNT)] = 2
+    save_total_limit: Annotated[int, Field(ge=2, le=LARGEST_COUNT)] = 2
     """Checkpoints to keep."""
 
     bf16: bool = False

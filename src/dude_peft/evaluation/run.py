@@ -8,7 +8,7 @@ import importlib.util
 import io
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.artifact.durable import disk_errors, locked, replace_file
 from dude_peft.artifact.json_text import with_nulls
 from dude_peft.artifact.sealed import file_sha256
+from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError
 from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Evaluation, Measure
@@ -147,12 +148,13 @@ def measure(
         {
             **_provenance(speaker, options, chosen, items, model),
             **scorer.provenance(),
+            "samples": list(_sample_files(chosen)),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - begin, 3),
         },
     )
     if processes.is_first():
-        _write(output, evaluation, chosen, model, base)
+        _write(output, evaluation, model, base, _sample_files(chosen))
     show(display, evaluation)
     if places := with_nulls(asdict(evaluation))[1]:
         display.warn(
@@ -260,29 +262,47 @@ def _path(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
+def _sample_files(chosen: Sequence[Chosen]) -> dict[str, Chosen]:
+    """Name of the file of each one's questions."""
+    files: dict[str, Chosen] = {}
+    for one in chosen:
+        stem = Path(one.name).stem if is_yaml(one.name) else one.name.replace("/", "-")
+        while f"{stem}.jsonl" in files:  # two YAML files of one name
+            stem += "-again"
+        files[f"{stem}.jsonl"] = one
+    return files
+
+
 def _write(
     output: Path,
     evaluation: Evaluation,
-    chosen: Sequence[Chosen],
     model: dict[str, Any],
     base: dict[str, Any] | None,
+    files: Mapping[str, Chosen],
 ) -> None:
     from dude_peft.evaluation.measures import sample_lines
 
+    samples = output / SAMPLES
     with disk_errors(output):
-        (output / SAMPLES).mkdir(exist_ok=True)
-        files: set[Path] = set()
-        for one in chosen:
-            stem = Path(one.name).stem if one.name.endswith((".yaml", ".yml")) else one.name.replace("/", "-")
-            file = output / SAMPLES / f"{stem}.jsonl"
-            while file in files:  # two YAML files of one name
-                stem += "-again"
-                file = output / SAMPLES / f"{stem}.jsonl"
-            files.add(file)
-            replace_file(file, (line.encode("utf-8", "backslashreplace") for line in sample_lines(one, model, base)))
-        for old in set((output / SAMPLES).glob("*.jsonl")) - files:  # of tasks that were asked before --overwrite
-            old.unlink()
+        samples.mkdir(exist_ok=True)
+        # Of tasks that were asked before --overwrite; what else lies there is the user's.
+        for old in _earlier_files(output / RESULTS) - set(files):
+            (samples / old).unlink(missing_ok=True)
+        for name, one in files.items():
+            lines = (line.encode("utf-8", "backslashreplace") for line in sample_lines(one, model, base))
+            replace_file(samples / name, lines)
         replace_file(output / RESULTS, evaluation.text_of().encode("utf-8", "backslashreplace"))
+
+
+def _earlier_files(results: Path) -> set[str]:
+    """Names of the files of questions that an earlier evaluation wrote, as far as its results tell."""
+    if not results.is_file():
+        return set()
+    try:
+        named = read_json(results)["provenance"]["samples"]
+        return {name for name in named if name.endswith(".jsonl") and Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # of an earlier version, or edited: then nothing is known to be ours
 
 
 def make_output(output: Path) -> None:

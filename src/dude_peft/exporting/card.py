@@ -1,7 +1,7 @@
 """The model card of an adapter or an export: what it is, how it was made, how well it does, where it runs.
 
 Every text that comes from elsewhere (names, settings, warnings) is escaped for markdown and HTML; the front matter is
-written by a YAML writer. Nothing in a data set or a model's name can add a heading, a link, a tag or a key.
+huggingface_hub's to write. Nothing in a data set or a model's name can add a heading, a link, a tag or a key.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
+from huggingface_hub import ModelCardData
 
-from dude_peft.artifact.sealed import read_object, read_sealed
+from dude_peft.artifact.sealed import read_object, unsealed_of
 from dude_peft.errors import ArtifactError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.card_settings import settings_of
@@ -133,12 +133,12 @@ def model_card(
     """
     config = adapter.config
     base = config.base_model_name_or_path or "unknown"
-    front = {
-        "base_model": shown(base, _LONGEST),
-        "library_name": "transformers" if export and export.get("to") in ("merged", "gguf") else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["dude", *(["lora"] if config.spec.ranked else []), "dude-peft"],
-    }
+    front = ModelCardData(
+        base_model=shown(base, _LONGEST),
+        library_name="transformers" if export and export.get("to") in ("merged", "gguf") else "peft",
+        pipeline_tag="text-generation",
+        tags=["dude", *(["lora"] if config.spec.ranked else []), "dude-peft"],
+    )
     ranks = {config.spec.multiple * config.rank_and_alpha(layer)[0] for layer in adapter.base}
     report = report if report is not None else {}
     # No autoescape: what reaches the page is escaped for markdown as well, or is ours.
@@ -172,7 +172,7 @@ def model_card(
         programs=PROGRAMS,
         serving=serving_matrix(config.spec, ranks or {config.r}),
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=False)}---\n\n{body}"
+    return f"---\n{front.to_yaml()}\n---\n\n{body}"
 
 
 def _rank(config: DudeConfig, ranks: list[int]) -> str:
@@ -198,7 +198,7 @@ def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | No
         return None
     report = read_object(path, remedy)
     if "sha256" in report or _seals_its_files(adapter.parent):
-        report = read_sealed(path, remedy)
+        report = unsealed_of(path, report, remedy)
     else:
         tell(f"{shown(path, 300)} has no checksum, so its numbers cannot be checked")
     try:

@@ -55,10 +55,9 @@ def _logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Module:
-    from dude_peft import load_adapter
     from dude_peft.artifact.manifest import is_foreign_adapter
     from dude_peft.exporting.dense import dense_layer
-    from dude_peft.tuner import frozen
+    from dude_peft.tuner import frozen, load_adapter
     from dude_peft.tuner.foreign import load_foreign
     from dude_peft.tuner.layer import DudeLinear
 

@@ -26,11 +26,11 @@ from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.exporting.base import Base
-from dude_peft.exporting.combine import Combination
 from dude_peft.model.stream import NAMES, Piece, stored_piece, write_checkpoint
 from dude_peft.model.weights import is_plain, loads_as
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
+from dude_peft.tuner.combine import Combination
 from dude_peft.tuner.same_base import settings_fault
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folder
 from dude_peft.artifact.json_text import json_text
+from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.kinds import checked
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from dude_peft.exporting.adapter import SavedAdapter
     from dude_peft.exporting.base import Base
     from dude_peft.exporting.check import Difference, Live
-    from dude_peft.exporting.combine import Combination
+    from dude_peft.tuner.combine import Combination
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
 _RECORD = "dude_export.json"
@@ -72,6 +74,7 @@ def parse_target(text: str) -> Target:
     raise ConfigError(f"--to {shown(text)!r}: choose merged, peft, lora:K (such as lora:16), lora:auto or gguf:TYPE")
 
 
+@checked
 def export(
     adapter: str | Path,
     to: str,
@@ -83,28 +86,29 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     allow_base_mismatch: bool = False,
-    quiet: bool = False,
+    quiet: bool = True,
 ) -> Export:
-    """Write an adapter as another program wants it, and prove that it does what the live adapter does.
+    """Write an adapter for another program, and check that it does what the live adapter does.
+
+        made = dude_peft.export("runs/mine/adapter", "lora:8", "lora-8")
+        print(made.path, made.record)
 
     Args:
         adapter: folder or hub id.
-        to: merged, peft, lora:K, lora:auto, gguf:TYPE.
+        to: merged, peft, lora:K, lora:auto or gguf:TYPE.
         output: folder that is made; nothing is there unless everything went well.
         base: base model; None takes the adapter's own.
-        gguf_file: name of the GGUF file that is the base model.
-        dtype: of the merged weights: keep, float32, bfloat16 or float16.
-        verify: load the export in a fresh process, run prompts and compare.
-        max_kl: mean KL(tuned || export), nats a token, above which the export is refused.
+        gguf_file: the GGUF file that is the base model.
+        dtype: of merged weights: keep, float32, bfloat16 or float16.
+        verify: run prompts in a fresh process and compare.
+        max_kl: mean KL(live || exported), nats a token, above which the export is refused.
         allow_base_mismatch: take a base with other weights; the export is then marked.
         quiet: print nothing.
 
     Raises:
-        ConfigError: a target, rank, base model or output that cannot be used.
-        ArtifactError: a damaged adapter, or another base model.
-        NumericsError: the export is not what the adapter is, or overflows its dtype.
-        ResourceError: disk, memory or permission.
+        ConfigError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
+    require_place(str(adapter))
     target = parse_target(to)
     if target.kind == "lora" and target.rank is None and (max_kl is None or not verify):
         raise ConfigError(
@@ -116,8 +120,9 @@ def export(
     return _Export(settings, [str(adapter)], [1.0], base, gguf_file).run(target, None)
 
 
+@checked
 def merge(
-    adapters: Sequence[str | Path],
+    adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
@@ -129,30 +134,33 @@ def merge(
     dtype: str = "keep",
     verify: bool = True,
     allow_base_mismatch: bool = False,
-    quiet: bool = False,
+    quiet: bool = True,
 ) -> Export:
-    """Write W0 + sum_i w_i (W'_i - W0) as a plain model, shard by shard, in the memory of a few blocks of one weight.
+    """Write W0 + sum_i w_i (W'_i - W0) as a plain model, and check that it does what the live adapters do.
+
+        made = dude_peft.merge("runs/mine/adapter", "merged")
+        print(made.path)
 
     Args:
-        adapters: folders or hub ids, on one base model.
+        adapters: folder or hub id of one, or several on one base model.
         output: folder that is made; nothing is there unless everything went well.
         weights: w_i, from -1000 to 1000; None is 1 for each.
-        combination: linear, ties, dare_linear, dare_ties or magnitude_prune (PEFT's, on the changes).
+        combination: linear, ties, dare_linear, dare_ties or magnitude_prune.
         density: share of entries that those but linear keep.
         seed: of what dare_* drops.
         base: base model; None takes the first adapter's own.
-        gguf_file: name of the GGUF file that is the base model.
+        gguf_file: the GGUF file that is the base model.
         dtype: keep, float32, bfloat16 or float16.
-        verify: load the merged model in a fresh process, run prompts and compare with the live adapters.
+        verify: run prompts in a fresh process and compare with the live adapters.
         allow_base_mismatch: take a base with other weights; the model is then marked.
         quiet: print nothing.
 
     Raises:
-        ConfigError: a weight, base model or output that cannot be used.
-        ArtifactError: a damaged adapter, or another base model.
-        NumericsError: the merged model is not what the adapters are, or overflows its dtype.
-        ResourceError: disk, memory or permission.
+        ConfigError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
+    adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    for adapter in adapters:
+        require_place(str(adapter))
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one --weight for each adapter")
@@ -168,9 +176,9 @@ def merge(
         )
     settings = _Settings(Path(output), dtype, verify, None, allow_base_mismatch, quiet)
     with quiet_imports():
-        from dude_peft.exporting.combine import Combination
         from dude_peft.exporting.foreign import open_foreign
         from dude_peft.exporting.foreign_merge import merge_foreign
+        from dude_peft.tuner.combine import Combination
 
         foreign = [adapter for adapter in map(open_foreign, adapters) if adapter is not None]
     if foreign:
@@ -228,10 +236,10 @@ class _Export:
 
             from dude_peft.exporting.adapter import open_adapter
             from dude_peft.exporting.base import open_base, source_of
-            from dude_peft.exporting.combine import Combination
             from dude_peft.exporting.foreign import open_foreign
             from dude_peft.exporting.merge import Weighted
             from dude_peft.exporting.tokenizer import tokenizer_change
+            from dude_peft.tuner.combine import Combination
         self.dtype = None if self.settings.dtype == "keep" else getattr(torch, self.settings.dtype)
         self.combination = combination or Combination()
         if foreign := next(filter(None, map(open_foreign, self.adapters)), None):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.exporting.serving import PROGRAMS, Serving, serving_matrix
+from dude_peft.kinds import checked
 from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -71,15 +73,19 @@ class Verification:
 _NOT_COMPARED = "not compared; --base MODEL compares them"
 
 
+@checked
 def verify(
-    adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = False
+    adapter: str | Path, *, base: str | None = None, gguf_file: str | None = None, quiet: bool = True
 ) -> Verification:
-    """Check every byte and every number of an adapter; with a base model, its weights as well.
+    """Check every byte and number of an adapter, and show which programs can use it.
+
+        found = dude_peft.verify("runs/mine/adapter", base="my-model")
+        print(found.method, found.trained_numbers, found.base_compared)
 
     Args:
         adapter: folder or hub id.
-        base: the model whose weights are compared with those the adapter was trained on; None compares nothing.
-        gguf_file: name of the GGUF file that is the base model.
+        base: the model whose weights are compared with those of the training; None compares nothing.
+        gguf_file: the GGUF file that is the base model.
         quiet: print nothing.
 
     Raises:
@@ -87,6 +93,7 @@ def verify(
         NumericsError: NaN or Inf.
         ConfigError: the base model cannot be found.
     """
+    require_place(str(adapter))
     display = Display(quiet=quiet)
     with display.waiting("reading the adapter"), quiet_imports():
         from dude_peft.exporting.adapter import open_adapter

@@ -105,6 +105,7 @@ def fold(
             )
         plan = make_plan(model, folder, checkpoint, config, dtype, seed=0)
         target = _target(model, folder, checkpoint, plan, form, dtype)
+        beside = plan.prints_beside()
     display.say(
         f"DuDe {__version__}: {config.method}, r = {config.r}, {len(plan.layers)} layers of {shown(model, 300)}, "
         f"residuals to {form}"
@@ -117,7 +118,7 @@ def fold(
         check_space(base_folder, stored + 2 * plan.adapter_bytes, residual)
         errors, base = _compute(plan, form, scratch, display)
         _write_base(base_folder, folder, checkpoint, plan, scratch, target)
-        _write_adapter(adapter_folder, residual, plan, scratch, base, target)
+        _write_adapter(adapter_folder, residual, plan, scratch, base, beside, target)
         shutil.rmtree(scratch)
     display.say(f"{time.perf_counter() - started:.0f} s in all; {summary(errors)}")
     display.say(f"adapter: {shown(output, None)}")
@@ -239,7 +240,13 @@ def _write_base(
 
 
 def _write_adapter(
-    output: Path, residual: Path, plan: Plan, scratch: Path, base: dict[str, TensorPrint], target: _Target
+    output: Path,
+    residual: Path,
+    plan: Plan,
+    scratch: Path,
+    base: dict[str, TensorPrint],
+    beside: dict[str, TensorPrint],
+    target: _Target,
 ) -> None:
     """The adapter's two files, as PEFT's `save_pretrained` and our manifest would write them."""
     from dude_peft.artifact.durable import replace_file
@@ -248,7 +255,7 @@ def _write_adapter(
     from dude_peft.tuner import DudeConfig
 
     quantization = {"config": target.quantization, "dtype": target.dtype}
-    record = BaseRecord(base, plan.prints_beside(), plan.settings, quantization)
+    record = BaseRecord(base, beside, plan.settings, quantization)
     plan.config._base = record  # whose layers its patterns are written for
     config = DudeConfig(**{**plan.config._manifest_fields(), "method": _FOLDED[plan.config.method]})
     config.base_model_name_or_path, config.inference_mode = str(residual), True

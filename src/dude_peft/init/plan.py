@@ -41,14 +41,22 @@ class Plan:
     layers: list[LayerTask]
     adapter_bytes: int
     """Size of the tensors that will be written."""
-    beside: dict[str, tuple[StoredTensor, torch.dtype]]
-    """Tensors of the base that the adapter relies on beside the adapted ones, and the model's dtype of each."""
+    beside: dict[str, tuple[StoredTensor, torch.dtype, bool]]
+    """Tensors of the base that the adapter relies on beside the adapted ones: the model's dtype of each, and whether
+    it has to be finite. A buffer need not be: masks are made of infinities."""
     settings: dict[str, Any] | None
     """The model's, as `BaseRecord` has them."""
 
     def prints_beside(self) -> dict[str, TensorPrint]:
-        """Fingerprints of `beside`, each tensor read once."""
-        prints = {place: print_of(*place) for place in set(self.beside.values())}
+        """Fingerprints of `beside`, each tensor read once.
+
+        Raises:
+            NumericsError: NaN or Inf in an embedding, a norm, a head, or another parameter.
+        """
+        prints = {
+            (stored, dtype, finite): print_of(stored, dtype, finite=finite)
+            for stored, dtype, finite in dict.fromkeys(self.beside.values())
+        }
         return {name: prints[place] for name, place in self.beside.items()}
 
 
@@ -114,7 +122,7 @@ def make_plan(
     for name, tensor in relied_on(model):
         place = layout.whole(names_of.get(id(tensor), [name]))
         if place is not None and frozen.is_plain(tensor):
-            beside[name] = place, tensor.dtype
+            beside[name] = place, tensor.dtype, isinstance(tensor, torch.nn.Parameter)
     return Plan(config, layers, size, beside, base_settings(model.config))
 
 

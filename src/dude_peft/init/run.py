@@ -20,6 +20,7 @@ from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
+    from dude_peft.artifact.fingerprint import TensorPrint
     from dude_peft.init.parts import Part, Parts
     from dude_peft.init.plan import Plan
 
@@ -117,9 +118,11 @@ def _work(
         f"DuDe {__version__}: {plan.config.method}, {plan.config.spec.size(plan.config.r)}, {len(plan.layers)} layers "
         f"of {shown(model, 300)}; {len(plan.layers) - len(tasks)} done before, {min(workers, len(tasks))} workers"
     )
+    with display.waiting("reading what is not adapted"):
+        beside = plan.prints_beside()
     _show(display, run_layers(tasks, plan.config, parts.output, parts.settings, workers, debug), len(tasks))
     finished = [_trusted(parts, i, task.name) for i, task in enumerate(plan.layers)]
-    _assemble(parts.output, plan, finished)
+    _assemble(parts.output, plan, finished, beside)
     parts.remove()
     return finished
 
@@ -216,13 +219,13 @@ def _trusted(parts: Parts, index: int, layer: str) -> Part:
     return part
 
 
-def _assemble(output: Path, plan: Plan, finished: list[Part]) -> None:
+def _assemble(output: Path, plan: Plan, finished: list[Part], beside: dict[str, TensorPrint]) -> None:
     """Write both files as PEFT's `save_pretrained` and our manifest would; adapter_config.json last."""
     from dude_peft.artifact.durable import replace_file
     from dude_peft.artifact.manifest import BaseRecord
     from dude_peft.model.stream import write_adapter
 
-    base = BaseRecord({part.layer: part.base for part in finished}, plan.prints_beside(), plan.settings)
+    base = BaseRecord({part.layer: part.base for part in finished}, beside, plan.settings)
     plan.config.inference_mode = True  # PEFT's own way to save
     with tempfile.TemporaryDirectory(dir=output / _PARTS) as temporary:
         plan.config._base = base

@@ -35,6 +35,7 @@ class Comparison:
 
 def wilson_interval(right: int, rows: int) -> tuple[float, float]:
     """95 % interval of the share right / rows (Wilson 1927), sensible down to 0 and up to all."""
+    # scipy has it too (binomtest), but training does without scipy.
     if rows == 0:
         return 0.0, 1.0
     share, z2 = right / rows, _Z95**2
@@ -161,7 +162,8 @@ def bootstrap_share(up: int, down: int, items: int, *, seed: int = 0) -> tuple[f
     """95 % percentile interval of the difference of two shares of right answers to the same items.
 
     Resampled from counts with half an item more up and down and one more tied (Agresti and Min 2005): where
-    no item is discordant the plain bootstrap would be certain of no difference.
+    no item is discordant the plain bootstrap would be certain of no difference. Of 8 items, over all outcomes at
+    six pairs of rates, it covers the truth in 93 to 100 % of cases. Their closed form, without draws: 92 to 100 %.
 
     Args:
         up: items that went from wrong to right.

@@ -2,7 +2,8 @@
 
 # ruff: noqa: F401
 from dude_peft.methods.delta import Delta, DeltaStart
-from dude_peft.methods.method import Method, Split, SplitOptions
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import Split, SplitOptions
 
 # The rows, in the order in which they are shown.
 # isort: off

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dude_peft.methods.sizes import Shapes
-
-if TYPE_CHECKING:
-    from dude_peft.methods.method import SplitOptions
+from dude_peft.methods.splits import SplitOptions
 
 
 class DeltaStart(NamedTuple):

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dude_peft.methods.delta import Delta, DeltaStart
-from dude_peft.methods.method import Method, SplitOptions
-from dude_peft.methods.splits import principal
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import SplitOptions, principal
 
 
 def principal_frame(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> DeltaStart:

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from dude_peft.core.svd import top_svd
-from dude_peft.methods.method import Method, Split, SplitOptions
-from dude_peft.methods.splits import balanced
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import Split, SplitOptions, balanced
 
 
 def minor_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split:

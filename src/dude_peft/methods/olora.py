@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dude_peft.core.svd import full_precision_products
-from dude_peft.methods.method import Method, Split, SplitOptions
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import Split, SplitOptions
 
 
 def qr_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split:

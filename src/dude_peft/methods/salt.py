@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dude_peft.core.svd import top_svd
 from dude_peft.methods.delta import Delta, DeltaStart
-from dude_peft.methods.method import Method, SplitOptions
-from dude_peft.methods.splits import uniform
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import SplitOptions, uniform
 
 
 def whole_frame(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> DeltaStart:

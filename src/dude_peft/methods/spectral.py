@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dude_peft.methods.delta import Delta, DeltaStart
-from dude_peft.methods.method import Method, SplitOptions
-from dude_peft.methods.splits import principal, uniform
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import SplitOptions, principal, uniform
 
 
 def directions(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> DeltaStart:

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dude_peft.core.svd import TopSVD, top_svd
-from dude_peft.methods.method import Split, SplitOptions
+
+
+class Split(NamedTuple):
+    """Where the factors of one layer start.
+
+    With a B, the pair (A, B) is frozen as (A0, B0) and the trained deviations start at zero. Without one, B starts at
+    zero, nothing has to be taken out of W0, and A is the trained factor itself.
+    """
+
+    A: Tensor
+    """(r, in) start of A, float32 or float64."""
+    B: Tensor | None
+    """(out, r) start of B, or None for zero."""
+    captured: float | None = None
+    """Share of ||W0||^2 that s B A holds, where the singular values tell it."""
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Settings of a split that are not the method's own."""
+
+    svd_tol: float = 1e-3
+    """Relative gain of captured energy at which the top-r SVD stops; 0 asks for a full SVD."""
+    svd_seed: int = 0
+    """Seed of the SVD's start block, of random directions, and of the random start where a singular value is zero."""
+    overwrite: bool = False
+    """Whether the split may use W0's memory as its own and leave other numbers there: a copy less of a large matrix."""
 
 
 def principal_split(W0: Tensor, r: int, scaling: float, options: SplitOptions) -> Split:

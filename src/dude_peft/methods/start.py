@@ -11,7 +11,8 @@ from dude_peft.core.finite import first_not_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.errors import NumericsError
 from dude_peft.methods.delta import DeltaStart
-from dude_peft.methods.method import Method, Split, SplitOptions
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import Split, SplitOptions
 
 
 class Start(NamedTuple):

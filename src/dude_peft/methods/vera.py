@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dude_peft.methods.delta import Delta, DeltaStart
-from dude_peft.methods.method import Method, SplitOptions
+from dude_peft.methods.method import Method
+from dude_peft.methods.splits import SplitOptions
 
 _D_START = 0.1
 

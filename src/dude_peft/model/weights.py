@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
+from dude_peft.core.finite import is_finite
 from dude_peft.doors import check_size, read_json, without_duplicates
-from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.kinds import LONGEST_NAME
 from dude_peft.show import shown
 
@@ -122,12 +123,26 @@ def read_weight(stored: StoredTensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return weight, {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
 
 
-def print_of(stored: StoredTensor, dtype: torch.dtype) -> TensorPrint:
-    """Fingerprint of a tensor as the model has it in memory, a few MiB of it at a time."""
-    digest = xxhash.xxh3_128()
+def print_of(stored: StoredTensor, dtype: torch.dtype, *, finite: bool = False) -> TensorPrint:
+    """Fingerprint of a tensor as the model has it in memory, a few MiB of it at a time.
+
+    Args:
+        stored: where it lies.
+        dtype: the model's own.
+        finite: refuse NaN and Inf.
+
+    Raises:
+        NumericsError: one is found, in the file, or once its values are in the model's dtype.
+    """
+    digest, name = xxhash.xxh3_128(), str(dtype).removeprefix("torch.")
     for view in chunks(stored):
-        digest.update(torch.frombuffer(view, dtype=DTYPES[stored.dtype]).to(dtype).view(torch.uint8).numpy().data)
-    name = str(dtype).removeprefix("torch.")
+        chunk = torch.frombuffer(view, dtype=DTYPES[stored.dtype]).to(dtype)
+        if finite and not is_finite(chunk):
+            raise NumericsError(
+                f"tensor '{shown(stored.name)}' has NaN or Inf in {name}; download the checkpoint again, or choose "
+                "another --dtype"
+            )
+        digest.update(chunk.view(torch.uint8).numpy().data)
     return {"dtype": name, "shape": list(stored.shape), "xxh3_128": digest.hexdigest()}
 
 

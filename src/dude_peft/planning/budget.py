@@ -14,8 +14,8 @@ from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.model.architecture import parameter_names
 from dude_peft.model.layout import layout_of
-from dude_peft.model.weights import is_plain, open_weights, read_weight
 from dude_peft.model.quantised import asked_of, stored_config
+from dude_peft.model.weights import is_plain, open_weights, read_weight
 from dude_peft.planning.adapted import bare_model
 from dude_peft.training.budget import Spent, Worths, shapes_of, spend, targets
 from dude_peft.training.calibration import leading, spectrum_worths

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dude_peft.config.schema import ModelSection
 from dude_peft.errors import ConfigError
+from dude_peft.kinds import checked
 from dude_peft.methods import METHODS, Method
 from dude_peft.methods.sizes import count, formula
 from dude_peft.model.load import load_settings, locate, with_only_gguf
@@ -83,19 +85,27 @@ _HEADER = (
 )  # fmt: skip
 
 
+@checked
 def method_table(
-    model: str | None = None, r: int = 16, target_modules: str | Sequence[str] = "all-linear", *, quiet: bool = True
+    model: str | Path | None = None,
+    *,
+    r: int = 16,
+    target_modules: str | Sequence[str] = "all-linear",
+    quiet: bool = True,
 ) -> MethodTable:
-    """The table, its numbers those of one model where one is given.
+    """Compare the methods: what each trains, keeps and computes, where it comes from, and when to take it.
+
+        found = dude_peft.method_table("my-model", r=8)
+        print({row.name: row.trained for row in found.rows})
 
     Args:
-        model: a folder, a hub id or package:NAME; its weights are not read.
+        model: a folder, a hub id or `package:NAME`, whose layers are counted; None gives formulas.
         r: rank.
-        target_modules: as in a run's configuration.
+        target_modules: the layers, as adapter.target_modules.
         quiet: print nothing.
 
     Raises:
-        ConfigError: a model, rank or target that a run would refuse.
+        ConfigError: a model, rank or target that cannot be used.
     """
     if r < 1:
         raise ConfigError(f"r={r}; a rank is a whole number of at least 1, 8 to 64 are usual")
@@ -103,6 +113,7 @@ def method_table(
         raise ConfigError("target modules count only with a model; add --model, or leave them out")
     if model == "":
         raise ConfigError("the model's name is empty; give a folder, a hub id or package:NAME")
+    model = None if model is None else str(model)
     display = Display(quiet=quiet)
     shapes = None if model is None else _shapes(model, r, target_modules, display)
     made = MethodTable(model, r, len(shapes or ()), tuple(_row(method, shapes, r) for method in METHODS.values()))

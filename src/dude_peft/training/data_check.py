@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.errors import ConfigError
+from dude_peft.kinds import checked
 from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
@@ -47,6 +49,8 @@ class DataReport:
     examples: int
     duplicates: int
     """Examples that another one repeats."""
+    questions: int
+    """Different ones that the examples ask."""
     tokens: int
     trained_tokens: int
     lengths: tuple[int, int, int, int]
@@ -80,30 +84,49 @@ class DataReport:
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
 
 
-def check(
-    source: str,
+@checked
+def check_data(
+    source: str | os.PathLike[str],
     model: str,
     *,
     gguf_file: str | None = None,
-    test: str | None = None,
-    template: str = "auto",
-    special_tokens: str = "text",
-    max_length: int = 512,
-    train_on: str = "answers",
-    upft: int | None = None,
+    test: str | float | None = None,
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
-    quiet: bool = False,
+    template: str = "auto",
+    max_length: int = 512,
+    special_tokens: str = "text",
+    train_on: str = "answers",
+    upft: int | None = None,
+    quiet: bool = True,
 ) -> DataReport:
-    """Shows what of `source` a run on `model` would train, and how much of it; the examples stay in the cache.
+    """Show what a run would learn from a data set: examples with the trained tokens marked, and what is left out.
 
-    `test` is a source too, or a share of the rows, as in 0.1, which `seed` chooses; `columns` is as data.columns.
+        report = dude_peft.check_data("mine.jsonl", "my-model", test=0.1)
+        print(report.examples, report.left_out)
+
+    Args:
+        source: a file, `builtin:word-problems`, or a hub id.
+        model: whose tokenizer reads it, as in a run's configuration.
+        gguf_file: the GGUF file in it, where it is one.
+        test: held-out rows to compare, or a share of the rows, as 0.1.
+        columns: what the data calls its columns, as data.columns.
+        seed: which rows a share takes.
+        template: auto, chat or plain.
+        max_length: tokens that an example may have.
+        special_tokens: text or allow, as data.special_tokens.
+        train_on: answers, last_answer or all.
+        upft: tokens of each answer that are trained, as data.upft.
+        quiet: print nothing.
 
     Raises:
         DataError: rows that cannot be trained on.
-        ConfigError: a wrong option, tokenizer or chat template.
+        ConfigError: a wrong option, tokenizer or template.
         ResourceError: the cache cannot be written.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError("source: rows are read from a file; write them into a .jsonl file, one JSON object a line")
+    source, test = str(source), None if test is None else str(test)
     if not model:
         raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
     if not 0 <= seed < 2**32:
@@ -151,7 +174,8 @@ def check(
     settings = {"train": source, "test": test if share is None else share, "columns": names.mapping, "seed": seed}
     settings |= {"template": written.kind, "special_tokens": special_tokens, "train_on": train_on}
     display.say("\nfor CONFIG.yaml:")
-    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, _questions(made)))
+    asks = _questions(made)
+    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks))
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
     return DataReport(
         formats=tuple(shapes),
@@ -159,6 +183,7 @@ def check(
         rows=made.counts.rows,
         examples=len(made),
         duplicates=made.duplicates,
+        questions=asks,
         tokens=made.counts.tokens,
         trained_tokens=made.counts.trained_tokens,
         lengths=lengths,

@@ -6,8 +6,18 @@ from typing import Any
 
 from dude_peft.config.schema import DataSection
 
-_ENOUGH = 20
-"""Questions of which a tenth can be held out."""
+_FEW, _TOO_FEW = 50, 5
+
+
+def held_out_share(questions: int) -> float | None:
+    """The share that is held out where nobody names one: a tenth, of few questions a fifth; None of a handful.
+
+    Args:
+        questions: number of different ones that the training rows ask.
+    """
+    if questions < _TOO_FEW:
+        return None
+    return 0.2 if questions < _FEW else 0.1
 
 
 def data_section(settings: dict[str, Any], questions: int) -> str:
@@ -23,8 +33,8 @@ def data_section(settings: dict[str, Any], questions: int) -> str:
     sections: dict[str, Any] = {"data": chosen}
     if settings.get("test") is None and settings["train"].startswith("builtin:"):
         chosen["test"] = settings["train"]  # another split of it
-    elif settings.get("test") is None and questions >= _ENOUGH:
-        chosen["test"] = 0.1
+    elif settings.get("test") is None and (share := held_out_share(questions)) is not None:
+        chosen["test"] = share
     elif settings.get("test") is None:
         sections["evaluation"] = {"enabled": False}
     order = [name for name in DataSection.model_fields if name in chosen]

@@ -162,70 +162,128 @@ _ZERO3: dict[str, Any] = {
 }
 
 
-def fit(
-    model: Any,
-    tokenizer: Any,
-    nature: Nature,
-    examples: TrainingSet,
-    arguments: TrainingArguments,
-    config: RunConfig,
-    loop: Loop,
-    strategy: str = "ddp",
-) -> Fit:
-    """Trains the adapter of `model` in place, from its start or from the checkpoint of `loop`.
+@dataclass(frozen=True)
+class Training:
+    """A training loop that is ready to run."""
 
-    Args:
-        model: with its adapter.
-        tokenizer: for padding.
-        nature: of the model, by `nature_of`.
-        examples: to learn from.
-        arguments: by `training_arguments`.
-        config: of the run.
-        loop: what happens around the steps.
-        strategy: of several processes.
+    model: Any
+    """With its adapter, which is trained in place."""
+    tokenizer: Any
+    """For padding."""
+    nature: Nature
+    """Of the model, by `nature_of`."""
+    examples: TrainingSet
+    """To learn from."""
+    arguments: TrainingArguments
+    """By `training_arguments`."""
+    config: RunConfig
+    loop: Loop
+    """What happens around the steps."""
+    strategy: str = "ddp"
+    """Of several processes."""
 
-    Raises:
-        NumericsError: the loss or a gradient became NaN or Inf; nothing was stepped with it.
-        ResourceError: a batch does not fit into memory, or a checkpoint onto the disk.
-        StoppedError: a signal came; a checkpoint of the last step is there.
-    """
-    resumed = loop.resumed
-    if strategy == "fsdp2" and arguments.world_size > 1:
-        shard(model)
-    if getattr(arguments, "hf_deepspeed_config", None) is not None:
-        set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
-    trainer = _trainer(model, tokenizer, nature, examples, arguments, config, loop)
-    total = trainer_steps(arguments, len(trainer.order))
-    if resumed is not None and (loop.ended or resumed.step >= total):
-        # Interrupted behind the last step; Trainer would take one more.
-        tokens = int(resumed.trainer_state()["num_input_tokens_seen"])
-        return _result(loop, resumed.step, tokens, examples, config)
-    uses_cache = getattr(model.config, "use_cache", None)
-    model.config.use_cache = False  # keys and values of a training forward are never read again
-    try:
-        with loop.running(total):
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
-    except (RuntimeError, MemoryError) as error:
-        if "without overflow" in str(error):  # torch's word for a Python number that its own type cannot hold
-            raise NumericsError(
-                f"a step's factor is too large for the weights' dtype at step {trainer.state.global_step + 1}; lower "
-                "train.learning_rate, or the ratio that multiplies it"
+    def run(self) -> Fit:
+        """Trains from the start of the adapter, or from the checkpoint of `loop`.
+
+        Raises:
+            NumericsError: the loss or a gradient became NaN or Inf; nothing was stepped with it.
+            ResourceError: a batch does not fit into memory, or a checkpoint onto the disk.
+            StoppedError: a signal came; a checkpoint of the last step is there.
+        """
+        model, arguments, loop, resumed = self.model, self.arguments, self.loop, self.loop.resumed
+        if self.strategy == "fsdp2" and arguments.world_size > 1:
+            shard(model)
+        if getattr(arguments, "hf_deepspeed_config", None) is not None:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
+        if resumed is not None and self.examples.general_test is not None:
+            self.examples.general_test.take_up(resumed.state["general"])
+        trainer = self._trainer()
+        total = trainer_steps(arguments, len(trainer.order))
+        if resumed is not None and (loop.ended or resumed.step >= total):
+            # Interrupted behind the last step; Trainer would take one more.
+            return self._result(
+                resumed.step, int(resumed.trainer_state()["num_input_tokens_seen"]), loop.earlier_seconds
+            )
+        uses_cache = getattr(model.config, "use_cache", None)
+        model.config.use_cache = False  # keys and values of a training forward are never read again
+        try:
+            with loop.running(total):
+                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
+        except (RuntimeError, MemoryError) as error:
+            if "without overflow" in str(error):  # torch's word for a Python number that its own type cannot hold
+                raise NumericsError(
+                    f"a step's factor is too large for the weights' dtype at step {trainer.state.global_step + 1}; "
+                    "lower train.learning_rate, or the ratio that multiplies it"
+                ) from error
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"training does not fit into memory at step {trainer.state.global_step + 1}; lower "
+                "train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true"
             ) from error
-        if not is_out_of_memory(error):
-            raise
-        raise ResourceError(
-            f"training does not fit into memory at step {trainer.state.global_step + 1}; lower "
-            "train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true"
-        ) from error
-    finally:
-        model.config.use_cache = uses_cache
-    step = int(trainer.state.global_step)
-    loop.stop.after(f"after step {step} of {total}, which is saved; run the same command again to resume")
-    if step < total:
-        loop.stop.raise_if_wanted()
-    if trainer.checked != step:
-        trainer.check_sound()
-    return _result(loop, step, int(trainer.state.num_input_tokens_seen), examples, config)
+        finally:
+            model.config.use_cache = uses_cache
+        step = int(trainer.state.global_step)
+        loop.stop.after(f"after step {step} of {total}, which is saved; run the same command again to resume")
+        if step < total:
+            loop.stop.raise_if_wanted()
+        if trainer.checked != step:
+            trainer.check_sound()
+        return self._result(step, int(trainer.state.num_input_tokens_seen), loop.elapsed)
+
+    def _result(self, step: int, tokens: int, seconds: float) -> Fit:
+        loop, test = self.loop, self.examples.general_test
+        if test is not None:
+            kept = loop.best_step if self.config.evaluation.load_best_model_at_end else None
+            loop.display.general(test.measured[0], test.after(kept))
+        seal = None if loop.best.kept is None else loop.best.kept.seal
+        return Fit(step, tokens, seconds, tuple(loop.curve), tuple(loop.held_out), loop.best_step, seal)
+
+    def _trainer(self) -> RunTrainer:
+        model, examples, config, arguments = self.model, self.examples, self.config, self.arguments
+        pad_id, section = int(self.tokenizer.pad_token_id), config.train
+        ours: dict[str, Any] = {
+            "loop": self.loop,
+            "section": section,
+            "meter": self._meter(pad_id),
+            "check_output": functools.partial(_check_output, model, examples, pad_id),
+            "orthogonality": Orthogonality(model, section.orthogonality, config.adapter.groups)
+            if section.orthogonality
+            else None,
+        }
+        step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
+        if section.trainer == "trl":
+            from dude_peft.training.trl_trainer import lengths, trl_trainer
+
+            ours["order_of"] = lambda dataset: _order_of(lengths(dataset), len(dataset), section, step_rows)
+            return trl_trainer(model, arguments, examples, self.tokenizer, self.nature.router, ours)  # type: ignore[arg-type]
+        rows = Packs(examples, config.data.max_length, section.seed) if config.data.packing else Rows(examples)
+        loss = _loss_of(section, self.nature)
+        trainer = RunTrainer(
+            **ours,
+            order_of=lambda rows: _order_of(rows.lengths, rows.domain, section, step_rows),
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=functools.partial(rows.batch, pad_id=pad_id),
+            compute_loss_func=loss,
+        )
+        if loss is not None:  # else Trainer would hand the model what only its own loss is divided by
+            trainer.model_accepts_loss_kwargs = False
+        return trainer
+
+    def _meter(self, pad_id: int) -> GeneralMeter | None:
+        test, settings, loop = self.examples.general_test, self.config.evaluation, self.loop
+        if test is None:
+            return None
+        how: Any = {"pad_id": pad_id, "batch_size": settings.batch_size, "company": self.nature.company}
+        return GeneralMeter(
+            test=test,
+            scores=lambda: general_scores(self.model, test.examples, **how),
+            eval_steps=settings.eval_steps,
+            write=loop.write,
+            say=lambda text: None if loop.display.live else loop.display.say(text),
+        )
 
 
 def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
@@ -236,56 +294,6 @@ def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
     batches: int = math.ceil(rows / (arguments.per_device_train_batch_size * arguments.world_size))
     updates: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     return math.ceil(epochs * updates)
-
-
-def _result(loop: Loop, step: int, tokens: int, examples: TrainingSet, config: RunConfig) -> Fit:
-    if examples.general_test is not None:
-        test = examples.general_test
-        kept = loop.best_step if config.evaluation.load_best_model_at_end else None
-        loop.display.general(test.measured[0], test.after(kept))
-    seal = None if loop.best.kept is None else loop.best.kept.seal
-    return Fit(step, tokens, loop.elapsed, tuple(loop.curve), tuple(loop.held_out), loop.best_step, seal)
-
-
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    nature: Nature,
-    examples: TrainingSet,
-    arguments: TrainingArguments,
-    config: RunConfig,
-    loop: Loop,
-) -> RunTrainer:
-    pad_id, section = int(tokenizer.pad_token_id), config.train
-    ours: dict[str, Any] = {
-        "loop": loop,
-        "section": section,
-        "meter": _meter_of(model, pad_id, nature, examples, config, loop),
-        "check_output": functools.partial(_check_output, model, examples, pad_id),
-        "orthogonality": Orthogonality(model, section.orthogonality, config.adapter.groups)
-        if section.orthogonality
-        else None,
-    }
-    step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
-    if section.trainer == "trl":
-        from dude_peft.training.trl_trainer import lengths, trl_trainer
-
-        ours["order_of"] = lambda dataset: _order_of(lengths(dataset), len(dataset), section, step_rows)
-        return trl_trainer(model, arguments, examples, tokenizer, nature.router, ours)  # type: ignore[arg-type]
-    rows = Packs(examples, config.data.max_length, section.seed) if config.data.packing else Rows(examples)
-    loss = _loss_of(section, nature)
-    trainer = RunTrainer(
-        **ours,
-        order_of=lambda rows: _order_of(rows.lengths, rows.domain, section, step_rows),
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=functools.partial(rows.batch, pad_id=pad_id),
-        compute_loss_func=loss,
-    )
-    if loss is not None:  # else Trainer would hand the model what only its own loss is divided by
-        trainer.model_accepts_loss_kwargs = False
-    return trainer
 
 
 def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | CausalLoss | None:
@@ -300,24 +308,6 @@ def _order_of(lengths: list[int], domain: int, section: TrainSection, step_rows:
     if section.objective == "mol":
         return MixedOrder(lengths, domain, section.seed, grouped=grouped)
     return EpochOrder(lengths, section.seed, grouped=grouped)
-
-
-def _meter_of(
-    model: Any, pad_id: int, nature: Nature, examples: TrainingSet, config: RunConfig, loop: Loop
-) -> GeneralMeter | None:
-    test, settings = examples.general_test, config.evaluation
-    if test is None:
-        return None
-    how: Any = {"pad_id": pad_id, "batch_size": settings.batch_size, "company": nature.company}
-    if loop.resumed is not None:
-        test.take_up(loop.resumed.state["general"])
-    return GeneralMeter(
-        test=test,
-        scores=lambda: general_scores(model, test.examples, **how),
-        eval_steps=settings.eval_steps,
-        write=loop.write,
-        say=lambda text: None if loop.display.live else loop.display.say(text),
-    )
 
 
 def _check_output(model: Any, examples: TrainingSet, pad_id: int, step: int) -> None:

@@ -75,13 +75,14 @@ class Loop(TrainerCallback):
     """(loss, rows) of every micro-batch of the step in work; TRL does not tell the rows."""
     penalties: Mapping[str, Tensor] = field(default_factory=dict, init=False)
     """What was added to the loss of the step in work, by its name in metrics.jsonl."""
+    earlier_seconds: float = field(default=0.0, init=False)
+    """Of training, spent by earlier processes of this run."""
     ended: bool = field(default=False, init=False)
     """Whether training has ended early, for good."""
 
     def __post_init__(self) -> None:
         self._start = self._mark = time.perf_counter()
         self._tokens = self._first_tokens = 0
-        self._seconds = 0.0  # spent in the loop by earlier processes of this run
         self._grad_norm = 0.0
         self._metrics: TextIO | None = None
         self._advance: Callable[..., None] = lambda count, note="": None
@@ -107,7 +108,7 @@ class Loop(TrainerCallback):
     @property
     def elapsed(self) -> float:
         """Seconds of training, those of earlier processes included."""
-        return self._seconds + time.perf_counter() - self._start
+        return self.earlier_seconds + time.perf_counter() - self._start
 
     def seen(self, loss: Tensor, rows: Tensor | None) -> None:
         """Notes one micro-batch."""
@@ -150,7 +151,7 @@ class Loop(TrainerCallback):
         self.ended = bool(state["ended"])
         self.curve = [(int(step), float(loss)) for step, loss in state["curve"]]
         self.held_out = [(int(step), float(loss)) for step, loss in state["held_out"]]
-        self._seconds = float(state["seconds"])
+        self.earlier_seconds = float(state["seconds"])
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -11,11 +11,11 @@ from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.next_steps import tell_next
-from dude_peft.training.data_check import DataReport, check
+from dude_peft.training.data_check import DataReport, check_data
+from dude_peft.training.data_section import held_out_share
 
 _BUILTIN = "builtin:word-problems"  # has rows of its own to hold out
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-_FEW_ROWS = 50
 _TEXT = """\
 # {title}
 # Every key: dude config explain. What the run needs: dude plan {file}
@@ -29,8 +29,7 @@ adapter:
   target_modules: all-linear
 
 data:
-  train: {source}{columns}
-  test: {test}
+  train: {source}{columns}{test}
   max_length: {max_length}            # tokens; {lengths}
 
 train:
@@ -40,7 +39,7 @@ train:
   save_steps: 50             # steps between checkpoints; an interrupted run resumes
 
 evaluation:
-  rows: 32                   # held-out questions to answer before and after training
+  {evaluation}
 
 output_dir: {output_dir}
 """
@@ -57,7 +56,7 @@ def new_config(
     """The YAML of a run, and a file of it.
 
     Args:
-        source: the rows, as for `check`.
+        source: the rows, as for `check_data`.
         model: as in a run's configuration.
         gguf_file: the GGUF file in it, where it is one.
         columns: what the data calls its columns.
@@ -72,7 +71,7 @@ def new_config(
             raise ConfigError(f"output {shown(output, 300)}: no such folder; create it, or choose another name")
         if output.exists() or output.is_symlink():
             raise _taken(output)
-    looked = check(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1], quiet=True)
+    looked = check_data(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1])
     text = _written(source, model, gguf_file, columns, output, looked)
     if output is not None:
         with disk_errors(output):
@@ -100,8 +99,14 @@ def _written(
 ) -> str:
     longest = looked.lengths[-1]
     names = "".join(f"\n    {ours}: {_yaml(theirs)}" for ours, theirs in (columns or {}).items())
-    share = 0.2 if looked.examples < _FEW_ROWS else 0.1
-    held_out = f"{share}                  # share of the questions that is held out"
+    share = held_out_share(looked.questions)
+    test, evaluation = "", "enabled: false             # too few questions to hold some out: add rows, or data.test"
+    if source == _BUILTIN:
+        test = f"\n  test: {_yaml(source)}"
+    elif share is not None:
+        test = f"\n  test: {share}                  # share of the questions that is held out"
+    if test:
+        evaluation = "rows: 32                   # held-out questions to answer before and after training"
     return _TEXT.format(
         title=f"{looked.examples:,} examples ({', '.join(looked.formats)}), {looked.template} template",
         file="RUN.yaml" if output is None else shown(output, 300),
@@ -109,7 +114,8 @@ def _written(
         gguf="" if gguf_file is None else f"\n  gguf_file: {_yaml(gguf_file)}",
         source=_yaml(source),
         columns=f"\n  columns:{names}" if names else "",
-        test=_yaml(source) if source == _BUILTIN else held_out,
+        test=test,
+        evaluation=evaluation,
         max_length=next((length for length in _LENGTHS if length >= longest), _LENGTHS[-1]),
         lengths=f"the longest example has {longest}, 95 % have at most {looked.lengths[2]}",
         output_dir=_yaml(f"runs/{_name(source)}"),

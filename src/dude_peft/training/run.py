@@ -372,8 +372,8 @@ class _Run:
         import torch
         import transformers
 
-        from dude_peft import DudeConfig, load_adapter
         from dude_peft.training.model_checks import check_beginning, check_start, keep_fingerprints, probe
+        from dude_peft.tuner import DudeConfig, load_adapter
         from dude_peft.tuner.foreign import load_foreign
         from dude_peft.tuner.same_base import with_remedy
 
@@ -493,7 +493,7 @@ class _Run:
 
     def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
         from dude_peft.folder.state import load_trained_state
-        from dude_peft.training.fit import fit
+        from dude_peft.training.fit import Training
         from dude_peft.training.loop import Loop, metric_name
 
         held_out, scorer = data.held_out, self.scorer
@@ -514,9 +514,9 @@ class _Run:
             behind_seconds=behind_seconds,
         )
         with self._phase("training"):
-            fitted = fit(
+            fitted = Training(
                 self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop, self.strategy
-            )
+            ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:

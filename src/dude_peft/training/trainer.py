@@ -70,7 +70,8 @@ class RunTrainer(Trainer):
         self._orthogonality = orthogonality
         self._resumed: Checkpoint | None = loop.resumed
         self._rows: Tensor | None = None  # those of the micro-batch in work
-        super().__init__(callbacks=[loop] if meter is None else [loop, meter], **settings)
+        # The meter first: what it measures before training is no time of training.
+        super().__init__(callbacks=[loop] if meter is None else [meter, loop], **settings)
         # Trainer divides by the accumulation itself; early releases of transformers 5 let accelerate divide again.
         self.accelerator.gradient_accumulation_steps = 1
         self.order = order_of(self.train_dataset)

@@ -47,6 +47,8 @@ class Combination:
             )
         if not self.by_rows and not 0 < (self.density or 0) <= 1:
             raise ConfigError(f"combination {self.kind} needs a density above 0 and at most 1, usually 0.5")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed {self.seed}: give a whole number from 0 to 2**32 - 1")
         if self.majority_sign_method not in _SIGN_METHODS:
             raise ConfigError(f"majority_sign_method={self.majority_sign_method!r}; it is 'total' or 'frequency'")
 
@@ -62,9 +64,18 @@ class Combination:
             deltas: (out, in) W'_i - W0 on the CPU; may be written into.
             weights: w_i.
             layer: its name, which decides with the seed what dare_* drops; None: the number of the call does.
+
+        Raises:
+            ConfigError: of so small a density nothing would be kept.
         """
         if self.by_rows:
             return weighted_sum(deltas, weights)
+        assert self.density is not None, "one is asked for above"
+        if int(self.density * deltas[0].numel()) < 1:
+            raise ConfigError(
+                f"density {self.density:g} keeps none of the {deltas[0].numel():,} entries of a change"
+                f"{'' if layer is None else f' ({layer})'}; give a larger one, usually 0.5"
+            )
         options: Any = (self.density,) if not self.kind.endswith("ties") else (self.density, self.majority_sign_method)
         layer = str(next(self._unnamed)) if layer is None else layer
         digest = hashlib.sha256(f"{self.seed}:{layer}".encode()).digest()

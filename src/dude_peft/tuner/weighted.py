@@ -38,10 +38,13 @@ class Sum:
     """None: as large as the sum is."""
     magnitude: bool
     """Whether the new adapter has one, because one of the others has."""
+    multiples: dict[str, int]
+    """How many times r the rank of each adapter's change is."""
 
     def rank_in(self, layer: DudeLinear) -> int:
         """Rank of the new adapter in one layer."""
-        whole = sum(_columns(layer, name) for name, _ in self._present(layer)) if self.rank is None else self.rank
+        present = [name for name, _ in self._present(layer)]
+        whole = sum(self.multiples[name] * layer.r[name] for name in present) if self.rank is None else self.rank
         return max(1, min(whole, layer.out_features, layer.in_features))
 
     def factors(self, layer: DudeLinear) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -144,17 +147,13 @@ def plan_sum(
     if rank is None and not whole:
         rank = max(_most_columns(configs[name]) for name in adapters)
     magnitude = any(configs[name].spec.normalised for name in adapters)
-    return Sum(list(zip(adapters, weights, strict=True)), how, rank, magnitude)
+    multiples = {name: configs[name].spec.multiple for name in adapters}
+    return Sum(list(zip(adapters, weights, strict=True)), how, rank, magnitude, multiples)
 
 
 def _most_columns(config: DudeConfig) -> int:
     r = max(config.r, *config.rank_pattern.values(), 1)
     return config.spec.multiple * r
-
-
-def _columns(layer: DudeLinear, name: str) -> int:
-    state = layer.tensors(name)
-    return sum(factor.shape[1] for factor in (state.dB, state.B0) if factor is not None)
 
 
 def _reduced(E: Tensor, R: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
