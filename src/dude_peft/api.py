@@ -16,6 +16,7 @@ from dude_peft.kinds import checked
 
 if TYPE_CHECKING:
     from dude_peft.chat.generate import Completions
+    from dude_peft.compare.outcome import Comparison
     from dude_peft.config.schema import RunConfig
     from dude_peft.evaluation.record import Evaluation
     from dude_peft.exporting.run import Export
@@ -106,6 +107,47 @@ def plan(
     from dude_peft.planning.run import plan as made
 
     return made(settings, device_memory=device_memory, scorer_of=TasksOfRun, quiet=quiet)
+
+
+@checked
+def compare(
+    config: str | Path | Mapping[str, Any],
+    *,
+    output_dir: str | Path | None = None,
+    jobs: int = 1,
+    controls: bool = False,
+    max_runs: int | None = None,
+    collect: bool = False,
+    quiet: bool = True,
+) -> Comparison:
+    """Compare methods by a fair protocol: tuned on validation rows, tested once with fresh seeds.
+
+        found = dude_peft.compare("grid.yaml")
+        print(found.protocol["chosen"])
+
+    Args:
+        config: the grid: a YAML file, or a dict of the same shape.
+        output_dir: replaces the grid's; the same call again goes on there.
+        jobs: runs at a time, each in a process of its own.
+        controls: the methods that tell DuDe's claims apart compete too.
+        max_runs: replaces the grid's.
+        collect: run nothing; take what has ended.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError, DataError, ArtifactError, ResourceError: what is wrong with the grid, its rows or its folder.
+        BusyError: another process compares in the folder.
+        StoppedError: Ctrl-C or SIGTERM; the same call again goes on.
+    """
+    from dude_peft.config.reading import load_grid
+
+    if not isinstance(config, (str, Path, Mapping)):
+        raise ConfigError("config: give a YAML file, or a dict with its content")
+    grid, run = load_grid(config, {"output_dir": None if output_dir is None else str(output_dir)})
+
+    from dude_peft.compare.run import compare as compared
+
+    return compared(grid, run, jobs=jobs, controls=controls, max_runs=max_runs, collect=collect, quiet=quiet)
 
 
 @checked

@@ -126,7 +126,7 @@ class Comparison:
     def write(self, folder: Path) -> Path:
         """Writes comparison.json whole, with its own hash."""
         path = folder / NAME
-        replace_file(path, (json_text(sealed(asdict(self)), indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+        replace_file(path, (json_text(sealed(asdict(self)), ensure_ascii=False) + "\n").encode("utf-8"))
         return path
 
     @classmethod

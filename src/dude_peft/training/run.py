@@ -397,12 +397,12 @@ class _Run:
             return None
         from dude_peft.data.answers import expected_answer, is_match
         from dude_peft.measure.intervals import wilson_interval
-        from dude_peft.measure.score import complete, held_out_loss
+        from dude_peft.measure.score import complete, item_losses
 
         settings = self.config.evaluation
         work = len(held_out.examples) + len(held_out.prompts)
         with self._phase(f"evaluation_{when}"), self.display.stage(f"held-out rows, {when}", work) as advance:
-            loss = held_out_loss(
+            found = item_losses(
                 self.model,
                 held_out.examples,
                 pad_id=int(self.tokenizer.pad_token_id),
@@ -423,10 +423,11 @@ class _Run:
             Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
+        loss = found.mean
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
         right = sum(answer.right for answer in answers)
-        return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers)
+        return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers, *found)
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         from dude_peft.folder.state import sharded_state

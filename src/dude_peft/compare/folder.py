@@ -1,0 +1,230 @@
+"""The folder of a comparison: what it compares, and of every run its configuration, its ordinary folder, or its failure.
+
+grid.json               what is compared, sealed: another grid is refused here
+runs/NAME.yaml          the configuration of a run, as `dude train` takes it
+runs/NAME/              its folder, as `dude train` leaves it
+runs/NAME.log           what it said
+runs/NAME.failed.json   why it failed, where it did; without this file, the run is tried again
+comparison.json         the result (outcome.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dude_peft.artifact.durable import disk_errors, replace_file
+from dude_peft.artifact.json_text import json_text
+from dude_peft.artifact.sealed import content_sha256, file_sha256, read_sealed, sealed
+from dude_peft.compare.cells import RUNS, Cell
+from dude_peft.compare.outcome import Final, Forgetting, Trial
+from dude_peft.compare.rows import Rows
+from dude_peft.config.reading import dump_config, load_config
+from dude_peft.doors import open_file
+from dude_peft.errors import ArtifactError, ConfigError, DudeError
+from dude_peft.folder.identity import changes, recorded_config
+from dude_peft.folder.lock import RunLock
+from dude_peft.folder.record import ADAPTER, METRICS, REPORT, RunReport, Score
+from dude_peft.show import shown
+
+GRID = "grid.json"
+_HIDDEN = "."
+
+
+class CompareFolder:
+    """The folder, and what the runs in it have come to."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._known: dict[str, Trial | Final] = {}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: it is there, and no other `dude compare` works in it.
+
+        Raises:
+            ConfigError: it is a file, or holds something else.
+            BusyError: another process compares in it.
+            ResourceError: it cannot be made.
+        """
+        name = shown(self.path, 300)
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir: {name} is a file; choose another folder")
+        if self.path.is_dir() and not (self.path / GRID).is_file():
+            if any(not entry.name.startswith(_HIDDEN) for entry in self.path.iterdir()):
+                raise ConfigError(f"output_dir: {name} is not empty, and holds no comparison; choose another folder")
+        with disk_errors(self.path):
+            (self.path / RUNS).mkdir(parents=True, exist_ok=True)
+            lock = RunLock(self.path)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def agree(self, record: dict[str, Any], threads: int) -> int:
+        """Begins the comparison, or makes sure that it is the one that is here; gives its threads a run.
+
+        Raises:
+            ConfigError: another comparison is here; the difference is told.
+            ArtifactError: its grid.json is damaged.
+        """
+        path = self.path / GRID
+        if path.is_file() and not path.is_symlink():
+            found = read_sealed(path, "choose another output_dir")
+            if changed := changes(found["grid"], json.loads(json_text(record))):
+                raise ConfigError(
+                    f"output_dir holds another comparison ({changed}); restore the grid to go on, or choose another "
+                    "output_dir"
+                )
+            return int(found["threads"])
+        self._write(GRID, json_text(sealed({"grid": record, "threads": threads}), indent=1))
+        return threads
+
+    def place(self, cell: Cell) -> Path:
+        """Writes a run's configuration, and gives its path.
+
+        Raises:
+            ConfigError: the one that is there is another one: somebody has edited it.
+        """
+        path, config = self.path / RUNS / f"{cell.name}.yaml", cell.placed(self.path)
+        if path.is_file():
+            there = load_config(path)
+            _refuse_edited(cell, path, _without_place(there.resolved().model_dump(mode="json")))
+            if there == config:
+                return path
+        self._write(f"{RUNS}/{path.name}", dump_config(config))
+        return path
+
+    def run_folder(self, cell: Cell) -> Path:
+        """Where `dude train` works for a cell."""
+        return self.path / RUNS / cell.name
+
+    def log(self, cell: Cell) -> Path:
+        """Where a run's words go."""
+        return self.path / RUNS / f"{cell.name}.log"
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """Notes that a run failed, and why: a result like any."""
+        self._write(f"{RUNS}/{cell.name}.failed.json", json_text(sealed({"run": cell.name, "reason": reason})))
+
+    def failure(self, cell: Cell) -> str | None:
+        """Why it failed; None where it has not."""
+        path = self.path / RUNS / f"{cell.name}.failed.json"
+        return str(read_sealed(path, "remove it to try the run again")["reason"]) if path.is_file() else None
+
+    def trial(self, cell: Cell, rows: Rows) -> Trial | None:
+        """What a run of stage 1 came to; None where it has not ended.
+
+        Raises:
+            ConfigError, ArtifactError, DataError: the run is not the one that belongs here.
+        """
+        known = self._known.get(cell.name)
+        if known is None:
+            about: Any = (cell.method, cell.settings, cell.rate, cell.seed)
+            if (reason := self.failure(cell)) is not None:
+                known = Trial(*about, None, reason, None, None)
+            elif (report := self.report(cell, rows)) is not None and report.after is not None:
+                curve = tuple((int(line["step"]), float(line["eval_loss"])) for line in self._lines(cell, "eval_loss"))
+                seconds = report.seconds["training"]
+                known = Trial(*about, report.after.loss, None, seconds, report.steps, curve)
+        return self._keep(cell, known)
+
+    def final(self, cell: Cell, rows: Rows) -> Final | None:
+        """The same of stage 2."""
+        known = self._known.get(cell.name)
+        if known is None:
+            about: Any = (cell.method, cell.settings, cell.rate, cell.seed)
+            if (reason := self.failure(cell)) is not None:
+                known = Final(*about, (), (), None, reason)
+            elif (report := self.report(cell, rows)) is not None and report.after is not None:
+                known = Final(*about, report.after.losses, report.after.tokens, right_of(report.after), None)
+                known = self._with_costs(cell, known, report)
+        return self._keep(cell, known)
+
+    def trials(self) -> list[Trial]:
+        """Those that were read so far."""
+        return [known for known in self._known.values() if isinstance(known, Trial)]
+
+    def _keep(self, cell: Cell, result: Any) -> Any:
+        if result is not None:
+            self._known[cell.name] = result
+        return result
+
+    def _with_costs(self, cell: Cell, final: Final, report: RunReport) -> Final:
+        general = report.data.get("general_test", {}).get("measured")
+        lines = self._lines(cell, "loss")
+        weights = (self.run_folder(cell) / ADAPTER).glob("*.safetensors")
+        costs: dict[str, Any] = {
+            "seconds_per_step": report.seconds["training"] / report.steps,
+            "peak_memory": max((int(line["memory_bytes"]) for line in lines), default=0) or None,
+            "adapter_bytes": sum(path.stat().st_size for path in weights),
+            "trained_parameters": report.trainable_parameters,
+            "start_seconds": report.seconds.get("adapter"),
+            "curve": tuple((int(line["step"]), float(line["loss"])) for line in lines),
+        }
+        if general:
+            first, last = general[0], general[-1]
+            costs["forgetting"] = Forgetting(
+                loss=last["loss"],
+                base_loss=first["loss"],
+                kl_forward=last["kl_base_tuned"],
+                kl_reverse=last["kl_tuned_base"],
+            )
+        return Final(**{**final.__dict__, **costs})
+
+    def report(self, cell: Cell, rows: Rows) -> RunReport | None:
+        """That of a run that has ended, checked: it is this run, on these rows. None where it has not ended."""
+        folder = self.run_folder(cell)
+        if (there := recorded_config(folder)) is not None:
+            _refuse_edited(cell, folder, _without_place(there))
+        if not (folder / REPORT).is_file():
+            return None
+        try:
+            report = RunReport.read(folder / REPORT)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"run {cell.name}: {str(error).partition(';')[0]}; remove its folder, it runs again"
+            ) from error
+        _refuse_edited(cell, folder, _without_place(report.config))
+        rows.check(cell, report)
+        return report
+
+    def _lines(self, cell: Cell, key: str) -> list[dict[str, Any]]:
+        """The lines of a run's metrics.jsonl that have a key."""
+        path = self.run_folder(cell) / METRICS
+        try:
+            wanted = (RunReport.read(self.run_folder(cell) / REPORT).files or {}).get(METRICS)
+            if wanted != file_sha256(path):
+                raise ValueError("it was changed")
+            with open_file(path) as file:
+                lines = [json.loads(line) for line in file]
+            return [line for line in lines if key in line]
+        except (OSError, ValueError) as error:
+            if isinstance(error, DudeError):
+                raise
+            raise ArtifactError(f"{shown(path, 300)} is damaged; remove the run's folder, it runs again") from error
+
+    def _write(self, name: str, text: str) -> None:
+        with disk_errors(self.path / name):
+            replace_file(self.path / name, text.encode("utf-8"))
+
+
+def right_of(score: Score) -> tuple[bool, ...] | None:
+    """Of each answered question whether the answer was right; None without questions."""
+    return tuple(answer.right for answer in score.answers) or None
+
+
+def _without_place(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "output_dir"}
+
+
+def _refuse_edited(cell: Cell, path: Path, there: dict[str, Any]) -> None:
+    ours = _without_place(cell.config.model_dump(mode="json"))
+    if content_sha256(there) == content_sha256(ours):
+        return
+    raise ConfigError(
+        f"{shown(path, 300)}: this run was edited ({changes(ours, there)}); restore it, or remove it to run it anew"
+    )

@@ -1,0 +1,123 @@
+"""Stage 1: which rates are tried, and which setting wins. Every method gets the same number of trials.
+
+A best rate that is the lowest or the highest tried says nothing about the rates beyond it. Then the method gets one rate
+more on that side, and every other method one more too: half-way between its best rate and the better neighbour. This is
+repeated until every best rate lies inside, or as often as the grid allows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dude_peft.compare.cells import Cell, Contestant, Grid, Settings, rounded
+from dude_peft.compare.outcome import Trial
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The setting that won stage 1."""
+
+    rate: float
+    settings: Settings
+    loss: float
+    """Mean validation loss over the tuning seeds."""
+    edge: str = ""
+    """`lowest` or `highest` where no lower or higher rate was tried, else empty."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where stage 1 stands."""
+
+    cells: tuple[Cell, ...]
+    """All that belong to it so far."""
+    waiting: tuple[Cell, ...]
+    """Those without a result; none where the stage is over."""
+    rates: Mapping[str, tuple[float, ...]]
+    added: Mapping[str, tuple[float, ...]]
+    """Rates beyond the grid's own, in the order in which they were added."""
+    choices: Mapping[str, Choice | None]
+    """None for a method of which every setting failed; empty until the stage is over."""
+
+
+def stage_one(grid: Grid, result: Callable[[Cell], Trial | None], most_runs: int) -> Stage:
+    """Where stage 1 stands, from the results that are there: the same whenever it is asked.
+
+    Args:
+        grid: the comparison.
+        result: of a cell, None where there is none yet.
+        most_runs: of both stages; no rate is added beyond.
+    """
+    rates = {each.name: each.rates for each in grid.contestants}
+    added: dict[str, tuple[float, ...]] = {each.name: () for each in grid.contestants}
+    for extension in range(grid.config.extend + 1):
+        cells = _in_turn([list(grid.tuning(each, rates[each.name])) for each in grid.contestants])
+        found = [result(cell) for cell in cells]
+        trials = [trial for trial in found if trial is not None]
+        if len(trials) < len(cells):
+            waiting = tuple(cell for cell, trial in zip(cells, found, strict=True) if trial is None)
+            return Stage(tuple(cells), waiting, rates, added, {})
+        choices = {each.name: choose(trials, each, rates[each.name]) for each in grid.contestants}
+        inside = all(choice is not None and not choice.edge for choice in choices.values())
+        room = grid.runs + (extension + 1) * grid.round <= most_runs
+        if inside or extension == grid.config.extend or not room:
+            break
+        for each in grid.contestants:
+            new = next_rate(rates[each.name], choices[each.name], _losses(trials, each, rates[each.name]))
+            added[each.name] += (new,)
+            rates[each.name] = tuple(sorted((*rates[each.name], new)))
+    return Stage(tuple(cells), (), rates, added, choices)
+
+
+def choose(trials: Sequence[Trial], contestant: Contestant, rates: Sequence[float]) -> Choice | None:
+    """The setting with the lowest mean loss over its seeds; one failure is enough for a setting not to win."""
+    best: Choice | None = None
+    for (rate, settings), loss in _means(trials, contestant):
+        if math.isfinite(loss) and (best is None or loss < best.loss):
+            edge = "lowest" if rate == min(rates) else "highest" if rate == max(rates) else ""
+            best = Choice(rate, settings, loss, edge)
+    return best
+
+
+def next_rate(rates: Sequence[float], choice: Choice | None, losses: Mapping[float, float]) -> float:
+    """The rate that is tried next, beyond the edge or beside the best.
+
+    Args:
+        rates: those that were tried, from the lowest.
+        choice: the best setting; None where all failed, which asks for a lower rate.
+        losses: of each rate, the best of its settings.
+    """
+    if choice is None or choice.edge == "lowest":
+        return rounded(rates[0] * (rates[0] / rates[1] if len(rates) > 1 else 10**-0.5))
+    if choice.edge == "highest":
+        return rounded(rates[-1] * (rates[-1] / rates[-2] if len(rates) > 1 else 10**0.5))
+    place = list(rates).index(choice.rate)
+    neighbour = min(rates[place - 1], rates[place + 1], key=lambda rate: (losses[rate], rate))
+    between = math.sqrt(choice.rate * neighbour)
+    return between if rounded(between) in rates else rounded(between)
+
+
+def _losses(trials: Sequence[Trial], contestant: Contestant, rates: Sequence[float]) -> dict[float, float]:
+    found = dict.fromkeys(rates, math.inf)
+    for (rate, _), loss in _means(trials, contestant):
+        found[rate] = min(found[rate], loss)
+    return found
+
+
+def _means(trials: Sequence[Trial], contestant: Contestant) -> Iterator[tuple[tuple[float, Settings], float]]:
+    """((rate, settings), mean validation loss over the seeds), from the lowest rate; infinite where a seed failed."""
+    groups: dict[str, list[Trial]] = {}
+    own = sorted((trial for trial in trials if trial.method == contestant.name), key=lambda trial: trial.learning_rate)
+    for trial in own:
+        groups.setdefault(repr((trial.learning_rate, trial.settings)), []).append(trial)
+    for group in groups.values():
+        losses = [math.inf if trial.validation_loss is None else trial.validation_loss for trial in group]
+        yield (group[0].learning_rate, group[0].settings), math.fsum(losses) / len(losses)
+
+
+def _in_turn(queues: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """One of each method in turn, so that what else the machine does falls on all of them."""
+    return [cell for together in itertools.zip_longest(*queues) for cell in together if cell is not None]
