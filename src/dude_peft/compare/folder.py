@@ -1,4 +1,4 @@
-"""The folder of a comparison: what it compares, and of every run its configuration, its ordinary folder, or its failure.
+"""The folder of a comparison: what it compares, and the configuration, the ordinary folder or the failure of every run.
 
 grid.json               what is compared, sealed: another grid is refused here
 runs/NAME.yaml          the configuration of a run, as `dude train` takes it
@@ -31,7 +31,6 @@ from dude_peft.folder.record import ADAPTER, METRICS, REPORT, RunReport, Score
 from dude_peft.show import shown
 
 GRID = "grid.json"
-_HIDDEN = "."
 
 
 class CompareFolder:
@@ -53,9 +52,9 @@ class CompareFolder:
         name = shown(self.path, 300)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir: {name} is a file; choose another folder")
-        if self.path.is_dir() and not (self.path / GRID).is_file():
-            if any(not entry.name.startswith(_HIDDEN) for entry in self.path.iterdir()):
-                raise ConfigError(f"output_dir: {name} is not empty, and holds no comparison; choose another folder")
+        ours = not self.path.is_dir() or (self.path / GRID).is_file()
+        if not ours and any(not _left_by_a_start(entry) for entry in self.path.iterdir()):
+            raise ConfigError(f"output_dir: {name} is not empty, and holds no comparison; choose another folder")
         with disk_errors(self.path):
             (self.path / RUNS).mkdir(parents=True, exist_ok=True)
             lock = RunLock(self.path)
@@ -215,6 +214,11 @@ class CompareFolder:
 def right_of(score: Score) -> tuple[bool, ...] | None:
     """Of each answered question whether the answer was right; None without questions."""
     return tuple(answer.right for answer in score.answers) or None
+
+
+def _left_by_a_start(entry: Path) -> bool:
+    """Whether a start that was killed before it wrote grid.json leaves this."""
+    return entry.name.startswith(".dude-") or (entry.name == RUNS and entry.is_dir() and not any(entry.iterdir()))
 
 
 def _without_place(config: dict[str, Any]) -> dict[str, Any]:

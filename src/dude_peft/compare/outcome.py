@@ -15,6 +15,7 @@ from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import read_sealed, sealed
 from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
+from dude_peft.terminal.html import table
 
 NAME = "comparison.json"
 FORMAT = 1
@@ -128,6 +129,12 @@ class Comparison:
         path = folder / NAME
         replace_file(path, (json_text(sealed(asdict(self)), ensure_ascii=False) + "\n").encode("utf-8"))
         return path
+
+    def _repr_html_(self) -> str:
+        from dude_peft.compare.standing import header, standings
+
+        notes = [("warning", text) for text in self.warnings]
+        return table("comparison", standings(self), header(self)) + (table("", notes) if notes else "")
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dude_peft.compare.outcome import NAME, Comparison, Final
+from dude_peft.compare.outcome import NAME, Comparison
+from dude_peft.compare.standing import header, standings
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 
@@ -60,49 +60,10 @@ def show_result(display: Display, found: Comparison, folder: Path) -> None:
     """The warnings, and a line for each method."""
     for warning in found.warnings:
         display.warn(shown(warning, None))
-    judged = "test loss (nats a token)" if found.primary == "loss" else "test answers right"
     table = Table(title="Each method at its best setting", title_justify="left")
-    for column in ("method", "best rate", "validation loss", judged, "failed"):
+    for column in header(found):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in standings(found):
         table.add_row(*(Text(shown(cell, None)) for cell in row))
     display.console.print(table)
     display.say(f"result: {shown(folder / NAME, None)}")
-
-
-def standings(found: Comparison) -> list[tuple[str, ...]]:
-    """Of each method its name, best rate, validation loss, mean over the test runs, and failures, as text."""
-    rows = []
-    for name in found.methods:
-        chosen = found.protocol["chosen"].get(name)
-        finals = [final for final in found.finals if final.method == name]
-        values = [judged_value(final, found.primary) for final in finals if final.failed is None]
-        runs = [run for run in (*found.trials, *found.finals) if run.method == name]
-        failed = sum(run.failed is not None for run in runs)
-        rows.append(
-            (
-                name,
-                "" if chosen is None else f"{chosen['learning_rate']:g}",
-                "" if chosen is None else f"{chosen['validation_loss']:.4f}",
-                _mean(values, found.primary),
-                f"{failed} of {len(runs)}",
-            )
-        )
-    return rows
-
-
-def judged_value(final: Final, primary: str) -> float:
-    """What decides, of one run: mean loss over all tokens, or share of right answers."""
-    if primary == "right":
-        right = final.right or ()
-        return sum(right) / max(len(right), 1)
-    total = math.fsum(loss * count for loss, count in zip(final.losses, final.tokens, strict=True))
-    return total / max(sum(final.tokens), 1)
-
-
-def _mean(values: list[float], primary: str) -> str:
-    if not values:
-        return ""
-    mean = math.fsum(values) / len(values)
-    of = f" ({len(values)} seeds)" if len(values) > 1 else " (one seed)"
-    return (f"{mean:.4f}" if primary == "loss" else f"{100 * mean:.1f} %") + of

@@ -1,8 +1,8 @@
 """Stage 1: which rates are tried, and which setting wins. Every method gets the same number of trials.
 
-A best rate that is the lowest or the highest tried says nothing about the rates beyond it. Then the method gets one rate
-more on that side, and every other method one more too: half-way between its best rate and the better neighbour. This is
-repeated until every best rate lies inside, or as often as the grid allows.
+A best rate that is the lowest or the highest tried says nothing about the rates beyond it. Then the method gets one
+rate more on that side, and every other method one more too: half-way between its best rate and the better neighbour.
+This is repeated until every best rate lies inside, or as often as the grid allows.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class GridConfig(Section):
     ranks: Annotated[list[Count], Field(min_length=1), AfterValidator(_different)] | None = None
     """Ranks. Every method competes at each of them, under the name `METHOD r=RANK`."""
 
-    axes: dict[Text, Annotated[list[Any], Field(min_length=1), AfterValidator(_different)]] = {}
+    axes: dict[Text, Annotated[list[Any], Field(min_length=1), AfterValidator(_different)]] = Field(default={})
     """Other keys of `adapter` and `train` that are tuned, each with its values: `train.warmup_steps: [0, 0.05]`."""
 
     validation: Rows = ShareSection(share=0.1)
@@ -64,10 +64,10 @@ class GridConfig(Section):
     primary: Literal["loss", "right"] = "loss"
     """What decides: the loss of the test answers, or the share of test questions that are answered right."""
 
-    tuning_seeds: Seeds = [0]
+    tuning_seeds: Seeds = Field(default=[0])
     """Seeds of the first stage. A setting is judged by its mean over them."""
 
-    final_seeds: Seeds = [1, 2, 3]
+    final_seeds: Seeds = Field(default=[1, 2, 3])
     """Seeds of the second stage; none of them is a tuning seed."""
 
     extend: Annotated[int, Field(ge=0, le=10)] = 3
