@@ -145,6 +145,8 @@ def test_the_log_tells_what_goes_on_and_what_comes_next(finished):
     assert "; ETA " in finished.stdout
     assert "best so far " in finished.stdout
     assert "Each method at its best setting" in finished.stdout
+    assert finished.stdout.splitlines()[-2:][0] == "next:"
+    assert finished.stdout.splitlines()[-1].startswith("  dude chat out/runs/test-")
 
 
 def test_the_same_command_again_runs_nothing_and_writes_the_same_bytes(place, finished):
@@ -326,7 +328,7 @@ def with_run(**changes: Any) -> dict[str, Any]:
 REFUSED = {
     "unknown method": (grid(methods=["dude", "lorra"]), ConfigError, r"there is no method 'lorra'.*closest: 'lora'"),
     "unknown axis": (grid(axes={"train.warmup_step": [0]}), ConfigError, r"'axes'.*closest: 'train.warmup_steps'"),
-    "unknown override": (grid(methods=[{"dude": {"adapter.rank": 2}}]), ConfigError, r"dude: key 'adapter.rank' is unk"),
+    "unknown override": (grid(methods=[{"dude": {"adapter.rank": 2}}]), ConfigError, r"dude: key 'adapter.rank' is"),
     "unknown key": (grid(seeds=[1]), ConfigError, r"key 'seeds' is unknown"),
     "wrong value": (grid(axes={"train.warmup_steps": [-1]}), ConfigError, r"expected a number >= 0"),
     "other data": (grid(methods=[{"dude": {"data.train": "x"}}]), ConfigError, r"different data or another model"),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dude_peft.artifact.sealed import content_sha256
 from dude_peft.config.grid import GridConfig
-from dude_peft.config.reading import with_values
+from dude_peft.config.reading import check_key, with_values
 from dude_peft.config.schema import RunConfig, ShareSection
 from dude_peft.errors import ConfigError
 from dude_peft.model.load import with_only_gguf
@@ -173,7 +173,7 @@ class Grid:
     def _combinations(self) -> list[Settings]:
         axes = self.config.axes
         for key in axes:
-            _check_key(key, "key 'axes'", self.run)
+            _check_key(key, "key 'axes'")
             if key == "adapter.method":
                 raise ConfigError("key 'axes': adapter.method is no axis; name the methods in 'methods'")
         for key, values in axes.items():
@@ -188,7 +188,10 @@ class Grid:
             for name, overrides in ({entry: {}} if isinstance(entry, str) else entry).items():
                 where = f"key 'methods': {shown(name)}"
                 for key in overrides:
-                    _check_key(key, where, self.run)
+                    _check_key(key, where)
+                    if key in self.config.axes or (key == "adapter.r" and self.config.ranks):
+                        other = "ranks" if key == "adapter.r" and self.config.ranks else "axes"
+                        raise ConfigError(f"{where}: {key} is also set by {other!r}; keep one of them")
                 own = with_values(self.run, {"adapter.method": name, "train.learning_rate": None, **overrides}, where)
                 rates = listed.get(name) if isinstance(listed, dict) else listed
                 if isinstance(listed, dict) and rates is None:
@@ -220,14 +223,14 @@ def _plain(rows: Any) -> Any:
     return rows if isinstance(rows, str) else rows.model_dump(mode="json")
 
 
-def _check_key(key: str, where: str, run: RunConfig) -> None:
-    """Only what belongs to a method may differ; an unknown key is told with the closest one."""
+def _check_key(key: str, where: str) -> None:
+    """Only what belongs to a method may differ."""
+    check_key(key, where)
     if key in _OURS and key != "train.learning_rate":
         raise ConfigError(f"{where}: {shown(key)} is the comparison's own; use tuning_seeds and final_seeds")
     if key == "train.learning_rate" and where == "key 'axes'":
         raise ConfigError(f"{where}: {key} is tuned anyway; use learning_rates")
     if not key.startswith(_TUNED):
-        with_values(run, {key: None}, where)  # a key that does not exist says so
         raise ConfigError(
             f"{where}: {shown(key)} would show the methods different data or another model; only keys of adapter and "
             "train may differ"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.durable import disk_errors
@@ -15,12 +16,15 @@ from dude_peft.compare.outcome import Comparison, Trial
 from dude_peft.compare.result import final_cells, first_warnings, gather
 from dude_peft.compare.rows import Rows, check_primary, read_rows
 from dude_peft.compare.screen import Progress, show_result
+from dude_peft.compare.standing import best_method
 from dude_peft.compare.tuning import Stage, stage_one
 from dude_peft.config.grid import GridConfig
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.folder.record import ADAPTER
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 
@@ -58,6 +62,11 @@ def compare(
         with disk_errors(this.folder.path):
             found.write(this.folder.path)
     show_result(display, found, this.folder.path)
+    if (adapter := this.best_adapter(found)) is not None:
+        gguf_file = this.grid.run.model.gguf_file
+        tell_next(
+            display, ["chat", str(adapter), *([] if gguf_file is None else ["--gguf-file", gguf_file]), "--compare"]
+        )
     return found
 
 
@@ -136,6 +145,12 @@ class Work:
         if best is None:
             return ""
         return f"; best so far {shown(best.method)} at {best.learning_rate:g}: {best.validation_loss:.4f}"
+
+    def best_adapter(self, found: Comparison) -> Path | None:
+        """The adapter of the first test run of the best method."""
+        best = best_method(found)
+        cells = (cell for cell in final_cells(self.grid, self.stage()) if cell.method == best)
+        return next((self.folder.run_folder(cell) / ADAPTER for cell in cells), None)
 
     def _result(self, cell: Cell) -> Any:
         return (self.folder.trial if cell.stage == "tune" else self.folder.final)(cell, self.rows)

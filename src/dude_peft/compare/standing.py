@@ -34,6 +34,17 @@ def standings(found: Comparison) -> list[tuple[str, ...]]:
     return rows
 
 
+def best_method(found: Comparison) -> str | None:
+    """The method with the best mean over its test runs, of those that did not fail once; None without any."""
+    means = {}
+    for name in found.methods:
+        finals = [final for final in found.finals if final.method == name]
+        if finals and all(final.failed is None for final in finals):
+            means[name] = math.fsum(judged_value(final, found.primary) for final in finals) / len(finals)
+    choose = min if found.primary == "loss" else max
+    return choose(means, key=lambda name: means[name]) if means else None
+
+
 def judged_value(final: Final, primary: str) -> float:
     """What decides, of one run: mean loss over all tokens, or share of right answers."""
     if primary == "right":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dude_peft.config.grid import GridConfig
 from dude_peft.config.reading import closest_key
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
@@ -46,6 +47,12 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
         hint = instead_of(word) or (f"closest: {closest}" if closest else "dude config explain lists them all")
         raise ConfigError(f"unknown key {quoted(key)}; {hint}")
     return found
+
+
+def explain_grid() -> list[tuple[str, str, str, str]]:
+    """The same of every key of a comparison."""
+    definitions = _standard(GridConfig.model_json_schema())
+    return _rows(definitions, definitions, "")
 
 
 def choices(key: str | None) -> list[str]:
@@ -108,7 +115,8 @@ def _values(entry: dict[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_values(entry['items'])}"
     if entry.get("type") == "object":
-        return f"names -> {_values(entry['additionalProperties'])}"
+        inner = entry["additionalProperties"]
+        return "names -> " + ("values" if inner is True else _values(inner))
     for word, limit in (
         ("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")
     ):  # fmt: skip

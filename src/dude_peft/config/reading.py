@@ -107,6 +107,15 @@ def load_grid(
     return grid, _validate(run)
 
 
+def check_key(name: str, where: str) -> None:
+    """Raises ConfigError, with the closest one, where a run has no key of this name, as `train.max_steps`."""
+    if "." in name and name in _known_keys(RunConfig):
+        return
+    closest = closest_key(tuple(name.split(".")))
+    hint = f"closest: {closest!r}" if closest and "." in closest else "dude config explain lists them all"
+    raise ConfigError(f"{where}: key {quoted(name)} is unknown; {hint}")
+
+
 def with_values(config: RunConfig, values: Mapping[str, Any], where: str) -> RunConfig:
     """The run with other values, by keys as `train.max_steps`.
 
@@ -120,8 +129,6 @@ def with_values(config: RunConfig, values: Mapping[str, Any], where: str) -> Run
     """
     tree = _tree_of(config.model_dump(mode="json", exclude_unset=True))
     for name, value in values.items():
-        if not all(name.split(".")):
-            raise ConfigError(f"{where}: {quoted(name)} is no key; write for example train.max_steps")
         _write_over(tuple(name.split(".")), _plain(value), where, tree)
     changed: RunConfig = _validate(tree)
     return changed
@@ -476,7 +483,7 @@ def closest_key(key: Key, kind: type[Section] = RunConfig) -> str | None:
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
     siblings = _siblings(key, kind)
     elsewhere = {known.rpartition(".")[2]: known for known in _known_keys(kind)}
-    if meant := our_key(last) or elsewhere.get(last):
+    if meant := (our_key(last) if kind is RunConfig else None) or elsewhere.get(last):
         return meant
     if near := _near(last, siblings) or _abbreviated(last, siblings):
         return f"{prefix}.{near}" if prefix else near
