@@ -265,36 +265,53 @@ def stage(best: dict[str, float | None], *, extend: int = 3, most_runs: int = 20
     return made, stage_one(made, trial, most_runs)
 
 
+def own(method: str) -> float:
+    return dude_peft.METHODS[method].learning_rate
+
+
 def test_the_default_rates_are_half_decades_around_the_methods_own():
     made, _ = stage({"dude": 1e-4, "lora": 1e-4})
     for each in made.contestants:
-        own = dude_peft.METHODS[each.name].learning_rate
-        assert each.rates == tuple(around(own))
+        assert each.rates == tuple(around(own(each.name)))
+        assert each.rates[2] == own(each.name)
         assert each.rates[-1] / each.rates[0] == pytest.approx(100)
 
 
 def test_a_best_rate_on_the_edge_extends_the_grid_and_the_others_get_as_many_trials():
-    _, found = stage({"dude": 1e-6, "lora": 2e-4})
+    peak = own("dude") / 10**1.5
+    _, found = stage({"dude": peak, "lora": own("lora") * 1.2})
     assert found.choices["dude"].edge == ""
-    assert found.added["dude"][0] < 1e-5
-    assert min(found.rates["dude"]) < 1e-6
-    assert len(found.rates["dude"]) == len(found.rates["lora"])
-    assert min(found.rates["lora"]) == min(around(dude_peft.METHODS["lora"].learning_rate)), "refined, not extended"
-    assert abs(found.choices["lora"].rate / 2e-4 - 1) < 0.5
+    assert found.choices["dude"].rate == pytest.approx(peak, rel=0.01)
+    assert len(found.added["dude"]) == len(found.added["lora"]) == 2
+    assert max(found.added["dude"]) < min(around(own("dude")))
+    assert min(found.rates["lora"]) == min(around(own("lora"))), "refined, not extended"
+    assert found.added["lora"][0] == pytest.approx(own("lora") * 10**0.25, rel=0.01)
 
 
-@pytest.mark.parametrize(("limits", "added"), [({"extend": 2}, 2), ({"extend": 0}, 0), ({"most_runs": 12 + 4}, 1)])
+@pytest.mark.parametrize(("limits", "added"), [({"extend": 2}, 2), ({"extend": 0}, 0), ({"most_runs": 12 + 4}, 2)])
 def test_extension_is_bounded_and_the_edge_is_told(limits, added):
-    _, found = stage({"dude": 1e-12, "lora": 2e-4}, final_seeds=[1], **limits)
+    made, found = stage({"dude": 1e-12, "lora": own("lora")}, final_seeds=[1], **limits)
+    assert (made.runs, made.round) == (12, 2)
     assert len(found.added["dude"]) == added
     assert found.choices["dude"].edge == "lowest"
 
 
 def test_where_all_trials_fail_lower_rates_are_tried_and_nothing_is_chosen():
-    _, found = stage({"dude": None, "lora": 2e-4})
+    _, found = stage({"dude": None, "lora": own("lora")})
     assert found.choices["dude"] is None
-    assert max(found.added["dude"]) < min(around(dude_peft.METHODS["dude"].learning_rate))
+    assert max(found.added["dude"]) < min(around(own("dude")))
     assert found.choices["lora"] is not None
+
+
+def test_halving_keeps_the_better_half_of_each_method_and_records_the_rest():
+    made, found = stage({"dude": own("dude"), "lora": own("lora")}, prune=[0.25, 0.5])
+    assert made.trials == 5 + 3 + 2
+    assert len(found.short) == 2 * (5 + 3)
+    assert {cell.config.train.max_steps for cell in found.short} == {1, 2}
+    assert len(found.cells) == 2 * 2
+    assert [(each.share, each.method) for each in found.pruned].count((0.25, "dude")) == 2
+    assert {each.rate for each in found.pruned if each.method == "lora"}.isdisjoint({own("lora")})
+    assert found.choices["lora"].rate == own("lora")
 
 
 def test_the_three_parts_of_the_rows_have_no_question_in_common(place, monkeypatch):
@@ -306,7 +323,7 @@ def test_the_three_parts_of_the_rows_have_no_question_in_common(place, monkeypat
     shares = grid(test=0.25, validation=0.2)
     made = Grid(*load_grid(shares))
     each = made.contestants[0]
-    cell = next(made.tuning(each, each.rates))
+    cell = next(made.tuning(each, made.points(each.rates)))
     tokenizer = load_tokenizer(ModelSection(name_or_path="model"), "model")
     tuned, judged = (read(one.config, tokenizer) for one in (cell, made.final(each, 1e-3, {}, 1)))
     learned, validation, test = (
@@ -335,6 +352,9 @@ REFUSED = {
     "data axis": (grid(axes={"data.max_length": [8, 9]}), ConfigError, r"different data or another model"),
     "twice": (grid(methods=["dude", "dude"]), ConfigError, r"dude is named twice"),
     "unequal": (grid(learning_rates={"dude": [1e-3], "lora": [1e-3, 1e-4]}), ConfigError, r"same number of trials"),
+    "set twice": (
+        grid(methods=["lora", {"dude": {"adapter.r": 2}}], ranks=[4]), ConfigError, r"dude: adapter.r is also set",
+    ),
     "seed not fresh": (grid(final_seeds=[0, 1]), ConfigError, r"0 is a tuning seed too"),
     "too many": (grid(max_runs=9), ConfigError, r"takes 10 runs, but max_runs is 9"),
     "chosen by the test": (with_run(evaluation={"eval_steps": 1, "early_stopping_patience": 1}), ConfigError, r"judge"),

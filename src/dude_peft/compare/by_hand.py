@@ -40,9 +40,9 @@ def dry_run(
     plans = {}
     with display.waiting("planning each method"):
         for each in grid.contestants:
-            cell = next(grid.tuning(each, each.rates))
+            cell = next(grid.tuning(each, grid.points(each.rates)))
             plans[each.name] = plan(cell.placed(Path(config.output_dir)), quiet=True)
-    first = next(grid.tuning(grid.contestants[0], grid.contestants[0].rates))
+    first = next(grid.tuning(grid.contestants[0], grid.points(grid.contestants[0].rates)))
     with display.waiting(f"timing {_TIMED_STEPS} steps of {shown(first.method)}"):
         timed = _timed(first, default_threads(jobs))
     show_facts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _HALF_DECADES = (-2, -1, 0, 1, 2)
 _UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
 
 Settings = dict[str, Any]
+Point = tuple[float, Settings]
+"""A rate, and the values of the axes."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,21 @@ class Cell:
     seed: int
     config: RunConfig
     """What `dude train` runs."""
+    share: float = 1.0
+    """Of the training length: below 1 in a run that only prunes."""
 
     @cached_property
     def name(self) -> str:
         """Of its folder: readable, and its own."""
         content = self.config.model_dump(mode="json", exclude={"output_dir"})
-        label = _UNSAFE.sub("-", f"{self.stage}-{self.method}-{self.rate:g}-seed{self.seed}")[:80]
+        stage = self.stage if self.share == 1 else f"{self.stage}{self.share:g}"
+        label = _UNSAFE.sub("-", f"{stage}-{self.method}-{self.rate:g}-seed{self.seed}")[:80]
         return f"{label}-{content_sha256(content)[:8]}"
 
     def __str__(self) -> str:
         axes = "".join(f", {key.rpartition('.')[2]} {value}" for key, value in self.settings.items())
-        return shown(f"{self.method}, rate {self.rate:g}{axes}, seed {self.seed}", 200)
+        length = "" if self.share == 1 else f", {100 * self.share:g} % of the length"
+        return shown(f"{self.method}, rate {self.rate:g}{axes}{length}, seed {self.seed}", 200)
 
     def placed(self, folder: Path) -> RunConfig:
         """Its configuration in a comparison's folder."""
@@ -103,10 +110,14 @@ class Grid:
         rates = {each.name: list(each.rates) for each in self.contestants}
         return {**grid, "methods": own, "learning_rates": rates}
 
-    def tuning(self, contestant: Contestant, rates: Sequence[float]) -> Iterator[Cell]:
-        """The cells of stage 1 of one contestant: every rate, axes' values and tuning seed."""
-        for rate, settings, seed in itertools.product(rates, self.combinations, self.config.tuning_seeds):
-            yield self._cell("tune", contestant, settings, rate, seed)
+    def points(self, rates: Sequence[float]) -> list[Point]:
+        """Every rate with every combination of the axes' values."""
+        return list(itertools.product(rates, self.combinations))
+
+    def tuning(self, contestant: Contestant, points: Sequence[Point], share: float = 1.0) -> Iterator[Cell]:
+        """The cells of stage 1 of one contestant: each point with each tuning seed, over a share of the length."""
+        for (rate, settings), seed in itertools.product(points, self.config.tuning_seeds):
+            yield self._cell("tune", contestant, settings, rate, seed, share)
 
     def final(self, contestant: Contestant, rate: float, settings: Settings, seed: int) -> Cell:
         """A cell of stage 2."""
@@ -114,8 +125,11 @@ class Grid:
 
     @property
     def trials(self) -> int:
-        """Runs of stage 1 of one contestant, before any extension."""
-        return len(self.contestants[0].rates) * len(self.combinations) * len(self.config.tuning_seeds)
+        """Runs of stage 1 of one contestant, before any extension; those that prune among them."""
+        points = [len(self.contestants[0].rates) * len(self.combinations)]
+        for _ in self.config.prune:
+            points.append(half(points[-1]))
+        return sum(points) * len(self.config.tuning_seeds)
 
     @property
     def runs(self) -> int:
@@ -137,12 +151,18 @@ class Grid:
             )
 
     def _cell(
-        self, stage: Literal["tune", "test"], contestant: Contestant, settings: Settings, rate: float, seed: int
+        self,
+        stage: Literal["tune", "test"],
+        contestant: Contestant,
+        settings: Settings,
+        rate: float,
+        seed: int,
+        share: float = 1.0,
     ) -> Cell:
         values = {**settings, "train.learning_rate": rate, "train.seed": seed, "adapter.svd_seed": seed}
         values |= self._judged_by(stage)
-        config = with_values(contestant.config, values, f"{stage} {shown(contestant.name)}")
-        return Cell(stage, contestant.name, dict(settings), rate, seed, config.resolved())
+        config = with_values(contestant.config, values, f"{stage} {shown(contestant.name)}").resolved()
+        return Cell(stage, contestant.name, dict(settings), rate, seed, _shortened(config, share), share)
 
     def _judged_by(self, stage: str) -> Settings:
         """The rows that judge a stage. The test is not even named in the runs of the first one."""
@@ -205,6 +225,21 @@ class Grid:
                     yield Contestant(named, at, tuple(sorted(rates or around(middle))))
         if isinstance(listed, dict) and (unknown := [name for name in listed if name not in seen]):
             raise ConfigError(f"key 'learning_rates': {shown(unknown[0])} is not among the methods; remove it")
+
+
+def _shortened(config: RunConfig, share: float) -> RunConfig:
+    """The run over a share of its length."""
+    train = config.train
+    if share == 1:
+        return config
+    if train.max_steps is not None:
+        return with_values(config, {"train.max_steps": math.ceil(share * train.max_steps)}, "key 'prune'")
+    return with_values(config, {"train.num_train_epochs": share * (train.num_train_epochs or 1)}, "key 'prune'")
+
+
+def half(count: int) -> int:
+    """How many of so many settings go on where the worse half stops."""
+    return (count + 1) // 2
 
 
 def around(rate: float) -> list[float]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from dude_peft.compare.cells import Cell, Grid
 from dude_peft.compare.folder import CompareFolder, right_of
 from dude_peft.compare.outcome import Base, Comparison, Final, Trial
 from dude_peft.compare.rows import Rows
-from dude_peft.compare.tuning import Choice, Stage
+from dude_peft.compare.tuning import Choice, Pruned, Stage
 from dude_peft.show import shown
 
 NO_RATE = "no trial of this method ended well, so there was no setting to test"
@@ -23,8 +25,9 @@ def gather(grid: Grid, folder: CompareFolder, rows: Rows, stage: Stage, finals: 
     tested += [_without_rate(name, seed) for name in lost for seed in grid.config.final_seeds]
     reports = [report for cell in (*stage.cells, *finals) if (report := folder.report(cell, rows)) is not None]
     base = next((report.before for report in reports if report.seed in grid.config.final_seeds), None)
-    wanted = len(stage.cells) + len(grid.contestants) * len(grid.config.final_seeds)
-    missing = wanted - len(trials) - len(tested)
+    wanted = len(stage.cells) + len(stage.short) + len(grid.contestants) * len(grid.config.final_seeds)
+    short = [cell for cell in stage.short if folder.trial(cell, rows) is not None]
+    missing = wanted - len(trials) - len(short) - len(tested)
     hashes = rows.hashes["test"] | {"validation": rows.hashes["tune"]["test"], "tuning": rows.hashes["tune"]["train"]}
     return Comparison(
         name=folder.path.name,
@@ -71,6 +74,7 @@ def _protocol(grid: Grid, rows: Rows, stage: Stage, missing: int) -> dict[str, A
         "learning_rates": {name: list(rates) for name, rates in stage.rates.items()},
         "added_rates": {name: list(rates) for name, rates in stage.added.items() if rates},
         "axes": config.axes,
+        "pruned": [_stopped(each) for each in stage.pruned],
         "chosen": {name: _chosen(choice) for name, choice in stage.choices.items()},
         "steps": train.max_steps,
         "epochs": train.num_train_epochs if train.max_steps is None else None,
@@ -83,6 +87,11 @@ def _chosen(choice: Choice | None) -> dict[str, Any] | None:
     if choice is None:
         return None
     return {"learning_rate": choice.rate, "settings": choice.settings, "validation_loss": choice.loss}
+
+
+def _stopped(pruned: Pruned) -> dict[str, Any]:
+    loss = pruned.loss if math.isfinite(pruned.loss) else None
+    return {**asdict(pruned), "loss": loss}
 
 
 def _warnings(grid: Grid, stage: Stage, trials: Sequence[Trial], finals: Sequence[Final], missing: int) -> list[str]:

@@ -94,20 +94,23 @@ class Work:
         stage = self.stage()
         return list(stage.waiting) or [cell for cell in final_cells(self.grid, stage) if not self.ended(cell)]
 
+    def cells(self) -> list[Cell]:
+        """All runs that belong to the comparison so far."""
+        stage = self.stage()
+        return [*stage.short, *stage.cells, *final_cells(self.grid, stage)]
+
     def run_all(self, jobs: int) -> None:
         """Runs what is missing, rate by added rate of stage 1, then stage 2."""
         with Progress(self.display, self.grid.runs) as progress:
-            stage = self.stage()
-            progress.begin(sum(map(self.ended, [*stage.cells, *final_cells(self.grid, stage)])))
+            progress.begin(sum(map(self.ended, self.cells())))
+
+            def told(cell: Cell, running: int) -> None:
+                failed = self._result(cell).failed is not None
+                progress.ended(self.words(cell), running, self.best(), failed=failed)
+
             while cells := self.startable():
-                progress.expect(
-                    len(self.stage().cells) + len(self.grid.contestants) * len(self.grid.config.final_seeds)
-                )
-
-                def told(cell: Cell, running: int) -> None:
-                    failed = self._result(cell).failed is not None
-                    progress.ended(self.words(cell), running, self.best(), failed=failed)
-
+                to_test = 0 if self.stage().over else len(self.grid.contestants) * len(self.grid.config.final_seeds)
+                progress.expect(len(self.cells()) + to_test)
                 Local(self.folder, jobs, self.threads, told).run(cells)
 
     def run_one(self, name: str) -> None:
@@ -116,8 +119,7 @@ class Work:
         Raises:
             ConfigError: there is no such run, or its turn has not come.
         """
-        stage = self.stage()
-        cells = {cell.name: cell for cell in [*stage.cells, *final_cells(self.grid, stage)]}
+        cells = {cell.name: cell for cell in self.cells()}
         if name not in cells:
             raise ConfigError(f"--run {shown(name)}: there is no such run now; --print-commands lists them")
         if not self.ended(cells[name]):
@@ -193,7 +195,7 @@ def opened(
                 import transformers  # noqa: F401  # what takes seconds, in one place
             with display.waiting("reading the rows"):
                 first = grid.contestants[0]
-                some = next(grid.tuning(first, first.rates))
+                some = next(grid.tuning(first, grid.points(first.rates)))
                 rows = read_rows(some, grid.final(first, some.rate, some.settings, config.final_seeds[0]))
         check_primary(config.primary, rows)
         yield Work(grid, folder, rows, display, threads, most)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from dude_peft.compare.cells import Cell, Contestant, Grid, Settings, rounded
+from dude_peft.compare.cells import Cell, Grid, Point, Settings, half, rounded
 from dude_peft.compare.outcome import Trial
 
 
@@ -29,18 +29,39 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """A setting that stopped before its full length."""
+
+    method: str
+    rate: float
+    settings: Settings
+    share: float
+    """Of the training length, where it was judged."""
+    loss: float
+    """Mean validation loss there; infinite where a run failed."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """Where stage 1 stands."""
 
     cells: tuple[Cell, ...]
-    """All that belong to it so far."""
+    """All runs of full length that belong to it so far."""
+    short: tuple[Cell, ...]
+    """Those that prune."""
     waiting: tuple[Cell, ...]
     """Those without a result; none where the stage is over."""
     rates: Mapping[str, tuple[float, ...]]
     added: Mapping[str, tuple[float, ...]]
     """Rates beyond the grid's own, in the order in which they were added."""
-    choices: Mapping[str, Choice | None]
+    pruned: tuple[Pruned, ...] = ()
+    choices: Mapping[str, Choice | None] = field(default_factory=dict)
     """None for a method of which every setting failed; empty until the stage is over."""
+
+    @property
+    def over(self) -> bool:
+        """Whether settings are chosen."""
+        return bool(self.choices)
 
 
 def stage_one(grid: Grid, result: Callable[[Cell], Trial | None], most_runs: int) -> Stage:
@@ -53,29 +74,40 @@ def stage_one(grid: Grid, result: Callable[[Cell], Trial | None], most_runs: int
     """
     rates = {each.name: each.rates for each in grid.contestants}
     added: dict[str, tuple[float, ...]] = {each.name: () for each in grid.contestants}
+    points = {each.name: grid.points(each.rates) for each in grid.contestants}
+    short: list[Cell] = []
+    pruned: list[Pruned] = []
+    for share in grid.config.prune:
+        cells = _in_turn([list(grid.tuning(each, points[each.name], share)) for each in grid.contestants])
+        short += cells
+        trials, waiting = _results(cells, result)
+        if waiting:
+            return Stage((), tuple(short), waiting, rates, added, tuple(pruned))
+        for name, of_it in points.items():
+            points[name], lost = _halved(of_it, _means(trials, name))
+            pruned += [Pruned(name, rate, settings, share, loss) for (rate, settings), loss in lost]
     for extension in range(grid.config.extend + 1):
-        cells = _in_turn([list(grid.tuning(each, rates[each.name])) for each in grid.contestants])
-        found = [result(cell) for cell in cells]
-        trials = [trial for trial in found if trial is not None]
-        if len(trials) < len(cells):
-            waiting = tuple(cell for cell, trial in zip(cells, found, strict=True) if trial is None)
-            return Stage(tuple(cells), waiting, rates, added, {})
-        choices = {each.name: choose(trials, each, rates[each.name]) for each in grid.contestants}
+        full = {name: [*of_it, *grid.points(added[name])] for name, of_it in points.items()}
+        cells = _in_turn([list(grid.tuning(each, full[each.name])) for each in grid.contestants])
+        trials, waiting = _results(cells, result)
+        if waiting:
+            return Stage(tuple(cells), tuple(short), waiting, rates, added, tuple(pruned))
+        choices = {name: choose(trials, name, rates[name]) for name in rates}
         inside = all(choice is not None and not choice.edge for choice in choices.values())
         room = grid.runs + (extension + 1) * grid.round <= most_runs
         if inside or extension == grid.config.extend or not room:
             break
-        for each in grid.contestants:
-            new = next_rate(rates[each.name], choices[each.name], _losses(trials, each, rates[each.name]))
-            added[each.name] += (new,)
-            rates[each.name] = tuple(sorted((*rates[each.name], new)))
-    return Stage(tuple(cells), (), rates, added, choices)
+        for name in rates:
+            new = next_rate(rates[name], choices[name], _losses(trials, name, rates[name]))
+            added[name] += (new,)
+            rates[name] = tuple(sorted((*rates[name], new)))
+    return Stage(tuple(cells), tuple(short), (), rates, added, tuple(pruned), choices)
 
 
-def choose(trials: Sequence[Trial], contestant: Contestant, rates: Sequence[float]) -> Choice | None:
+def choose(trials: Sequence[Trial], method: str, rates: Sequence[float]) -> Choice | None:
     """The setting with the lowest mean loss over its seeds; one failure is enough for a setting not to win."""
     best: Choice | None = None
-    for (rate, settings), loss in _means(trials, contestant):
+    for (rate, settings), loss in _means(trials, method):
         if math.isfinite(loss) and (best is None or loss < best.loss):
             edge = "lowest" if rate == min(rates) else "highest" if rate == max(rates) else ""
             best = Choice(rate, settings, loss, edge)
@@ -100,22 +132,42 @@ def next_rate(rates: Sequence[float], choice: Choice | None, losses: Mapping[flo
     return between if rounded(between) in rates else rounded(between)
 
 
-def _losses(trials: Sequence[Trial], contestant: Contestant, rates: Sequence[float]) -> dict[float, float]:
+def _losses(trials: Sequence[Trial], method: str, rates: Sequence[float]) -> dict[float, float]:
+    """Of each rate the loss of its best setting."""
     found = dict.fromkeys(rates, math.inf)
-    for (rate, _), loss in _means(trials, contestant):
+    for (rate, _), loss in _means(trials, method):
         found[rate] = min(found[rate], loss)
     return found
 
 
-def _means(trials: Sequence[Trial], contestant: Contestant) -> Iterator[tuple[tuple[float, Settings], float]]:
-    """((rate, settings), mean validation loss over the seeds), from the lowest rate; infinite where a seed failed."""
+def _halved(
+    points: Sequence[Point], losses: Sequence[tuple[Point, float]]
+) -> tuple[list[Point], list[tuple[Point, float]]]:
+    """(the better half, in the order of the points, the others with their losses)."""
+    ranked = sorted(losses, key=lambda entry: entry[1])
+    kept = [point for point, _ in ranked[: half(len(points))]]
+    return [point for point in points if point in kept], ranked[half(len(points)) :]
+
+
+def _results(cells: Sequence[Cell], result: Callable[[Cell], Trial | None]) -> tuple[list[Trial], tuple[Cell, ...]]:
+    """(what has come of the cells, those that have no result yet)."""
+    found = [(cell, result(cell)) for cell in cells]
+    waiting = tuple(cell for cell, trial in found if trial is None)
+    return [trial for _, trial in found if trial is not None], waiting
+
+
+def _means(trials: Sequence[Trial], method: str) -> list[tuple[Point, float]]:
+    """(rate and settings, mean validation loss over the seeds), from the lowest rate; infinite where a seed failed."""
     groups: dict[str, list[Trial]] = {}
-    own = sorted((trial for trial in trials if trial.method == contestant.name), key=lambda trial: trial.learning_rate)
+    own = sorted((trial for trial in trials if trial.method == method), key=lambda trial: trial.learning_rate)
     for trial in own:
         groups.setdefault(repr((trial.learning_rate, trial.settings)), []).append(trial)
-    for group in groups.values():
-        losses = [math.inf if trial.validation_loss is None else trial.validation_loss for trial in group]
-        yield (group[0].learning_rate, group[0].settings), math.fsum(losses) / len(losses)
+    return [((group[0].learning_rate, group[0].settings), _mean(group)) for group in groups.values()]
+
+
+def _mean(trials: Sequence[Trial]) -> float:
+    losses = [math.inf if trial.validation_loss is None else trial.validation_loss for trial in trials]
+    return math.fsum(losses) / len(losses)
 
 
 def _in_turn(queues: Sequence[Sequence[Cell]]) -> list[Cell]:

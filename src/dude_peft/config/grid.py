@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dude_peft.config.schema import (
     Count,
+    Number,
     Positive,
     Section,
     Seed,
@@ -74,6 +75,10 @@ class GridConfig(Section):
     """How many rates may be added where the best one is the lowest or the highest tried. Every method then gets the
     same number of further trials."""
 
+    prune: list[Annotated[Number, Field(gt=0, lt=1)]] = Field(default=[])
+    """Successive halving, off by default: at each of these shares of the training length, in growing order, the worse
+    half of each method's settings stops. A setting is judged there by a shorter run of its own."""
+
     max_runs: Count = 200
     """Runs that the comparison may take in all. A larger grid is refused."""
 
@@ -84,4 +89,6 @@ class GridConfig(Section):
     def _fresh_seeds(self) -> GridConfig:
         if used := sorted(set(self.tuning_seeds) & set(self.final_seeds)):
             raise ValueError(f"key 'final_seeds': {used[0]} is a tuning seed too; the second stage needs fresh ones")
+        if sorted(set(self.prune)) != self.prune:
+            raise ValueError("key 'prune': the shares do not grow; write them in growing order")
         return self
