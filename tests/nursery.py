@@ -28,7 +28,7 @@ def found(become: _Become) -> None:
     Args:
         become: makes a fresh process the command of a request.
     """
-    from dude_peft.compare import by_hand, engine
+    from dude_peft.comparison import by_hand, engine
 
     ours, theirs = socket.socketpair()
     if os.fork() == 0:

@@ -22,7 +22,7 @@ from models import tokens
 from served import dude
 from tiny import save_tiny, write_rows
 
-from dude_peft.compare.cells import Grid
+from dude_peft.comparison.cells import Grid
 from dude_peft.methods import METHODS
 
 _BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.S | re.M)

@@ -27,7 +27,7 @@ _IMPORTS = (
     "dude_peft.training.data_check",
     "dude_peft.model.probe", "dude_peft.exporting.run", "dude_peft.exporting.run_card", "dude_peft.exporting.verify",
     "dude_peft.evaluation.run", "dude_peft.evaluation.in_training", "dude_peft.chat.generate", "dude_peft.chat.talk",
-    "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run", "dude_peft.compare.by_hand",
+    "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run", "dude_peft.comparison.by_hand",
 )  # fmt: skip
 _READ_AT_IMPORT = ("PYTHON", "HF_HOME", "LC_", "LANG", "LD_", "TRITON_INTERPRET")
 

@@ -18,9 +18,9 @@ from served import dude
 from tiny import save_tiny, write_rows
 
 import dude_peft
-from dude_peft.compare.cells import Grid, around
-from dude_peft.compare.outcome import Comparison, Trial
-from dude_peft.compare.tuning import stage_one
+from dude_peft.comparison.cells import Grid, around
+from dude_peft.comparison.outcome import Comparison, Trial
+from dude_peft.comparison.tuning import stage_one
 from dude_peft.config.reading import load_grid
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError
 

@@ -16,7 +16,7 @@ from dude_peft.kinds import checked
 
 if TYPE_CHECKING:
     from dude_peft.chat.generate import Completions
-    from dude_peft.compare.outcome import Comparison
+    from dude_peft.comparison.outcome import Comparison
     from dude_peft.config.schema import RunConfig
     from dude_peft.evaluation.record import Evaluation
     from dude_peft.exporting.run import Export
@@ -145,7 +145,7 @@ def compare(
         raise ConfigError("config: give a YAML file, or a dict with its content")
     grid, run = load_grid(config, {"output_dir": None if output_dir is None else str(output_dir)})
 
-    from dude_peft.compare.run import compare as compared
+    from dude_peft.comparison.run import compare as compared
 
     return compared(grid, run, jobs=jobs, controls=controls, max_runs=max_runs, collect=collect, quiet=quiet)
 

@@ -192,7 +192,7 @@ def compare(
             return
         grid, run = load_grid(config, {"output_dir": output_dir})
 
-        from dude_peft.compare import by_hand
+        from dude_peft.comparison import by_hand
 
         options: dict[str, Any] = {"jobs": jobs, "controls": controls, "max_runs": max_runs}
         if dry_run:

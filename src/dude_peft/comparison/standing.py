@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dude_peft.compare.outcome import Comparison, Final
+from dude_peft.comparison.outcome import Comparison, Final
 
 
 def header(found: Comparison) -> tuple[str, ...]:

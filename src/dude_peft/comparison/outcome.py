@@ -131,7 +131,7 @@ class Comparison:
         return path
 
     def _repr_html_(self) -> str:
-        from dude_peft.compare.standing import header, standings
+        from dude_peft.comparison.standing import header, standings
 
         notes = [("warning", text) for text in self.warnings]
         return table("comparison", standings(self), header(self)) + (table("", notes) if notes else "")

@@ -19,9 +19,9 @@ from typing import Any
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256, file_sha256, read_sealed, sealed
-from dude_peft.compare.cells import RUNS, Cell
-from dude_peft.compare.outcome import Final, Forgetting, Trial
-from dude_peft.compare.rows import Rows
+from dude_peft.comparison.cells import RUNS, Cell
+from dude_peft.comparison.outcome import Final, Forgetting, Trial
+from dude_peft.comparison.rows import Rows
 from dude_peft.config.reading import dump_config, load_config
 from dude_peft.doors import open_file
 from dude_peft.errors import ArtifactError, ConfigError, DudeError

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.durable import disk_errors
-from dude_peft.compare.cells import Cell, Grid
-from dude_peft.compare.engine import Local, check_jobs, default_threads
-from dude_peft.compare.folder import GRID, CompareFolder
-from dude_peft.compare.outcome import Comparison, Trial
-from dude_peft.compare.result import final_cells, first_warnings, gather
-from dude_peft.compare.rows import Rows, check_primary, read_rows
-from dude_peft.compare.screen import Progress, show_result
-from dude_peft.compare.standing import best_method
-from dude_peft.compare.tuning import Stage, stage_one
+from dude_peft.comparison.cells import Cell, Grid
+from dude_peft.comparison.engine import Local, check_jobs, default_threads
+from dude_peft.comparison.folder import GRID, CompareFolder
+from dude_peft.comparison.outcome import Comparison, Trial
+from dude_peft.comparison.result import final_cells, first_warnings, gather
+from dude_peft.comparison.rows import Rows, check_primary, read_rows
+from dude_peft.comparison.screen import Progress, show_result
+from dude_peft.comparison.standing import best_method
+from dude_peft.comparison.tuning import Stage, stage_one
 from dude_peft.config.grid import GridConfig
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError

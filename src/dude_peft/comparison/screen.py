@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dude_peft.compare.outcome import NAME, Comparison
-from dude_peft.compare.standing import header, standings
+from dude_peft.comparison.outcome import NAME, Comparison
+from dude_peft.comparison.standing import header, standings
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 

@@ -6,9 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from dude_peft.compare.cells import Cell, Grid
-from dude_peft.compare.engine import check_jobs, default_threads, last_words, spawn
-from dude_peft.compare.run import opened
+from dude_peft.comparison.cells import Cell, Grid
+from dude_peft.comparison.engine import check_jobs, default_threads, last_words, spawn
+from dude_peft.comparison.run import opened
 from dude_peft.config.grid import GridConfig
 from dude_peft.config.reading import dump_config, with_values
 from dude_peft.config.schema import RunConfig

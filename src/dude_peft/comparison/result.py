@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dude_peft.compare.cells import Cell, Grid
-from dude_peft.compare.folder import CompareFolder, right_of
-from dude_peft.compare.outcome import Base, Comparison, Final, Trial
-from dude_peft.compare.rows import Rows
-from dude_peft.compare.tuning import Choice, Pruned, Stage
+from dude_peft.comparison.cells import Cell, Grid
+from dude_peft.comparison.folder import CompareFolder, right_of
+from dude_peft.comparison.outcome import Base, Comparison, Final, Trial
+from dude_peft.comparison.rows import Rows
+from dude_peft.comparison.tuning import Choice, Pruned, Stage
 from dude_peft.show import shown
 
 NO_RATE = "no trial of this method ended well, so there was no setting to test"

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dude_peft.compare.cells import Cell, Grid, Point, Settings, half, rounded
-from dude_peft.compare.outcome import Trial
+from dude_peft.comparison.cells import Cell, Grid, Point, Settings, half, rounded
+from dude_peft.comparison.outcome import Trial
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dude_peft.compare.cells import Cell
-from dude_peft.compare.folder import CompareFolder
+from dude_peft.comparison.cells import Cell
+from dude_peft.comparison.folder import CompareFolder
 from dude_peft.doors import open_file
 from dude_peft.errors import (
     ArtifactError,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dude_peft.compare.cells import Cell
+from dude_peft.comparison.cells import Cell
 from dude_peft.config.schema import ShareSection
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.folder.record import RunReport
