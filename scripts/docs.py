@@ -62,7 +62,8 @@ def configuration() -> str:
 def grid() -> str:
     from dude_peft.config.explain import explain_grid
 
-    rows = [f"| `{key}` | {_cell(v)} | {_default(d)} | {_cell(meaning)} |" for key, v, d, meaning in explain_grid()]
+    keys = [row for row in explain_grid() if "[]" not in row[0]]  # sources are those of data.train
+    rows = [f"| `{key}` | {_cell(v)} | {_default(d)} | {_cell(meaning)} |" for key, v, d, meaning in keys]
     return "| key | takes | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
 
 

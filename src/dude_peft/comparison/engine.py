@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,9 @@ class Local:
                     each.process.send_signal(number)
             self._signal = number
 
+        if threading.current_thread() is not threading.main_thread():
+            yield  # no handler can be set here
+            return
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -56,31 +56,38 @@ class CompareFolder:
         if not ours and any(not _left_by_a_start(entry) for entry in self.path.iterdir()):
             raise ConfigError(f"output_dir: {name} is not empty, and holds no comparison; choose another folder")
         with disk_errors(self.path):
-            (self.path / RUNS).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             lock = RunLock(self.path)
         try:
             yield
         finally:
             lock.release()
+            with contextlib.suppress(OSError):  # nothing has begun
+                self.path.rmdir()
 
-    def agree(self, record: dict[str, Any], threads: int) -> int:
-        """Begins the comparison, or makes sure that it is the one that is here; gives its threads a run.
+    def begun(self, record: dict[str, Any]) -> int | None:
+        """The threads of a run of the comparison that is here; None where none has begun.
 
         Raises:
             ConfigError: another comparison is here; the difference is told.
             ArtifactError: its grid.json is damaged.
         """
         path = self.path / GRID
-        if path.is_file() and not path.is_symlink():
-            found = read_sealed(path, "choose another output_dir")
-            if changed := changes(found["grid"], json.loads(json_text(record))):
-                raise ConfigError(
-                    f"output_dir holds another comparison ({changed}); restore the grid to go on, or choose another "
-                    "output_dir"
-                )
-            return int(found["threads"])
-        self._write(GRID, json_text(sealed({"grid": record, "threads": threads}), indent=1))
-        return threads
+        if path.is_symlink() or not path.is_file():
+            return None
+        found = read_sealed(path, "choose another output_dir")
+        if changed := changes(found["grid"], json.loads(json_text(record))):
+            raise ConfigError(
+                f"output_dir holds another comparison ({changed}); restore the grid to go on, or choose another "
+                "output_dir"
+            )
+        return int(found["threads"])
+
+    def begin(self, record: dict[str, Any], threads: int) -> None:
+        """From here on the folder is this comparison's."""
+        with disk_errors(self.path):
+            (self.path / RUNS).mkdir(exist_ok=True)
+        self._write(GRID, json_text(sealed({"grid": record, "threads": threads}), indent=1) + "\n")
 
     def place(self, cell: Cell) -> Path:
         """Writes a run's configuration, and gives its path.

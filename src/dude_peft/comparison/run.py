@@ -189,7 +189,7 @@ def opened(
     with folder.held() if alone else nullcontext():
         if not alone and not (folder.path / GRID).is_file():
             raise ConfigError(f"output_dir: {shown(folder.path, 300)} holds no comparison yet; use --print-commands")
-        threads = folder.agree(grid.record(), default_threads(jobs))
+        threads = folder.begun(grid.record())
         with gathered_warnings(display.warn):
             with display.waiting("imports"), quiet_imports():
                 import transformers  # noqa: F401  # what takes seconds, in one place
@@ -198,4 +198,7 @@ def opened(
                 some = next(grid.tuning(first, grid.points(first.rates)))
                 rows = read_rows(some, grid.final(first, some.rate, some.settings, config.final_seeds[0]))
         check_primary(config.primary, rows)
+        if threads is None:
+            threads = default_threads(jobs)
+            folder.begin(grid.record(), threads)
         yield Work(grid, folder, rows, display, threads, most)

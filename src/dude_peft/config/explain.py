@@ -103,7 +103,9 @@ def _listed(entry: dict[str, Any], root: dict[str, Any]) -> dict[str, Any] | Non
     return _referred(entry.get("items", {}), root)
 
 
-def _values(entry: dict[str, Any]) -> str:
+def _values(entry: dict[str, Any] | bool) -> str:
+    if isinstance(entry, bool) or not entry:
+        return "any value"
     if "$ref" in entry:
         return "sections with keys"
     if "anyOf" in entry:
@@ -115,8 +117,7 @@ def _values(entry: dict[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_values(entry['items'])}"
     if entry.get("type") == "object":
-        inner = entry["additionalProperties"]
-        return "names -> " + ("values" if inner is True else _values(inner))
+        return f"names -> {_values(entry['additionalProperties'])}"
     for word, limit in (
         ("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")
     ):  # fmt: skip
