@@ -148,15 +148,13 @@ class Comparison:
         if content.get("format") != FORMAT:
             raise ArtifactError(f"{shown(path, 300)} is of a version that this one does not read; compare anew")
         try:
-            plain = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-            return cls(
-                **{
-                    **plain,
-                    "trials": tuple(_trial(each) for each in content["trials"]),
-                    "finals": tuple(_final(each) for each in content["finals"]),
-                    "base": None if content["base"] is None else _base(content["base"]),
-                }
-            )
+            plain: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+            }
+            plain["trials"] = tuple(map(_trial, content["trials"]))
+            plain["finals"] = tuple(map(_final, content["finals"]))
+            plain["base"] = None if content["base"] is None else _base(content["base"])
+            return cls(**plain)
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(f"{shown(path, 300)} is damaged; run dude compare again, it writes it anew") from error
 

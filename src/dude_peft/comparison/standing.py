@@ -15,20 +15,20 @@ def header(found: Comparison) -> tuple[str, ...]:
 
 def standings(found: Comparison) -> list[tuple[str, ...]]:
     """Of each method its name, best rate, validation loss, mean over the test runs, and failures, as text."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in found.methods:
         chosen = found.protocol["chosen"].get(name)
         finals = [final for final in found.finals if final.method == name]
         values = [judged_value(final, found.primary) for final in finals if final.failed is None]
-        runs = [run for run in (*found.trials, *found.finals) if run.method == name]
-        failed = sum(run.failed is not None for run in runs)
+        ends = [trial.failed for trial in found.trials if trial.method == name] + [final.failed for final in finals]
+        failed = sum(end is not None for end in ends)
         rows.append(
             (
                 name,
                 "" if chosen is None else f"{chosen['learning_rate']:g}",
                 "" if chosen is None else f"{chosen['validation_loss']:.4f}",
                 _mean(values, found.primary),
-                f"{failed} of {len(runs)}",
+                f"{failed} of {len(ends)}",
             )
         )
     return rows

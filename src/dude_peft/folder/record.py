@@ -132,5 +132,5 @@ def score_from(content: dict[str, Any]) -> Score:
     """A Score from its JSON; KeyError, TypeError or ValueError where it is none."""
     answers = tuple(Answer(**answer) for answer in content["answers"])
     low, high = content["interval"]
-    rows = {name: tuple(content.get(name, ())) for name in ("losses", "tokens")}
+    rows: dict[str, Any] = {name: tuple(content.get(name, ())) for name in ("losses", "tokens")}
     return Score(**{**content, "interval": (low, high), "answers": answers, **rows})
