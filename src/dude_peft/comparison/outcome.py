@@ -131,10 +131,11 @@ class Comparison:
         return path
 
     def _repr_html_(self) -> str:
-        from dude_peft.comparison.standing import header, standings
+        from dude_peft.comparison.standing import header, standings, summary_of
 
-        notes = [("warning", text) for text in self.warnings]
-        return table("comparison", standings(self), header(self)) + (table("", notes) if notes else "")
+        summary = summary_of(self)
+        said = [("", text) for text in summary.answer] + [("warning", text) for text in self.warnings]
+        return table("comparison", standings(self, summary), header(self)) + table("", said)
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:

@@ -16,7 +16,7 @@ from dude_peft.comparison.outcome import Comparison, Trial
 from dude_peft.comparison.result import final_cells, first_warnings, gather
 from dude_peft.comparison.rows import Rows, check_primary, read_rows
 from dude_peft.comparison.screen import Progress, show_result
-from dude_peft.comparison.standing import best_method
+from dude_peft.comparison.standing import best_method, summary_of
 from dude_peft.comparison.tuning import Stage, stage_one
 from dude_peft.config.grid import GridConfig
 from dude_peft.config.schema import RunConfig
@@ -61,8 +61,11 @@ def compare(
         found = this.result()
         with disk_errors(this.folder.path):
             found.write(this.folder.path)
-    show_result(display, found, this.folder.path)
-    if (adapter := this.best_adapter(found)) is not None:
+    if quiet:
+        return found
+    summary = summary_of(found)
+    show_result(display, found, summary, this.folder.path)
+    if (adapter := this.first_adapter(best_method(summary))) is not None:
         gguf_file = this.grid.run.model.gguf_file
         tell_next(
             display, ["chat", str(adapter), *([] if gguf_file is None else ["--gguf-file", gguf_file]), "--compare"]
@@ -148,10 +151,9 @@ class Work:
             return ""
         return f"; best so far {shown(best.method)} at {best.learning_rate:g}: {best.validation_loss:.4f}"
 
-    def best_adapter(self, found: Comparison) -> Path | None:
-        """The adapter of the first test run of the best method."""
-        best = best_method(found)
-        cells = (cell for cell in final_cells(self.grid, self.stage()) if cell.method == best)
+    def first_adapter(self, method: str | None) -> Path | None:
+        """The adapter of the first test run of a method."""
+        cells = (cell for cell in final_cells(self.grid, self.stage()) if cell.method == method)
         return next((self.folder.run_folder(cell) / ADAPTER for cell in cells), None)
 
     def _result(self, cell: Cell) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +15,9 @@ from dude_peft.comparison.outcome import NAME, Comparison
 from dude_peft.comparison.standing import header, standings
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+
+if TYPE_CHECKING:
+    from dude_peft.comparison.statistics import Summary
 
 
 class Progress:
@@ -56,14 +59,16 @@ class Progress:
             self._display.say(f"[{self._done}/{self._total}] {words}{best}; ETA {left:.0f} s")
 
 
-def show_result(display: Display, found: Comparison, folder: Path) -> None:
-    """The warnings, and a line for each method."""
+def show_result(display: Display, found: Comparison, summary: Summary, folder: Path) -> None:
+    """The warnings, a line for each method, and the answer in words."""
     for warning in found.warnings:
         display.warn(shown(warning, None))
     table = Table(title="Each method at its best setting", title_justify="left")
     for column in header(found):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for row in standings(found):
+    for row in standings(found, summary):
         table.add_row(*(Text(shown(cell, None)) for cell in row))
     display.console.print(table)
+    for sentence in summary.answer:
+        display.say(shown(sentence, None))
     display.say(f"result: {shown(folder / NAME, None)}")

@@ -1,62 +1,50 @@
-"""How the methods of a comparison stand, as a short table: the numbers behind it are the statistics' and the page's."""
+"""How the methods of a comparison stand, as a short table and in words; the numbers are those of `statistics`."""
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
-from dude_peft.comparison.outcome import Comparison, Final
+from dude_peft.comparison.outcome import Comparison
+
+if TYPE_CHECKING:
+    from dude_peft.comparison.statistics import MethodSummary, Summary
+
+
+def summary_of(found: Comparison) -> Summary:
+    """The statistics of a comparison."""
+    from dude_peft.comparison.statistics import summarise
+
+    return summarise(found)
 
 
 def header(found: Comparison) -> tuple[str, ...]:
     """The names of the columns."""
-    judged = "test loss (nats a token)" if found.primary == "loss" else "test answers right"
-    return "method", "best rate", "validation loss", judged, "failed"
+    judged = "test loss" if found.primary == "loss" else "test answers right"
+    return "method", "best rate", "validation loss", judged, "95 % interval", "runs failed"
 
 
-def standings(found: Comparison) -> list[tuple[str, ...]]:
-    """Of each method its name, best rate, validation loss, mean over the test runs, and failures, as text."""
-    rows: list[tuple[str, ...]] = []
-    for name in found.methods:
-        chosen = found.protocol["chosen"].get(name)
-        finals = [final for final in found.finals if final.method == name]
-        values = [judged_value(final, found.primary) for final in finals if final.failed is None]
-        ends = [trial.failed for trial in found.trials if trial.method == name] + [final.failed for final in finals]
-        failed = sum(end is not None for end in ends)
-        rows.append(
-            (
-                name,
-                "" if chosen is None else f"{chosen['learning_rate']:g}",
-                "" if chosen is None else f"{chosen['validation_loss']:.4f}",
-                _mean(values, found.primary),
-                f"{failed} of {len(ends)}",
-            )
-        )
-    return rows
+def standings(found: Comparison, summary: Summary) -> list[tuple[str, ...]]:
+    """A row for each method, the best first: what `header` names, as text."""
+    return [_row(found, each) for each in summary.methods]
 
 
-def best_method(found: Comparison) -> str | None:
-    """The method with the best mean over its test runs, of those that did not fail once; None without any."""
-    means = {}
-    for name in found.methods:
-        finals = [final for final in found.finals if final.method == name]
-        if finals and all(final.failed is None for final in finals):
-            means[name] = math.fsum(judged_value(final, found.primary) for final in finals) / len(finals)
-    choose = min if found.primary == "loss" else max
-    return choose(means, key=lambda name: means[name]) if means else None
+def best_method(summary: Summary) -> str | None:
+    """The method with the best mean over its test runs; None where none ended well."""
+    return next((each.method for each in summary.methods if each.mean is not None), None)
 
 
-def judged_value(final: Final, primary: str) -> float:
-    """What decides, of one run: mean loss over all tokens, or share of right answers."""
-    if primary == "right":
-        right = final.right or ()
-        return sum(right) / max(len(right), 1)
-    total = math.fsum(loss * count for loss, count in zip(final.losses, final.tokens, strict=True))
-    return total / max(sum(final.tokens), 1)
+def _row(found: Comparison, each: MethodSummary) -> tuple[str, ...]:
+    chosen = found.protocol["chosen"].get(each.method)
+    interval = "" if each.interval is None else " to ".join(_amount(end, found.primary) for end in each.interval)
+    return (
+        each.method,
+        "" if chosen is None else f"{chosen['learning_rate']:g}",
+        "" if chosen is None else f"{chosen['validation_loss']:.4f}",
+        "" if each.mean is None else _amount(each.mean, found.primary),
+        interval,
+        f"{each.failed + each.failed_trials} of {each.finals + each.trials}",
+    )
 
 
-def _mean(values: list[float], primary: str) -> str:
-    if not values:
-        return ""
-    mean = math.fsum(values) / len(values)
-    of = f" ({len(values)} seeds)" if len(values) > 1 else " (one seed)"
-    return (f"{mean:.4f}" if primary == "loss" else f"{100 * mean:.1f} %") + of
+def _amount(value: float, primary: str) -> str:
+    return f"{value:.4f}" if primary == "loss" else f"{100 * value:.1f} %"
