@@ -101,6 +101,8 @@ class Local:
             with contextlib.suppress(OSError):  # it has ended already
                 os.sched_setaffinity(process.pid, cores[slot])
         self._running.append(_Running(cell, process, slot, attempt))
+        if self._signal is not None:  # it came while the process was being made
+            process.send_signal(self._signal)
 
     def _ended(self, each: _Running) -> str:
         """Notes what became of a run; `again` where it is to be started once more."""
