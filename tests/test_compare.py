@@ -20,6 +20,7 @@ from tiny import save_tiny, write_rows
 import dude_peft
 from dude_peft.comparison.cells import Grid, around
 from dude_peft.comparison.outcome import Comparison, Trial
+from dude_peft.comparison.statistics import summarise
 from dude_peft.comparison.tuning import stage_one
 from dude_peft.config.reading import load_grid
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError
@@ -245,6 +246,31 @@ def test_a_dry_run_tells_the_cost_and_makes_nothing(place, tmp_path):
     assert "trained parameters" in done.stdout
     assert "a run: " in done.stdout
     assert not (elsewhere / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_planted_difference_and_a_planted_tie_are_found_as_such(place, tmp_path):
+    """`twin` is lora under another name; `weak` trains one thin layer kind alone."""
+    elsewhere = copied(place, tmp_path)
+    write_rows(elsewhere / "test.jsonl", 24, start=100)
+    planted = grid(
+        methods=[
+            "lora",
+            {"twin": {"adapter.method": "lora", "train.logging_steps": 3}},
+            {"weak": {"adapter.method": "lora", "adapter.r": 1, "adapter.target_modules": ["k_proj"]}},
+        ],
+        learning_rates=[0.001, 0.003],
+        extend=0,
+        final_seeds=[1, 2, 3],
+    )
+    (elsewhere / "grid.yaml").write_text(yaml.safe_dump(planted))
+    done = dude("compare", "grid.yaml", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    pairs = {frozenset((pair.first, pair.second)): pair for pair in summarise(result(elsewhere / "out")).pairs}
+    assert pairs[frozenset(("lora", "twin"))].better is None
+    assert pairs[frozenset(("lora", "weak"))].better == "lora"
+    assert pairs[frozenset(("twin", "weak"))].better == "twin"
+    assert pairs[frozenset(("lora", "weak"))].words in " ".join(done.stdout.split())
 
 
 # --- the protocol, without runs -----------------------------------------------------------------------------------
