@@ -25,7 +25,7 @@ class Choice:
     loss: float
     """Mean validation loss over the tuning seeds."""
     edge: str = ""
-    """`lowest` or `highest` where no lower or higher rate was tried, else empty."""
+    """`lowest`, `highest` or `only one` where no lower or higher rate was tried, else empty."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def choose(trials: Sequence[Trial], method: str, rates: Sequence[float]) -> Choi
     for (rate, settings), loss in _means(trials, method):
         if math.isfinite(loss) and (best is None or loss < best.loss):
             edge = "lowest" if rate == min(rates) else "highest" if rate == max(rates) else ""
+            edge = edge if len(rates) > 1 else "only one"
             best = Choice(rate, settings, loss, edge)
     return best
 
@@ -122,7 +123,7 @@ def next_rate(rates: Sequence[float], choice: Choice | None, losses: Mapping[flo
         choice: the best setting; None where all failed, which asks for a lower rate.
         losses: of each rate, the best of its settings.
     """
-    if choice is None or choice.edge == "lowest":
+    if choice is None or choice.edge in ("lowest", "only one"):
         return rounded(rates[0] * (rates[0] / rates[1] if len(rates) > 1 else 10**-0.5))
     if choice.edge == "highest":
         return rounded(rates[-1] * (rates[-1] / rates[-2] if len(rates) > 1 else 10**0.5))
