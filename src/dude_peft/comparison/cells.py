@@ -145,9 +145,11 @@ class Grid:
         """Raises ConfigError where it takes more runs than it may."""
         most = self.config.max_runs if max_runs is None else max_runs
         if self.runs > most:
+            extended = self.runs + self.config.extend * self.round
+            room = f", or {extended} with all rates that may be added" if self.config.extend else ""
             raise ConfigError(
-                f"the grid takes {self.runs} runs, but max_runs is {most}; name fewer methods, rates or seeds, or "
-                f"raise it: --max-runs {self.runs + self.config.extend * self.round} also leaves room to extend"
+                f"the grid takes {self.runs} runs, but max_runs is {most}; name fewer methods, rates or seeds, or add "
+                f"--max-runs {self.runs}{room}"
             )
 
     def _cell(
