@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -165,17 +166,19 @@ def test_what_is_killed_or_stopped_goes_on_and_comes_to_the_same(place, finished
     (elsewhere / "grid.yaml").write_text(yaml.safe_dump(grid(methods=["lora"], final_seeds=[1])))
     ended: list[subprocess.CompletedProcess[str]] = []
     begun: list[dict[str, int]] = []
+    seen: set[int] = set()
     for number in (signal.SIGKILL, signal.SIGTERM, None):
         thread = threading.Thread(
             target=lambda: ended.append(dude("compare", "grid.yaml", "--jobs", "2", cwd=elsewhere))
         )
         thread.start()
         if number is not None:
-            run = owner(elsewhere / "out/runs", "*/.dude-lock")
+            run = owner(elsewhere / "out/runs", "*/.dude-lock", seen)
             if number == signal.SIGTERM:
-                os.kill(run, signal.SIGKILL)  # as the kernel does it where memory is out
+                with contextlib.suppress(ProcessLookupError):  # it has ended in this moment
+                    os.kill(run, signal.SIGKILL)  # as the kernel does it where memory is out
                 time.sleep(0.5)
-            os.kill(owner(elsewhere / "out", ".dude-lock"), number)
+            os.kill(owner(elsewhere / "out", ".dude-lock", seen), number)
         thread.join()
         begun.append(reports(elsewhere / "out"))
     assert [done.returncode for done in ended] == [-9, 143, 0]
@@ -192,13 +195,14 @@ def copied(place: Path, target: Path) -> Path:
     return target / "copy"
 
 
-def owner(folder: Path, pattern: str) -> int:
-    """The process that a lock names, once there is one."""
-    end = time.monotonic() + 60
+def owner(folder: Path, pattern: str, seen: set[int]) -> int:
+    """The process that a lock names, once there is one that was not seen before; a killed one leaves its lock."""
+    end = time.monotonic() + 100
     while time.monotonic() < end:
         for path in folder.glob(pattern):
-            words = path.read_text().split()
-            if words:
+            words = path.read_text().split() if path.exists() else []
+            if words and int(words[1]) not in seen:
+                seen.add(int(words[1]))
                 return int(words[1])
         time.sleep(0.01)
     raise AssertionError(f"no {pattern} in {folder}")
