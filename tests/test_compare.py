@@ -200,7 +200,9 @@ def owner(folder: Path, pattern: str, seen: set[int]) -> int:
     end = time.monotonic() + 100
     while time.monotonic() < end:
         for path in folder.glob(pattern):
-            words = path.read_text().split() if path.exists() else []
+            words: list[str] = []
+            with contextlib.suppress(FileNotFoundError):  # its owner has just ended
+                words = path.read_text().split()
             if words and int(words[1]) not in seen:
                 seen.add(int(words[1]))
                 return int(words[1])
