@@ -23,6 +23,7 @@ from dude_peft.comparison.cells import RUNS, Cell
 from dude_peft.comparison.outcome import Final, Forgetting, Trial
 from dude_peft.comparison.rows import Rows
 from dude_peft.config.reading import dump_config, load_config
+from dude_peft.config.schema import RunConfig
 from dude_peft.doors import open_file
 from dude_peft.errors import ArtifactError, ConfigError, DudeError
 from dude_peft.folder.identity import changes, recorded_config
@@ -95,14 +96,19 @@ class CompareFolder:
         Raises:
             ConfigError: the one that is there is another one: somebody has edited it.
         """
-        path, config = self.path / RUNS / f"{cell.name}.yaml", cell.placed(self.path)
-        if path.is_file():
-            there = load_config(path)
-            _refuse_edited(cell, path, _without_place(there.resolved().model_dump(mode="json")))
-            if there == config:
-                return path
-        self._write(f"{RUNS}/{path.name}", dump_config(config))
-        return path
+        config = cell.placed(self.path)
+        if self._written(cell) != config:
+            self._write(f"{RUNS}/{cell.name}.yaml", dump_config(config))
+        return self.path / RUNS / f"{cell.name}.yaml"
+
+    def _written(self, cell: Cell) -> RunConfig | None:
+        """The configuration that is there; ConfigError where somebody has edited it."""
+        path = self.path / RUNS / f"{cell.name}.yaml"
+        if not path.is_file():
+            return None
+        there = load_config(path)
+        _refuse_edited(cell, path, _without_place(there.resolved().model_dump(mode="json")))
+        return there
 
     def run_folder(self, cell: Cell) -> Path:
         """Where `dude train` works for a cell."""
@@ -183,6 +189,7 @@ class CompareFolder:
 
     def report(self, cell: Cell, rows: Rows) -> RunReport | None:
         """That of a run that has ended, checked: it is this run, on these rows. None where it has not ended."""
+        self._written(cell)
         folder = self.run_folder(cell)
         if (there := recorded_config(folder)) is not None:
             _refuse_edited(cell, folder, _without_place(there))
