@@ -109,7 +109,7 @@ def load_grid(
 
 def check_key(name: str, where: str) -> None:
     """Raises ConfigError, with the closest one, where a run has no key of this name, as `train.max_steps`."""
-    if "." in name and name in _known_keys(RunConfig):
+    if "." in name and name in _known_keys():
         return
     closest = closest_key(tuple(name.split(".")))
     hint = f"closest: {closest!r}" if closest and "." in closest else "dude config explain lists them all"
@@ -462,7 +462,7 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _known_keys(kind: type[Section]) -> list[str]:
+def _known_keys(kind: type[Section] = RunConfig) -> list[str]:
     names: list[str] = []
     for name, info in kind.model_fields.items():
         names.append(name)
