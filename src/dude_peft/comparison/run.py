@@ -22,6 +22,7 @@ from dude_peft.config.grid import GridConfig
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.folder.record import ADAPTER
+from dude_peft.machine.stop import Stop
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.next_steps import tell_next
@@ -55,7 +56,12 @@ def compare(
     """
     display = Display(quiet=quiet)
     check_jobs(jobs)
-    with opened(config, run, display, jobs=jobs, controls=controls, max_runs=max_runs) as this:
+    stop = Stop(display.warn)
+    stop.after("outside of any run; run the same command again, it goes on")
+    with (
+        stop.listening(),
+        opened(config, run, display, jobs=jobs, controls=controls, max_runs=max_runs) as this,
+    ):
         if not collect:
             this.run_all(jobs)
         found = this.result()
