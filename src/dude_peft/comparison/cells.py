@@ -219,7 +219,8 @@ class Grid:
                 if isinstance(listed, dict) and rates is None:
                     raise ConfigError(f"key 'learning_rates': there is none for {shown(name)}; add it")
                 seen.add(name)
-                for rank in self.config.ranks or [None]:
+                ranks: Sequence[int | None] = self.config.ranks or [None]
+                for rank in ranks:
                     named = name if rank is None else f"{name} r={rank}"
                     at = own if rank is None else with_values(own, {"adapter.r": rank}, where)
                     middle = at.resolved().train.learning_rate

@@ -39,7 +39,8 @@ class CompareFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._known: dict[str, Trial | Final] = {}
+        self._trials: dict[str, Trial] = {}
+        self._finals: dict[str, Final] = {}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -133,39 +134,51 @@ class CompareFolder:
         Raises:
             ConfigError, ArtifactError, DataError: the run is not the one that belongs here.
         """
-        known = self._known.get(cell.name)
+        known = self._trials.get(cell.name)
         if known is None:
-            about: Any = (cell.method, cell.settings, cell.rate, cell.seed)
             if (reason := self.failure(cell)) is not None:
-                known = Trial(*about, None, reason, None, None)
+                known = Trial(**_about(cell), validation_loss=None, failed=reason, seconds=None, steps=None)
             elif (report := self.report(cell, rows)) is not None and report.after is not None:
-                curve = tuple((int(line["step"]), float(line["eval_loss"])) for line in self._lines(cell, "eval_loss"))
-                seconds = report.seconds["training"]
-                known = Trial(*about, report.after.loss, None, seconds, report.steps, curve)
-        return self._keep(cell, known)
+                known = Trial(
+                    **_about(cell),
+                    validation_loss=report.after.loss,
+                    failed=None,
+                    seconds=report.seconds["training"],
+                    steps=report.steps,
+                    curve=tuple(
+                        (int(line["step"]), float(line["eval_loss"])) for line in self._lines(cell, "eval_loss")
+                    ),
+                )
+        if known is not None:
+            self._trials[cell.name] = known
+        return known
 
     def final(self, cell: Cell, rows: Rows) -> Final | None:
         """The same of stage 2."""
-        known = self._known.get(cell.name)
+        known = self._finals.get(cell.name)
         if known is None:
-            about: Any = (cell.method, cell.settings, cell.rate, cell.seed)
             if (reason := self.failure(cell)) is not None:
-                known = Final(*about, (), (), None, reason)
+                known = Final(**_about(cell), losses=(), tokens=(), right=None, failed=reason)
             elif (report := self.report(cell, rows)) is not None and report.after is not None:
-                known = Final(*about, report.after.losses, report.after.tokens, right_of(report.after), None)
-                known = self._with_costs(cell, known, report)
-        return self._keep(cell, known)
+                after = report.after
+                known = Final(
+                    **_about(cell),
+                    losses=after.losses,
+                    tokens=after.tokens,
+                    right=right_of(after),
+                    failed=None,
+                    **self._costs(cell, report),
+                )
+        if known is not None:
+            self._finals[cell.name] = known
+        return known
 
     def trials(self) -> list[Trial]:
         """Those that were read so far."""
-        return [known for known in self._known.values() if isinstance(known, Trial)]
+        return list(self._trials.values())
 
-    def _keep(self, cell: Cell, result: Any) -> Any:
-        if result is not None:
-            self._known[cell.name] = result
-        return result
-
-    def _with_costs(self, cell: Cell, final: Final, report: RunReport) -> Final:
+    def _costs(self, cell: Cell, report: RunReport) -> dict[str, Any]:
+        """What a run of stage 2 took, and what it forgot."""
         general = report.data.get("general_test", {}).get("measured")
         lines = self._lines(cell, "loss")
         weights = (self.run_folder(cell) / ADAPTER).glob("*.safetensors")
@@ -185,7 +198,7 @@ class CompareFolder:
                 kl_forward=last["kl_base_tuned"],
                 kl_reverse=last["kl_tuned_base"],
             )
-        return Final(**{**final.__dict__, **costs})
+        return costs
 
     def report(self, cell: Cell, rows: Rows) -> RunReport | None:
         """That of a run that has ended, checked: it is this run, on these rows. None where it has not ended."""
@@ -228,6 +241,10 @@ class CompareFolder:
 def right_of(score: Score) -> tuple[bool, ...] | None:
     """Of each answered question whether the answer was right; None without questions."""
     return tuple(answer.right for answer in score.answers) or None
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    return {"method": cell.method, "settings": cell.settings, "learning_rate": cell.rate, "seed": cell.seed}
 
 
 def _left_by_a_start(entry: Path) -> bool:
