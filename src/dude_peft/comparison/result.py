@@ -66,7 +66,8 @@ def _protocol(grid: Grid, rows: Rows, stage: Stage, missing: int) -> dict[str, A
     return {
         "stage_1": "every setting is trained without the validation and test rows, and judged by its validation loss",
         "stage_2": "the best setting of each method is trained with fresh seeds, on all training rows, the validation "
-        "rows among them if they were taken from these; the test rows judge it once, at its end, and the base model beside it",
+        "rows among them if they were taken from these; the test rows judge it once, at its end, and the base model "
+        "beside it",
         "rows": rows.counts,
         "trials_per_method": len(stage.cells) // len(grid.contestants),
         "tuning_seeds": list(config.tuning_seeds),
