@@ -201,7 +201,8 @@ def _by_tokens(losses: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     if not len(weights) or not weights.sum():
         return losses
     mean = float(losses @ weights / weights.sum())
-    return mean + weights / weights.mean() * (losses - mean)
+    values: np.ndarray = mean + weights / weights.mean() * (losses - mean)
+    return values
 
 
 def _method(
@@ -304,7 +305,7 @@ def _luck(found: MethodSummary, table: _Table, resamples: int, seed: int) -> flo
 
 
 def _testable(values: np.ndarray) -> bool:
-    return min(values.shape) > 1
+    return bool(min(values.shape) > 1)
 
 
 def _target(comparison: Comparison) -> float | None:
