@@ -20,6 +20,7 @@ from dude_peft.exporting.base import open_base, source_of
 from dude_peft.exporting.merge import Layer, Weighted, check_base, layers_of
 from dude_peft.model.load import folder_of
 from dude_peft.model.weights import read_weight
+from dude_peft.show import shown
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -78,7 +79,7 @@ def adapted(folder: Path, gguf_file: str | None) -> Adapted:
 def _beside_base(adapter: SavedAdapter, gguf_file: str | None) -> list[AdaptedLayer]:
     source = source_of(adapter, None, gguf_file)
     if folder_of(source.name_or_path) is None and not _is_cached(source.name_or_path, source.revision):
-        raise ConfigError(f"the base model {source.name_or_path} is not on this machine")
+        raise ConfigError(f"the base model {shown(source.name_or_path, 300)} is not on this machine")
     with tempfile.TemporaryDirectory() as scratch, open_base(source, Path(scratch), [adapter]) as base:
         layers = layers_of(base, [Weighted(adapter, 1.0)])
         if (problem := check_base(base, layers)) is not None:
@@ -88,8 +89,12 @@ def _beside_base(adapter: SavedAdapter, gguf_file: str | None) -> list[AdaptedLa
 
 def _is_cached(name: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except HFValidationError:  # the path of a folder that is gone
+        return False
 
 
 def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLayer:
@@ -150,7 +155,8 @@ def _tensors(adapter: SavedAdapter, name: str, weight: Layer | None) -> LayerTen
 def _singular_values(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """Of s left right, (out, k) and (k, in), without forming it."""
     small = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
-    return abs(scaling) * torch.linalg.svdvals(small)
+    values: Tensor = torch.linalg.svdvals(small)
+    return abs(scaling) * values
 
 
 def _largest_angle(one: Tensor, other: Tensor) -> float:

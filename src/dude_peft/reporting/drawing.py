@@ -46,7 +46,9 @@ def svg(figure: Figure) -> str:
         FigureCanvasSVG(drawing)
         figure.draw(drawing)
         stream = io.StringIO()
-        drawing.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawing.savefig(
+            stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     text = stream.getvalue().replace(_INK, "currentColor")
     place = text.index(">", text.index("<svg")) + 1
     return text[text.index("<svg") : place] + _STYLE + text[place:]

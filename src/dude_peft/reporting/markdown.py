@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 from dude_peft.exporting.card import escaped
 from dude_peft.reporting.document import Block, Commands, Document, Figure, Number, Samples, Table, Text
@@ -12,7 +13,7 @@ _MOST_ROWS = 60
 
 def markdown(document: Document) -> str:
     """The whole file; every foreign text in it is escaped."""
-    parts = [f"# {escaped(document.title)}", *map(escaped, document.answer)]
+    parts = [f"# {escaped(document.title)}", *map(_paragraph, document.answer)]
     for section in document.sections:
         parts.append(f"## {escaped(section.title)}")
         for block in section.blocks:
@@ -22,7 +23,7 @@ def markdown(document: Document) -> str:
 
 def _block(block: Block) -> Iterator[str]:
     if isinstance(block, Text):
-        yield escaped(block.text)
+        yield _paragraph(block.text)
     elif isinstance(block, Table):
         yield f"**{escaped(block.title)}**"
         yield _table(block)
@@ -41,12 +42,17 @@ def _block(block: Block) -> Iterator[str]:
         yield "\n".join([f"{fence}bash", *block.lines, fence])
 
 
+def _paragraph(text: str) -> str:
+    """A text that is no heading, list or quotation, whatever it begins with."""
+    return re.sub(r"^(\d*)([#>+=.)-])", r"\1\\\2", escaped(text))
+
+
 def _ticks(line: str) -> int:
     return max(map(len, "".join(c if c == "`" else " " for c in line).split()), default=0)
 
 
 def _table(block: Table) -> str:
-    lines = [block.header, ["---"] * len(block.header)]
+    lines: list[Sequence[str]] = [[escaped(name) for name in block.header], ["---"] * len(block.header)]
     lines += [
         [cell.text if isinstance(cell, Number) else escaped(cell) for cell in row] for row in block.rows[:_MOST_ROWS]
     ]

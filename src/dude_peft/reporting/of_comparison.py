@@ -58,7 +58,7 @@ def _ranking(found: Summary) -> Iterator[Block]:
     if ranked:
         bars = [(one.method, one.mean or 0.0, one.interval) for one in ranked]
         alt = f"{_unit(found)}, mean over seeds and items with its interval: {ranked[0].method} is first."
-        yield bars_figure(f"Mean on the test rows, {found.confidence:.0%} interval", alt, bars, x=_unit(found))
+        yield bars_figure(f"Mean on the test rows, {100 * found.confidence:g} % interval", alt, bars, x=_unit(found))
     rows: list[tuple[Cell, ...]] = [
         (
             one.method, f"{one.learning_rate:g}" if one.learning_rate is not None else "-", number(one.mean, ".4f"),
@@ -91,14 +91,16 @@ def _pairs(found: Summary) -> Iterator[Block]:
         estimate = pair.estimate
         rows.append((
             f"{pair.first} - {pair.second}", number(pair.difference, "+.4f"),
-            *_ends(None if estimate is None else estimate.interval), number(None if estimate is None else estimate.p_value, ".2g"),
-            number(pair.p_adjusted, ".2g"), number(None if estimate is None else estimate.detectable, ".4f"), number(len(pair.seeds)),
-            pair.words,
+            *_ends(None if estimate is None else estimate.interval),
+            number(None if estimate is None else estimate.p_value, ".2g"), number(pair.p_adjusted, ".2g"),
+            number(None if estimate is None else estimate.detectable, ".4f"), number(len(pair.seeds)),
         ))  # fmt: skip
     if not rows:
         return
+    for pair in found.pairs:
+        yield Text(f"{pair.words}.")
     header = (
-        "pair", "difference", "interval from", "to", "p", "p after Holm", "found 4 times in 5", "seeds", "in words",
+        "pair", "difference", "interval from", "to", "p", "p after Holm", "found 4 times in 5", "seeds",
     )  # fmt: skip
     yield table(f"Differences in {_unit(found)}, paired over seeds and items", header, rows)
     tests: list[tuple[Cell, ...]] = [
@@ -113,8 +115,8 @@ def _pairs(found: Summary) -> Iterator[Block]:
         for one in pair.by_seed
     ]
     if tests:
-        title, columns = "McNemar's exact test, seed by seed", ("pair", "seed", "first alone right", "second alone right", "p")
-        yield table(title, columns, tests)
+        columns = ("pair", "seed", "first alone right", "second alone right", "p")
+        yield table("McNemar's exact test, seed by seed", columns, tests)
 
 
 def _rates(found: Summary) -> Iterator[Block]:
@@ -137,8 +139,8 @@ def _rates(found: Summary) -> Iterator[Block]:
         )
         for one in found.methods
     ]
-    header = ("method", "decades", "")
-    yield table(f"Width of the rates within {found.within:.0%} of the best validation loss", header, rows)
+    header = ("method", "decades", "which is")
+    yield table(f"Width of the rates within {100 * found.within:g} % of the best validation loss", header, rows)
     trials: list[tuple[Cell, ...]] = [
         (
             one.method,

@@ -102,7 +102,7 @@ def _scores(title: str, measures: Sequence[Measure]) -> Iterator[Block]:
         ]
         if bars:
             best = max(measures, key=lambda one: one.items)
-            alt = f"Values with 95 % intervals of {len(measures)} measures; the one with the most questions is {_name(best)}."
+            alt = f"Values with 95 % intervals of {len(measures)} measures; {_name(best)} has the most questions."
             yield bars_figure(f"{title}, with 95 % intervals", alt, bars, x="value")
     rows: list[tuple[Cell, ...]] = []
     for one in measures:
@@ -161,7 +161,7 @@ def _text(text: TextScore | None) -> Iterator[Block]:
     ]
     if text.comparison is not None:
         rows.append(("difference of losses", number(text.comparison.difference), *_ends(text.comparison.interval)))
-    yield table(f"{text.tokens:,} tokens of {text.file}", ("", "value", "95 % from", "to"), rows)
+    yield table(f"{text.tokens:,} tokens of {text.file}", ("what", "value", "95 % from", "to"), rows)
 
 
 def _ends(ends: tuple[float, float] | None) -> tuple[Cell, ...]:
@@ -239,7 +239,7 @@ def _counts(found: Evaluation) -> Iterator[Block]:
         for task, count in by_task.items()
     ]
     if rows:
-        yield table("Answers that are wrong for other reasons", ("", "task", "questions"), rows)
+        yield table("Answers that are wrong for other reasons", ("what", "task", "questions"), rows)
 
 
 def _opinions(found: Evaluation) -> Iterator[Table]:

@@ -105,13 +105,13 @@ def _before_after(report: RunReport) -> Iterator[Block]:
         rows.append((when, number(score.loss, ".4f"), number(score.right), number(score.rows),
                      *interval(score.interval if score.rows else None, ".1f", 100, " %")))  # fmt: skip
     if rows:
-        header = ("", "loss, nats a token", "right", "questions", "95 % from", "to")
+        header = ("when", "loss, nats a token", "right", "questions", "95 % from", "to")
         yield table("Held-out rows", header, rows)
     if report.before and report.after and report.after.rows:
         found = _compared(report.before, report.after)
         yield Table(
             "Share of right answers, after minus before, on the same questions",
-            ("", "difference", "95 % from", "to", "won", "lost", "tied"),
+            ("what", "difference", "95 % from", "to", "won", "lost", "tied"),
             (
                 (
                     "after - before", share(found.difference), *interval(found.interval, "+.1f", 100, " %"),
@@ -128,7 +128,8 @@ def _samples(report: RunReport) -> Iterator[Block]:
     if not (report.before and report.after and report.after.answers):
         return
     both = list(zip(report.before.answers, report.after.answers, strict=True))
-    yield Text(f"The first {min(len(both), _MOST_SAMPLES)} of {len(both)} questions, in the order of the rows.")
+    which = f"The first {_MOST_SAMPLES} of {len(both)}" if len(both) > _MOST_SAMPLES else f"All {len(both)}"
+    yield Text(f"{which} questions, in the order of the rows.")
     yield Samples(
         "Base model and tuned model",
         tuple(
@@ -215,7 +216,8 @@ def _moved(found: Adapted) -> Iterator[Block]:
             blocks = sorted({row for row, _ in values}, key=int)
             modules = list(dict.fromkeys(one.module for one in layers if (str(one.block), one.module) in values))
             most = max(values, key=lambda place: values[place])
-            alt = f"{words}: between {min(values.values()):.2e} and {max(values.values()):.2e}, the most in block {most[0]}, {most[1]}."
+            ends = f"between {min(values.values()):.2e} and {values[most]:.2e}"
+            alt = f"{words}: {ends}, the most in block {most[0]}, {most[1]}."
             yield map_figure(f"How far the {kind} moved: {words}", alt, blocks, modules, values)
     yield from _correlation(layers)
     if layers and layers[0].start:
@@ -244,8 +246,8 @@ def _correlation(layers: tuple[AdaptedLayer, ...]) -> Iterator[Block]:
         trend=(float(line.slope), float(line.intercept)),
     )
     yield Text(
-        f"The correlation of the two is {line.rvalue:+.2f} over {len(points)} layers. The DoRA paper (section 3.2) finds "
-        "a negative one for full fine-tuning and DoRA, and a positive one for LoRA."
+        f"The correlation of the two is {line.rvalue:+.2f} over {len(points)} layers. The DoRA paper (section 3.2) "
+        "finds a negative one for full fine-tuning and DoRA, and a positive one for LoRA."
     )
 
 
@@ -257,8 +259,8 @@ def _spectrum(layers: tuple[AdaptedLayer, ...]) -> Figure:
     }
     angles = [one.angle for one in layers if one.angle is not None]
     alt = (
-        f"Singular values of s B A, mean over {len(layers)} layers, before and after, and of the whole change. The rows of A "
-        f"turned by {fmean(angles):.2f} degrees at their largest principal angle, on average."
+        f"Singular values of s B A, mean over {len(layers)} layers, before and after, and of the whole change. The "
+        f"rows of A turned by {fmean(angles):.2f} degrees at their largest principal angle, on average."
     )
     title = "Spectrum of the trained subspace, before and after"
     return lines_figure(title, alt, lines, x="place", y="singular value", log_y=True)
@@ -267,8 +269,8 @@ def _spectrum(layers: tuple[AdaptedLayer, ...]) -> Figure:
 def _layer_table(layers: tuple[AdaptedLayer, ...]) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
-            one.name, number(one.magnitude), number(one.direction), number(one.relative), number(max(one.change, default=None)),
-            number(one.angle, ".3g"),
+            one.name, number(one.magnitude), number(one.direction), number(one.relative),
+            number(max(one.change, default=None)), number(one.angle, ".3g"),
         )
         for one in layers
     ]  # fmt: skip
@@ -288,9 +290,7 @@ def _forgotten(report: RunReport, metrics: list[dict[str, Any]]) -> Iterator[Blo
     if text:
         yield facts("General text", text)
     if not measured and not text:
-        yield Text(
-            "Not measured. data.general_test measures it in a run, and dude eval --text FILE measures it for an adapter."
-        )
+        yield Text("Not measured. data.general_test measures it in a run, and dude eval --text FILE for an adapter.")
 
 
 def _cost(report: RunReport, metrics: list[dict[str, Any]], folder: Path) -> Table:
@@ -307,7 +307,7 @@ def _cost(report: RunReport, metrics: list[dict[str, Any]], folder: Path) -> Tab
     ]
     if report.best_step is not None:
         rows.append(("step of the adapter that was kept", number(report.best_step, ",")))
-    return table("What it took", ("", "value"), rows)
+    return table("What it took", ("what", "value"), rows)
 
 
 def _next(report: RunReport, folder: Path) -> Iterator[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,14 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
             from dude_peft.reporting.of_evaluation import document_of_evaluation as made
         else:
             from dude_peft.reporting.of_comparison import document_of_comparison as made
-        from dude_peft.reporting.csv_text import csv_text
-        from dude_peft.reporting.drawing import can_draw
-        from dude_peft.reporting.html import html
-        from dude_peft.reporting.markdown import markdown
-
+        if to == "html":
+            from dude_peft.reporting.html import html as written
+        elif to == "md":
+            from dude_peft.reporting.markdown import markdown as written
+        else:
+            from dude_peft.reporting.csv_text import csv_text as written
         document = made(folder)
-        content = {"html": html, "md": markdown, "csv": csv_text}[to](document).encode("utf-8", "backslashreplace")
+        content = written(document).encode("utf-8", "backslashreplace")
     with disk_errors(output):
         try:
             replace_file(output, content, new=not overwrite)
@@ -69,7 +71,7 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
             raise _taken(output) from None
     for sentence in document.answer:
         display.say(shown(sentence, None))
-    if to == "html" and not can_draw():
+    if to == "html" and importlib.util.find_spec("matplotlib") is None:
         display.say("the page has no figures, because matplotlib is missing: pip install 'dude-peft[train]'")
     display.say(f"written: {shown(output, None)} ({len(content) / 1024:,.0f} KiB)")
     return Page(output, document.answer)
