@@ -28,6 +28,8 @@ def lines_figure(
         axes.set_ylabel(y)
         if log_x:
             axes.set_xscale("log")
+        else:
+            _whole_ticks(axes, drawn)
         if log_y and all(value > 0 for points in drawn.values() for _, value in points):
             axes.set_yscale("log")
         axes.grid(alpha=0.2)
@@ -55,6 +57,7 @@ def scatter_figure(
             axes.plot(ends, [trend[0] * at + trend[1] for at in ends], color="#777777", linestyle="--", linewidth=1)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
+        _whole_ticks(axes, groups)
         axes.grid(alpha=0.2)
         legend(axes, list(groups), handles)
 
@@ -108,3 +111,9 @@ def bars_figure(
     ]
     header = ("name", x, "interval from", "interval to")
     return Figure(title, alt, draw, table(title, header, rows), height=min(7.0, 1.3 + 0.3 * len(bars)))
+
+
+def _whole_ticks(axes: Any, lines: Mapping[str, Points]) -> None:
+    """No half steps or seeds along the axis."""
+    if all(float(at).is_integer() for points in lines.values() for at, _ in points):
+        axes.xaxis.get_major_locator().set_params(integer=True)

@@ -40,12 +40,14 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
         quiet: print nothing.
 
     Raises:
-        ConfigError: no such form, or an output that cannot be used.
+        ConfigError: no such form, an output that cannot be used, or scipy is missing.
         ArtifactError: the folder is none of the three, not finished, or damaged.
         ResourceError: disk or permission.
     """
     if to not in FORMS:
         raise ConfigError(f"--to {shown(to)}: there is {', '.join(FORMS)}; choose one")
+    if importlib.util.find_spec("scipy") is None:
+        raise ConfigError("dude report needs scipy: pip install 'dude-peft[train]'")
     _check_output(output, overwrite)
     kind = _kind(folder)
     display = Display(quiet=quiet)
