@@ -74,7 +74,7 @@ def python() -> str:
     import dude_peft
 
     rows = ["| name | does |", "|---|---|"]
-    names = "train compare plan method_table check_data generate evaluate merge export verify load_adapter"
+    names = "train compare plan method_table check_data generate evaluate merge export verify report load_adapter"
     for name in names.split():
         function = getattr(dude_peft, name)
         parts = [p.name if p.default is p.empty else f"{p.name}={p.default!r}"

@@ -28,6 +28,8 @@ _IMPORTS = (
     "dude_peft.model.probe", "dude_peft.exporting.run", "dude_peft.exporting.run_card", "dude_peft.exporting.verify",
     "dude_peft.evaluation.run", "dude_peft.evaluation.in_training", "dude_peft.chat.generate", "dude_peft.chat.talk",
     "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run", "dude_peft.comparison.by_hand",
+    "dude_peft.reporting.of_run", "dude_peft.reporting.of_evaluation", "dude_peft.reporting.html",
+    "dude_peft.reporting.markdown", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 _READ_AT_IMPORT = ("PYTHON", "HF_HOME", "LC_", "LANG", "LD_", "TRITON_INTERPRET")
 

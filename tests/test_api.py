@@ -23,6 +23,7 @@ from dude_peft.errors import ConfigError
 # In the order in which each finds what it needs.
 FUNCTIONS = (
     "check_data", "method_table", "plan", "train", "compare", "generate", "verify", "merge", "export", "evaluate",
+    "report",
 )  # fmt: skip
 
 
@@ -202,6 +203,8 @@ LONG = "x" * 300
         lambda path: dude_peft.evaluate("my-model", path, text="general.txt"),
         lambda path: dude_peft.generate("my-model", ["x"], output=path),
         lambda path: dude_peft.method_table(path),
+        lambda path: dude_peft.report("runs/mine", path),
+        lambda path: dude_peft.report(path, "page.html"),
     ],
 )
 def test_a_path_that_no_file_can_have_is_one_line(place, monkeypatch, path, call):

@@ -148,7 +148,7 @@ def test_the_log_tells_what_goes_on_and_what_comes_next(finished):
     assert "; ETA " in finished.stdout
     assert "best so far " in finished.stdout
     assert "Each method at its best setting" in finished.stdout
-    assert finished.stdout.splitlines()[-2:][0] == "next:"
+    assert finished.stdout.splitlines()[-3:-1] == ["next:", "  dude report out -o out.html"]
     assert finished.stdout.splitlines()[-1].startswith("  dude chat out/runs/test-")
 
 

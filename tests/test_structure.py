@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "dude_peft"
 # From the bottom up: a room may import from the rooms before it, and from itself.
 ROOMS = ["version", "errors", "parents", "show", "names", "kinds", "doors", "core", "methods", "artifact", "tuner"]
 ROOMS += ["data", "config", "terminal", "machine", "model", "measure", "init", "folder", "exporting", "answer"]
-ROOMS += ["training", "planning", "chat", "evaluation", "doctor", "comparison", "api", "cli"]
+ROOMS += ["training", "planning", "chat", "evaluation", "comparison", "reporting", "doctor", "api", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 

@@ -11,14 +11,26 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
-    from dude_peft.api import check_data, compare, evaluate, export, generate, merge, method_table, plan, train, verify
+    from dude_peft.api import (
+        check_data,
+        compare,
+        evaluate,
+        export,
+        generate,
+        merge,
+        method_table,
+        plan,
+        report,
+        train,
+        verify,
+    )
     from dude_peft.measure.movement import MovementCallback
     from dude_peft.methods import METHODS
     from dude_peft.tuner import DudeConfig, load_adapter
 
 __all__ = [
     "METHODS", "DudeConfig", "MovementCallback", "__version__", "check_data", "compare", "evaluate", "export",
-    "generate", "load_adapter", "merge", "method_table", "plan", "train", "verify",
+    "generate", "load_adapter", "merge", "method_table", "plan", "report", "train", "verify",
 ]  # fmt: skip
 
 _HOMES = {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dude_peft.folder.record import RunReport
     from dude_peft.planning.method_table import MethodTable
     from dude_peft.planning.report import Plan
+    from dude_peft.reporting.run import Page
     from dude_peft.training.data_check import DataReport
 
     RunSource: TypeAlias = str | Path | Mapping[str, Any] | RunConfig
@@ -483,6 +484,32 @@ def verify(
     from dude_peft.exporting.verify import verify as verified
 
     return verified(str(adapter), base=base, gguf_file=gguf_file, quiet=quiet)
+
+
+@checked
+def report(
+    folder: str | Path, output: str | Path, *, to: str = "html", overwrite: bool = False, quiet: bool = True
+) -> Page:
+    """Write a page about a run, an evaluation or a comparison: one file that needs no network and runs no script.
+
+        page = dude_peft.report("runs/mine", "page.html")
+        print(page.answer[0])
+
+    Args:
+        folder: of the run, the evaluation or the comparison.
+        output: the file to write.
+        to: html, md for the same as Markdown, or csv for every number.
+        overwrite: replace an existing file.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError: no such form, or an output that cannot be used.
+        ArtifactError: the folder is none of the three, not finished, or damaged.
+        ResourceError: disk or permission.
+    """
+    from dude_peft.reporting.run import report as made
+
+    return made(Path(folder), Path(output), to=to, overwrite=overwrite, quiet=quiet)
 
 
 @checked

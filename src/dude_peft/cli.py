@@ -709,6 +709,22 @@ def evaluate(
         raise StoppedError(signal.SIGINT, message) from None
 
 
+@app.command(epilog="Example: dude report runs/mine -o page.html")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run, an evaluation or a comparison.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
+    to: Annotated[
+        str, typer.Option("--to", help="html (one file, without network), md, or csv (every number).")
+    ] = "html",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Write a page about a run, an evaluation or a comparison. It begins with the result in words."""
+    from dude_peft import api
+
+    api.report(folder, output, to=to, overwrite=overwrite, quiet=False)
+
+
 def main() -> None:
     """Entry point of the console script: runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]

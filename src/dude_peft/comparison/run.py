@@ -71,11 +71,13 @@ def compare(
         return found
     summary = summary_of(found)
     show_result(display, found, summary, this.folder.path)
+    folder = str(this.folder.path)
+    after = [["report", folder, "-o", f"{folder}.html"]]
     if (adapter := this.first_adapter(best_method(summary))) is not None:
         gguf_file = this.grid.run.model.gguf_file
-        tell_next(
-            display, ["chat", str(adapter), *([] if gguf_file is None else ["--gguf-file", gguf_file]), "--compare"]
-        )
+        base = [] if gguf_file is None else ["--gguf-file", gguf_file]
+        after.append(["chat", str(adapter), *base, "--compare"])
+    tell_next(display, *after)
     return found
 
 

@@ -155,8 +155,8 @@ def summarise(
         target,
         tuple(methods),
         tuple(pairs),
-        (*_answer(methods, pairs, table), *notes),
-        tuple(notes),
+        (*_one_seed(methods), *_answer(methods, pairs, table), *notes),
+        (*_one_seed(methods), *notes),
     )
 
 
@@ -201,7 +201,8 @@ def _by_tokens(losses: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     if not len(weights) or not weights.sum():
         return losses
     mean = float(losses @ weights / weights.sum())
-    return mean + weights / weights.mean() * (losses - mean)
+    values: np.ndarray = mean + weights / weights.mean() * (losses - mean)
+    return values
 
 
 def _method(
@@ -304,7 +305,7 @@ def _luck(found: MethodSummary, table: _Table, resamples: int, seed: int) -> flo
 
 
 def _testable(values: np.ndarray) -> bool:
-    return min(values.shape) > 1
+    return bool(min(values.shape) > 1)
 
 
 def _target(comparison: Comparison) -> float | None:
@@ -399,14 +400,18 @@ def _answer(methods: Sequence[MethodSummary], pairs: Sequence[PairSummary], tabl
     found = [f"{best.method} has the best mean, {value} at its chosen settings."]
     against = [pair for pair in pairs if best.method in (pair.first, pair.second) and pair.estimate is not None]
     beaten = [pair for pair in against if pair.better == best.method]
-    tied = [pair.second if pair.first == best.method else pair.first for pair in against if pair.better is None]
     if beaten:
         found += [f"{pair.words}." for pair in beaten]
+    tied = [
+        f"{pair.second if pair.first == best.method else pair.first} ({_bare(pair.estimate.detectable, primary)})"
+        for pair in against
+        if pair.better is None and pair.estimate is not None
+    ]
     if tied:
-        largest = max(pair.estimate.detectable for pair in against if pair.better is None and pair.estimate)
+        unit = amount(0.0, primary).partition(" ")[2]
         found.append(
-            f"No significant difference was found between {best.method} and {', '.join(tied)}; a difference of "
-            f"{amount(largest, primary)} would have been found four times in five."
+            f"No significant difference was found between {best.method} and {', '.join(tied)}. In brackets stands the "
+            f"difference in {unit} that would have been found four times in five."
         )
     if best.gain is not None:
         told = "better" if best.gain > 0 else "worse"
@@ -414,11 +419,15 @@ def _answer(methods: Sequence[MethodSummary], pairs: Sequence[PairSummary], tabl
     return found
 
 
+def _one_seed(methods: Sequence[MethodSummary]) -> list[str]:
+    if not any(method.finals == 1 for method in methods):
+        return []
+    return ["One seed: no interval over seeds is possible, so nothing can be claimed about the methods."]
+
+
 def _notes(methods: Sequence[MethodSummary], table: _Table, luck: dict[str, float]) -> list[str]:
     found = []
-    if any(method.finals == 1 for method in methods):
-        found.append("One seed: no interval over seeds is possible, so no claim about the methods is.")
-    elif any(method.finals == 2 for method in methods):
+    if any(method.finals == 2 for method in methods):
         found.append("Two seeds: intervals are wide; three or more show smaller differences.")
     for method in methods:
         if method.failed == method.finals and method.finals:

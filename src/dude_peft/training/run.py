@@ -489,38 +489,16 @@ class _Run:
     def _tell_next(self, report: RunReport) -> None:
         """The commands that take the adapter up."""
         from dude_peft.terminal.next_steps import tell_next
+        from dude_peft.training.next_commands import next_commands
 
-        model, adapter = self.config.model, str(self.folder.path / ADAPTER)
-        if model.trust_remote_code:
+        if self.config.model.trust_remote_code:
             self.display.say(
                 "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
                 "base model and dude_peft.load_adapter for the adapter"
             )
-            return
-        base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]
-        tell_next(
-            self.display,
-            ["chat", adapter, *base],
-            *self._ways_to_judge(adapter, base, report),
-            ["export", adapter, *base, "--to", "merged", "-o", f"{self.folder.path}-merged"],
-        )
-
-    def _ways_to_judge(self, adapter: str, base: list[str], report: RunReport) -> list[list[str]]:
-        """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
-        from dude_peft.data.rows import local_file
-
-        data, settings = self.config.data, self.config.evaluation
-        found = []
-        if isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
-            columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
-            found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])
-        if settings.tasks:
-            options = ["--tasks", ",".join(settings.tasks)]
-            options += [] if settings.tasks_data_dir is None else ["--data-dir", settings.tasks_data_dir]
-            options += [] if settings.tasks_num_fewshot is None else ["--num-fewshot", str(settings.tasks_num_fewshot)]
-            options += ["--chat"] if settings.tasks_chat else []
-            found.append(["eval", adapter, *base, *options, "-o", f"{self.folder.path}-scores"])
-        return found
+        folder = self.folder.path
+        commands = next_commands(self.config, folder, report)
+        tell_next(self.display, *commands, ["report", str(folder), "-o", f"{folder}.html"])
 
     def warn(self, text: str) -> None:
         """Shows a warning and keeps it for the report."""
