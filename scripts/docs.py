@@ -59,6 +59,14 @@ def configuration() -> str:
     return "\n\n".join(blocks)
 
 
+def grid() -> str:
+    from dude_peft.config.explain import explain_grid
+
+    keys = [row for row in explain_grid() if "[]" not in row[0]]  # sources are those of data.train
+    rows = [f"| `{key}` | {_cell(v)} | {_default(d)} | {_cell(meaning)} |" for key, v, d, meaning in keys]
+    return "| key | takes | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
 def python() -> str:
     """The public functions as a table, for readers of the clone."""
     import inspect
@@ -66,7 +74,7 @@ def python() -> str:
     import dude_peft
 
     rows = ["| name | does |", "|---|---|"]
-    names = "train plan method_table check_data generate evaluate merge export verify load_adapter"
+    names = "train compare plan method_table check_data generate evaluate merge export verify report load_adapter"
     for name in names.split():
         function = getattr(dude_peft, name)
         parts = [p.name if p.default is p.empty else f"{p.name}={p.default!r}"
@@ -189,6 +197,7 @@ def _default(text: str) -> str:
 
 MAKERS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
+    "grid": grid,
     "commands": commands,
     "python": python,
     "methods": methods,

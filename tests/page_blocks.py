@@ -22,6 +22,7 @@ from models import tokens
 from served import dude
 from tiny import save_tiny, write_rows
 
+from dude_peft.comparison.cells import Grid
 from dude_peft.methods import METHODS
 
 _BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.S | re.M)
@@ -98,9 +99,12 @@ def run_command(line: str, folder: Path) -> None:
 
 def check_configuration(text: str) -> None:
     """Reads a part of a configuration over that of `run.yaml`."""
-    from dude_peft.config.reading import load_config
+    from dude_peft.config.reading import load_config, load_grid
 
     asked = yaml.safe_load(text)
+    if "methods" in asked:
+        Grid(*load_grid(asked))
+        return
     below = {**RUN, "train": {}} if "num_train_epochs" in asked.get("train", {}) else RUN
     load_config(_over(below, asked))
 

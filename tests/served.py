@@ -19,13 +19,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import nursery
+
 _IMPORTS = (
     "torch", "transformers.trainer", "trl.trainer.sft_trainer", "peft", "lm_eval.evaluator", "matplotlib.pyplot",
     "dude_peft.training.fit", "dude_peft.training.picture", "dude_peft.training.model_checks",
     "dude_peft.training.data_check",
     "dude_peft.model.probe", "dude_peft.exporting.run", "dude_peft.exporting.run_card", "dude_peft.exporting.verify",
     "dude_peft.evaluation.run", "dude_peft.evaluation.in_training", "dude_peft.chat.generate", "dude_peft.chat.talk",
-    "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run",
+    "dude_peft.init.run", "dude_peft.planning.run", "dude_peft.doctor.run", "dude_peft.comparison.by_hand",
+    "dude_peft.reporting.of_run", "dude_peft.reporting.of_evaluation", "dude_peft.reporting.html",
+    "dude_peft.reporting.markdown", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 _READ_AT_IMPORT = ("PYTHON", "HF_HOME", "LC_", "LANG", "LD_", "TRITON_INTERPRET")
 
@@ -146,13 +150,15 @@ def _become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     for target, path, flags in (
         (0, os.devnull, os.O_RDONLY),
-        (1, request["out"], os.O_WRONLY | os.O_CREAT),
-        (2, request["err"], os.O_WRONLY | os.O_CREAT),
+        (1, request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+        (2, request["err"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
     ):
         opened = os.open(path, flags)
         os.dup2(opened, target)
         os.close(opened)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if request["argv"][1:2] == ["compare"]:
+        nursery.found(_become)
     sys.argv = request["argv"]
     sys.path[0] = str(Path(sys.executable).parent)
     if request["script"] is not None:

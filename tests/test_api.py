@@ -20,7 +20,10 @@ from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError
 
 # In the order in which each finds what it needs.
-FUNCTIONS = ("check_data", "method_table", "plan", "train", "generate", "verify", "merge", "export", "evaluate")
+FUNCTIONS = (
+    "check_data", "method_table", "plan", "train", "compare", "generate", "verify", "merge", "export", "evaluate",
+    "report",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,8 @@ def place(tmp_path_factory) -> Path:
         "output_dir": "runs/mine",
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    grid = {"run": "run.yaml", "methods": ["lora"], "learning_rates": [0.01], "extend": 0, "final_seeds": [1]}
+    (folder / "grid.yaml").write_text(yaml.safe_dump({**grid, "output_dir": "runs/compared"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         dude_peft.train("run.yaml")
@@ -55,7 +60,7 @@ def example(function) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("merge", "export"))) for name in FUNCTIONS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("compare", "merge", "export"))) for name in FUNCTIONS],
 )
 def test_the_example_of_every_function_runs(place, monkeypatch, capfd, name):
     if name == "evaluate":
@@ -197,6 +202,8 @@ LONG = "x" * 300
         lambda path: dude_peft.evaluate("my-model", path, text="general.txt"),
         lambda path: dude_peft.generate("my-model", ["x"], output=path),
         lambda path: dude_peft.method_table(path),
+        lambda path: dude_peft.report("runs/mine", path),
+        lambda path: dude_peft.report(path, "page.html"),
     ],
 )
 def test_a_path_that_no_file_can_have_is_one_line(place, monkeypatch, path, call):

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -428,13 +429,16 @@ def test_commands_tell_the_next_ones_and_they_work(place, tmp_path, dude):
     assert out.splitlines()[-1].startswith(f"  dude train {run} --set train.max_steps=1 --set evaluation.enabled=true")
     code, out, error = dude(*shlex.split(out.splitlines()[-1])[1:])
     assert code == 0, error
-    assert out.splitlines()[-3] == "next:"
-    chat, export = (shlex.split(text)[1:] for text in out.splitlines()[-2:])
-    assert [chat[0], export[0]] == ["chat", "export"]
+    assert out.splitlines()[-4] == "next:"
+    chat, export, report = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
+    assert [chat[0], export[0], report[0]] == ["chat", "export", "report"]
     assert chat[1] == str(tmp_path / "a folder/adapter")
     code, _, error = dude(*export, "--no-verify")
     assert code == 0, error
     assert (tmp_path / "a folder-merged/model.safetensors").is_file()
+    code, _, error = dude(*report)
+    assert code == 0, error
+    assert (tmp_path / "a folder.html").is_file()
     card = (tmp_path / "a folder/adapter/README.md").read_text()
     assert "[More Information Needed]" not in card
     assert "| train.max_steps | 1 |" in card
@@ -454,20 +458,19 @@ def test_a_run_proposes_its_own_held_out_rows_and_tasks(place, tmp_path, dude):
     run.write_text(yaml.safe_dump(settings))
     code, out, error = dude("train", run)
     assert code == 0, error
-    chat, generate, export = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
+    chat, generate, export, _ = (shlex.split(text)[1:] for text in out.splitlines()[-4:])
     assert [chat[0], generate[0], export[0]] == ["chat", "generate", "export"]
     code, again, error = dude("train", run)
-    assert (code, again.splitlines()[-3:]) == (0, out.splitlines()[-3:]), error
+    assert (code, again.splitlines()[-4:]) == (0, out.splitlines()[-4:]), error
     code, out, error = dude(*generate, "--max-new-tokens", "2")
     assert code == 0, error
     assert set(json.loads(out)) == {"prompt", "completion", "finish", "base_completion", "base_finish"}
     from dude_peft.config.reading import load_config
-    from dude_peft.training.run import _Run
+    from dude_peft.training.next_commands import next_commands
 
     scored = load_config(run, ["evaluation.tasks=[gsm8k]", f"evaluation.tasks_data_dir={task}"])
-    this, report = SimpleNamespace(config=scored, folder=SimpleNamespace(path="o")), SimpleNamespace(after=None)
-    ways = _Run._ways_to_judge(this, "a", [], report)
-    assert ways[-1] == ["eval", "a", "--tasks", "gsm8k", "--data-dir", str(task), "-o", "o-scores"]
+    ways = next_commands(scored, Path("o"), SimpleNamespace(after=None))
+    assert ways[-2] == ["eval", "o/adapter", "--tasks", "gsm8k", "--data-dir", str(task), "-o", "o-scores"]
 
 
 def test_a_tensor_of_another_shape_is_named(place, tmp_path, dude):

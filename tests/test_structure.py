@@ -30,7 +30,7 @@ ROOMS = [
     "tuner",
 ]
 ROOMS += ["data", "config", "terminal", "machine", "model", "measure", "init", "folder", "exporting", "answer"]
-ROOMS += ["training", "planning", "chat", "evaluation", "doctor", "api", "cli"]
+ROOMS += ["training", "planning", "chat", "evaluation", "comparison", "reporting", "doctor", "api", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
-    from dude_peft.api import evaluate, plan, train
+    from dude_peft.api import compare, evaluate, plan, report, train
     from dude_peft.chat.generate import generate
     from dude_peft.exporting.run import export, merge
     from dude_peft.exporting.verify import verify
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from dude_peft.tuner import DudeConfig, load_adapter
 
 __all__ = [
-    "METHODS", "DudeConfig", "MovementCallback", "__version__", "check_data", "evaluate", "export", "generate",
-    "load_adapter", "merge", "method_table", "plan", "train", "verify",
+    "METHODS", "DudeConfig", "MovementCallback", "__version__", "check_data", "compare", "evaluate", "export",
+    "generate", "load_adapter", "merge", "method_table", "plan", "report", "train", "verify",
 ]  # fmt: skip
 
 _HOMES = {

@@ -15,10 +15,12 @@ from dude_peft.errors import ConfigError
 from dude_peft.kinds import checked
 
 if TYPE_CHECKING:
+    from dude_peft.comparison.outcome import Comparison
     from dude_peft.config.schema import RunConfig
     from dude_peft.evaluation.record import Evaluation
     from dude_peft.folder.record import RunReport
     from dude_peft.planning.report import Plan
+    from dude_peft.reporting.run import Page
 
     RunSource: TypeAlias = str | Path | Mapping[str, Any] | RunConfig
     """A YAML file, its content as a dict, or the configuration itself."""
@@ -104,6 +106,46 @@ def plan(
 
 
 @checked
+def compare(
+    config: str | Path | Mapping[str, Any],
+    *,
+    output_dir: str | Path | None = None,
+    jobs: int = 1,
+    controls: bool = False,
+    max_runs: int | None = None,
+    collect: bool = False,
+    quiet: bool = True,
+) -> Comparison:
+    """Compare methods by a fair protocol: tuned on validation rows, tested once with fresh seeds.
+
+        found = dude_peft.compare("grid.yaml")
+        print(found.protocol["chosen"])
+
+    Args:
+        config: the grid: a YAML file, or a dict of the same shape.
+        output_dir: replaces the grid's; the same call again goes on there.
+        jobs: runs at a time, each in a process of its own.
+        controls: the methods that tell DuDe's claims apart compete too.
+        max_runs: replaces the grid's.
+        collect: run nothing; take what has ended.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError, DataError, ArtifactError, ResourceError: what is wrong with the grid, its rows or its folder.
+        BusyError: another process compares in the folder.
+        StoppedError: Ctrl-C or SIGTERM; the same call again goes on.
+    """
+    from dude_peft.config.reading import load_grid
+
+    if not isinstance(config, (str, Path, Mapping)):
+        raise ConfigError("config: give a YAML file, or a dict with its content")
+    grid, run = load_grid(config, {"output_dir": None if output_dir is None else str(output_dir)})
+
+    from dude_peft.comparison.run import compare as compared
+
+    return compared(grid, run, jobs=jobs, controls=controls, max_runs=max_runs, collect=collect, quiet=quiet)
+
+
 def evaluate(
     name: str | Path,
     output: str | Path,
@@ -155,6 +197,32 @@ def evaluate(
         tuple(tasks), _path(data_dir), limit, seed, chat_template, num_fewshot, batch_size, _path(text), special_tokens
     )
     return scored(str(name), options, Path(output), base=base, gguf_file=gguf_file, overwrite=overwrite, quiet=quiet)
+
+
+@checked
+def report(
+    folder: str | Path, output: str | Path, *, to: str = "html", overwrite: bool = False, quiet: bool = True
+) -> Page:
+    """Write a page about a run, an evaluation or a comparison: one file that needs no network and runs no script.
+
+        page = dude_peft.report("runs/mine", "page.html")
+        print(page.answer[0])
+
+    Args:
+        folder: of the run, the evaluation or the comparison.
+        output: the file to write.
+        to: html, md for the same as Markdown, or csv for every number.
+        overwrite: replace an existing file.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError: no such form, or an output that cannot be used.
+        ArtifactError: the folder is none of the three, not finished, or damaged.
+        ResourceError: disk or permission.
+    """
+    from dude_peft.reporting.run import report as made
+
+    return made(Path(folder), Path(output), to=to, overwrite=overwrite, quiet=quiet)
 
 
 def _settings(

@@ -148,6 +148,62 @@ def plan(
     tell_next(Display(quiet=as_json), ["train", str(config), *sets])
 
 
+@app.command(epilog="Example: dude compare grid.yaml --jobs 2")
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="File of the comparison.")],
+    output_dir: Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Replace output_dir.")] = None,
+    jobs: Annotated[int, _whole(help="Runs at a time. They share the cores, or take one GPU each in turn.")] = 1,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Let the methods compete that tell DuDe's claims apart.")
+    ] = False,
+    max_runs: Annotated[int | None, _whole(help="Replace max_runs, the most runs that the grid may take.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the runs, their time and disk; run nothing.")
+    ] = False,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Print a command for each run that can start now; run nothing.")
+    ] = False,
+    one: Annotated[
+        str | None,
+        typer.Option("--run", metavar="NAME", help="Do one run of the comparison, as --print-commands has it."),
+    ] = None,
+    collect: Annotated[bool, typer.Option("--collect", help="Run nothing; take what has ended.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare methods: tuned on validation rows, tested once. The same command again goes on."""
+    from dude_peft import api
+    from dude_peft.config.reading import load_grid
+
+    if sum((dry_run, print_commands, one is not None, collect)) > 1:
+        raise ConfigError("--dry-run, --print-commands, --run and --collect: give one of them")
+    try:
+        if not (dry_run or print_commands or one):
+            api.compare(
+                config,
+                output_dir=output_dir,
+                jobs=jobs,
+                controls=controls,
+                max_runs=max_runs,
+                collect=collect,
+                quiet=False,
+            )
+            return
+        grid, run = load_grid(config, {"output_dir": output_dir})
+
+        from dude_peft.comparison import by_hand
+
+        options: dict[str, Any] = {"jobs": jobs, "controls": controls, "max_runs": max_runs}
+        if dry_run:
+            by_hand.dry_run(grid, run, **options)
+        elif one:
+            by_hand.run_one(grid, run, one, controls=controls, max_runs=max_runs)
+        else:
+            for line in by_hand.commands(grid, run, str(config), output_dir=output_dir, **options):
+                typer.echo(line)
+    except KeyboardInterrupt:
+        raise StoppedError(signal.SIGINT, "stopped by Ctrl-C; run the same command again, it goes on") from None
+
+
 @app.command(epilog="Example: dude methods --model MODEL --r 8")
 def methods(
     model: Annotated[
@@ -639,6 +695,22 @@ def evaluate(
     except KeyboardInterrupt:
         message = "stopped by Ctrl-C; run the same command again to resume"
         raise StoppedError(signal.SIGINT, message) from None
+
+
+@app.command(epilog="Example: dude report runs/mine -o page.html")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run, an evaluation or a comparison.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
+    to: Annotated[
+        str, typer.Option("--to", help="html (one file, without network), md, or csv (every number).")
+    ] = "html",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Write a page about a run, an evaluation or a comparison. It begins with the result in words."""
+    from dude_peft import api
+
+    api.report(folder, output, to=to, overwrite=overwrite, quiet=False)
 
 
 def main() -> None:

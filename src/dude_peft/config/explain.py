@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dude_peft.config.grid import GridConfig
 from dude_peft.config.reading import closest_key
 from dude_peft.config.schema import LARGEST_COUNT, RunConfig
 from dude_peft.errors import ConfigError
@@ -47,6 +48,12 @@ def explain(key: str | None = None) -> list[tuple[str, str, str, str]]:
         hint = instead_of(word) or (f"closest: {closest}" if closest else "dude config explain lists them all")
         raise ConfigError(f"unknown key {quoted(key)}; {hint}")
     return found
+
+
+def explain_grid() -> list[tuple[str, str, str, str]]:
+    """The same of every key of a comparison."""
+    definitions = _standard(GridConfig.model_json_schema())
+    return _rows(definitions, definitions, "")
 
 
 def choices(key: str | None) -> list[str]:
@@ -97,7 +104,9 @@ def _listed(entry: dict[str, Any], root: dict[str, Any]) -> dict[str, Any] | Non
     return _referred(entry.get("items", {}), root)
 
 
-def _values(entry: dict[str, Any]) -> str:
+def _values(entry: dict[str, Any] | bool) -> str:
+    if isinstance(entry, bool) or not entry:
+        return "any value"
     if "$ref" in entry:
         return "section"
     if "anyOf" in entry:

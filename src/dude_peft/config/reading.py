@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from dude_peft.config.grid import GridConfig
 from dude_peft.config.schema import DECIMAL, RunConfig, Section
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
@@ -49,6 +50,8 @@ class _Tree:
     places: dict[Key, str] = field(default_factory=dict)
     top: str = ""
     """Place of what was not written."""
+    kind: type[Section] = RunConfig
+    """What the values are."""
 
     def place(self, key: Key) -> str:
         """Place of `key`, or of the nearest section around it."""
@@ -78,7 +81,64 @@ def load_config(
     for name, value in (options or {}).items():
         if value is not None:
             _write_over(tuple(name.split(".")), value, f"option for {name}", tree)
-    return _validate(tree)
+    config: RunConfig = _validate(tree)
+    return config
+
+
+def load_grid(
+    source: str | os.PathLike[str] | Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> tuple[GridConfig, RunConfig]:
+    """The comparison that `source` describes, and its ordinary run.
+
+    Args:
+        source: the YAML file, or what a file would hold.
+        options: of the command: a key, and its value as it is; None leaves the key alone.
+
+    Raises:
+        ConfigError: as `load_config`, for both.
+    """
+    tree = _tree_of(source) if isinstance(source, Mapping) else _read_tree(source)
+    tree.kind = GridConfig
+    for name, value in (options or {}).items():
+        if value is not None:
+            _write_over((name,), value, f"option for {name}", tree)
+    grid: GridConfig = _validate(tree)
+    run = _read_tree(grid.run) if isinstance(grid.run, str) else _part(tree, "run")
+    run.values["output_dir"] = grid.output_dir
+    return grid, _validate(run)
+
+
+def check_key(name: str, where: str) -> None:
+    """Raises ConfigError, with the closest one, where a run has no key of this name, as `train.max_steps`."""
+    if "." in name and name in _known_keys():
+        return
+    closest = closest_key(tuple(name.split(".")))
+    hint = f"closest: {closest!r}" if closest and "." in closest else "dude config explain lists them all"
+    raise ConfigError(f"{where}: key {quoted(name)} is unknown; {hint}")
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any], where: str) -> RunConfig:
+    """The run with other values, by keys as `train.max_steps`.
+
+    Args:
+        config: the run.
+        values: by key.
+        where: who asks for it, as errors name it.
+
+    Raises:
+        ConfigError: a key that does not exist, a value that it does not take, or two that contradict.
+    """
+    tree = _tree_of(config.model_dump(mode="json", exclude_unset=True))
+    for name, value in values.items():
+        _write_over(tuple(name.split(".")), _plain(value), where, tree)
+    changed: RunConfig = _validate(tree)
+    return changed
+
+
+def _part(tree: _Tree, name: str) -> _Tree:
+    """What stands under a key of a file, as a configuration of its own that knows its lines."""
+    places = {key[1:]: place for key, place in tree.places.items() if key[0] == name and len(key) > 1}
+    return _Tree(dict(tree.values[name]), places, tree.place((name,)))
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
@@ -287,14 +347,15 @@ def _write_over(key: Key, value: Any, where: str, tree: _Tree) -> None:
     section[last] = value
 
 
-def _validate(tree: _Tree) -> RunConfig:
+def _validate(tree: _Tree) -> Any:
+    """What the tree describes, of its kind."""
     from pydantic import ValidationError
 
     # A section whose keys are all commented out reads as null; it means the defaults.
-    sections = {name for name, kind in RunConfig.model_fields.items() if _is_section(kind.annotation)}
+    sections = {name for name, kind in tree.kind.model_fields.items() if _is_section(kind.annotation)}
     values = {key: {} if value is None and key in sections else value for key, value in tree.values.items()}
     try:
-        return RunConfig.model_validate(values)
+        return tree.kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # An unknown key explains a missing one (a typo causes both), so it is told first.
@@ -312,8 +373,8 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     key = _real_key(tree, problem["loc"])
     where, name = tree.place(key), _name(key)
     if problem["type"] == "extra_forbidden":
-        closest = None if (hint := instead_of(str(key[-1]))) else closest_key(key)
-        hint = hint or (f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key))}")
+        closest = None if (hint := instead_of(str(key[-1]))) else closest_key(key, tree.kind)
+        hint = hint or (f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key, tree.kind))}")
         return f"{where}: key {name} is unknown; {hint}"
     if problem["type"] == "missing":
         return f"{where}: key {name} is missing; add it"
@@ -369,7 +430,7 @@ def _real_key(tree: _Tree, loc: tuple[str | int, ...]) -> Key:
     """`loc` without the names that pydantic adds for the forms of a union ("str", "list[...]")."""
     value: Any = tree.values
     key: list[str | int] = []
-    section: type[Section] | None = RunConfig
+    section: type[Section] | None = tree.kind
     for part in loc:
         is_field = section is not None and part in section.model_fields
         inside = part in value if isinstance(value, dict) else isinstance(part, int) and isinstance(value, list)
@@ -402,28 +463,28 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _known_keys() -> list[str]:
+def _known_keys(kind: type[Section] = RunConfig) -> list[str]:
     names: list[str] = []
-    for name, info in RunConfig.model_fields.items():
+    for name, info in kind.model_fields.items():
         names.append(name)
         if _is_section(info.annotation):
             names += [f"{name}.{inner}" for inner in info.annotation.model_fields]  # type: ignore[union-attr]
     return names
 
 
-def _siblings(key: Key) -> list[str]:
-    section: type[Section] | None = RunConfig
+def _siblings(key: Key, kind: type[Section]) -> list[str]:
+    section: type[Section] | None = kind
     for part in key[:-1]:
         section = _inside(section, part)
-    return _known_keys() if section is None else list(section.model_fields)
+    return _known_keys(kind) if section is None else list(section.model_fields)
 
 
-def closest_key(key: Key) -> str | None:
+def closest_key(key: Key, kind: type[Section] = RunConfig) -> str | None:
     """The known key that was probably meant: what other tools call so, the same word elsewhere, or one that is near."""
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
-    siblings = _siblings(key)
-    elsewhere = {known.rpartition(".")[2]: known for known in _known_keys()}
-    if meant := our_key(last) or elsewhere.get(last):
+    siblings = _siblings(key, kind)
+    elsewhere = {known.rpartition(".")[2]: known for known in _known_keys(kind)}
+    if meant := (our_key(last) if kind is RunConfig else None) or elsewhere.get(last):
         return meant
     if near := _near(last, siblings) or _abbreviated(last, siblings):
         return f"{prefix}.{near}" if prefix else near

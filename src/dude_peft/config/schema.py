@@ -342,7 +342,7 @@ class ShareSection(Section):
     """Share of the training questions to hold out. data.seed chooses them. A repeated question stays on one side."""
 
 
-def _as_share(value: Any) -> Any:
+def as_share(value: Any) -> Any:
     """A bare number is a share."""
     return {"share": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
@@ -354,9 +354,13 @@ class DataSection(Section):
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), `builtin:word-problems`, a data set id on the hub (`id` or
     `id:config`), or a list of sources that are mixed."""
 
-    test: Annotated[Sources | ShareSection | None, BeforeValidator(_as_share)] = None
+    test: Annotated[Sources | ShareSection | None, BeforeValidator(as_share)] = None
     """Held-out rows, written like `train`. They are never trained on. A number (0.1, or `{share: 0.1}`) holds out that
     share of the training rows. Required, unless evaluation.enabled is false."""
+
+    set_aside: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Share of the training questions that this run neither learns from nor is judged on. `dude compare` keeps the
+    test rows of its second stage from the runs of its first one by it: `test: 0.2` holds out the same questions."""
 
     columns: Columns = {}
     """Names of columns in your data, by our names: `{prompt: customer_query, completion: agent_reply}`. Keys and roles

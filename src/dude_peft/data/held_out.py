@@ -15,19 +15,24 @@ from dude_peft.errors import DataError
 _STREAM = 2**15  # of the seed; mixtures use the first ones
 
 
-def held_out_questions(examples: TokenSet, share: float, seed: int) -> NDArray[np.uint64]:
+def held_out_questions(
+    examples: TokenSet, share: float, seed: int, *, behind: float | None = None
+) -> NDArray[np.uint64]:
     """Hashes (`TokenSet.prompts`) of the questions that are held out: `share` of all different ones, at least one.
+
+    With `behind`, they are the next ones behind those of that share: the two have none in common.
 
     Raises DataError where nothing would be left to train on.
     """
     questions = np.unique(examples.prompts())
+    start = 0 if behind is None else max(1, round(behind * len(questions)))
     count = max(1, round(share * len(questions)))
-    if count >= len(questions):
+    if start + count >= len(questions):
         raise DataError(
-            f"data.test: a share of {share} of {len(questions)} different questions leaves none to train on; add "
-            "rows, or give a file"
+            f"data.test: a share of {share}{'' if behind is None else f' beside one of {behind}'} of {len(questions)} "
+            "different questions leaves none to train on; add rows, or give a file"
         )
-    return np.sort(questions[shuffled(len(questions), seed, _STREAM)[:count]])
+    return np.sort(questions[shuffled(len(questions), seed, _STREAM)[start : start + count]])
 
 
 def part_of(examples: TokenSet, questions: NDArray[np.uint64], *, held_out: bool) -> TokenSet:

@@ -7,6 +7,7 @@ is refused with the difference, another machine or version is allowed with a war
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -66,17 +67,13 @@ class Identity:
     def check_config(self, now: dict[str, Any]) -> None:
         """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
         asks = bool(self.asked) and now["adapter"].get("budget") is not None
-        before, after = _flat({**self.config, "adapter": self.asked} if asks else self.config), _flat(now)
-        free = _FREE | (_SCORING if after["evaluation.metric_for_best_model"] == "loss" else set())
-        changed = [key for key in {**before, **after} if key not in free and before.get(key) != after.get(key)]
-        if not changed:
-            return
-        shown_keys = [f"{key}: {_value(before.get(key))} -> {_value(after.get(key))}" for key in changed[:_MOST_SHOWN]]
-        more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
-        raise ConfigError(
-            f"output_dir holds a run with another configuration ({'; '.join(shown_keys)}{more}); restore it to "
-            "resume, choose another output_dir, or add --overwrite to start over"
-        )
+        before = {**self.config, "adapter": self.asked} if asks else self.config
+        of_loss = now["evaluation"]["metric_for_best_model"] == "loss"
+        if changed := changes(before, now, _FREE | (_SCORING if of_loss else set())):
+            raise ConfigError(
+                f"output_dir holds a run with another configuration ({changed}); restore it to resume, choose another "
+                "output_dir, or add --overwrite to start over"
+            )
 
     def check_data(self, now: dict[str, str]) -> None:
         """Raises DataError where the rows are others than those of the run."""
@@ -161,6 +158,14 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
         return dict(read_sealed(folder / NAME)["config"])
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], free: Set[str] = frozenset()) -> str:
+    """What differs between two configurations, `key: old -> new; ...`, but for keys in `free`; empty for nothing."""
+    old, new = _flat(before), _flat(after)
+    changed = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
+    told = [f"{key}: {_value(old.get(key))} -> {_value(new.get(key))}" for key in changed[:_MOST_SHOWN]]
+    return "; ".join(told) + (f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else "")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,6 +41,10 @@ class Score:
     """95 % Wilson interval of right / rows."""
     answers: tuple[Answer, ...]
     """All of them, in the order of the rows."""
+    losses: tuple[float, ...] = ()
+    """Of each held-out row the mean loss of its answer's tokens; runs of older versions did not keep them."""
+    tokens: tuple[int, ...] = ()
+    """Of each held-out row the number of these tokens."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,4 +135,5 @@ def score_from(content: dict[str, Any]) -> Score:
     """A Score from its JSON; KeyError, TypeError or ValueError where it is none."""
     answers = tuple(Answer(**answer) for answer in content["answers"])
     low, high = content["interval"]
-    return Score(**{**content, "interval": (low, high), "answers": answers})
+    rows: dict[str, Any] = {name: tuple(content.get(name, ())) for name in ("losses", "tokens")}
+    return Score(**{**content, "interval": (low, high), "answers": answers, **rows})

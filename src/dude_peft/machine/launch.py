@@ -86,7 +86,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                     [sys.executable, "-m", "dude_peft.cli", *arguments],
                     env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                     **silent,  # type: ignore[call-overload]
                 )
             )
@@ -133,7 +133,7 @@ def _passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux a child ends with its parent, however that ends; elsewhere only a killed parent leaves children."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

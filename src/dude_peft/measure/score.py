@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,21 @@ Advance = Callable[[int], None]
 """Called with the number of rows that were just finished."""
 
 
-@torch.inference_mode()
+class ItemLosses(NamedTuple):
+    """What a model's loss is on each of several examples, in their order."""
+
+    losses: tuple[float, ...]
+    """Mean cross-entropy of each one's trained tokens, in nats."""
+    tokens: tuple[int, ...]
+    """How many these are."""
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens; every token counts the same."""
+        total = math.fsum(loss * count for loss, count in zip(self.losses, self.tokens, strict=True))
+        return total / max(sum(self.tokens), 1)
+
+
 def held_out_loss(
     model: Any,
     examples: Sequence[Mapping[str, Sequence[int]]],
@@ -31,8 +46,23 @@ def held_out_loss(
     advance: Advance = lambda rows: None,
 ) -> float:
     """Mean cross-entropy in nats over all trained tokens of all `examples`; every token counts the same."""
+    found = item_losses(model, examples, pad_id=pad_id, batch_size=batch_size, company=company, advance=advance)
+    return found.mean
+
+
+@torch.inference_mode()
+def item_losses(
+    model: Any,
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    company: Company = "any",
+    advance: Advance = lambda rows: None,
+) -> ItemLosses:
+    """The loss of each example by itself."""
     model.eval()
-    total, tokens = 0.0, 0
+    losses, tokens = [0.0] * len(examples), [0] * len(examples)
     lengths = [len(example["input_ids"]) for example in examples]
     for indices in grouped(lengths, batch_size, company):
         rows = [examples[index] for index in indices]
@@ -40,10 +70,12 @@ def held_out_loss(
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         learned = labels != IGNORE
-        total += float(functional.cross_entropy(logits[learned].float(), labels[learned], reduction="sum"))
-        tokens += int(learned.sum())
+        each = functional.cross_entropy(logits[learned].float(), labels[learned], reduction="none").double().cpu()
+        counts = learned.sum(1).tolist()
+        for index, count, own in zip(indices, counts, torch.split(each, counts), strict=True):
+            losses[index], tokens[index] = float(own.sum()) / max(count, 1), count
         advance(len(rows))
-    return total / max(tokens, 1)
+    return ItemLosses(tuple(losses), tuple(tokens))
 
 
 @torch.inference_mode()

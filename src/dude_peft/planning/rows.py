@@ -45,7 +45,7 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
         ConfigError: rows longer than the model reads.
     """
     source, split, limit = data.train, data.train_split, data.train_rows
-    taken = data.test.share if isinstance(data.test, ShareSection) else 0.0
+    taken = (data.test.share if isinstance(data.test, ShareSection) else 0.0) + (data.set_aside or 0.0)
     if held_out and data.test is not None and not isinstance(data.test, ShareSection):
         source, split, limit, taken = data.test, data.test_split, data.test_rows, 0.0
     rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=Reading(Columns(data.columns)))

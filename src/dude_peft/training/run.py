@@ -537,12 +537,12 @@ class _Run:
             return None
         from dude_peft.data.answers import expected_answer, is_match
         from dude_peft.measure.intervals import wilson_interval
-        from dude_peft.measure.score import complete, held_out_loss
+        from dude_peft.measure.score import complete, item_losses
 
         settings = self.config.evaluation
         work = len(held_out.examples) + len(held_out.prompts)
         with self._phase(f"evaluation_{when}"), self.display.stage(f"held-out rows, {when}", work) as advance:
-            loss = held_out_loss(
+            found = item_losses(
                 self.model,
                 held_out.examples,
                 pad_id=int(self.tokenizer.pad_token_id),
@@ -563,10 +563,11 @@ class _Run:
             Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
+        loss = found.mean
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
         right = sum(answer.right for answer in answers)
-        return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers)
+        return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers, *found)
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         from dude_peft.folder.state import sharded_state
@@ -636,41 +637,17 @@ class _Run:
     def _tell_next(self, report: RunReport) -> None:
         """The commands that take the adapter up."""
         from dude_peft.terminal.next_steps import tell_next
+        from dude_peft.training.next_commands import next_commands
 
-        model, adapter, merged = self.config.model, str(self.folder.path / ADAPTER), f"{self.folder.path}-merged"
-        if model.trust_remote_code:
+        if self.config.model.trust_remote_code:
             self.display.say(
                 "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
                 f"base model and {'peft.PeftModel' if self.config.adapter.foreign else 'dude_peft.load_adapter'} for "
                 "the adapter"
             )
-            return
-        base = [] if model.gguf_file is None else ["--gguf-file", model.gguf_file]
-        tell_next(
-            self.display,
-            ["chat", adapter, *base],
-            *self._ways_to_judge(adapter, base, report),
-            ["merge", adapter, "-o", merged]
-            if self.config.adapter.foreign
-            else ["export", adapter, *base, "--to", "merged", "-o", merged],
-        )
-
-    def _ways_to_judge(self, adapter: str, base: list[str], report: RunReport) -> list[list[str]]:
-        """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
-        from dude_peft.data.rows import local_file
-
-        data, settings = self.config.data, self.config.evaluation
-        found = []
-        if isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
-            columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
-            found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])
-        if settings.tasks:
-            options = ["--tasks", ",".join(settings.tasks)]
-            options += [] if settings.tasks_data_dir is None else ["--data-dir", settings.tasks_data_dir]
-            options += [] if settings.tasks_num_fewshot is None else ["--num-fewshot", str(settings.tasks_num_fewshot)]
-            options += ["--chat"] if settings.tasks_chat else []
-            found.append(["eval", adapter, *base, *options, "-o", f"{self.folder.path}-scores"])
-        return found
+        folder = self.folder.path
+        commands = next_commands(self.config, folder, report)
+        tell_next(self.display, *commands, ["report", str(folder), "-o", f"{folder}.html"])
 
     def warn(self, text: str) -> None:
         """Shows a warning and keeps it for the report."""

@@ -166,10 +166,14 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
 
     whole = (data.train, data.train_split, data.train_rows)
     domain = tokens(*whole, upft=data.upft, columns=data.columns)
-    questions = None
+    questions = apart = None
     if isinstance(data.test, ShareSection):
-        questions = held_out_questions(domain, data.test.share, data.seed)
-        domain = part_of(domain, questions, held_out=False)
+        questions = held_out_questions(domain, data.test.share, data.seed, behind=data.set_aside)
+    if data.set_aside is not None:
+        apart = held_out_questions(domain, data.set_aside, data.seed)
+    for taken in (questions, apart):
+        if taken is not None:
+            domain = part_of(domain, taken, held_out=False)
     told("train", domain)
     if domain.duplicates:
         warnings.append(f"{domain.duplicates} of {len(domain)} training examples are duplicates")

@@ -1,0 +1,1 @@
+"""`dude report`: a run, an evaluation or a comparison as one page."""

@@ -1,0 +1,170 @@
+"""What training did to each adapted layer, from the saved adapter: how far its parts moved, and its spectra."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dude_peft.artifact.header import DTYPES
+from dude_peft.artifact.stock import LayerTensors
+from dude_peft.core.magnitude import direction_change, row_norm, rows_product
+from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.exporting.adapter import SavedAdapter, open_adapter
+from dude_peft.exporting.base import open_base, source_of
+from dude_peft.exporting.merge import Layer, Weighted, check_base, layers_of
+from dude_peft.model.load import folder_of
+from dude_peft.model.weights import read_weight
+from dude_peft.show import shown
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer."""
+
+    name: str
+    block: int | None
+    """Its number in the model; None of a layer outside the blocks."""
+    module: str
+    """What it is called within its block."""
+    magnitude: float | None
+    """Mean over rows of |m - m0| / m0; None without a trained magnitude."""
+    direction: float | None
+    """Mean over rows of 1 - cos(V, W0); None where the base weight was not at hand."""
+    change: tuple[float, ...]
+    """Singular values of the delta weight s D, the largest first."""
+    relative: float | None
+    """||s D|| / ||W0||."""
+    start: tuple[float, ...]
+    """Singular values of the start s B0 A0; empty for a method without one."""
+    end: tuple[float, ...]
+    """Of the same factors after training, s B A."""
+    angle: float | None
+    """The largest principal angle between the rows of A0 and of A, in degrees."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """All layers, in the order of the model."""
+
+    method: str
+    layers: tuple[AdaptedLayer, ...]
+    problem: str | None
+    """Why directions are not known; None where they are."""
+
+
+@torch.no_grad()
+def adapted(folder: Path, gguf_file: str | None) -> Adapted:
+    """What is in a saved adapter; its base model is read where it is on this machine, one layer at a time.
+
+    Raises:
+        ArtifactError: the adapter is damaged.
+        NumericsError: NaN or Inf.
+    """
+    adapter = open_adapter(folder)
+    try:
+        layers, problem = _beside_base(adapter, gguf_file), None
+    except (OSError, ConfigError, ArtifactError) as error:
+        layers, problem = [_layer(adapter, name, None) for name in adapter.base], str(error)
+    return Adapted(adapter.config.method, tuple(layers), problem)
+
+
+def _beside_base(adapter: SavedAdapter, gguf_file: str | None) -> list[AdaptedLayer]:
+    source = source_of(adapter, None, gguf_file)
+    if folder_of(source.name_or_path) is None and not _is_cached(source.name_or_path, source.revision):
+        raise ConfigError(f"the base model {shown(source.name_or_path, 300)} is not on this machine")
+    with tempfile.TemporaryDirectory() as scratch, open_base(source, Path(scratch), [adapter]) as base:
+        layers = layers_of(base, [Weighted(adapter, 1.0)])
+        if (problem := check_base(base, layers)) is not None:
+            raise problem
+        return [_layer(adapter, name, layers[name]) for name in adapter.base]
+
+
+def _is_cached(name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except HFValidationError:  # the path of a folder that is gone
+        return False
+
+
+def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLayer:
+    tensors, scaling = _tensors(adapter, name, weight), adapter.scaling(name)
+    dA, dB = tensors.dA.float(), tensors.dB.float()
+    A = dA if tensors.A0 is None else tensors.A0.float() + dA
+    B = dB if tensors.B0 is None else tensors.B0.float() + dB
+    # s D = s (dB A + B0 dA)
+    left = dB if tensors.B0 is None else torch.hstack([dB, tensors.B0.float()])
+    right = A if tensors.B0 is None else torch.vstack([A, dA])
+    change = _singular_values(left, right, scaling)
+    start = end = torch.zeros(0)
+    angle = None
+    if tensors.A0 is not None and tensors.B0 is not None:
+        start = _singular_values(tensors.B0.float(), tensors.A0.float(), scaling)
+        end = _singular_values(B, A, scaling)
+        angle = _largest_angle(tensors.A0.float(), A)
+    magnitude = norm = None
+    if tensors.m0 is not None:
+        m0 = tensors.m0.float()
+        norm = float(m0.norm())
+        if tensors.dm is not None:
+            magnitude = float(torch.where(m0 > 0, tensors.dm.float().abs() / m0, 0.0).mean())
+    direction = None
+    if weight is not None:
+        stored, _ = read_weight(weight.stored, DTYPES[weight.stored.dtype])
+        W0 = (stored.T if weight.transposed else stored).float()
+        m0 = row_norm(W0)
+        norm = float(m0.norm())
+        start_product = None if tensors.A0 is None else rows_product(W0, tensors.A0.float())
+        turned = (rows_product(W0, dA), start_product, dA, dB, tensors.A0, tensors.B0)
+        direction = float(direction_change(*turned, scaling, m0).mean())
+    block = _BLOCK.search(name)
+    return AdaptedLayer(
+        name=name,
+        block=None if block is None else int(block[1]),
+        module=name if block is None else name[block.end() :],
+        magnitude=magnitude,
+        direction=direction,
+        change=_plain(change),
+        relative=float(change.norm()) / norm if norm else None,
+        start=_plain(start),
+        end=_plain(end),
+        angle=angle,
+    )
+
+
+def _tensors(adapter: SavedAdapter, name: str, weight: Layer | None) -> LayerTensors:
+    if weight is not None:
+        return adapter.layer(name, weight.shape)
+    out, in_ = adapter.base[name]["shape"]
+    try:
+        return adapter.layer(name, (out, in_))
+    except ArtifactError:  # GPT-2's layers keep their weights as (in, out)
+        return adapter.layer(name, (in_, out))
+
+
+def _singular_values(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Of s left right, (out, k) and (k, in), without forming it."""
+    small = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    values: Tensor = torch.linalg.svdvals(small)
+    return abs(scaling) * values
+
+
+def _largest_angle(one: Tensor, other: Tensor) -> float:
+    """Between the spans of the rows, in degrees, from the sine: the cosine cannot tell small angles."""
+    first, second = torch.linalg.qr(one.double().T).Q, torch.linalg.qr(other.double().T).Q
+    sine = float(torch.linalg.matrix_norm(second - first @ (first.T @ second), 2))
+    return math.degrees(math.asin(min(1.0, sine)))
+
+
+def _plain(values: Tensor) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -1,0 +1,320 @@
+"""The page of a run: what training changed, by how much, at what cost, and everything to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import ValidationError
+
+from dude_peft.artifact.manifest import WEIGHTS_FILE
+from dude_peft.artifact.sealed import file_sha256
+from dude_peft.config.schema import RunConfig
+from dude_peft.doors import parse_json, read_file
+from dude_peft.errors import ArtifactError
+from dude_peft.folder.record import ADAPTER, METRICS, REPORT, RunReport, Score
+from dude_peft.measure.intervals import Comparison, compare
+from dude_peft.reporting.adapted import Adapted, AdaptedLayer, adapted
+from dude_peft.reporting.curves import lines_figure, map_figure, scatter_figure
+from dude_peft.reporting.document import (
+    Block,
+    Cell,
+    Commands,
+    Document,
+    Figure,
+    Sample,
+    Samples,
+    Section,
+    Table,
+    Text,
+    facts,
+    interval,
+    number,
+    of_bytes,
+    share,
+    table,
+)
+from dude_peft.show import shown
+from dude_peft.terminal.next_steps import word
+from dude_peft.training.next_commands import next_commands
+
+_MOST_SAMPLES = 12
+_LARGEST_METRICS_BYTES = 256 << 20
+
+
+def document_of_run(folder: Path) -> Document:
+    """Everything that a finished run's folder tells.
+
+    Raises:
+        ArtifactError: the report, the metrics or the adapter are damaged.
+    """
+    report = RunReport.read(folder / REPORT)
+    metrics = list(_metrics(folder, report))
+    layers = adapted(folder / ADAPTER, report.config.get("model", {}).get("gguf_file"))
+    name = f"{report.method} on {report.model.get('name_or_path', 'a model')}"
+    sections = [
+        Section("Before and after", tuple(_before_after(report))),
+        Section("Answers side by side", tuple(_samples(report))),
+        Section("Training", tuple(_curves(metrics))),
+        Section("What moved in the weights", tuple(_moved(layers))),
+        Section("What was forgotten", tuple(_forgotten(report, metrics))),
+        Section("Cost", (_cost(report, metrics, folder),)),
+        Section("Data", (facts("Rows, tokens and their fingerprints", report.data),)),
+        Section("Settings", (facts("The whole configuration", report.config),)),
+        Section(
+            "Environment", (facts("Versions and machine", {"versions": report.versions, "hardware": report.hardware}),)
+        ),
+        Section("What comes next", tuple(_next(report, folder))),
+    ]
+    return Document(f"A run: {name}", tuple(_answer(report)), tuple(section for section in sections if section.blocks))
+
+
+def _answer(report: RunReport) -> Iterator[str]:
+    before, after = report.before, report.after
+    if before is None or after is None:
+        yield "Nothing was measured before and after training, so this run does not tell what it brought."
+    else:
+        way = "fell" if after.loss < before.loss else "did not fall"
+        yield f"The held-out loss {way}: {before.loss:.4f} before training, {after.loss:.4f} after, in nats a token."
+        if after.rows:
+            found = _compared(before, after)
+            yield (
+                f"The tuned model answers {after.right} of {after.rows} held-out questions right, the base model "
+                f"{before.right}: {found.verdict}{_p(found)}."
+            )
+        else:
+            yield "No questions were asked, so this run does not tell how many answers are right."
+    yield f"It is one run with one seed ({report.seed}): it tells of this adapter, not of the method."
+    for text in report.warnings:
+        yield f"Warning: {text}"
+
+
+def _compared(before: Score, after: Score) -> Comparison:
+    return compare([float(one.right) for one in after.answers], [float(one.right) for one in before.answers])
+
+
+def _p(found: Comparison) -> str:
+    return "" if found.p_value is None else f" (McNemar's exact test, p = {found.p_value:.2g})"
+
+
+def _before_after(report: RunReport) -> Iterator[Block]:
+    rows: list[tuple[Cell, ...]] = []
+    for when, score in report.scores():
+        rows.append((when, number(score.loss, ".4f"), number(score.right), number(score.rows),
+                     *interval(score.interval if score.rows else None, ".1f", 100, " %")))  # fmt: skip
+    if rows:
+        header = ("when", "loss, nats a token", "right", "questions", "95 % from", "to")
+        yield table("Held-out rows", header, rows)
+    if report.before and report.after and report.after.rows:
+        found = _compared(report.before, report.after)
+        yield Table(
+            "Share of right answers, after minus before, on the same questions",
+            ("what", "difference", "95 % from", "to", "won", "lost", "tied"),
+            (
+                (
+                    "after - before", share(found.difference), *interval(found.interval, "+.1f", 100, " %"),
+                    number(found.wins), number(found.losses), number(found.ties),
+                ),
+            ),
+        )  # fmt: skip
+        yield Text("The loss is one number for all rows, so it has no interval.")
+    for measure in (report.tasks or {}).get("measures", ()):
+        yield facts(f"Task {measure.get('task', '')}", measure)
+
+
+def _samples(report: RunReport) -> Iterator[Block]:
+    if not (report.before and report.after and report.after.answers):
+        return
+    both = list(zip(report.before.answers, report.after.answers, strict=True))
+    which = f"The first {_MOST_SAMPLES} of {len(both)}" if len(both) > _MOST_SAMPLES else f"All {len(both)}"
+    yield Text(f"{which} questions, in the order of the rows.")
+    yield Samples(
+        "Base model and tuned model",
+        tuple(
+            Sample(
+                old.question,
+                old.expected,
+                tuple(
+                    (f"{when}: {'right' if a.right else 'wrong'}", a.text)
+                    for when, a in (("before", old), ("after", new))
+                ),
+            )
+            for old, new in both[:_MOST_SAMPLES]
+        ),
+    )
+
+
+def _metrics(folder: Path, report: RunReport) -> Iterator[dict[str, Any]]:
+    """Lines of metrics.jsonl; a line that cannot be read is left out, for it was so when the run ended."""
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    wanted = (report.files or {}).get(METRICS)
+    if wanted is not None and file_sha256(path) != wanted:
+        raise ArtifactError(f"{shown(path, 300)} is not what the run wrote; restore it, or move it away")
+    try:
+        content = read_file(path, _LARGEST_METRICS_BYTES)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{shown(path, 300)} cannot be read ({shown(error)}); move it away") from error
+    for raw in content.splitlines():
+        try:
+            line = parse_json(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+
+
+def _series(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], float(line[key])) for line in metrics if isinstance(line.get(key), (int, float))]
+
+
+def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
+    losses = {"training": _series(metrics, "loss"), "held out": _series(metrics, "eval_loss")}
+    losses["general"] = _series(metrics, "general_loss")
+    if not losses["training"]:
+        return
+    first, last = losses["training"][0][1], losses["training"][-1][1]
+    yield lines_figure(
+        "Loss during training",
+        f"The training loss goes from {first:.3f} to {last:.3f} over {losses['training'][-1][0]:,} steps.",
+        losses,
+        x="optimizer step",
+        y="nats a token",
+    )
+    rates = _series(metrics, "learning_rate")
+    if rates:
+        yield lines_figure(
+            "Learning rate",
+            f"The learning rate: {max(rate for _, rate in rates):.2e} at its highest, {rates[-1][1]:.2e} at the end.",
+            {"learning rate": rates},
+            x="optimizer step",
+            y="learning rate",
+        )
+    norms = _series(metrics, "grad_norm")
+    if norms:
+        alt = f"The gradient's norm: between {min(n for _, n in norms):.3g} and {max(n for _, n in norms):.3g}."
+        yield lines_figure("Gradient norm", alt, {"gradient norm": norms}, x="optimizer step", y="norm", log_y=True)
+
+
+def _moved(found: Adapted) -> Iterator[Block]:
+    layers = found.layers
+    if found.problem is not None:
+        yield Text(f"The directions need the base model's weights: {found.problem}")
+    for kind, words in (
+        ("magnitude", "mean |m - m0| / m0 of the rows"),
+        ("direction", "mean 1 - cos(V, W0) of the rows"),
+    ):
+        values = {
+            (str(one.block), one.module): v
+            for one in layers
+            if (v := getattr(one, kind)) is not None and one.block is not None
+        }
+        if values:
+            blocks = sorted({row for row, _ in values}, key=int)
+            modules = list(dict.fromkeys(one.module for one in layers if (str(one.block), one.module) in values))
+            most = max(values, key=lambda place: values[place])
+            ends = f"between {min(values.values()):.2e} and {values[most]:.2e}"
+            alt = f"{words}: {ends}, the most in block {most[0]}, {most[1]}."
+            yield map_figure(f"How far the {kind} moved: {words}", alt, blocks, modules, values)
+    yield from _correlation(layers)
+    if layers and layers[0].start:
+        yield _spectrum(layers)
+    yield _layer_table(layers)
+
+
+def _correlation(layers: tuple[AdaptedLayer, ...]) -> Iterator[Block]:
+    """As the DoRA paper draws it, section 3.2: magnitude against direction, a point for each layer."""
+    both = [(one.module, one.direction, one.magnitude) for one in layers]
+    points = [(module, d, m) for module, d, m in both if d is not None and m is not None]
+    if len(points) < 3 or len({d for _, d, _ in points}) < 2 or len({m for _, _, m in points}) < 2:
+        return
+    from scipy.stats import linregress
+
+    line = linregress([d for _, d, _ in points], [m for _, _, m in points])
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for module, d, m in points:
+        groups.setdefault(module, []).append((d, m))
+    yield scatter_figure(
+        "Magnitude against direction",
+        f"A point for each layer. The correlation is {line.rvalue:.2f} over {len(points)} layers.",
+        groups,
+        x="mean 1 - cos(V, W0)",
+        y="mean |m - m0| / m0",
+        trend=(float(line.slope), float(line.intercept)),
+    )
+    yield Text(
+        f"The correlation of the two is {line.rvalue:+.2f} over {len(points)} layers. The DoRA paper (section 3.2) "
+        "finds a negative one for full fine-tuning and DoRA, and a positive one for LoRA."
+    )
+
+
+def _spectrum(layers: tuple[AdaptedLayer, ...]) -> Figure:
+    count = min(len(one.start) for one in layers)
+    lines = {
+        when: [(i + 1.0, fmean(getattr(one, part)[i] for one in layers)) for i in range(count)]
+        for when, part in (("before", "start"), ("after", "end"), ("the change s D", "change"))
+    }
+    angles = [one.angle for one in layers if one.angle is not None]
+    alt = (
+        f"Singular values of s B A, mean over {len(layers)} layers, before and after, and of the whole change. The "
+        f"rows of A turned by {fmean(angles):.2f} degrees at their largest principal angle, on average."
+    )
+    title = "Spectrum of the trained subspace, before and after"
+    return lines_figure(title, alt, lines, x="place", y="singular value", log_y=True)
+
+
+def _layer_table(layers: tuple[AdaptedLayer, ...]) -> Table:
+    rows: list[tuple[Cell, ...]] = [
+        (
+            one.name, number(one.magnitude), number(one.direction), number(one.relative),
+            number(max(one.change, default=None)), number(one.angle, ".3g"),
+        )
+        for one in layers
+    ]  # fmt: skip
+    header = ("layer", "magnitude", "direction", "||s D|| / ||W0||", "largest singular value of s D", "angle, degrees")
+    return table("Every adapted layer", header, rows)
+
+
+def _forgotten(report: RunReport, metrics: list[dict[str, Any]]) -> Iterator[Block]:
+    measured = report.data.get("general_test", {}).get("measured") if isinstance(report.data, dict) else None
+    text = (report.tasks or {}).get("text")
+    if isinstance(measured, (dict, list)) and measured:
+        yield facts("Held-out general rows", measured)
+        lines = {name: _series(metrics, f"general_{name}") for name in ("kl_base_tuned", "kl_tuned_base")}
+        if any(lines.values()):
+            alt = "The two divergences from the base model on general rows, over the steps."
+            yield lines_figure("Distance from the base model", alt, lines, x="optimizer step", y="nats a token")
+    if text:
+        yield facts("General text", text)
+    if not measured and not text:
+        yield Text("Not measured. data.general_test measures it in a run, and dude eval --text FILE for an adapter.")
+
+
+def _cost(report: RunReport, metrics: list[dict[str, Any]], folder: Path) -> Table:
+    weights = folder / ADAPTER / WEIGHTS_FILE
+    rows: list[tuple[Cell, ...]] = [
+        ("trained parameters", number(report.trainable_parameters, ",")),
+        ("all parameters", number(report.total_parameters, ",")),
+        ("adapter file", of_bytes(weights.stat().st_size if weights.is_file() else None)),
+        ("peak memory in training", of_bytes(max((m for _, m in _series(metrics, "memory_bytes")), default=None))),
+        ("optimizer steps", number(report.steps, ",")),
+        ("tokens trained on", number(report.tokens, ",")),
+        ("tokens a second in training", number(report.tokens_per_second, ",.1f")),
+        *((f"seconds: {name}", number(value, ",.2f")) for name, value in report.seconds.items()),
+    ]
+    if report.best_step is not None:
+        rows.append(("step of the adapter that was kept", number(report.best_step, ",")))
+    return table("What it took", ("what", "value"), rows)
+
+
+def _next(report: RunReport, folder: Path) -> Iterator[Block]:
+    try:
+        config = RunConfig.model_validate(report.config)
+    except ValidationError:  # of another version
+        return
+    commands = next_commands(config, folder, report)
+    if commands:
+        yield Commands(tuple(f"dude {' '.join(map(word, words))}" for words in commands))

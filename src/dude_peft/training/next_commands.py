@@ -1,0 +1,44 @@
+"""The commands that take a run's adapter up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dude_peft.config.schema import RunConfig
+from dude_peft.data.rows import local_file
+from dude_peft.folder.record import ADAPTER, RunReport
+
+
+def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[list[str]]:
+    """The words behind `dude` of each; none for a model whose own code no other command runs."""
+    if config.model.trust_remote_code:
+        return []
+    adapter, gguf_file = str(folder / ADAPTER), config.model.gguf_file
+    base = [] if gguf_file is None else ["--gguf-file", gguf_file]
+    merged = ["-o", f"{folder}-merged"]
+    last = ["merge", adapter] if config.adapter.foreign else ["export", adapter, *base, "--to", "merged"]
+    return [
+        ["chat", adapter, *base],
+        *_ways_to_judge(config, folder, adapter, base, report),
+        ["merge", adapter, *merged]
+        if config.adapter.foreign
+        else ["export", adapter, *base, "--to", "merged", *merged],
+    ]
+
+
+def _ways_to_judge(
+    config: RunConfig, folder: Path, adapter: str, base: list[str], report: RunReport
+) -> list[list[str]]:
+    """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
+    data, settings = config.data, config.evaluation
+    found = []
+    if isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
+        columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
+        found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])
+    if settings.tasks:
+        options = ["--tasks", ",".join(settings.tasks)]
+        options += [] if settings.tasks_data_dir is None else ["--data-dir", settings.tasks_data_dir]
+        options += [] if settings.tasks_num_fewshot is None else ["--num-fewshot", str(settings.tasks_num_fewshot)]
+        options += ["--chat"] if settings.tasks_chat else []
+        found.append(["eval", adapter, *base, *options, "-o", f"{folder}-scores"])
+    return found
