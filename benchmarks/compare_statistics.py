@@ -55,9 +55,11 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=2000, help="of every setting")
     parser.add_argument("--json", type=Path, default=None, help="write the record here (see benchmarks/results)")
     asked = parser.parse_args()
-    results, begun = {}, time.perf_counter()
+    results: dict[str, dict[str, float]] = {}
+    begun = time.perf_counter()
     for number, (name, setting) in enumerate(SETTINGS.items()):
-        results[name] = simulate(setting, asked.comparisons, np.random.default_rng(number))
+        found = simulate(setting, asked.comparisons, np.random.default_rng(number))
+        results[name] = {key: round(value, 3) for key, value in found.items()}
         told = "  ".join(f"{key} {value:.1%}" for key, value in results[name].items())
         print(f"{name}: {told}", flush=True)
     record = {

@@ -22,6 +22,8 @@ pytest.importorskip("scipy", reason="dude report needs scipy, which is not insta
 from test_compare_statistics import comparison, failing
 
 import dude_peft
+from dude_peft.artifact.json_text import json_text
+from dude_peft.artifact.sealed import sealed
 from dude_peft.evaluation.record import Counts, Evaluation, Measure, Value
 from dude_peft.evaluation.second_opinion import Disagreement
 from dude_peft.folder.record import RunReport
@@ -437,6 +439,28 @@ def test_folders_that_are_none_of_the_three(run, tmp_path):
         assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
         assert words in done.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_forged_files_are_told_in_one_line(run, compared, tmp_path):
+    """Their seal is right, what they hold is not."""
+    import shutil
+
+    forged = [
+        (run, "report.json", {"data": [1]}), (run, "report.json", {"seconds": {"x": "y"}}),
+        (run, "report.json", {"config": 3}), (run, "report.json", {"tasks": {"measures": [3]}}),
+        (compared, "comparison.json", {"protocol": 3, "methods": 4}), (compared, "comparison.json", {"base": {}}),
+        (compared, "comparison.json", {"primary": "right"}), (compared, "comparison.json", {"format": 2}),
+    ]  # fmt: skip
+    for place, (folder, name, changes) in enumerate(forged):
+        copy = shutil.copytree(folder, tmp_path / str(place), ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+        if (folder / "adapter").is_dir():
+            (copy / "adapter").symlink_to(folder / "adapter")
+        content = json.loads((copy / name).read_text(encoding="utf-8"))
+        del content["sha256"]
+        (copy / name).write_text(json_text(sealed({**content, **changes})), encoding="utf-8")
+        done = dude("report", copy, "-o", tmp_path / f"{place}.html")
+        assert done.returncode in (0, 4), done.stderr
+        assert done.returncode == 0 or done.stderr.count("\n") == 1, done.stderr
 
 
 def test_edited_files_are_refused(run, compared, evaluation, tmp_path):

@@ -9,7 +9,7 @@ freedom, and the items' part with I - 1:
     half^2 = (t_{S-1}^2 MS_seeds + t_{I-1}^2 max(MS_items - MS_rest, 0)) / (S I)
 
 One t for the sum, with Satterthwaite's degrees of freedom, covers 88 to 95 % where two or three seeds vary as much as
-items; this one at least 95 % (`benchmarks/compare_statistics.py`).
+items; this one 95 to 98 %, more than 95 where the seeds hardly matter (`benchmarks/compare_statistics.py`).
 Source: Howe 1974, Journal of the American Statistical Association 69.
 """
 

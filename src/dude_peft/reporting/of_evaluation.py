@@ -256,5 +256,7 @@ def _opinions(found: Evaluation) -> Iterator[Table]:
 
 
 def _next(found: Evaluation) -> Commands:
-    commands = [["chat", found.model], ["export", found.model, "--to", "merged", "-o", f"{found.model}-merged"]]
+    commands = [["chat", found.model]]
+    if found.adapted:
+        commands.append(["export", found.model, "--to", "merged", "-o", f"{found.model}-merged"])
     return Commands(tuple(f"dude {' '.join(map(word, words))}" for words in commands))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dude_peft.artifact.durable import disk_errors, replace_file
-from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.errors import ArtifactError, ConfigError, DudeError
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -64,8 +64,17 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
             from dude_peft.reporting.markdown import markdown as written
         else:
             from dude_peft.reporting.csv_text import csv_text as written
-        document = made(folder)
-        content = written(document).encode("utf-8", "backslashreplace")
+        try:
+            document = made(folder)
+            content = written(document).encode("utf-8", "backslashreplace")
+        except DudeError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Sealed by whoever wrote it, it may hold anything.
+            reason = f"{type(error).__name__}: {shown(error)}"
+            raise ArtifactError(
+                f"{shown(folder / kind, 300)} is not as this version writes it ({reason}); make it again"
+            ) from error
     with disk_errors(output):
         try:
             replace_file(output, content, new=not overwrite)
