@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dude_peft.artifact.header import DTYPES
 from dude_peft.artifact.stock import LayerTensors
-from dude_peft.core.magnitude import direction_change, row_norm, rows_product
+from dude_peft.core.magnitude import direction_change, row_norm, rows_product, turned_by
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter
 from dude_peft.exporting.base import open_base, source_of
@@ -99,6 +99,8 @@ def _is_cached(name: str, revision: str | None) -> bool:
 
 def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLayer:
     tensors, scaling = _tensors(adapter, name, weight), adapter.scaling(name)
+    if tensors.dA is None:
+        return _whole_layer(name, scaling * tensors.dB.float(), weight)
     dA, dB = tensors.dA.float(), tensors.dB.float()
     A = dA if tensors.A0 is None else tensors.A0.float() + dA
     B = dB if tensors.B0 is None else tensors.B0.float() + dB
@@ -120,18 +122,14 @@ def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLay
             magnitude = float(torch.where(m0 > 0, tensors.dm.float().abs() / m0, 0.0).mean())
     direction = None
     if weight is not None:
-        stored, _ = read_weight(weight.stored, DTYPES[weight.stored.dtype])
-        W0 = (stored.T if weight.transposed else stored).float()
+        W0 = _read(weight)
         m0 = row_norm(W0)
         norm = float(m0.norm())
         start_product = None if tensors.A0 is None else rows_product(W0, tensors.A0.float())
         turned = (rows_product(W0, dA), start_product, dA, dB, tensors.A0, tensors.B0)
         direction = float(direction_change(*turned, scaling, m0).mean())
-    block = _BLOCK.search(name)
     return AdaptedLayer(
-        name=name,
-        block=None if block is None else int(block[1]),
-        module=name if block is None else name[block.end() :],
+        *_place(name),
         magnitude=magnitude,
         direction=direction,
         change=_plain(change),
@@ -140,6 +138,29 @@ def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLay
         end=_plain(end),
         angle=angle,
     )
+
+
+def _whole_layer(name: str, change: Tensor, weight: Layer | None) -> AdaptedLayer:
+    """Of a method that trains the whole delta weight (out, in)."""
+    direction = relative = None
+    if weight is not None:
+        W0 = _read(weight)
+        m0 = row_norm(W0)
+        direction = float(turned_by((change * W0).sum(dim=1), change.square().sum(dim=1), m0).mean())
+        relative = float(change.norm() / m0.norm()) if m0.any() else None
+    values = _plain(torch.linalg.svdvals(change))
+    return AdaptedLayer(*_place(name), None, direction, values, relative, (), (), None)
+
+
+def _place(name: str) -> tuple[str, int | None, str]:
+    """The name, the number of the block in it, and the rest."""
+    block = _BLOCK.search(name)
+    return (name, None, name) if block is None else (name, int(block[1]), name[block.end() :])
+
+
+def _read(weight: Layer) -> Tensor:
+    stored, _ = read_weight(weight.stored, DTYPES[weight.stored.dtype])
+    return (stored.T if weight.transposed else stored).float()
 
 
 def _tensors(adapter: SavedAdapter, name: str, weight: Layer | None) -> LayerTensors:

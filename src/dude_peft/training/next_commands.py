@@ -15,14 +15,11 @@ def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[li
         return []
     adapter, gguf_file = str(folder / ADAPTER), config.model.gguf_file
     base = [] if gguf_file is None else ["--gguf-file", gguf_file]
-    merged = ["-o", f"{folder}-merged"]
     last = ["merge", adapter] if config.adapter.foreign else ["export", adapter, *base, "--to", "merged"]
     return [
         ["chat", adapter, *base],
         *_ways_to_judge(config, folder, adapter, base, report),
-        ["merge", adapter, *merged]
-        if config.adapter.foreign
-        else ["export", adapter, *base, "--to", "merged", *merged],
+        [*last, "-o", f"{folder}-merged"],
     ]
 
 
