@@ -53,6 +53,7 @@ def grid(**changes: Any) -> dict[str, Any]:
         "methods": ["dude", "lora"],
         "learning_rates": [0.003, 1e30],
         "extend": 0,
+        "tuning_seeds": [0],
         "final_seeds": [1, 2],
         "output_dir": "out",
         **changes,
