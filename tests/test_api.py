@@ -134,6 +134,7 @@ def test_the_options_are_those_of_the_command():
     commands = {**commands, "check_data": commands["data"].commands["check"], "evaluate": commands["eval"]}
     commands["method_table"] = commands["methods"]
     only_here = {"debug", "as_json", "help", "strategy", "processes", "config"}
+    only_here |= {"dry_run", "print_commands", "one"}
     renamed = {"weight": "weights"}
     for name in FUNCTIONS:
         ours = set(inspect.signature(getattr(dude_peft, name)).parameters)

@@ -146,6 +146,7 @@ def compare(
     return compared(grid, run, jobs=jobs, controls=controls, max_runs=max_runs, collect=collect, quiet=quiet)
 
 
+@checked
 def evaluate(
     name: str | Path,
     output: str | Path,

@@ -53,7 +53,7 @@ def require_place(name: str) -> None:
         ArtifactError: it is neither a path that exists nor a name that the hub or a package can have.
     """
     is_name = name.startswith("package:") or _HUB_ID.fullmatch(name)
-    if not is_name and not os.path.lexists(name):
+    if not is_name and not os.path.lexists(os.path.normpath(name)):
         raise ArtifactError(f"{shown(name, 300)}: no such folder; check the path, or wait until the run has finished")
 
 

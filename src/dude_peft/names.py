@@ -12,7 +12,7 @@ _MEANT = {
         "bnb_config", "quantization_method",
     ),
     "model.dtype": ("torch_dtype", "precision", "fp16", "float16"),
-    "adapter": ("lora", "peft", "lora_config", "peft_config"),
+    "adapter": ("lora", "lora_config", "peft_config"),
     "adapter.method": ("peft_type", "finetuning_type", "train_type", "tuner_type"),
     "adapter.r": ("rank", "lora_r", "lora_rank", "lora_dim", "network_dim"),
     "adapter.lora_alpha": ("alpha", "lora_scale", "network_alpha"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -68,12 +69,16 @@ class Display(display.Display):
 def rank_table(spent: Spent) -> Table:
     """The rank of every layer that a budget was spent on: a row a block, a column a module."""
     blocks, parts, ranks = spent.grid()
-    table = Table(title=Text(shown(spent.line(), None)), title_justify="left", title_style="")
-    table.add_column("")
+    common = {block.rpartition(".")[0] for block in blocks}
+    shared = common.pop() if len(common) == 1 else ""
+    # Narrow: the seven linears of a Llama block fit into 80 columns.
+    table = Table(title=Text(shown(spent.line(), None)), title_justify="left", title_style="", box=box.SIMPLE)
+    table.add_column(Text(shown(shared, 60)), no_wrap=True)
     for part in parts:
         table.add_column(Text(shown(part.rpartition(".")[2], 40)), justify="right")
     for block, row in zip(blocks, ranks, strict=True):
-        table.add_row(Text(shown(block, 60)), *("" if r is None else str(r) for r in row))
+        label = block.removeprefix(f"{shared}.") if shared else block
+        table.add_row(Text(shown(label, 60)), *("" if r is None else str(r) for r in row))
     return table
 
 

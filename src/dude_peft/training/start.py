@@ -18,7 +18,7 @@ from dude_peft.show import shown
 from dude_peft.terminal.quiet import quiet_imports
 
 _LAYERS = ("target_modules", "exclude_modules", "layers_to_transform")
-_FREE = ("start", "lora_dropout")
+_FREE = ("start", "lora_dropout", "peft", "budget", "groups")
 
 
 @dataclass(frozen=True)
