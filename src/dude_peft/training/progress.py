@@ -72,10 +72,16 @@ def rank_table(spent: Spent) -> Table:
     common = {block.rpartition(".")[0] for block in blocks}
     shared = common.pop() if len(common) == 1 else ""
     # Narrow: the seven linears of a Llama block fit into 80 columns.
-    table = Table(title=Text(shown(spent.line(), None)), title_justify="left", title_style="", box=box.SIMPLE)
+    table = Table(
+        title=Text(shown(spent.line(), None)),
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column(Text(shown(shared, 60)), no_wrap=True)
     for part in parts:
-        table.add_column(Text(shown(part.rpartition(".")[2], 40)), justify="right")
+        table.add_column(Text(shown(part.rpartition(".")[2], 40)), justify="right", overflow="fold")
     for block, row in zip(blocks, ranks, strict=True):
         label = block.removeprefix(f"{shared}.") if shared else block
         table.add_row(Text(shown(label, 60)), *("" if r is None else str(r) for r in row))
