@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def named(paths, slow=()):
 def test_made_parts_are_current(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     docs = importlib.import_module("docs")
+    if tuple(map(int, metadata.version("typer").split(".")[:2])) < (0, 29):
+        pytest.skip("the pages are made with a newer typer")
     stale = [page.name for page in docs.pages() if page.read_text("utf-8") != docs.made(page)]
     assert not stale, "run python scripts/docs.py"
 

@@ -13,6 +13,7 @@ import transformers as hf
 from families import FAMILIES, make
 from family_table import SETTINGS, YES, cells, markdown, read_markdown
 from models import perturb
+from packaging.version import Version
 from tiny import tiny_tokenizer
 from torch import nn
 
@@ -25,6 +26,7 @@ from dude_peft.model.weights import open_weights
 from dude_peft.tuner.layer import DudeLinear
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+OLD = Version(hf.__version__) < Version("5.6")
 QUICK = ("Mixtral", "Qwen3-Next", "Gemma 3 VL")
 
 
@@ -32,6 +34,8 @@ QUICK = ("Mixtral", "Qwen3-Next", "Gemma 3 VL")
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_the_page_tells_what_happens(name, tmp_path):
+    if name == "Gemma 3 VL" and OLD:
+        pytest.skip("transformers 5.3 trains Gemma 3 with its vision tower on images alone")
     assert cells(name, tmp_path) == read_markdown(PAGE.read_text(encoding="utf-8"))[name]
 
 
@@ -143,6 +147,8 @@ def saved(tmp_path):
     ],
 )
 def test_names_go_both_ways(saved, family, parameter, key):
+    if family == "GPT-NeoX" and OLD:
+        pytest.skip("transformers 5.3 has no other name for this head")
     _, _, layout = saved(family)
     assert layout.key(parameter) == key
     assert layout.names.loaded(key) == ([parameter], False)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_linear import Case, relative_error
+from torch.library import wrap_triton
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="the kernels need triton, which is not installed here")
@@ -39,6 +40,10 @@ def _interpreter_knows_bfloat16(monkeypatch):
     """Triton's interpreter multiplies bfloat16 matrices as integers, and cuts off where a GPU rounds to nearest."""
     if DEVICE == "cuda":
         return
+    try:
+        wrap_triton(kernels._compose_kernel)
+    except RuntimeError:
+        pytest.skip("this release of torch takes no kernels of the interpreter")
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from peft import get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from torch.nn import functional
@@ -220,6 +221,8 @@ COMPANY = {"bart": "alike", "recurrent-gemma": "alike", "rwkv": "none", "bert": 
 def test_what_a_model_is(name, dtype):
     model = made(name).to(dtype)
     nature = nature_of(model, PAD)
+    if name == "mamba" and Version(hf.__version__) < Version("5.6"):
+        pytest.skip("mamba's own loss was another one: the run computes it from the logits")
     assert (nature.causal, nature.own_loss and nature.causal, nature.router) == NATURES[name]
     assert nature.right_padding or not nature.causal
     if nature.causal:
