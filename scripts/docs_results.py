@@ -177,6 +177,25 @@ def mol() -> str:
     return _table([*header, "domain loss", "general loss", "KL to the base, general rows"], rows)
 
 
+def family() -> str:
+    name = "2026-11-29-family"
+    found = _record(name)["results"]
+    rows = []
+    for method, each in found["methods"].items():
+        low, high = each["interval"]
+        rows.append(
+            [
+                f"`{method}`",
+                f"{each['learning_rate']:.2g}",
+                f"{each['loss']:.3f} ({low:.3f} to {high:.3f})",
+                f"{each['failed_trials']} of {each['trials']}",
+                f"{each['trained_parameters']:,.0f}",
+            ]
+        )
+    header = f"method ({_link(name)})"
+    return _table([header, "best rate", "test loss, 95 %", "trials that failed", "trained parameters"], rows)
+
+
 def step_model() -> str:
     subjects = ["DuDe", "our lora", "our pissa", "PEFT DoRA", "PEFT PiSSA + DoRA", "frozen base"]
     rows = []
@@ -296,6 +315,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "exports": exports,
     "quantised": quantised,
     "mol": mol,
+    "family": family,
     "step-model": step_model,
     "step-layer": step_layer,
     "memory": memory,
