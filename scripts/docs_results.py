@@ -196,6 +196,23 @@ def family() -> str:
     return _table([header, "best rate", "test loss, 95 %", "trials that failed", "trained parameters"], rows)
 
 
+def method_costs() -> str:
+    name = "2026-11-29-methods"
+    (rows,) = _record(name)["results"].values()
+    lines = [
+        [
+            method if method == "PEFT LoRA" else f"`{method}`",
+            _ratio(found),
+            f"{found['peak_ratio']:.2f}",
+            f"{found['start_seconds']:.2f} s",
+            f"{found['trained_parameters']:,.0f}",
+            f"{found['file_mib']:.1f} MiB",
+        ]
+        for method, found in rows.items()
+    ]
+    return _table([f"method ({_link(name)})", "step", "peak memory", "start", "trained parameters", "file"], lines)
+
+
 def step_model() -> str:
     subjects = ["DuDe", "our lora", "our pissa", "PEFT DoRA", "PEFT PiSSA + DoRA", "frozen base"]
     rows = []
@@ -316,6 +333,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "quantised": quantised,
     "mol": mol,
     "family": family,
+    "method-costs": method_costs,
     "step-model": step_model,
     "step-layer": step_layer,
     "memory": memory,
