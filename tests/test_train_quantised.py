@@ -261,6 +261,14 @@ def test_what_cannot_be_is_refused_in_one_line(place, value, words):
     assert words in assert_refused(dude("train", file, "--set", f"model.quantization={value}"), 2, "config")
 
 
+def test_what_takes_plain_weights_is_refused_by_name(place):
+    file = write_yaml(place, "plain", "nf4", adapter={"budget": {"parameters": "1%"}})
+    for command in ("train", "plan"):
+        assert "key 'adapter.budget' does not work on a quantised base" in assert_refused(
+            dude(command, file), 2, "config"
+        )
+
+
 def test_a_format_that_does_not_run_here_names_those_that_do(monkeypatch):
     original = quantised._layer
 

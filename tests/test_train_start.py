@@ -140,6 +140,7 @@ def test_another_start_is_another_run(place, tmp_path):
     ("adapter", "words"),
     [
         ({"method": "pissa"}, "adapter.method: pissa, but the start"),
+        ({"method": "peft:oft.json"}, "adapter.method: peft:oft.json, but the start"),
         ({"r": 3}, "adapter.r: 3, but the start"),
         ({"lora_alpha": 4}, "adapter.lora_alpha: 4, but the start"),
         ({"target_modules": ["q_proj"]}, "adapter.target_modules: 2 layers, but the start"),

@@ -11,9 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -32,6 +31,7 @@ from dude_peft.errors import (
     StoppedError,
 )
 from dude_peft.machine.launch import die_with_parent
+from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
 
 _POLL_SECONDS = 0.05
@@ -72,7 +72,8 @@ class Local:
         waiting = list(reversed(cells))
         devices = _devices()
         cores = _shares(self.jobs)
-        with self._signals():
+        # The first signal lets the runs save their checkpoints, the second ends them at once.
+        with handled_by(self._pass_on):
             try:
                 while (waiting and self._signal is None) or self._running:
                     free = set(range(self.jobs)) - {each.slot for each in self._running}
@@ -129,25 +130,11 @@ class Local:
         self.told(cell, len(self._running))
         return ""
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Within: the first signal lets the runs save their checkpoints, the second ends them at once."""
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            for each in self._running:
-                if each.process.poll() is None:
-                    each.process.send_signal(number)
-            self._signal = number
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # no handler can be set here
-            return
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        for each in self._running:
+            if each.process.poll() is None:
+                each.process.send_signal(number)
+        self._signal = number
 
     def _kill(self) -> None:
         for each in self._running:

@@ -146,7 +146,7 @@ class CompareFolder:
                     seconds=report.seconds["training"],
                     steps=report.steps,
                     curve=tuple(
-                        (int(line["step"]), float(line["eval_loss"])) for line in self._lines(cell, "eval_loss")
+                        (int(line["step"]), float(line["eval_loss"])) for line in self._lines(cell, report, "eval_loss")
                     ),
                 )
         if known is not None:
@@ -180,7 +180,7 @@ class CompareFolder:
     def _costs(self, cell: Cell, report: RunReport) -> dict[str, Any]:
         """What a run of stage 2 took, and what it forgot."""
         general = report.data.get("general_test", {}).get("measured")
-        lines = self._lines(cell, "loss")
+        lines = self._lines(cell, report, "loss")
         weights = (self.run_folder(cell) / ADAPTER).glob("*.safetensors")
         costs: dict[str, Any] = {
             "seconds_per_step": report.seconds["training"] / report.steps,
@@ -218,12 +218,11 @@ class CompareFolder:
         rows.check(cell, report)
         return report
 
-    def _lines(self, cell: Cell, key: str) -> list[dict[str, Any]]:
+    def _lines(self, cell: Cell, report: RunReport, key: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl that have a key."""
         path = self.run_folder(cell) / METRICS
         try:
-            wanted = (RunReport.read(self.run_folder(cell) / REPORT).files or {}).get(METRICS)
-            if wanted != file_sha256(path):
+            if (report.files or {}).get(METRICS) != file_sha256(path):
                 raise ValueError("it was changed")
             with open_file(path) as file:
                 lines = [json.loads(line) for line in file]

@@ -23,8 +23,11 @@ def gather(grid: Grid, folder: CompareFolder, rows: Rows, stage: Stage, finals: 
     tested = [final for cell in finals if (final := folder.final(cell, rows)) is not None]
     lost = [name for name, choice in stage.choices.items() if choice is None]
     tested += [_without_rate(name, seed) for name in lost for seed in grid.config.final_seeds]
-    reports = [report for cell in (*stage.cells, *finals) if (report := folder.report(cell, rows)) is not None]
-    base = next((report.before for report in reports if report.seed in grid.config.final_seeds), None)
+    first, first_test = (
+        next((report for cell in cells if (report := folder.report(cell, rows)) is not None), None)
+        for cells in ((*stage.cells, *finals), finals)
+    )
+    base = None if first_test is None else first_test.before
     wanted = len(stage.cells) + len(stage.short) + len(grid.contestants) * len(grid.config.final_seeds)
     short = [cell for cell in stage.short if folder.trial(cell, rows) is not None]
     missing = wanted - len(trials) - len(short) - len(tested)
@@ -40,7 +43,7 @@ def gather(grid: Grid, folder: CompareFolder, rows: Rows, stage: Stage, finals: 
         base=None if base is None else Base(base.losses, right_of(base)),
         protocol=_protocol(grid, rows, stage, missing),
         not_tested=tuple(not_tested(grid)),
-        environment={"versions": reports[0].versions, "hardware": reports[0].hardware} if reports else {},
+        environment={} if first is None else {"versions": first.versions, "hardware": first.hardware},
         data_hashes=hashes,
         warnings=(*_warnings(grid, stage, trials, tested, missing), *rows.warnings),
     )

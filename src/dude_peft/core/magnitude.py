@@ -204,6 +204,12 @@ def turned_by(p: Tensor, t: Tensor, m0: Tensor) -> Tensor:
     return torch.where(below > 0, turned / below, 0.0)
 
 
+def whole_direction_change(W0: Tensor, D: Tensor) -> Tensor:
+    """`1 - cos(V, W0)` of every row of V = W0 + D, from both (out, in) matrices: (out,) float64."""
+    W0, D = W0.double(), D.double()
+    return turned_by((D * W0).sum(dim=1), D.square().sum(dim=1), row_norm(W0))
+
+
 def gain_slope(m0: Tensor, q: Tensor) -> Tensor:
     """Slope of the gain, `dg / ddm = 1 / n`, the norm a constant: (out,) float64, 0 on zero rows of W0 and V."""
     n = direction_norm(m0, q)

@@ -177,10 +177,8 @@ def model_card(
 
 def _rank(config: DudeConfig, ranks: list[int]) -> str:
     """As in: r = 5, lora_alpha = 10; r = 2 to 9, where layers differ."""
-    if not config.spec.ranked:
-        return "no rank"
-    span = " to ".join(str(rank) for rank in dict.fromkeys([min(ranks), max(ranks)])) if ranks else str(config.r)
-    return f"r = {span}, lora_alpha = {escaped(f'{config.lora_alpha:g}')}"
+    size = config.spec.size(*(ranks or [config.r]))
+    return f"{size}, lora_alpha = {escaped(f'{config.lora_alpha:g}')}" if config.spec.ranked else size
 
 
 def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
 import signal
@@ -17,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 from dude_peft.errors import ConfigError
+from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
 
 _PATIENCE_SECONDS = 10.0
@@ -90,7 +92,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                     **silent,  # type: ignore[call-overload]
                 )
             )
-        with _passed_on(children):
+        with handled_by(functools.partial(_pass_on, children)):
             rank, code = _wait(children)
         if code not in (0, None) and rank != 0:
             said[rank].seek(0)
@@ -116,21 +118,10 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
     return (codes or ([failed] if failed else []) or [(0, 0)])[0]
 
 
-@contextlib.contextmanager
-def _passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Within: signals reach every child, once."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _pass_on(children: list[subprocess.Popen[bytes]], number: int, frame: FrameType | None) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(number)
 
 
 def die_with_parent() -> None:

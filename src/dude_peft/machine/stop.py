@@ -19,6 +19,20 @@ from dude_peft.machine.processes import count, gathered
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within: both signals go to `handler`. Outside the main thread, where none can be set, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in _NAMES}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Stop:
     """Listens for both signals; only inside `training` is there a step to finish, elsewhere a process ends at once."""
 
@@ -44,19 +58,13 @@ class Stop:
         Raises:
             StoppedError: also where a library has caught it, raised somewhere within, and made an error of its own.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._heard) for number in _NAMES}
-        try:
-            yield
-        except Exception as error:
-            if self._raised is not None and not isinstance(error, StoppedError):
-                raise self._raised from error
-            raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with handled_by(self._heard):
+            try:
+                yield
+            except Exception as error:
+                if self._raised is not None and not isinstance(error, StoppedError):
+                    raise self._raised from error
+                raise
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -83,9 +83,11 @@ class Method:
         """Whether the change has a rank, so that its files are a stock LoRA or DoRA; else it is a whole matrix."""
         return self.multiple > 0
 
-    def size(self, r: int) -> str:
-        """How large it is at rank r, for people."""
-        return f"r = {r}" if self.ranked else "no rank"
+    def size(self, *ranks: int) -> str:
+        """How large it is at these ranks, for people: r = 4; r = 2 to 9 where layers differ."""
+        if not self.ranked:
+            return "no rank"
+        return "r = " + " to ".join(str(rank) for rank in dict.fromkeys([min(ranks), max(ranks)]))
 
     @property
     def normalised(self) -> bool:

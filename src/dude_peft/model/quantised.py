@@ -88,6 +88,18 @@ def check_as_stored(section: ModelSection, settings: Any) -> None:
             )
 
 
+def check_plain(section: ModelSection, settings: Any, key: str) -> None:
+    """Raises ConfigError where the base model is, or will be, quantised, for what works on plain weights alone.
+
+    Args:
+        section: of the model.
+        settings: the model's configuration.
+        key: that asks for it, for the message.
+    """
+    if asked_of(section) is not None or stored_config(settings) is not None:
+        raise ConfigError(f"key '{key}' does not work on a quantised base model yet; leave one of them out")
+
+
 def quantization_of(asked: QuantizationSection, dtype: torch.dtype) -> dict[str, Any]:
     """How a model is to be quantised, as an adapter's manifest has it: transformers' settings, and the others' dtype.
 

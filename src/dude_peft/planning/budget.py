@@ -14,7 +14,7 @@ from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.model.architecture import parameter_names
 from dude_peft.model.layout import layout_of
-from dude_peft.model.quantised import asked_of, stored_config
+from dude_peft.model.quantised import check_plain
 from dude_peft.model.weights import is_plain, open_weights, read_weight
 from dude_peft.planning.adapted import bare_model
 from dude_peft.training.budget import Spent, Worths, shapes_of, spend, targets
@@ -37,8 +37,7 @@ def planned(config: RunConfig, settings: Any, where: str, warn: Callable[[str], 
     """
     section = config.adapter
     assert section.budget is not None
-    if asked_of(config.model) is not None or stored_config(settings) is not None:
-        raise ConfigError("key 'adapter.budget' does not work on a quantised base model yet; leave one of them out")
+    check_plain(config.model, settings, "adapter.budget")
     model = bare_model(config, settings, where)
     layers = targets(model, section)
     worths: Worths = _even

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dude_peft.artifact.header import DTYPES
 from dude_peft.artifact.stock import LayerTensors
-from dude_peft.core.magnitude import direction_change, row_norm, rows_product, turned_by
+from dude_peft.core.magnitude import direction_change, row_norm, rows_product, whole_direction_change
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter
 from dude_peft.exporting.base import open_base, source_of
@@ -145,9 +145,8 @@ def _whole_layer(name: str, change: Tensor, weight: Layer | None) -> AdaptedLaye
     direction = relative = None
     if weight is not None:
         W0 = _read(weight)
-        m0 = row_norm(W0)
-        direction = float(turned_by((change * W0).sum(dim=1), change.square().sum(dim=1), m0).mean())
-        relative = float(change.norm() / m0.norm()) if m0.any() else None
+        direction = float(whole_direction_change(W0, change).mean())
+        relative = float(change.norm() / W0.norm()) if W0.any() else None
     values = _plain(torch.linalg.svdvals(change))
     return AdaptedLayer(*_place(name), None, direction, values, relative, (), (), None)
 

@@ -434,7 +434,7 @@ class _Run:
     def _check_quantisation(self, where: str, device: Any) -> None:
         """What can be told of a quantised base before its weights are read."""
         from dude_peft.model.load import dtype_of, load_settings
-        from dude_peft.model.quantised import asked_of, check_as_stored, check_runs, stored_config
+        from dude_peft.model.quantised import asked_of, check_as_stored, check_plain, check_runs, stored_config
 
         if self.config.model.gguf_file is not None:  # dequantised, whatever it is
             return
@@ -443,9 +443,8 @@ class _Run:
         asked, stored = asked_of(self.config.model), stored_config(settings)
         if (asked or stored) and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(f"--launch {self.strategy}: a quantised base model cannot be split; use --launch ddp")
-        if (asked or stored) and (self.asked is not None or self.config.adapter.foreign):
-            key = "method: peft:..." if self.config.adapter.foreign else "budget"
-            raise ConfigError(f"key 'adapter.{key}' does not work on a quantised base model yet; leave one of them out")
+        if self.asked is not None or self.config.adapter.foreign:
+            check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
@@ -581,9 +580,8 @@ class _Run:
         held_out = [(0, before.loss)] if before else []
         held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
         own = METHODS.get(config.adapter.method)
-        ranks = sorted({config.adapter.r, *config.adapter.rank_pattern.values()})
-        r = f"r = {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"r = {ranks[0]}"
-        what = config.adapter.method if own is None else f"{own.name}, {r if own.ranked else 'no rank'}"
+        ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
+        what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
 

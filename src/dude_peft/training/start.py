@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.sealed import file_sha256
-from dude_peft.config.schema import AdapterSection, RunConfig
+from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import quiet_imports
 
 _LAYERS = ("target_modules", "exclude_modules", "layers_to_transform")
-_FREE = ("start", "lora_dropout", "peft", "budget", "groups")
+_FREE = "lora_dropout"
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def with_start(config: RunConfig) -> tuple[RunConfig, Start | None]:
     saved = open_adapter(folder)
     fields: dict[str, Any] = saved.config.to_dict()
     asks = bool(set(_LAYERS) & section.model_fields_set)
-    decided = {name: fields[name] for name in AdapterSection.model_fields if name not in (*_LAYERS, *_FREE)}
-    said_of = section.model_dump()
+    said_of = section.settings()
+    decided = {name: fields[name] for name in said_of if name not in (*_LAYERS, _FREE)}
     for name, value in decided.items():
         said = said_of[name]
         if name in section.model_fields_set and said is not None and said != value:

@@ -17,7 +17,7 @@ from dude_peft.artifact.effective import combined_weight, effective_weight, laye
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.stock import LayerTensors, layer_tensors, start_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
-from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm, turned_by
+from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm, whole_direction_change
 from dude_peft.core.orthogonality import orthogonality
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
@@ -283,8 +283,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         layer = self.tensors(adapter_name)
         scaling = self.scaling[adapter_name]
         if layer.dA is None:
-            W0, D = self._base_weight().double(), scaling * layer.dB.double()
-            return {"direction": turned_by((D * W0).sum(dim=1), D.square().sum(dim=1), row_norm(W0))}
+            return {"direction": whole_direction_change(self._base_weight(), scaling * layer.dB.double())}
         dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
         start = None if layer.A0 is None else self._product(layer.A0)
         m0 = row_norm(self._base_weight()) if layer.m0 is None else layer.m0
