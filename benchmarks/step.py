@@ -5,6 +5,7 @@
     python benchmarks/step.py growth
 
 The calls are those of transformers' Trainer: `model.train()` before every micro-batch, --accumulation of them a step.
+Beside each ratio of times stand those of counted operations and bytes (`work.py`): the bound that the mathematics sets.
 The physical limit of a case is the frozen base: `flops` counts its products (forward, and backward to the input), and
 `roofline` is the time these take at the speed of a plain matrix product of the same size on the same machine.
 """
@@ -12,6 +13,7 @@ The physical limit of a case is the frozen base: `flops` counts its products (fo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from subjects import (
     other_version,
 )
 from subjects import growth as grown
+from work import counted
 
-COLUMNS = ["ratio", "ratio_low", "ratio_high", "median_seconds"]
+COLUMNS = ["ratio", "ratio_low", "ratio_high", "flops_ratio", "bytes_ratio", "median_seconds"]
 
 
 def main() -> None:
@@ -72,7 +75,7 @@ def model(settings: Any) -> dict[str, Any]:
                 if settings.checkpointing:
                     adapted.gradient_checkpointing_enable({"use_reentrant": False})
                 steps[name] = model_step(adapted, ids, accumulation=accumulation)
-            rows = interleaved(steps, settings.rounds, settings.device, BASELINE)
+            rows = _timed(steps, settings)
             flops = 4 * products * tokens * accumulation
             title = f"{parameters / 1e6:.1f} M Llama, {settings.dtype}, {_batch(tokens, accumulation)}, r = {rank}"
             show(title, rows, COLUMNS)
@@ -96,7 +99,7 @@ def layer(settings: Any) -> dict[str, Any]:
                 cases["roofline"] = lambda x=x, dy=dy, weight=weight, times=accumulation: [
                     (x @ weight.T, dy @ weight) for _ in range(times)
                 ]
-                rows = interleaved(cases, settings.rounds, settings.device, BASELINE)
+                rows = _timed(cases, settings)
                 title = f"linear {out} x {in_}, {settings.dtype}, {_batch(tokens, accumulation)}, r = {rank}"
                 show(title, rows, COLUMNS)
                 bytes_ = accumulation * weight.element_size() * (2 * weight.numel() + 2 * tokens * (in_ + out))
@@ -119,6 +122,12 @@ def growth(settings: Any) -> dict[str, Any]:
         show(f"growth with {axis}: seconds ~ {axis}^{fitted['DuDe']:.2f}", rows, COLUMNS)
         results[axis] = {"exponents": fitted, "rows": rows}
     return results
+
+
+def _timed(steps: dict[str, Callable[[], Any]], settings: Any) -> dict[str, dict[str, Any]]:
+    work = counted(steps, BASELINE)
+    timed = interleaved(steps, settings.rounds, settings.device, BASELINE)
+    return {name: {**timed[name], **work[name]} for name in steps}
 
 
 def _batch(tokens: int, accumulation: int) -> str:

@@ -15,7 +15,7 @@ import torch
 import transformers
 import yaml
 from eval_data import write_data
-from night import some_by_day
+from night import NIGHT, some_by_day
 from safetensors.torch import load_file
 from served import dude
 from test_cli import assert_refused
@@ -105,7 +105,7 @@ def whole(place) -> Any:
 # --- from the YAML to the dense model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", some_by_day(FORMATS, ["nf4", "int8"]))
+@pytest.mark.parametrize("name", some_by_day(FORMATS, ["nf4"]))
 def test_killed_and_resumed_through_the_command_it_is_the_same_bit_by_bit(place, whole, tmp_path, monkeypatch, name):
     if name in ("torchao", "float8"):
         pytest.importorskip("torchao", reason="torchao is not installed")
@@ -150,7 +150,7 @@ def test_other_ways_to_train_resume_as_well(place, monkeypatch, name, sections):
     assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
 
 
-@pytest.mark.parametrize("name", some_by_day(FORMATS, ["nf4", "int8"]))
+@pytest.mark.parametrize("name", some_by_day(FORMATS, ["int8"]))
 def test_the_manifest_says_how_the_base_was_quantised_and_every_command_does_it_again(whole, place, tmp_path, name):
     out = whole(name)
     report = json.loads((out / "report.json").read_text())
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_is_stored_quantised_is_loaded_as_it_is(place, whole):
     load_model(section, str(place / "model")).save_pretrained(stored)
     transformers.AutoTokenizer.from_pretrained(place / "model").save_pretrained(stored)
     file = write_yaml(place, "from-stored", None, model={"name_or_path": str(stored)})
-    for key in ("null", "nf4"):
+    for key in ("null", "nf4") if NIGHT else ("null",):
         done = dude("train", file, "--set", f"model.quantization={key}", "--output-dir", place / f"stored-{key}")
         assert done.returncode == 0, done.stderr
         trained, same = (
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_is_stored_quantised_is_loaded_as_it_is(place, whole):
         ("{method: nf4, double_quantization: true}", "double_quantization: true, but the checkpoint"),
         ("{method: nf4, compute_dtype: bfloat16}", "compute_dtype: bfloat16, but the checkpoint"),
     ):
-        for command in ("train", "plan"):
+        for command in ("train", "plan") if NIGHT or key == "int8" else ("train",):
             sets = ("--set", f"model.quantization={key}", "--set", f"output_dir={place / 'refused'}")
             done = dude(command, file, *sets)
             line = assert_refused(done, 2, "config")

@@ -35,6 +35,13 @@ class Stretch(NamedTuple):
 NOTHING = Stretch(0, 0, 0, 0)
 
 
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Floating-point operations of one call of an operator: those of matrix products and attention, 0 for others."""
+    packet = func._overloadpacket
+    formula: Any = flop_registry.get(_SAME_WORK.get(packet, packet))
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within: counts all storages made inside, real or fake, while they live.
 
@@ -66,10 +73,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage(), given)
-        packet = func._overloadpacket
-        formula: Any = flop_registry.get(_SAME_WORK.get(packet, packet))
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        self.flops += flops_of(func, args, kwargs or {}, result)
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
