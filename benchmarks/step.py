@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing (model)")
+    parser.add_argument("--compile", action="store_true", help="under torch.compile (model); nothing is counted")
     parser.add_argument("--against", type=Path, default=None, help="src folder of another version, timed beside ours")
     parser.add_argument("--cases", default=None, help="names to keep, comma-separated")
     settings = parser.parse_args()
@@ -74,7 +75,8 @@ def model(settings: Any) -> dict[str, Any]:
             for name, adapted in _models(settings, base, rank).items():
                 if settings.checkpointing:
                     adapted.gradient_checkpointing_enable({"use_reentrant": False})
-                steps[name] = model_step(adapted, ids, accumulation=accumulation)
+                trained = torch.compile(adapted) if settings.compile else adapted
+                steps[name] = model_step(trained, ids, accumulation=accumulation)
             rows = _timed(steps, settings)
             flops = 4 * products * tokens * accumulation
             title = f"{parameters / 1e6:.1f} M Llama, {settings.dtype}, {_batch(tokens, accumulation)}, r = {rank}"
@@ -125,7 +127,8 @@ def growth(settings: Any) -> dict[str, Any]:
 
 
 def _timed(steps: dict[str, Callable[[], Any]], settings: Any) -> dict[str, dict[str, Any]]:
-    work = counted(steps, BASELINE)
+    # A compiled step has no operators left to count.
+    work = {name: {} for name in steps} if settings.compile else counted(steps, BASELINE)
     timed = interleaved(steps, settings.rounds, settings.device, BASELINE)
     return {name: {**timed[name], **work[name]} for name in steps}
 
