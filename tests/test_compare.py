@@ -149,8 +149,14 @@ def test_the_log_tells_what_goes_on_and_what_comes_next(finished):
     assert "; ETA " in finished.stdout
     assert "best so far " in finished.stdout
     assert "Each method at its best setting" in finished.stdout
-    assert finished.stdout.splitlines()[-3:-1] == ["next:", "  dude report out -o out.html"]
+    assert finished.stdout.splitlines()[-3:-1] == ["page: out/page.html", "next:"]
     assert finished.stdout.splitlines()[-1].startswith("  dude chat out/runs/test-")
+
+
+def test_its_page_is_that_of_dude_report(place, finished, tmp_path):
+    done = dude("report", place / "out", "-o", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.html").read_bytes() == (place / "out/page.html").read_bytes()
 
 
 def test_the_same_command_again_runs_nothing_and_writes_the_same_bytes(place, finished):

@@ -142,8 +142,18 @@ def compare(
     grid, run = load_grid(config, {"output_dir": None if output_dir is None else str(output_dir)})
 
     from dude_peft.comparison.run import compare as compared
+    from dude_peft.reporting.run import page_of
 
-    return compared(grid, run, jobs=jobs, controls=controls, max_runs=max_runs, collect=collect, quiet=quiet)
+    return compared(
+        grid,
+        run,
+        jobs=jobs,
+        controls=controls,
+        max_runs=max_runs,
+        collect=collect,
+        quiet=quiet,
+        write_page=page_of,
+    )
 
 
 @checked

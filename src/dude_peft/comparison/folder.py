@@ -6,6 +6,7 @@ runs/NAME/              its folder, as `dude train` leaves it
 runs/NAME.log           what it said
 runs/NAME.failed.json   why it failed, where it did; without this file, the run is tried again
 comparison.json         the result (outcome.py)
+page.html               the page about it
 """
 
 from __future__ import annotations

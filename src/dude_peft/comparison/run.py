@@ -1,8 +1,8 @@
-"""`dude compare` from start to end: check, tune on validation rows, test the chosen settings, write comparison.json."""
+"""`dude compare` from start to end: check, tune on validation rows, test the chosen settings, write the result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,9 @@ def compare(
     max_runs: int | None = None,
     collect: bool = False,
     quiet: bool = False,
+    write_page: Callable[[Path], Path] | None = None,
 ) -> Comparison:
-    """Runs what is missing of both stages, and writes comparison.json.
+    """Runs what is missing of both stages, and writes comparison.json and its page.
 
     Args:
         config: the comparison.
@@ -49,6 +50,7 @@ def compare(
         max_runs: replaces the grid's.
         collect: run nothing; take what has ended.
         quiet: print nothing.
+        write_page: writes a page about the folder, and tells where (`reporting`, which is built on this room).
 
     Raises:
         ConfigError, DataError, ArtifactError, ResourceError, BusyError: what is no result of a single run.
@@ -67,12 +69,14 @@ def compare(
         found = this.result()
         with disk_errors(this.folder.path):
             found.write(this.folder.path)
+        page = None if write_page is None else write_page(this.folder.path)
     if quiet:
         return found
     summary = summary_of(found)
     show_result(display, found, summary, this.folder.path)
-    folder = str(this.folder.path)
-    after = [["report", folder, "-o", f"{folder}.html"]]
+    if page is not None:
+        display.say(f"page: {shown(page, None)}")
+    after: list[list[str]] = []
     if (adapter := this.first_adapter(best_method(summary))) is not None:
         gguf_file = this.grid.run.model.gguf_file
         base = [] if gguf_file is None else ["--gguf-file", gguf_file]

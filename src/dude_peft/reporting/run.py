@@ -88,6 +88,11 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
     return Page(output, document.answer)
 
 
+def page_of(folder: Path) -> Path:
+    """Write `page.html` into a folder that has just been finished, in place of an older one; as `report`."""
+    return report(folder, folder / "page.html", overwrite=True, quiet=True).path
+
+
 def _kind(folder: Path) -> str:
     """The file that tells what the folder is."""
     named = shown(folder, 300)
