@@ -27,7 +27,7 @@ def alike(rows: Sequence[Sequence[int]], shortest: int = SHORTEST) -> list[Alike
         rows: token ids, none of them empty.
         shortest: beginnings of fewer tokens are not shared.
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     open_runs = [_Run(0)]
     for place, index in enumerate(order):
         following = _common(rows[index], rows[order[place + 1]]) if place + 1 < len(order) else 0

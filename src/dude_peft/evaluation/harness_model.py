@@ -195,14 +195,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
             longest = sorted(group.items(), key=lambda one: (-lengths[one[0]], one[1].args[0]))
             rows = [{key: request} for key, request in longest]
-            groups: list[tuple[list[dict[str, _Request]], _Compute]] = [(rows, partial(compute, ()))]
+            batches: list[tuple[list[dict[str, _Request]], _Compute]] = [(rows, partial(compute, ()))]
             if self._share:
                 read = [self.tok_encode(one.args[0], left_truncate_len=self.max_length - new) for _, one in longest]
-                groups = []
+                batches = []
                 for some in alike(read):
                     prefix = tuple(read[some.rows[0]][: some.prefix])
-                    groups.append(([rows[index] for index in sorted(some.rows)], partial(compute, prefix)))
-            self._answer(groups)
+                    batches.append(([rows[index] for index in sorted(some.rows)], partial(compute, prefix)))
+            self._answer(batches)
             self._prefix = None
         for key, request in zip(keys, requests, strict=True):
             text, stopped = self._cache.parts(key, str, bool)

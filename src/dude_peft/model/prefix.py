@@ -40,11 +40,11 @@ class Tree:
 
 
 @fits()
-class _Lent(DynamicLayer):
+class _Lent(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one row, lent to all rows of a batch; what is computed behind them is not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -113,7 +113,7 @@ def tree_logits(
     places = [[width - len(tree) + place for place in some] for tree, some in zip(trees, wanted, strict=True)]
     columns = sorted({place for some in places for place in some})
     kept = _only(model, torch.tensor(columns, device=model.device))
-    logits = model(
+    logits: Tensor = model(
         input_ids=ids,
         attention_mask=mask[:, None],
         position_ids=positions,
