@@ -25,6 +25,8 @@ _TRIFLE = 2**-9
 """Of what another token does to the logits; what another layout of a batch does is a hundredth of it in float32."""
 
 
+_SPARE = 64
+"""Tokens of room, or a quarter of what is there."""
 _OF_LENGTH = ("dynamic", "longrope")
 
 
@@ -57,6 +59,38 @@ class _Lent(DynamicLayer):  # type: ignore[no-untyped-call]
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
+@fits()
+class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of many rows with room for more: transformers' own layer copies all of them at every token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = (kept.expand(rows, -1, -1, -1) for kept in (keys, values))
+        self._room = 0
+        self._all_keys, self._all_values = self.keys, self.values
+
+    @override
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        held = self.keys.shape[-2]
+        length = held + key_states.shape[-2]
+        if length > self._room:
+            self._room = length + max(_SPARE, length // 4)
+            self._all_keys, self._all_values = (_roomy(kept, self._room) for kept in (self.keys, self.values))
+        self._all_keys[..., held:length, :] = key_states
+        self._all_values[..., held:length, :] = value_states
+        self.keys, self.values = self._all_keys[..., :length, :], self._all_values[..., :length, :]
+        return self.keys, self.values
+
+
+def _roomy(kept: Tensor, room: int) -> Tensor:
+    new = kept.new_empty(*kept.shape[:-2], room, kept.shape[-1])
+    new[..., : kept.shape[-2], :] = kept
+    return new
+
+
 class Prefix:
     """The keys and values of some tokens under a model as it is now."""
 
@@ -80,8 +114,7 @@ class Prefix:
     def copied(self, rows: int) -> DynamicCache:
         """For the generation of `rows` rows, which adds to it."""
         cache = DynamicCache()
-        for place, (keys, values) in enumerate(self._layers):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), place)
+        cache.layers = [_Roomy(keys, values, rows) for keys, values in self._layers]
         return cache
 
 
