@@ -5,7 +5,8 @@ dude eval ADAPTER --tasks gsm8k --data-dir DIR --limit 100 --batch-size 8 -o SCO
 python benchmarks/eval_samples.py SCORES MERGED
 
 The command is `lm-eval run` in a process of its own, on the tasks in SCORES/tasks and the same questions. It prints how
-many questions have the same hash, answer and score, and ends with 1 if one has not.
+many questions have the same hash, answer and score, and ends with 1 if one has not. With `--time` it also measures the
+whole time of both commands on MERGED, each from its start to its end, in `--rounds` interleaved rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, show
+from measure import arguments, console, finish, interleaved, show
 
 COLUMNS = ["questions", "same_hash", "same_answer", "same_score", "largest_logprob_difference", "score", "their_score"]
 
@@ -28,24 +29,33 @@ def main() -> None:
     parser.add_argument("scores", type=Path, help="output folder of dude eval, of an adapter or a model")
     parser.add_argument("merged", type=Path, help="the same model as a plain checkpoint")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--time", action="store_true", help="measure the whole time of both commands")
     settings = parser.parse_args()
     results = json.loads((settings.scores / "results.json").read_text(encoding="utf-8"))
     ours = {_key(line): line for path in (settings.scores / "samples").glob("*.jsonl") for line in _lines(path)}
+    times = None
     with tempfile.TemporaryDirectory() as folder:
-        theirs = _their_samples(settings, results["provenance"], ours, Path(folder))
+        if settings.time:
+            cases = {
+                "lm-eval": lambda: _their_samples(settings, results["provenance"], ours, Path(folder)),
+                "dude eval": lambda: _our_command(settings, results["provenance"]["options"]),
+            }
+            times = interleaved(cases, settings.rounds, settings.device, warm=False)
+            show("both commands, from start to end", times, ["median_seconds", "ratio", "ratio_low", "ratio_high"])
+        theirs = _their_samples(settings, results["provenance"], ours, Path(folder), again=not settings.time)
     groups: dict[str, list[tuple[str, str, int]]] = {}
     for key in ours:
         groups.setdefault(f"{'mmlu' if key[0].startswith('mmlu') else key[0]}, {key[1]}", []).append(key)
     table = {name: _compared([(ours[key], theirs.get(key)) for key in keys]) for name, keys in groups.items()}
     show("dude eval against lm-eval's command", table, COLUMNS)
-    finish("eval_samples", settings, {"table": table, "provenance": _portable(results["provenance"])})
+    finish("eval_samples", settings, {"table": table, "times": times, "provenance": _portable(results["provenance"])})
     if any(row["questions"] != row[column] for row in table.values() for column in COLUMNS[1:4]):
         console.print("some questions differ")
         sys.exit(1)
 
 
 def _their_samples(
-    settings: Any, provenance: dict[str, Any], ours: dict[Any, dict[str, Any]], folder: Path
+    settings: Any, provenance: dict[str, Any], ours: dict[Any, dict[str, Any]], folder: Path, again: bool = True
 ) -> dict[Any, dict[str, Any]]:
     items: dict[str, list[int]] = {}
     for task, _, document in ours:
@@ -61,12 +71,24 @@ def _their_samples(
     command += ["--output_path", str(folder)]
     if provenance["options"]["chat"]:
         command += ["--apply_chat_template", "--fewshot_as_multiturn", "true"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if again:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = {}
     for path in folder.rglob("samples_*.jsonl"):
         task = next(name for name in sorted(items, key=len, reverse=True) if path.name.startswith(f"samples_{name}_"))
         found |= {_key({"task": task, **line}): line for line in _lines(path)}
     return found
+
+
+def _our_command(settings: Any, options: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-m", "dude_peft", "eval", str(settings.merged), "-o", output]
+        command += ["--tasks", ",".join(options["tasks"]), "--data-dir", options["data_dir"]]
+        command += ["--batch-size", str(settings.batch_size), "--seed", str(options["seed"])]
+        for name in ("limit", "num_fewshot"):
+            if options[name] is not None:
+                command += [f"--{name.replace('_', '-')}", str(options[name])]
+        subprocess.run([*command, *(["--chat"] if options["chat"] else [])], check=True, stdout=subprocess.DEVNULL)
 
 
 def _compared(pairs: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> dict[str, Any]:

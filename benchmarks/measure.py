@@ -63,15 +63,21 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def interleaved(
-    cases: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu", baseline: str | None = None
+    cases: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    baseline: str | None = None,
+    *,
+    warm: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Time of every case in every round, and its ratio to the baseline (the first case unless named).
 
     Args:
-        cases: name -> function to time; it is run once before the first round.
+        cases: name -> function to time.
         rounds: how often each is timed.
         device: where the work runs; a GPU is waited for.
         baseline: name of the case that the ratios refer to.
+        warm: run each once before the first round; whole commands, whose start belongs to them, need it not.
 
     Returns:
         name -> median_seconds, ratio (median over rounds), ratio_low and ratio_high (quartiles), seconds (all).
@@ -79,7 +85,7 @@ def interleaved(
     names = list(cases)
     baseline = baseline or names[0]
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+    for name in names if warm else ():
         cases[name]()
     for turn in range(rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]

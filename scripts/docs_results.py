@@ -303,6 +303,14 @@ def costs() -> str:
                 _ratio(found["an adapter and its base"]["merged in memory"]),
             ]
         )
+    for task, what in (("mmlu", "MMLU, 5 examples"), ("gsm8k", "GSM8K, 8 examples")):
+        name = f"2026-11-29-eval-commands-{task}"
+        times, table = (_record(name)["results"][part] for part in ("times", "table"))
+        questions, rounds = next(iter(table.values()))["questions"], len(times["lm-eval"]["seconds"])
+        size = f"{questions} questions, {rounds} round{'s' * (rounds > 1)} on a busy machine"
+        rows.append(
+            [f"whole command, `dude eval` over lm-eval's, {what}, {size} ({_link(name)})", _ratio(times["dude eval"])]
+        )
     merged, killed = merge_file["merge"], merge_file["killed"]
     rows.append(
         [

@@ -30,6 +30,7 @@ from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
 from dude_peft.model import probe
 from dude_peft.model.load import load_model
+from dude_peft.model.prefix import shares_prefixes
 from dude_peft.model.probe import company_of, nature_of, quiet_router_
 from dude_peft.terminal.display import Display
 from dude_peft.training.run import run
@@ -213,6 +214,7 @@ NATURES = {
     "recurrent-gemma": (True, True, 0.0), "mamba": (True, True, 0.0), "gemma2": (True, True, 0.0),
     "qwen3-moe": (True, True, 0.0), "router": (True, False, 0.5),
 }  # fmt: skip
+SHARES = {"bert-decoder", "llama", "gpt2", "qwen3-moe", "router"}
 COMPANY = {"bart": "alike", "recurrent-gemma": "alike", "rwkv": "none", "bert": None}
 
 
@@ -228,6 +230,15 @@ def test_what_a_model_is(name, dtype):
     if nature.causal:
         quiet_router_(model)
         assert company_of(model, PAD) == COMPANY.get(name, "any")
+        assert shares_prefixes(model, PAD) == (name in SHARES)
+
+
+def test_keys_that_turn_with_the_length_of_the_row_are_not_shared():
+    """Up to the first 64 positions they are those of any Llama, as far as a short row tells."""
+    steady = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    for scaling, shares in (({"rope_type": "dynamic"}, False), ({"rope_type": "llama3", **steady}, True)):
+        model = tiny_llama(rope_parameters={"rope_theta": 10000.0, "factor": 2.0, **scaling})
+        assert shares_prefixes(model, PAD) == shares
 
 
 def test_a_probe_leaves_no_trace():
@@ -239,6 +250,7 @@ def test_a_probe_leaves_no_trace():
     nature_of(model, PAD)
     quiet_router_(model)
     company_of(model, PAD)
+    assert shares_prefixes(model, PAD)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), numbers[0])

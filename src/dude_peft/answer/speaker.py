@@ -68,6 +68,13 @@ class Speaker:
 
         return company_of(self.model, int(self.tokenizer.pad_token_id))
 
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether what prompts share may be computed once; tried on the model when it is first asked for."""
+        from dude_peft.model.prefix import shares_prefixes
+
+        return shares_prefixes(self.model, int(self.tokenizer.pad_token_id))
+
     @property
     def company_note(self) -> str:
         """What there is to say of it; empty where any prompts do."""

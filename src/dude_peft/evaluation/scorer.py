@@ -16,6 +16,7 @@ from dude_peft.errors import ConfigError, DudeError
 from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, Counts
 from dude_peft.machine.out_of_memory import comes_of_memory
+from dude_peft.machine.processes import gathered
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 
@@ -104,6 +105,7 @@ class Scorer:
                     versions=versions,
                     prompts=prompts,
                     company=self._company,
+                    share=all(gathered(self._speaker.shares_prefixes)),
                     advance=advance,
                 )
                 with contextlib.redirect_stderr(io.StringIO()), self._harness_errors(), guarded():  # and its bars
