@@ -29,7 +29,7 @@ _BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.S | re.M)
 _HUB_MODEL = re.compile(r"HuggingFaceTB/SmolLM2-135M-Instruct")
 RUN = {
     "model": {"name_or_path": "my-model"},
-    "adapter": {"r": 4, "lora_alpha": 4},
+    "adapter": {"r": 4},
     "data": {"train": "mine.jsonl", "test": 0.1, "max_length": 64},
     "train": {"max_steps": 2, "per_device_train_batch_size": 2},
     "evaluation": {"rows": 2, "max_new_tokens": 4},
