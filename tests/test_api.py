@@ -42,7 +42,14 @@ def place(tmp_path_factory) -> Path:
         "output_dir": "runs/mine",
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    grid = {"run": "run.yaml", "methods": ["lora"], "learning_rates": [0.01], "extend": 0, "tuning_seeds": [0], "final_seeds": [1]}
+    grid = {
+        "run": "run.yaml",
+        "methods": ["lora"],
+        "learning_rates": [0.01],
+        "extend": 0,
+        "tuning_seeds": [0],
+        "final_seeds": [1],
+    }
     (folder / "grid.yaml").write_text(yaml.safe_dump({**grid, "output_dir": "runs/compared"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
