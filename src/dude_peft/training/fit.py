@@ -268,8 +268,10 @@ class Training:
 
             ours["order_of"] = lambda dataset: _order_of(lengths(dataset), len(dataset), section, step_rows)
             return trl_trainer(model, arguments, examples, self.tokenizer, self.nature.router, ours)  # type: ignore[arg-type]
-        rows = Packs(examples, config.data.max_length, section.seed) if config.data.packing else None
-        rows = rows or Rows(examples, few_lengths=section.torch_compile)
+        if config.data.packing:
+            rows: Rows = Packs(examples, config.data.max_length, section.seed)
+        else:
+            rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)
         trainer = RunTrainer(
             **ours,

@@ -450,7 +450,7 @@ class _Run:
 
     def _check_strategy(self) -> None:
         if self.config.train.torch_compile and processes.count() > 1:
-            raise ConfigError("train.torch_compile works in one process; use --launch none, or leave it out")
+            raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
         if self.config.adapter.foreign and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(f"{self.strategy} does not split {self.config.adapter.method}; choose ddp")
         if self.strategy == "zero3" and processes.count() > 1:
