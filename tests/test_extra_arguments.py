@@ -1,4 +1,4 @@
-"""`train.extra_arguments`: every field of Trainer is handed on with an effect, or refused in one line before a model is loaded."""
+"""`train.extra_arguments`: each field of Trainer is handed on with an effect, or refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -145,6 +145,24 @@ def test_a_value_is_refused_before_the_model_is_loaded(places, tmp_path, monkeyp
         run(RunConfig(**settings(places, tmp_path / "out", extra_arguments=extra)), quiet=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_field_written_beside_the_keys_is_told_where_it_belongs(tmp_path):
+    for name, told in (("adam_beta2", "write it into train.extra_arguments"), ("use_liger_kernel", "hides the logits")):
+        with pytest.raises(ConfigError, match=rf"key 'train\.{name}' is unknown; .*{told}"):
+            load_config(settings(tmp_path, tmp_path / "out", **{name: 0.9}))
+
+
+def test_a_plan_refuses_what_the_run_refuses_and_says_what_it_does_not_count(places, tmp_path):
+    from dude_peft.planning.run import plan
+
+    wanted = settings(places, tmp_path / "out", extra_arguments={"adam_beta2": 2.0})
+    with pytest.raises(ConfigError, match="Invalid beta parameter"):
+        plan(RunConfig(**wanted), quiet=True)
+    wanted["train"] |= {"optim": "sgd", "extra_arguments": {"optim_args": "momentum=0.9"}, "torch_compile": True}
+    warnings = plan(RunConfig(**wanted), quiet=True).warnings
+    assert any("optim_args" in each for each in warnings)
+    assert any("torch_compile" in each for each in warnings)
 
 
 def test_the_command_refuses_in_one_line(places, tmp_path):

@@ -1,9 +1,8 @@
-"""`train.torch_compile`: graphs of shapes alone, padded to few, resumed bit by bit, and refused where it cannot work."""
+"""`train.torch_compile`: a graph for each shape, few shapes, resumed bit by bit, refused where it cannot work."""
 
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -29,11 +28,10 @@ class _CutError(Exception):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
-    """Rows of many lengths, two layers."""
+    """Rows of several lengths, one layer."""
     folder = tmp_path_factory.mktemp("compile")
     save_tiny(folder / "model", num_hidden_layers=1)
-    lengths = random.Random(0).sample(range(1, 60), 22)
-    rows = [{"prompt": f"say {'o' * length}", "completion": "yes"} for length in lengths]
+    rows = [{"prompt": f"say {'o' * (60 if number < 2 else 10)}", "completion": "yes"} for number in range(8)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -47,10 +45,10 @@ def settings(places: Path, out: Path, backend: str | None = "aot_eager", **train
     extra = {} if backend is None else {"extra_arguments": {"torch_compile_backend": backend}}
     return {
         "model": {"name_or_path": str(places / "model")},
-        "adapter": {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj"]},
+        "adapter": {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj"]},
         "data": {"train": str(places / "train.jsonl"), "template": "plain"},
         "train": {
-            "learning_rate": 0.01, "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1,
+            "learning_rate": 0.01, "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1,
             "save_steps": 1, "torch_compile": True, **extra, **train,
         },
         "evaluation": {"enabled": False},
@@ -85,7 +83,8 @@ def test_a_length_is_one_of_eight_and_never_above_the_longest():
 
 
 BACKENDS = [
-    "aot_eager",
+    "eager",
+    pytest.param("aot_eager", marks=pytest.mark.slow),
     pytest.param(None, marks=pytest.mark.slow),
 ]
 
@@ -95,22 +94,26 @@ def test_a_compiled_run_resumes_bit_by_bit(places, tmp_path, monkeypatch, backen
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     counters.clear()
     run(RunConfig(**settings(places, whole, backend)), quiet=True)
-    assert 2 <= counters["stats"]["unique_graphs"] <= 8
-    interrupted(settings(places, cut, backend), 3, monkeypatch)
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    interrupted(settings(places, cut, backend), 2, monkeypatch)
     torch.manual_seed(999)
     run(RunConfig(**settings(places, cut, backend)), quiet=True)
     assert losses(cut) == losses(whole)
     one, two = (load_file(out / "adapter" / WEIGHTS) for out in (whole, cut))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)
-    with safe_open(cut / "checkpoints/step-00000006/adapter" / WEIGHTS, "pt") as file:
+    with safe_open(cut / "checkpoints/step-00000004/adapter" / WEIGHTS, "pt") as file:
         assert not any("_orig_mod" in name for name in file.keys())  # noqa: SIM118
 
 
 def test_the_run_beside_it_is_not_compiled_and_computes_the_same(places, tmp_path):
-    run(RunConfig(**settings(places, tmp_path / "compiled", "eager")), quiet=True)
+    """Without dropout, whose masks would have another shape in padded batches."""
+    plain = {"max_steps": 2, "torch_compile": False}
+    compiled = settings(places, tmp_path / "compiled", "eager", max_steps=2)
+    run(RunConfig(**compiled | {"adapter": {"method": "lora"}}), quiet=True)
+    assert counters["stats"]["unique_graphs"]
     counters.clear()
-    run(RunConfig(**settings(places, tmp_path / "plain", None, torch_compile=False)), quiet=True)
+    run(RunConfig(**settings(places, tmp_path / "plain", None, **plain) | {"adapter": {"method": "lora"}}), quiet=True)
     assert not counters["stats"]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
@@ -121,6 +124,7 @@ def test_the_run_beside_it_is_not_compiled_and_computes_the_same(places, tmp_pat
         ("data", {"packing": True}),
         ("data", {"general": "g.jsonl"}),
         ("train", {"trainer": "trl"}),
+        ("train", {"gradient_checkpointing": True}),
     ],
 )
 def test_what_has_too_many_shapes_is_refused(places, tmp_path, section, values):

@@ -652,6 +652,10 @@ class RunConfig(Section):
         others = {
             "data.packing": (self.data.packing, "packed rows have too many lengths; set it to false"),
             "train.objective": (self.train.objective == "mol", "batches of mol have too many shapes; set it to sft"),
+            "train.gradient_checkpointing": (
+                self.train.gradient_checkpointing,
+                "recomputing breaks the graphs, and most layers would not be compiled; set it to false",
+            ),
             "train.trainer": (self.train.trainer == "trl", "trl pads rows itself; set it to transformers"),
         }
         for key, (contradicts, reason) in others.items():

@@ -24,16 +24,14 @@ HANDED_ON = {
 
 _TRACKER = {"run_name", "project"}
 
+_OF_ONE_NAME = (
+    "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "optim", "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "bf16", "tf32",
+    "gradient_checkpointing", "neftune_noise_alpha", "logging_steps", "report_to", "save_steps", "save_total_limit",
+    "seed", "train_sampling_strategy", "torch_compile",
+)  # fmt: skip
 _SET_BY = {
-    **{
-        name: f"train.{name}"
-        for name in (
-            "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
-            "warmup_steps", "optim", "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "bf16", "tf32",
-            "gradient_checkpointing", "neftune_noise_alpha", "logging_steps", "report_to", "save_steps",
-            "save_total_limit", "seed", "train_sampling_strategy", "torch_compile",
-        )
-    },  # fmt: skip
+    **{name: f"train.{name}" for name in _OF_ONE_NAME},
     "output_dir": "output_dir",
     "data_seed": "train.seed",
     "warmup_ratio": "train.warmup_steps",
@@ -44,10 +42,6 @@ _SET_BY = {
     "eval_strategy": "evaluation.eval_steps",
     "metric_for_best_model": "evaluation.metric_for_best_model",
     "load_best_model_at_end": "evaluation.load_best_model_at_end",
-    "dataloader_num_workers": "data.dataloader_num_workers",
-    "dataloader_pin_memory": "data.dataloader_pin_memory",
-    "dataloader_prefetch_factor": "data.dataloader_prefetch_factor",
-    "dataloader_persistent_workers": "data.dataloader_persistent_workers",
 }
 
 _REASONS = {
@@ -93,9 +87,11 @@ _REASONS = {
     "Liger's fused loss hides the logits that the run checks; train.torch_compile fuses without that": (
         "use_liger_kernel", "liger_kernel_config",
     ),
-    "rows are tokenised already, and workers are forked; data.dataloader_num_workers sets their number": (
+    "rows are tokenised before training and mapped into memory, so workers have nothing to do": (
+        "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
         "dataloader_multiprocessing_context",
     ),
+    "memory is pinned wherever there is a GPU": ("dataloader_pin_memory",),
     "keys and values of a training step are never read again": ("use_cache",),
 }  # fmt: skip
 _REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
@@ -133,6 +129,13 @@ def fault(extra: Mapping[str, Any], section: Any) -> str | None:
     if backend not in _BACKENDS:
         return f"key '{KEY}.torch_compile_backend': expected one of {', '.join(_BACKENDS)}"
     return None
+
+
+def hint(name: str) -> str | None:
+    """What to do with a field of TrainingArguments that was written into section train, where that has no such key."""
+    if name in HANDED_ON:
+        return f"write it into {KEY}"
+    return _REFUSED.get(name)
 
 
 def classified() -> set[str]:

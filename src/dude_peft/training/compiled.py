@@ -55,7 +55,7 @@ def one_graph_a_shape(trainer: Any) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within: graphs are new, never of open shapes, and too many of them are an error and not a silent end of compiling.
+    """Within: graphs are new and never of open shapes, and too many are an error, not a silent end of compiling.
 
     Raises:
         ConfigError: the compiler failed on this model or device.

@@ -1,4 +1,4 @@
-"""`train.extra_arguments`: fields of TrainingArguments checked by their types, and tried out before the model is loaded."""
+"""`train.extra_arguments`: fields of TrainingArguments, checked by type and tried out before the model is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from dude_peft.config.schema import TrainSection
 from dude_peft.config.trainer_fields import KEY
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
-
 
 _TRIED = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
 

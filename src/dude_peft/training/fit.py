@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.utils import is_torch_tf32_available
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from dude_peft.config.schema import RunConfig, TrainSection
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
