@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from served import dude
 from tiny import save_tiny, write_rows
@@ -145,6 +147,17 @@ def test_a_value_is_refused_before_the_model_is_loaded(places, tmp_path, monkeyp
         run(RunConfig(**settings(places, tmp_path / "out", extra_arguments=extra)), quiet=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_full_determinism_is_on_while_the_run_trains(places, tmp_path, monkeypatch):
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # Trainer writes them for good
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        run(RunConfig(**settings(places, tmp_path / "out", extra_arguments={"full_determinism": True})), quiet=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_field_written_beside_the_keys_is_told_where_it_belongs(tmp_path):

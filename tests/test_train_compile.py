@@ -161,6 +161,12 @@ def test_without_a_compiler_it_is_refused_before_the_model_is_loaded(places, tmp
         run(RunConfig(**settings(places, tmp_path / "out", None)), quiet=True)
 
 
+def test_several_processes_are_refused(places, tmp_path, monkeypatch):
+    monkeypatch.setattr("dude_peft.machine.processes.count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"train\.torch_compile works in one process"):
+        run(RunConfig(**settings(places, tmp_path / "out")), quiet=True)
+
+
 def test_tf32_is_refused_on_a_cpu(places, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("has a GPU")

@@ -104,9 +104,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     if "optim_args" in train.extra_arguments:
         warnings.append("train.extra_arguments.optim_args: what the optimizer keeps because of it is not counted")
     if train.torch_compile:
-        warnings.append(
-            "train.torch_compile: the plan is of the step without compiling, which the compiler may beat; its own memory is not counted"
-        )
+        warnings.append("train.torch_compile: the plan is of the step without compiling, in memory and in time")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
         asked = asked_of(config.model)
