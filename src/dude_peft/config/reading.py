@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from dude_peft.config.grid import GridConfig
 from dude_peft.config.schema import DECIMAL, RunConfig, Section
+from dude_peft.config.trainer_fields import hint as trainer_hint
 from dude_peft.doors import NoFileError, open_file
 from dude_peft.errors import ConfigError
 from dude_peft.kinds import unwrapped
@@ -374,6 +375,8 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     where, name = tree.place(key), _name(key)
     if problem["type"] == "extra_forbidden":
         closest = None if (hint := instead_of(str(key[-1]))) else closest_key(key, tree.kind)
+        if hint is None and key[:1] == ("train",) and our_key(str(key[-1])) is None:
+            hint = trainer_hint(str(key[-1]))
         hint = hint or (f"closest: {closest!r}" if closest else f"known here: {', '.join(_siblings(key, tree.kind))}")
         return f"{where}: key {name} is unknown; {hint}"
     if problem["type"] == "missing":

@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from dude_peft.config.trainer_fields import fault
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
 from dude_peft.peft_file import PREFIX, checked_settings, is_foreign, read_peft_file
@@ -514,6 +515,23 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    torch_compile: bool = False
+    """Compile the model's training step. Rows are padded to eighths of data.max_length, each a graph of its own, so
+    that a resumed run repeats the bits."""
+
+    tf32: bool = False
+    """Products of float32 matrices in TF32, on GPUs from Ampere on."""
+
+    extra_arguments: dict[Text, Any] = {}
+    """Other fields of TrainingArguments, such as adam_beta2. A field that a run sets itself, or that would break resume
+    or the order of the rows, is refused."""
+
+    @model_validator(mode="after")
+    def _fields_to_hand_on(self) -> TrainSection:
+        if found := fault(self.extra_arguments, self):
+            raise ValueError(found)
+        return self
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.max_steps is not None and self.num_train_epochs is not None:
@@ -625,6 +643,24 @@ class RunConfig(Section):
             raise ValueError("key 'train.trainer': trl has no mixture of losses; use transformers, or objective: sft")
         if self.adapter.bias != "none" and (mol or self.data.general_test is not None):
             raise ValueError("key 'adapter.bias': trained biases leave no base model to compare with; set it to none")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_of_few_shapes(self) -> RunConfig:
+        if not self.train.torch_compile:
+            return self
+        others = {
+            "data.packing": (self.data.packing, "packed rows have too many lengths; set it to false"),
+            "train.objective": (self.train.objective == "mol", "batches of mol have too many shapes; set it to sft"),
+            "train.gradient_checkpointing": (
+                self.train.gradient_checkpointing,
+                "recomputing breaks the graphs, and most layers would not be compiled; set it to false",
+            ),
+            "train.trainer": (self.train.trainer == "trl", "trl pads rows itself; set it to transformers"),
+        }
+        for key, (contradicts, reason) in others.items():
+            if contradicts:
+                raise ValueError(f"keys 'train.torch_compile' and '{key}': {reason}, or leave torch_compile out")
         return self
 
     @model_validator(mode="after")

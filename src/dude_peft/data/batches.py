@@ -26,14 +26,14 @@ def grouped(lengths: Sequence[int], size: int, company: Company = "any") -> list
     return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
 
-def pad_right(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Training examples -> input_ids, attention_mask and labels, each (rows, longest).
+def pad_right(examples: Sequence[Example], pad_id: int, length: int | None = None) -> dict[str, Tensor]:
+    """Training examples -> input_ids, attention_mask and labels, each (rows, longest), or (rows, length).
 
     The first label of each is IGNORE: nothing predicts it, and whoever counts labels shall not count it. The mask comes
     from the lengths alone: a token of the text that happens to be the padding token is read like any.
     """
     lengths = [len(example["input_ids"]) for example in examples]
-    longest = max(lengths)
+    longest = length or max(lengths)
     filler = {"input_ids": pad_id, "labels": IGNORE}
     batch = {
         name: torch.tensor([[*example[name], *[fill] * (longest - len(example[name]))] for example in examples])

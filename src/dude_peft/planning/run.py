@@ -62,8 +62,10 @@ def plan(
         with display.waiting("imports"), quiet_imports():
             import dude_peft.planning.bill  # noqa: F401  # what takes seconds, in one place
             from dude_peft.planning.device import device
+            from dude_peft.training.extra_arguments import handed_on
             from dude_peft.training.fit import check_trackers
         check_trackers(config.train)
+        handed_on(config.train)
         tokenizer = load_tokenizer(config.model, where)
         if scorer is not None:
             with display.waiting("tasks"):
@@ -99,6 +101,10 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append(text)
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
+    if "optim_args" in train.extra_arguments:
+        warnings.append("train.extra_arguments.optim_args: what the optimizer keeps because of it is not counted")
+    if train.torch_compile:
+        warnings.append("train.torch_compile: the plan is of the step without compiling, in memory and in time")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
         asked = asked_of(config.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from dude_peft.config.schema import RunConfig, TrainSection
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
@@ -21,6 +23,8 @@ from dude_peft.machine.processes import count
 from dude_peft.machine.sharding import check_sharding, shard
 from dude_peft.model.probe import Nature
 from dude_peft.parents import require
+from dude_peft.training.compiled import check_compiler, compiling
+from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.general import GeneralMeter, general_scores
 from dude_peft.training.loop import Loop
 from dude_peft.training.mixed_order import MixedOrder
@@ -70,7 +74,11 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
     """
     section = config.train
     kind, own = _kind(config)
+    extra = handed_on(section)
     check_trackers(section)
+    check_compiler(section, gpu=torch.accelerator.is_available())
+    if section.tf32 and not is_torch_tf32_available():
+        raise ConfigError("train.tf32 needs an NVIDIA GPU from Ampere on; leave it out")
     if strategy == "fsdp2" and count() > 1:
         check_sharding()
     try:
@@ -90,6 +98,9 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
             seed=section.seed,
             data_seed=section.seed,
             bf16=section.bf16,
+            # Left open, Trainer would switch TF32 on wherever it compiles.
+            tf32=section.tf32 if section.tf32 or section.torch_compile else None,
+            torch_compile=section.torch_compile,
             gradient_checkpointing=section.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
             use_cpu=not torch.accelerator.is_available(),
@@ -102,7 +113,7 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
             save_steps=section.save_steps,
             report_to=list(section.report_to),
             disable_tqdm=True,
-            **{"save_strategy": "steps", **_several(strategy), **own},
+            **{"save_strategy": "steps", **_several(strategy), **own, **extra},
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"section 'train': {' '.join(str(error).split())}") from error
@@ -207,7 +218,7 @@ class Training:
         uses_cache = getattr(model.config, "use_cache", None)
         model.config.use_cache = False  # keys and values of a training forward are never read again
         try:
-            with loop.running(total):
+            with loop.running(total), compiling() if arguments.torch_compile else nullcontext():
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
         except (RuntimeError, MemoryError) as error:
             if "without overflow" in str(error):  # torch's word for a Python number that its own type cannot hold
@@ -257,7 +268,10 @@ class Training:
 
             ours["order_of"] = lambda dataset: _order_of(lengths(dataset), len(dataset), section, step_rows)
             return trl_trainer(model, arguments, examples, self.tokenizer, self.nature.router, ours)  # type: ignore[arg-type]
-        rows = Packs(examples, config.data.max_length, section.seed) if config.data.packing else Rows(examples)
+        if config.data.packing:
+            rows: Rows = Packs(examples, config.data.max_length, section.seed)
+        else:
+            rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)
         trainer = RunTrainer(
             **ours,

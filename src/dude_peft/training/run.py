@@ -449,6 +449,8 @@ class _Run:
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
     def _check_strategy(self) -> None:
+        if self.config.train.torch_compile and processes.count() > 1:
+            raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
         if self.config.adapter.foreign and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(f"{self.strategy} does not split {self.config.adapter.method}; choose ddp")
         if self.strategy == "zero3" and processes.count() > 1:

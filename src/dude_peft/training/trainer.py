@@ -26,6 +26,7 @@ from dude_peft.folder.state import (
 )
 from dude_peft.machine.processes import gathered, summed
 from dude_peft.parents import fits, newer
+from dude_peft.training.compiled import one_graph_a_shape
 from dude_peft.training.general import GeneralMeter
 from dude_peft.training.groups import parameter_groups
 from dude_peft.training.loop import Loop
@@ -74,6 +75,8 @@ class RunTrainer(Trainer):
         super().__init__(callbacks=[loop] if meter is None else [meter, loop], **settings)
         # Trainer divides by the accumulation itself; early releases of transformers 5 let accelerate divide again.
         self.accelerator.gradient_accumulation_steps = 1
+        if self.args.torch_compile:
+            one_graph_a_shape(self)
         self.order = order_of(self.train_dataset)
         self.remove_callback(PrinterCallback)
 
@@ -110,6 +113,7 @@ class RunTrainer(Trainer):
                 optimizer=optimizer or self.optimizer,  # type: ignore[arg-type]  # there is one by now
                 num_warmup_steps=warm + skipped,
                 num_training_steps=num_training_steps + skipped,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or None,  # type: ignore[arg-type]
             )
             if skipped:
                 with warnings.catch_warnings():  # torch: the optimizer has not stepped yet

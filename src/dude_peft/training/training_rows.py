@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from dude_peft.data.batches import flat, pad_right
 from dude_peft.data.packing import pack
+from dude_peft.training.compiled import padded
 from dude_peft.training.training_set import TrainingSet
 
 
@@ -22,11 +23,12 @@ class Rows(Dataset[list[dict[str, Any]]]):
     domain: int
     """Places of the domain's examples; those of general ones follow."""
 
-    def __init__(self, examples: TrainingSet) -> None:
-        """Takes the examples as they are."""
-        self._examples = examples
+    def __init__(self, examples: TrainingSet, *, few_lengths: bool = False) -> None:
+        """Takes the examples as they are; `few_lengths` pads batches to one of eight lengths, for the compiler."""
+        self._examples, self._few_lengths = examples, few_lengths
         self.lengths = examples.lengths.tolist()
         self.domain = examples.domain
+        self._longest = max(self.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -48,7 +50,8 @@ class Rows(Dataset[list[dict[str, Any]]]):
         return bool(example["row"] >= self._examples.domain)
 
     def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-        return pad_right(examples, pad_id)
+        longest = max(len(example["input_ids"]) for example in examples)
+        return pad_right(examples, pad_id, padded(longest, self._longest) if self._few_lengths else longest)
 
     def _numbered(self, index: int) -> dict[str, Any]:
         return {**self._examples[index], "row": index}
