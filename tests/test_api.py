@@ -227,6 +227,7 @@ def test_a_path_that_no_file_can_have_is_one_line(place, monkeypatch, path, call
     [
         ({"model": ""}, "empty"),
         ({"target_modules": ["q_proj"]}, "only with a model"),
+        ({"gguf_file": "model.gguf"}, "only with a model"),
         ({"model": "my-model", "target_modules": ["\x1b[2J"]}, "not a module"),
         ({"model": "my-model", "target_modules": "x" * 5000}, "matches no layer"),
     ],

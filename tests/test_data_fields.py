@@ -468,6 +468,12 @@ def test_columns_keys_and_roles_have_the_names_that_the_data_gives_them():
             {"prompt": "customer_qury"},
             "'completion' without 'customer_qury'; closest: data.columns: {prompt: customer_query}",
         ),
+        (
+            {"customer_query": "q", "agent_reply": "a"},
+            {"prompt": "customer_qury", "completion": "agent_replay"},
+            "no column is called 'customer_qury', which data.columns names for prompt; closest: data.columns: "
+            "{prompt: customer_query}",
+        ),
     ],
 )
 def test_the_closest_names_are_suggested(row, mapping, message):

@@ -51,6 +51,8 @@ def test_the_share_is_that_of_data_check(model, tmp_path, rows, share):
     content = yaml.safe_load(new_config(str(file), model))
     assert content["data"].get("test") == share
     assert content["evaluation"].get("enabled", True) == (share is not None)
+    steps = 3 * rows * (1 - (share or 0)) // 8
+    assert 1 <= content["train"]["save_steps"] <= max(1, steps // 3)
     assert held_out_share(rows) == share
 
 

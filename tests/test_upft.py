@@ -142,7 +142,7 @@ def test_an_empty_answer_gives_no_row(checkpoint, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(decode, "decode_all", lambda *_, **__: answers)
     generate(str(checkpoint), ["a", "b"], output=tmp_path / "out.jsonl", as_rows=True, quiet=False)
     assert (tmp_path / "out.jsonl").read_text() == '{"prompt": "b", "completion": "four"}\n'
-    assert "1 completions are left out" in capsys.readouterr().err
+    assert "left out: 1 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

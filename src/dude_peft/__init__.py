@@ -13,6 +13,7 @@ from dude_peft.version import __version__
 if TYPE_CHECKING:
     from dude_peft.api import compare, evaluate, plan, report, train
     from dude_peft.chat.generate import generate
+    from dude_peft.errors import DudeError
     from dude_peft.exporting.run import export, merge
     from dude_peft.exporting.verify import verify
     from dude_peft.measure.movement import MovementCallback
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from dude_peft.tuner import DudeConfig, load_adapter
 
 __all__ = [
-    "METHODS", "DudeConfig", "MovementCallback", "__version__", "check_data", "compare", "evaluate", "export",
-    "generate", "load_adapter", "merge", "method_table", "plan", "report", "train", "verify",
+    "METHODS", "DudeConfig", "DudeError", "MovementCallback", "__version__", "check_data", "compare", "evaluate",
+    "export", "generate", "load_adapter", "merge", "method_table", "plan", "report", "train", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "DudeConfig": "tuner",
+    "DudeError": "errors",
     "load_adapter": "tuner",
     "METHODS": "methods",
     "MovementCallback": "measure.movement",

@@ -214,6 +214,9 @@ def methods(
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names separated by commas, or a regular expression.")
     ] = "all-linear",
+    gguf_file: Annotated[
+        str | None, typer.Option("--gguf-file", help="Name of the GGUF file, if the model is one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -222,7 +225,11 @@ def methods(
     from dude_peft.init.options import module_names
 
     made = dude_peft.method_table(
-        model, r=r, target_modules=module_names(target_modules) or "all-linear", quiet=as_json
+        model,
+        r=r,
+        target_modules=module_names(target_modules) or "all-linear",
+        gguf_file=gguf_file,
+        quiet=as_json,
     )
     if as_json:
         typer.echo(json_text(made.as_dict(), indent=2))

@@ -164,9 +164,10 @@ def generate(
                 with disk_errors(output), _unclaimed(output):
                     replace_file(output, completions.lines(), new=not overwrite)
     cut = sum(completion.finish == "length" for completion in found[0])
-    notes.say(f"{len(rows)} completions, {cut} of them cut at {max_new_tokens} tokens")
+    counted = "1 completion" if len(rows) == 1 else f"{len(rows)} completions"
+    notes.say(f"{counted}, {cut} of them cut at {max_new_tokens} tokens")
     if refused := records.count(None):
-        notes.warn(f"{refused} completions are left out: they are empty, or cannot be trained on")
+        notes.warn(f"left out: {refused} of {counted}, because they are empty or cannot be trained on")
     return completions
 
 

@@ -20,7 +20,6 @@ from dude_peft.model.load import with_only_gguf
 from dude_peft.show import shown
 
 RUNS = "runs"
-CONTROLS = ("random-basis", "frozen-m", "dude-exact", "dora-exact", "full")
 """Methods that tell DuDe's claims apart; those that the table has."""
 _TUNED = ("adapter.", "train.")
 _OURS = {"train.seed", "train.learning_rate", "adapter.svd_seed"}
@@ -279,4 +278,4 @@ def _missing_controls(entries: Sequence[Any]) -> list[str]:
     from dude_peft.methods import METHODS
 
     named = {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
-    return [name for name in CONTROLS if name in METHODS and name not in named]
+    return [name for name, row in METHODS.items() if row.certainty == "control" and name not in named]

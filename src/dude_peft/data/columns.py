@@ -7,7 +7,7 @@ noted, so that what nobody reads can be told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -91,6 +91,11 @@ class Columns:
     def known(self) -> set[str]:
         """Their names of all columns that a row can be made of, or that tell what it is."""
         return {name for ours in _COLUMNS if (name := self.name(ours)) is not None}
+
+    def absent(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """(Ours, theirs) of every mapped column that is not among `names`; a key of messages is none."""
+        columns = [pair for pair in self.mapping.items() if pair[0] in _COLUMNS and pair[0] not in _KEYS]
+        return [(ours, theirs) for ours, theirs in columns if theirs not in names]
 
     def unread(self, used: Mapping[str, int]) -> list[str]:
         """Of the names in the map those that no row had; `used` are the keys that were read."""

@@ -314,6 +314,11 @@ class Reading:
         if any(key in record for key in PREFERENCE):
             return _preference(record)
         found = mapping_for(names, record.values())
+        if absent := self.columns.absent(names):
+            ours, theirs = absent[0]
+            near = closest(theirs, names)
+            hint = f"closest: {written({ours: near})}" if near else "name a column of the data"
+            return f"no column is called {quoted(theirs)}, which data.columns names for {ours}; {hint}"
         listed = ", ".join(quoted(name) for name in names[:6]) or "none"
         return f"no known format in the {kind} ({listed}); {f'closest: {found}' if found else FORMATS_HINT}"
 

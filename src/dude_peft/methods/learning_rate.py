@@ -20,7 +20,8 @@ def learning_rate_warning(method: Method, learning_rate: float) -> str | None:
     if learning_rate <= _FAR * method.learning_rate:
         return None
     times = learning_rate / method.learning_rate
+    suits = f"{method.rate_of}, the relative of {method.name}" if method.rate_of else method.name
     return (
-        f"train.learning_rate {learning_rate:g} is {times:.0f} times the {method.learning_rate:g} that suits "
-        f"{method.name}. Leave it out for the method's own."
+        f"train.learning_rate {learning_rate:g} is {times:.0f} times the {method.learning_rate:g} that suits {suits}. "
+        "Leave it out for the method's default."
     )

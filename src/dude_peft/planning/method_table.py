@@ -91,6 +91,7 @@ def method_table(
     *,
     r: int = 16,
     target_modules: str | Sequence[str] = "all-linear",
+    gguf_file: str | None = None,
     quiet: bool = True,
 ) -> MethodTable:
     """Compare the methods: what each trains, keeps and computes, where it comes from, and when to take it.
@@ -102,6 +103,7 @@ def method_table(
         model: a folder, a hub id or `package:NAME`, whose layers are counted; None gives formulas.
         r: rank.
         target_modules: the layers, as adapter.target_modules.
+        gguf_file: the GGUF file in the model's folder, where it is one of several.
         quiet: print nothing.
 
     Raises:
@@ -111,21 +113,25 @@ def method_table(
         raise ConfigError(f"r={r}; a rank is a whole number of at least 1, 8 to 64 are usual")
     if model is None and target_modules != "all-linear":
         raise ConfigError("target modules count only with a model; add --model, or leave them out")
+    if model is None and gguf_file is not None:
+        raise ConfigError("a GGUF file counts only with a model; add --model, or leave it out")
     if model == "":
         raise ConfigError("the model's name is empty; give a folder, a hub id or package:NAME")
     model = None if model is None else str(model)
     display = Display(quiet=quiet)
-    shapes = None if model is None else _shapes(model, r, target_modules, display)
+    shapes = None if model is None else _shapes(model, gguf_file, r, target_modules, display)
     made = MethodTable(model, r, len(shapes or ()), tuple(_row(method, shapes, r) for method in METHODS.values()))
     if not quiet:
         made.show(display)
     return made
 
 
-def _shapes(model: str, r: int, target_modules: str | Sequence[str], display: Display) -> list[tuple[int, int]]:
+def _shapes(
+    model: str, gguf_file: str | None, r: int, target_modules: str | Sequence[str], display: Display
+) -> list[tuple[int, int]]:
     """(out, in) of every layer that such an adapter would have."""
     with gathered_warnings(display.warn):
-        section = with_only_gguf(ModelSection(name_or_path=model))
+        section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file))
         where = locate(section)
         with display.waiting("model and targets"), quiet_imports():
             import peft

@@ -15,6 +15,7 @@ from dude_peft.training.data_check import DataReport, check_data
 from dude_peft.training.data_section import held_out_share
 
 _BUILTIN = "builtin:word-problems"  # has rows of its own to hold out
+_EPOCHS, _BATCH, _ACCUMULATION = 3, 4, 2
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _TEXT = """\
 # {title}
@@ -33,10 +34,10 @@ data:
   max_length: {max_length}            # tokens; {lengths}
 
 train:
-  num_train_epochs: 3
-  per_device_train_batch_size: 4
-  gradient_accumulation_steps: 2
-  save_steps: 50             # steps between checkpoints; an interrupted run resumes
+  num_train_epochs: {epochs}
+  per_device_train_batch_size: {batch}
+  gradient_accumulation_steps: {accumulation}
+  save_steps: {save_steps:<15}# steps between checkpoints; an interrupted run resumes
 
 evaluation:
   {evaluation}
@@ -116,10 +117,19 @@ def _written(
         columns=f"\n  columns:{names}" if names else "",
         test=test,
         evaluation=evaluation,
+        epochs=_EPOCHS,
+        batch=_BATCH,
+        accumulation=_ACCUMULATION,
+        save_steps=_save_steps(looked.examples * (1 - (share or 0))),
         max_length=next((length for length in _LENGTHS if length >= longest), _LENGTHS[-1]),
         lengths=f"the longest example has {longest}, 95 % have at most {looked.lengths[2]}",
         output_dir=_yaml(f"runs/{_name(source)}"),
     )
+
+
+def _save_steps(rows: float) -> int:
+    """A quarter of a short run's steps, so that little of it is ever lost; 50 of a long one's."""
+    return max(1, min(50, int(_EPOCHS * rows / (_BATCH * _ACCUMULATION)) // 4))
 
 
 def _name(source: str) -> str:
