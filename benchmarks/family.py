@@ -2,8 +2,9 @@
 
     DUDE_ASSETS=FOLDER python benchmarks/family.py --folder runs/family --json benchmarks/results/DATE-family.json
 
-A Llama of 260,032 parameters that writes tiny stories (DUDE_ASSETS/models/stories260k) learns tiny Shakespeare
-(DUDE_ASSETS/text/input.txt), passages of at most --max-length tokens. Interrupted, the same command goes on.
+A Llama of 260,032 parameters that writes tiny stories (DUDE_ASSETS/models/stories260k), or another --model of that
+folder, learns tiny Shakespeare (DUDE_ASSETS/text/input.txt), passages of at most --max-length tokens. Interrupted, the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
     """Compare, and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="rows, runs and the comparison")
+    parser.add_argument("--model", default="stories260k", help="a folder in DUDE_ASSETS/models")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
@@ -59,7 +61,7 @@ def grid(settings: argparse.Namespace) -> dict[str, Any]:
     folder = settings.folder.resolve()
     return {
         "run": {
-            "model": {"name_or_path": str(Path(os.environ["DUDE_ASSETS"]) / "models" / "stories260k")},
+            "model": {"name_or_path": str(Path(os.environ["DUDE_ASSETS"]) / "models" / settings.model)},
             "adapter": {"r": settings.r, "lora_alpha": settings.r},
             "data": {
                 "train": str(folder / "train.jsonl"),
