@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -472,12 +473,14 @@ def test_steps_are_trainers(rows, batch, micro, epochs):
 
 
 def test_a_learning_rate_of_another_method_is_told():
-    assert learning_rate_warning(METHODS["dude"], 5e-4) is None
-    assert learning_rate_warning(METHODS["lora"], 1e-3) is None
-    warning = learning_rate_warning(METHODS["dude"], 2e-3) or ""
+    assert learning_rate_warning(METHODS["dude"], 1.4e-3) is None
+    assert learning_rate_warning(METHODS["lora"], 5e-3) is None
+    warning = learning_rate_warning(METHODS["dude"], 5e-3) or ""
     assert warning.count(". ") <= 1
     assert all(len(sentence.split()) <= 15 for sentence in warning.split(". "))
     assert learning_rate_warning(METHODS["lora"], 1e-2)
+    unmeasured = replace(METHODS["dude"], name="new", rate_of="dude")
+    assert "that suits dude, the relative of new." in (learning_rate_warning(unmeasured, 5e-3) or "")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +298,17 @@ def test_every_row_says_what_a_reader_needs():
     assert formula(METHODS["dude"].trained) == "r in + r out + out"
     assert formula(METHODS["dude"].kept) == "r in + 2 r out + out"
     assert formula(METHODS["lora"].kept) == "0"
+
+
+def test_default_rates_stand_to_each_other_as_the_best_measured_ones():
+    """Wherever this repository lies with its records."""
+    record = Path(__file__).resolve().parent.parent / "benchmarks/results/2026-11-29-family.json"
+    measured = json.loads(record.read_text())["results"]["methods"]
+    assert set(measured) == {name for name, row in METHODS.items() if not row.rate_of}
+    for name, found in measured.items():
+        ours = METHODS[name].learning_rate / METHODS["dude"].learning_rate
+        theirs = found["learning_rate"] / measured["dude"]["learning_rate"]
+        assert 0.8 <= ours / theirs <= 1.25, (name, ours, theirs)
 
 
 def test_the_command_shows_the_table_of_a_model(tmp_path):

@@ -8,7 +8,7 @@ DORA = Method(
     zero_split,
     frozen_start=False,
     magnitude="trained",
-    learning_rate=2e-4,
+    learning_rate=5e-4,
     summary="LoRA's start and a trained magnitude",
     choose="a magnitude without an SVD at the start",
     paper="arXiv 2402.09353",

@@ -8,7 +8,6 @@ DORA_EXACT = replace(
     DORA,
     name="dora-exact",
     norm_gradient="exact",
-    rate_of="dora",
     summary="dora with the gradient through the row norm",
     choose="to see what the constant norm of dora costs",
     paper="arXiv 2505.14367",

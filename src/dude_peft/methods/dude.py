@@ -8,7 +8,7 @@ DUDE = Method(
     principal_split,
     frozen_start=True,
     magnitude="trained",
-    learning_rate=1e-4,
+    learning_rate=3e-4,
     summary="principal factors and a trained magnitude",
     choose="the lowest loss at a small learning rate",
     start="truncated SVD",

@@ -8,7 +8,6 @@ DUDE_EXACT = replace(
     DUDE,
     name="dude-exact",
     norm_gradient="exact",
-    rate_of="dude",
     summary="dude with the gradient through the row norm",
     choose="to see what the constant norm of dude costs",
     paper="arXiv 2505.14367",

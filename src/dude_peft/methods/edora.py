@@ -9,6 +9,7 @@ EDORA = replace(
     LORA_XS,
     name="edora",
     magnitude="trained",
+    learning_rate=1e-3,
     summary="lora-xs with a trained magnitude",
     choose="few trained numbers, and a magnitude",
     paper="arXiv 2501.12067",

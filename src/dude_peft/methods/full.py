@@ -36,7 +36,7 @@ FULL = Method(
     None,
     frozen_start=False,
     magnitude="none",
-    learning_rate=2e-5,
+    learning_rate=1e-4,
     delta=Delta(trained={"dW": ("out", "in")}, frozen={}, start=no_change, factors=whole, multiple=0),
     summary="a trained matrix of W0's size, no rank, no magnitude",
     choose="the control: what full fine-tuning of the target layers gives",

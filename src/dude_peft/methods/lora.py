@@ -8,7 +8,7 @@ LORA = Method(
     zero_split,
     frozen_start=False,
     magnitude="none",
-    learning_rate=2e-4,
+    learning_rate=1e-3,
     summary="A random, B zero, no magnitude",
     choose="the fastest step, and every program serves it",
     paper="arXiv 2106.09685",

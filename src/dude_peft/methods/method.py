@@ -32,9 +32,10 @@ class Method:
     magnitude: Literal["trained", "fixed", "none"]
     """trained: m is trained. fixed: every row keeps its norm, m = m0. none: rows have the norm they get, g = 1."""
     learning_rate: float
-    """Peak learning rate where a run leaves it open. Training the principal factors moves the weight further per unit
-    of rate, so these methods peak lower: over thousands of steps on Qwen3-0.6B at r = 128, PiSSA is best at 2e-5 and
-    LoRA at 2e-4 (arXiv 2602.04998). Methods are compared at each one's best rate, never at one rate for all."""
+    """Peak learning rate where a run leaves it open. dude's is the best of a sweep on SmolLM2-135M; the others stand to
+    it as their best rates do in a comparison of all methods on a small model (docs/methods.md). Training the principal
+    factors moves the weight further per unit of rate, so these methods peak lower. Methods are compared at each one's
+    best rate, never at one rate for all."""
     delta: Delta | None = None
     """What makes L and R, where these are not a pair of trained deviations."""
     rate_of: str = ""

@@ -8,7 +8,7 @@ PISSA = Method(
     principal_split,
     frozen_start=True,
     magnitude="none",
-    learning_rate=1e-4,
+    learning_rate=3e-4,
     summary="principal factors, no magnitude",
     choose="a principal start, where the adapter itself has to be served",
     start="truncated SVD",

@@ -8,7 +8,7 @@ RSLORA = Method(
     zero_split,
     frozen_start=False,
     magnitude="none",
-    learning_rate=2e-4,
+    learning_rate=5e-4,
     rank_stabilized=True,
     summary="LoRA with the scaling lora_alpha / sqrt(r), for large ranks",
     choose="large ranks",

@@ -53,7 +53,7 @@ SALT = Method(
     None,
     frozen_start=False,
     magnitude="none",
-    learning_rate=1e-4,
+    learning_rate=1e-3,
     delta=Delta(
         trained={"da": ("r",), "b": ("r",), "X": ("rest", "r"), "Y": ("r", "rest")},
         frozen={"U": ("out", "min"), "S": ("r",), "V": ("min", "in")},
@@ -62,7 +62,6 @@ SALT = Method(
         multiple=2,
         step="made by products with U and V",
     ),
-    rate_of="pissa",
     summary="top singular values scaled and shifted, a low-rank change of the rest, no magnitude",
     choose="small models: it keeps two more weights a layer",
     start="whole SVD",

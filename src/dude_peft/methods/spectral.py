@@ -45,7 +45,7 @@ SPECTRAL = Method(
     None,
     frozen_start=False,
     magnitude="none",
-    learning_rate=2e-4,
+    learning_rate=1e-3,
     delta=Delta(
         trained={"A": ("r", "in"), "B": ("out", "r"), "mu": ("r",)},
         frozen={"U": ("out", "r"), "S": ("r",), "V": ("r", "in")},
@@ -53,7 +53,6 @@ SPECTRAL = Method(
         factors=rescaled_beside,
         multiple=2,
     ),
-    rate_of="lora",
     summary="LoRA and a learned rescaling of the top r singular directions, no magnitude",
     choose="LoRA that can turn principal directions up and down",
     start="truncated SVD",
