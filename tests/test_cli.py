@@ -217,6 +217,7 @@ def test_ctrl_c_exits_with_130(place, tmp_path):
     assert not (tmp_path / "out/adapter").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_held_down_still_leaves_one_line_and_its_code(place, tmp_path):
     arguments = ["train", "run.yaml", "--output-dir", tmp_path / "out", "--set", "train.max_steps=100000"]
     code, errors = interrupted(arguments, "step ", place, held_down=True)

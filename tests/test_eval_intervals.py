@@ -47,7 +47,7 @@ def test_a_paired_difference_is_covered(items, wins, losses):
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
 
-@pytest.mark.parametrize("items", [5, 16, 80])
+@pytest.mark.parametrize("items", some_by_day([5, 16, 80], [5]))
 def test_real_values_are_covered(items, monkeypatch):
     monkeypatch.setattr(intervals, "_DRAWS", 1000)  # for time; 10,000 give the same coverage
     generator = np.random.default_rng(2)
@@ -58,6 +58,7 @@ def test_real_values_are_covered(items, monkeypatch):
     assert 0.93 * DRAWS <= covered <= 0.97 * DRAWS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_mean_over_tasks_is_covered(paired, monkeypatch):
     """Groups of 10 to 200 items, each as heavy; shares of right answers, and their differences."""

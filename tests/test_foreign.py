@@ -130,6 +130,7 @@ def test_it_trains_resumes_bit_by_bit_and_loads(place, kind):
     assert not torch.equal(logits(ours), logits(base(place)))
 
 
+@pytest.mark.slow
 def test_stock_peft_loads_it_without_dude(place, oft):
     command = [sys.executable, "-c", STOCK, place / "model", oft / "adapter", place / "stock.pt"]
     subprocess.run(command, check=True, capture_output=True)

@@ -78,6 +78,7 @@ def test_the_command_trains_it_and_resumes_bit_by_bit(trained):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_stock_peft_refuses_its_files(trained):
     command = [sys.executable, "-c", STOCK, trained / "model", trained / "out/adapter"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -93,6 +94,7 @@ def test_with_dude_imported_peft_loads_them_natively(trained):
     assert torch.equal(logits(loaded.eval()), logits(again.eval()))
 
 
+@pytest.mark.slow
 def test_what_the_commands_do_with_it(trained):
     adapter = trained / "out/adapter"
     done = dude("verify", adapter)

@@ -172,7 +172,7 @@ def test_merging_gives_a_dense_model_that_does_what_the_adapter_does(form, model
     assert not list(tmp_path.rglob(".work"))
 
 
-@pytest.mark.parametrize("name", some_by_day(["nf4", "int8"], ["nf4"]))
+@pytest.mark.parametrize("name", some_by_day(["nf4", "int8"], []))
 def test_the_command_proves_the_merge_in_fresh_processes(name, model, tmp_path):
     form = _runnable(next(f for f in FORMATS if f.name == name), model)
     live, _ = trained(load(model, form))

@@ -92,7 +92,7 @@ def test_home_is_expanded(file, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "rate"), [("dude", 1e-4), ("pissa", 1e-4), ("lora", 2e-4), ("rslora", 2e-4), ("dora", 2e-4)]
+    ("method", "rate"), [("dude", 3e-4), ("pissa", 3e-4), ("lora", 1e-3), ("rslora", 5e-4), ("dora", 5e-4)]
 )
 def test_the_learning_rate_left_out_depends_on_the_method(file, method, rate):
     config = load_config(file, ["train={}", f"adapter.method={method}"])

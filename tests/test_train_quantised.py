@@ -150,7 +150,8 @@ def test_other_ways_to_train_resume_as_well(place, monkeypatch, name, sections):
     assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
 
 
-@pytest.mark.parametrize("name", some_by_day(FORMATS, ["int8"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
 def test_the_manifest_says_how_the_base_was_quantised_and_every_command_does_it_again(whole, place, tmp_path, name):
     out = whole(name)
     report = json.loads((out / "report.json").read_text())
@@ -178,6 +179,7 @@ def loss_of(model: Any, place: Path, out: Path) -> float:
     return held_out_loss(model, data.held_out.examples, pad_id=int(tokenizer.pad_token_id), batch_size=16)
 
 
+@pytest.mark.slow
 def test_chat_evaluation_and_exports(whole, tmp_path):
     adapter = whole("nf4") / "adapter"
     write_data(tmp_path / "data")
@@ -213,6 +215,7 @@ def test_evaluation_computes_with_the_weights_that_training_uses(place):
         assert torch.equal(trained, evaluated)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_stored_quantised_is_loaded_as_it_is(place, whole):
     section = ModelSection(name_or_path=str(place / "model"), quantization={"method": "nf4"})
     stored = place / "stored"

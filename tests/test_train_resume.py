@@ -168,7 +168,7 @@ OTHER_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("train", some_by_day(OTHER_SETTINGS, OTHER_SETTINGS[4:8]), ids=str)
+@pytest.mark.parametrize("train", some_by_day(OTHER_SETTINGS, [OTHER_SETTINGS[4], OTHER_SETTINGS[6]]), ids=str)
 def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
     if train.get("optim", "").endswith(("bit", "mix")):
         pytest.importorskip("bitsandbytes", reason="these optimizers are bitsandbytes'")

@@ -228,6 +228,10 @@ class AdapterSection(Section):
     """Folder of an adapter to start from, as `dude init` writes it. No SVD runs. Method, rank and layers are the
     file's."""
 
+    init_from: Source | None = None
+    """On a quantised base: the full-precision model (a folder or a hub id) whose weights give the factors of the start.
+    Without it, the quantised weights give them. The start equals the base in both cases."""
+
     r: Count = 16
     """Rank of the update."""
 
@@ -277,8 +281,16 @@ class AdapterSection(Section):
     def settings(self) -> dict[str, Any]:
         """The keys that are DudeConfig's own."""
         return {
-            key: value for key, value in self.model_dump().items() if key not in ("peft", "start", "budget", "groups")
+            key: value
+            for key, value in self.model_dump().items()
+            if key not in ("peft", "start", "init_from", "budget", "groups")
         }
+
+    @model_validator(mode="after")
+    def _one_start(self) -> AdapterSection:
+        if self.start is not None and self.init_from is not None:
+            raise ValueError("key 'adapter.init_from': adapter.start has its factors already; leave one of the two out")
+        return self
 
     @model_validator(mode="after")
     def _budget_alone_decides(self) -> AdapterSection:
@@ -705,6 +717,11 @@ class RunConfig(Section):
             raise ConfigError(
                 f"key 'adapter.budget': a larger rank of method {method.name!r} can take fewer parameters; set "
                 "adapter.r, or choose another method"
+            )
+        if self.adapter.init_from is not None and method.start == "none":
+            raise ConfigError(
+                f"key 'adapter.init_from': the start of method {method.name!r} takes nothing of the weights; leave it "
+                "out, or choose another method"
             )
         norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
         adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})

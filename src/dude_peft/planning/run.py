@@ -107,6 +107,10 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append("train.torch_compile: the plan is of the step without compiling, in memory and in time")
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
+        if config.adapter.init_from is not None:
+            from dude_peft.training.full_precision import FullPrecision
+
+            FullPrecision(config, settings)
         asked = asked_of(config.model)
         if asked is not None and stored_config(settings) is None:
             check_installed(asked.method)

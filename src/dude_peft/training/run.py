@@ -372,6 +372,7 @@ class _Run:
         import torch
         import transformers
 
+        from dude_peft.training.full_precision import FullPrecision
         from dude_peft.training.model_checks import check_beginning, check_start, keep_fingerprints, probe
         from dude_peft.tuner import DudeConfig, load_adapter
         from dude_peft.tuner.foreign import load_foreign
@@ -397,7 +398,13 @@ class _Run:
         elif processes.is_first():
             # Its keys are DudeConfig's own.
             settings = DudeConfig(**self.config.adapter.settings(), task_type="CAUSAL_LM")
-            self.model = peft.get_peft_model(model, settings)
+            full = None
+            if self.config.adapter.init_from is not None:
+                full = FullPrecision(self.config, model.config)
+            with nullcontext() if full is None else full.starts():
+                self.model = peft.get_peft_model(model, settings)
+            if full is not None:
+                self.display.say(f"note: {full.told()}")
             check_start(base, probe(self.model, data.train, pad_id))
             if self.spent is not None:
                 self.spent.check(self.model)
@@ -436,6 +443,10 @@ class _Run:
         from dude_peft.model.load import dtype_of, load_settings
         from dude_peft.model.quantised import asked_of, check_as_stored, check_plain, check_runs, stored_config
 
+        if self.config.adapter.init_from is not None and self.folder.earlier is None:
+            from dude_peft.training.full_precision import FullPrecision
+
+            FullPrecision(self.config, load_settings(self.config.model, where))
         if self.config.model.gguf_file is not None:  # dequantised, whatever it is
             return
         settings = load_settings(self.config.model, where)

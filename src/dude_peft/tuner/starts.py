@@ -7,17 +7,18 @@ side). The bits are those of one layer after the other, whatever the number of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
+from dude_peft.core.magnitude import row_norm
 from dude_peft.core.svd import full_precision_products
 from dude_peft.core.threads import one_thread, single_threaded_pool
 from dude_peft.errors import ConfigError
@@ -28,6 +29,20 @@ from dude_peft.tuner.config import DudeConfig
 # Every thread holds a float32 copy of its weight: more of them would cost a model's worth of memory.
 _MOST_THREADS = 16
 _BAR_AFTER_SECONDS = 3.0
+
+OtherWeight = Callable[[str, Tensor], Tensor]
+"""(A layer's name, the weight (out, in) that it applies) -> the weight that its factors are taken from."""
+_others: list[OtherWeight] = []
+
+
+@contextmanager
+def started_from(other: OtherWeight) -> Iterator[None]:
+    """Within: factors of new adapters are those of other weights; their row norms stay those of the layers' own."""
+    _others.append(other)
+    try:
+        yield
+    finally:
+        _others.pop()
 
 
 def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig) -> dict[str, Start]:
@@ -80,8 +95,13 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
         W0 = frozen.dense_weight(base)
         if weight is None or weight.dtype != W0.dtype:  # a copy already
             options = replace(options, overwrite=True)
+        scaling = config.spec.scaling(r, alpha)
         with one_thread():
-            return start_of(config.spec, W0, r, config.spec.scaling(r, alpha), options, name)
+            if not _others:
+                return start_of(config.spec, W0, r, scaling, options, name)
+            full = _others[-1](name, W0)
+            begun = start_of(config.spec, full, r, scaling, replace(options, overwrite=True), name)
+            return begun._replace(m0=row_norm(W0))
 
 
 def _with_bar(jobs: dict[Future[Start], str]) -> Iterator[Future[Start]]:
