@@ -83,7 +83,9 @@ def worker(process, address, method, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", some_by_day(["dude", "lora", "frozen-m", "edora", "osora"], ["dude"]))
+@pytest.mark.parametrize(
+    "method", some_by_day(["dude", "lora", "frozen-m", "edora", "osora", "salt", "full"], ["dude"])
+)
 def test_two_sharded_processes_train_as_one(method, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -22,6 +22,7 @@ from test_cli import assert_refused
 from test_train_resume import _CutError, cut_at, result
 from tiny import save_tiny, write_rows
 
+from dude_peft import METHODS, merge, verify
 from dude_peft.artifact.manifest import read_manifest
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import ModelSection, QuantizationSection
@@ -242,6 +243,16 @@ def test_a_checkpoint_that_is_stored_quantised_is_loaded_as_it_is(place, whole):
             assert words in line
             assert "is stored quantised with" in line
     assert not (place / "refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_merges(place, tmp_path, method, name):
+    file = write_yaml(place, f"{method}-{name}", name, adapter={"method": method}, train={"max_steps": 2})
+    start(file)
+    verify(place / file.stem / "adapter", base=str(place / "model"))
+    merge(place / file.stem / "adapter", tmp_path / "merged")
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
