@@ -160,7 +160,7 @@ class _Run:
         arguments = training_arguments(config, self.strategy)
         self._check_quantisation(where, arguments.device)
         with self._phase("data"):
-            self.tokenizer = load_tokenizer(config.model, where)
+            self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
             if self.scorer is not None:
                 with display.waiting("reading the tasks"):
                     self.scorer.check(self.tokenizer)
