@@ -93,6 +93,7 @@ def train(
     processes: Annotated[
         int | None, _whole("--processes", help="Number of processes for --launch; default: one for each GPU.")
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write page.html about the run at its end.")] = True,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after. The same command again resumes."""
@@ -113,6 +114,7 @@ def train(
         overwrite=overwrite,
         weights_only=weights_only,
         strategy=strategy or "ddp",
+        page=page,
         quiet=False,
     )
 
