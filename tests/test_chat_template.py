@@ -134,7 +134,7 @@ def test_a_fault_in_the_file_has_its_line(tmp_path):
 
 
 def test_it_is_refused_beside_the_plain_template():
-    with pytest.raises(ConfigError, match="no effect beside data.template: plain"):
+    with pytest.raises(ConfigError, match=r"no effect beside data\.template: plain"):
         load_config(data(OWN, template="plain"))
 
 

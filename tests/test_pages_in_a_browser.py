@@ -1,4 +1,4 @@
-"""Pages as Chromium shows them: readable by all (axe), quiet, without a request, also on a phone, in the dark, on paper.
+"""Pages as Chromium shows them: accessible (axe), quiet, without a request, also on a phone, in the dark, on paper.
 
 Needs playwright (pip), a Chromium (playwright's own, or the one that DUDE_CHROMIUM names) and axe-core (npm install
 axe-core at the root of the checkout, or the axe.min.js that DUDE_AXE names).

@@ -438,7 +438,9 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_template(self) -> DataSection:
         if self.chat_template is not None and self.template == "plain":
-            raise ValueError("key 'data.chat_template' has no effect beside data.template: plain; leave one of them out")
+            raise ValueError(
+                "key 'data.chat_template' has no effect beside data.template: plain; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -89,7 +89,7 @@ def _compile(text: str, where: str) -> None:
     class Generation(Extension):
         """`{% generation %}`, by which templates mark answers for transformers."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -16,7 +16,7 @@ WeightOf: TypeAlias = Callable[[str], Tensor]
 
 
 def base_weights(model: Any) -> WeightOf | None:
-    """The base weights of an adapted model; None where one of them is quantised, split among processes, or not there."""
+    """The base weights of an adapted model; None where one is quantised, split among processes, or not there."""
     layers = {layer.layer_name: layer for layer in model.modules() if isinstance(layer, DudeLinear)}
     bases: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in layers.items()}
     for base in bases.values():

@@ -76,7 +76,9 @@ def adapted(folder: Path, gguf_file: str | None, weight_of: WeightOf | None = No
         NumericsError: NaN or Inf.
     """
     if (foreign := open_foreign(folder)) is not None:
-        return Adapted(foreign.method, (), f"{foreign.method} is an adapter of stock PEFT, which is not taken apart here")
+        return Adapted(
+            foreign.method, (), f"{foreign.method} is an adapter of stock PEFT, which is not taken apart here"
+        )
     adapter = open_adapter(folder)
     try:
         if weight_of is None:

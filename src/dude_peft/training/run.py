@@ -211,7 +211,7 @@ class _Run:
         """Whether there is a page about the run, which is finished whatever becomes of it.
 
         The base weights are in memory: to find them again in files, dequantise or hash them would take longer than
-        short runs. Where they are not, or nothing was measured that a page could begin with, it waits for `dude report`.
+        short runs. Where they are not, or nothing was measured to begin a page with, it waits for `dude report`.
         """
         if self.write_page is None or not self.folder.writes or not self.config.evaluation.enabled:
             return False
