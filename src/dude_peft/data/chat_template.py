@@ -89,7 +89,7 @@ def _compile(text: str, where: str) -> None:
     class Generation(Extension):
         """`{% generation %}`, by which templates mark answers for transformers."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  # as its parent has it
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
