@@ -161,6 +161,8 @@ def layout() -> str:
         lines.append(f"{name}/")
         files = [p for p in sorted((ROOT / name).iterdir()) if p.suffix in (".py", ".sh", ".yaml", ".ipynb")]
         lines += [_described(f"  {path.name}", path) for path in files]
+    lines.append("recipes/")
+    lines += [_described(f"  {path.parent.name}/", path) for path in sorted((ROOT / "recipes").glob("*/run.yaml"))]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 

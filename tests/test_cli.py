@@ -17,7 +17,9 @@ from tiny import save_tiny, write_rows
 
 from dude_peft.version import __version__
 
-PRODUCTS = {"adapter", "checkpoints", "run.json", "config.yaml", "metrics.jsonl", "loss.png", "report.json"}
+PRODUCTS = {
+    "adapter", "checkpoints", "run.json", "config.yaml", "metrics.jsonl", "loss.png", "page.html", "report.json",
+}  # fmt: skip
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], code: int, label: str) -> str:

@@ -83,7 +83,8 @@ def run(tmp_path_factory):
     }
     done = dude("train", place_config(place, config))
     assert done.returncode == 0, done.stderr
-    assert f"dude report {place / 'run'} -o {place / 'run'}.html" in done.stdout
+    assert f"page: {place / 'run/page.html'}\n" in done.stdout
+    assert "dude report" not in done.stdout
     return place / "run"
 
 
@@ -262,6 +263,77 @@ def test_the_same_folder_gives_the_same_bytes(run, tmp_path):
     first, _ = written(run, tmp_path / "one.html")
     second, _ = written(run, tmp_path / "two.html")
     assert first == second
+
+
+def test_the_page_at_the_end_of_a_run_is_that_of_dude_report(run, tmp_path):
+    text, _ = written(run, tmp_path / "page.html")
+    assert (run / "page.html").read_text(encoding="utf-8") == text
+    assert "How far the direction moved" in text  # the base weights were at hand, without their files
+    assert len(text) < 3_000_000
+    again = dude("train", run.parent / "run.yaml")
+    assert again.returncode == 0, again.stderr
+    assert "this run is finished" in again.stdout
+    assert "dude report" not in again.stdout
+
+
+def test_runs_without_a_page_at_their_end(run, tmp_path, capsys):
+    """None is wanted, nothing was measured, or it fails: the run ends well, and says what writes a page."""
+    from dude_peft.config.reading import load_config
+    from dude_peft.training.run import run as trained
+
+    def failing(folder, weight_of):
+        raise RuntimeError("two\nlines")
+
+    config = json.loads((run.parent / "run.yaml").read_text(encoding="utf-8"))
+    path, folder = place_config(tmp_path, {**config, "output_dir": str(tmp_path / "run")}), tmp_path / "run"
+    options, unmeasured = ["train.max_steps=1"], ["train.max_steps=1", "evaluation={enabled: false}"]
+    for overrides, write_page, warning in (
+        (options, failing, "there is no page about this run (two lines); the run itself is finished"),
+        (options, None, ""),
+        (unmeasured, failing, ""),
+    ):
+        trained(load_config(path, overrides), overwrite=True, write_page=write_page)
+        told = capsys.readouterr()
+        assert f"dude report {folder} -o {folder}.html" in told.out
+        assert warning in " ".join((told.out + told.err).split())
+        assert not (folder / "page.html").exists()
+        assert not [text for text in RunReport.read(folder / "report.json").warnings if "page" in text]
+        (folder / "page.html").write_text("of an older run")
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"transposed": True}])
+def test_base_weights_in_memory_and_in_files_give_the_same_page(changed, run, tmp_path):
+    """Rounded on the way into memory, and GPT-2's, which lie the other way round."""
+    config = json.loads((run.parent / "run.yaml").read_text(encoding="utf-8"))
+    model = dict(config["model"])
+    if changed.get("transposed"):
+        from tiny import tiny_tokenizer
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=2, n_positions=128, eos_token_id=256)
+        ).save_pretrained(tmp_path / "gpt2")
+        tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+        model["name_or_path"] = str(tmp_path / "gpt2")
+    else:
+        model["dtype"] = "bfloat16"
+    config |= {"model": model, "output_dir": str(tmp_path / "run")}
+    done = dude("train", place_config(tmp_path, config), "--set", "train.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    text, _ = written(tmp_path / "run", tmp_path / "page.html")
+    assert (tmp_path / "run/page.html").read_text(encoding="utf-8") == text
+    assert "How far the direction moved" in text
+
+
+def test_a_run_of_stock_peft_has_a_page_too(run, tmp_path):
+    config = json.loads((run.parent / "run.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "ia3.json").write_text('{"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}')
+    config |= {"adapter": {"method": f"peft:{tmp_path / 'ia3.json'}"}, "output_dir": str(tmp_path / "run")}
+    done = dude("train", place_config(tmp_path, config), "--set", "train.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    text, _ = written(tmp_path / "run", tmp_path / "page.html")
+    assert (tmp_path / "run/page.html").read_text(encoding="utf-8") == text
+    assert "peft:IA3 is an adapter of stock PEFT, which is not taken apart here" in text
 
 
 def test_from_python(compared, tmp_path):

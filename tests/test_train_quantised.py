@@ -98,6 +98,9 @@ def whole(place) -> Any:
             done = dude("train", file)
             assert done.returncode == 0, done.stderr
             made[name] = place / f"whole-{name}"
+            # Its page needs the dense weights: `dude report` makes them, at the end of a run nobody waits for that.
+            assert not (made[name] / "page.html").exists()
+            assert f"dude report {made[name]} -o {made[name]}.html" in done.stdout
         return made[name]
 
     return get

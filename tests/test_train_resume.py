@@ -189,6 +189,30 @@ def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
+def test_a_run_with_a_chat_template_of_its_own_resumes_from_the_same_file_alone(places, tmp_path, monkeypatch):
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+                   "{% if add_generation_prompt %}assistant: {% endif %}", encoding="utf-8")  # fmt: skip
+
+    def configured(name: str) -> dict:
+        made = settings(places, tmp_path / name, max_steps=4)
+        return made | {"data": made["data"] | {"template": "chat", "chat_template": str(own)}}
+
+    start(configured("whole"))
+    wanted = configured("out")
+    with monkeypatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(_CutError):
+            start(wanted)
+    text = own.read_text(encoding="utf-8")
+    own.write_text(f"{text}{{# changed #}}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data\.chat_template: another text \(sha256 .* -> "):
+        start(wanted)
+    own.write_text(text, encoding="utf-8")
+    start(wanted)
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("optim", some_by_day(["adamw_8bit", "lion_8bit", "ademamix_8bit"], ["adamw_8bit"]))
 def test_states_in_8_bits_resume_where_they_share_a_table(places, tmp_path, monkeypatch, optim):
     """From 4,096 numbers on a tensor's states are 8-bit, and all of them name the same tensors as their tables."""

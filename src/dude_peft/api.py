@@ -36,6 +36,7 @@ def train(
     overwrite: bool = False,
     weights_only: bool = False,
     strategy: str = "ddp",
+    page: bool = True,
     quiet: bool = True,
 ) -> RunReport:
     """Fine-tune a model from a configuration; if it is interrupted, the same call again resumes, bit by bit.
@@ -51,6 +52,7 @@ def train(
         overwrite: start anew in a folder that is not empty.
         weights_only: go on from a checkpoint's adapter alone, where its other files are lost.
         strategy: of several processes: ddp, fsdp2 or zero3.
+        page: write page.html at the end, as `report` would.
         quiet: print nothing.
 
     Raises:
@@ -66,6 +68,7 @@ def train(
 
     from dude_peft.evaluation.in_training import TasksOfRun
     from dude_peft.exporting.run_card import card_of_run
+    from dude_peft.reporting.run import page_of
     from dude_peft.training.run import run
 
     return run(
@@ -75,6 +78,7 @@ def train(
         strategy=strategy,
         scorer_of=TasksOfRun,
         card_of=card_of_run,
+        write_page=page_of if page else None,
         quiet=quiet,
     )
 

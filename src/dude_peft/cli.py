@@ -93,6 +93,7 @@ def train(
     processes: Annotated[
         int | None, _whole("--processes", help="Number of processes for --launch; default: one for each GPU.")
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write page.html about the run at its end.")] = True,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after. The same command again resumes."""
@@ -113,6 +114,7 @@ def train(
         overwrite=overwrite,
         weights_only=weights_only,
         strategy=strategy or "ddp",
+        page=page,
         quiet=False,
     )
 
@@ -330,6 +332,10 @@ def data_check(
     columns: _Columns = None,
     seed: Annotated[int, _whole(help="Seed of a share, as data.seed.")] = 0,
     template: Annotated[str, typer.Option(help="auto, chat or plain, as data.template.")] = "auto",
+    chat_template: Annotated[
+        str | None,
+        typer.Option("--chat-template", metavar="FILE.jinja", help="Your own chat template, as data.chat_template."),
+    ] = None,
     max_length: Annotated[int, _whole(help="Longest row, in tokens.")] = 512,
     special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
@@ -339,6 +345,7 @@ def data_check(
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""
     how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
     how |= {"columns": _columns(columns), "seed": seed, "max_length": max_length, "upft": upft}
+    how["chat_template"] = chat_template
     try:
         dude_peft.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:

@@ -33,7 +33,8 @@ _MEANT = {
     ),
     "data.train_rows": ("max_sample", "max_train_sample", "num_sample"),
     "data.test_rows": ("max_eval_sample", "max_test_sample"),
-    "data.template": ("chat_template", "prompt_template", "prompt_style"),
+    "data.template": ("prompt_style",),
+    "data.chat_template": ("prompt_template", "custom_template", "jinja_template"),
     "data.train_on": ("train_on_input", "train_on_prompt", "mask_prompt", "completion_only_loss", "mask_history"),
     "data.max_length": (
         "max_seq_length", "max_seq_len", "max_sequence_length", "seq_length", "seq_len", "sequence_len",

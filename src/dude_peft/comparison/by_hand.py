@@ -106,7 +106,7 @@ def _timed(cell: Cell, threads: int) -> RunReport:
         }
         path, log = Path(folder, "run.yaml"), Path(folder, "run.log")
         path.write_text(dump_config(with_values(cell.config, values, "--dry-run")), encoding="utf-8")
-        process = spawn(["train", str(path)], log, {**os.environ, "OMP_NUM_THREADS": str(threads)})
+        process = spawn(["train", str(path), "--no-page"], log, {**os.environ, "OMP_NUM_THREADS": str(threads)})
         if process.wait():
             raise ResourceError(f"--dry-run: the timed run failed: {last_words(log)}; run it with dude train first")
         return RunReport.read(Path(folder, "run", REPORT))

@@ -97,7 +97,7 @@ class Local:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-        process = spawn(["train", str(config)], self.folder.log(cell), environment)
+        process = spawn(["train", str(config), "--no-page"], self.folder.log(cell), environment)
         if cores:
             with contextlib.suppress(OSError):  # it has ended already
                 os.sched_setaffinity(process.pid, cores[slot])

@@ -53,7 +53,8 @@ def read_rows(tune: Cell, test: Cell) -> Rows:
         ConfigError: a tokenizer or template that cannot be used, or answers that decide and are not there.
     """
     glance(test.config)
-    tokenizer = load_tokenizer(tune.config.model, locate(tune.config.model))
+    model, own = tune.config.model, tune.config.data.chat_template
+    tokenizer = load_tokenizer(model, locate(model), own)
     judged = read(test.config, tokenizer)
     try:
         tuned = read(tune.config, tokenizer)

@@ -52,6 +52,15 @@ def _known_columns(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+def _template_text(value: str) -> str:
+    from dude_peft.data.chat_template import chat_template
+
+    try:
+        return chat_template(value)
+    except ConfigError as error:
+        raise ValueError(f"key 'data.chat_template': {error}") from None
+
+
 LARGEST_COUNT = 10**9  # far above any real run, far below what overflows an int64 further down
 
 _LARGEST_NUMBER = 1e38  # what float32 holds
@@ -99,6 +108,7 @@ Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(min_length=1)]
 Source = Annotated[Text, BeforeValidator(_expand_home)]
 Columns = Annotated[dict[Text, Text], AfterValidator(_known_columns)]
+ChatTemplate = Annotated[Source, AfterValidator(_template_text)]
 Quantity = Annotated[int | str, BeforeValidator(_quantity)]
 # 16 stays the int that PEFT's config is written with; 16.5 stays a float.
 Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
@@ -394,6 +404,10 @@ class DataSection(Section):
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat` is the tokenizer's own template, `plain` needs none; `auto` takes chat where there is one."""
 
+    chat_template: ChatTemplate | None = None
+    """Your own chat template in place of the tokenizer's: `FILE.jinja`, or its text. The run keeps the text, and the
+    adapter's tokenizer takes it along."""
+
     special_tokens: Literal["text", "allow"] = "text"
     """How a special token (<|im_start|>, </s>) in a row is read. `text`: as plain text. `allow`: as the token itself.
     Chat, generate and eval of the adapter follow the same rule."""
@@ -431,6 +445,14 @@ class DataSection(Section):
             value = getattr(self, key)
             if isinstance(value, list) and len({each.weight is None for each in value}) > 1:
                 raise ValueError(f"key 'data.{key}': only some sources have a weight; give one to all or to none")
+        return self
+
+    @model_validator(mode="after")
+    def _one_template(self) -> DataSection:
+        if self.chat_template is not None and self.template == "plain":
+            raise ValueError(
+                "key 'data.chat_template' has no effect beside data.template: plain; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

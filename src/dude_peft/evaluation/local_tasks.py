@@ -20,7 +20,7 @@ from dude_peft.evaluation.local_files import Document
 from dude_peft.evaluation.task_names import GROUPS, GSM8K, WORDMATH, harness_tasks
 from dude_peft.show import shown
 
-COMMONSENSE = ("boolq", "piqa", "social_i_qa", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 MATH = ("SVAMP", "AddSub", "MultiArith", "SingleEq", "AQuA", "mawps")
 
 _NUMBER = "(-?[$0-9.,]{2,})|(-?[0-9]+)"  # GSM8K's flexible-extract

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.json_text import json_text
-from dude_peft.artifact.sealed import read_object, read_sealed, sealed, unsealed
+from dude_peft.artifact.sealed import content_sha256, read_object, read_sealed, sealed, unsealed
 from dude_peft.data.tokenizer_parts import changed_parts
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.show import shown
@@ -164,7 +164,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], free: Set[str] = froz
     """What differs between two configurations, `key: old -> new; ...`, but for keys in `free`; empty for nothing."""
     old, new = _flat(before), _flat(after)
     changed = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
-    told = [f"{key}: {_value(old.get(key))} -> {_value(new.get(key))}" for key in changed[:_MOST_SHOWN]]
+    told = [f"{key}: {_change(old.get(key), new.get(key))}" for key in changed[:_MOST_SHOWN]]
     return "; ".join(told) + (f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else "")
 
 
@@ -176,6 +176,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _change(old: Any, new: Any) -> str:
+    """Long texts that begin alike, as chat templates do, are told apart by their hashes."""
+    before, after = _value(old), _value(new)
+    if before != after:
+        return f"{before} -> {after}"
+    return f"another text (sha256 {_cut(content_sha256(old))} -> {_cut(content_sha256(new))})"
 
 
 def _value(value: Any) -> str:

@@ -15,6 +15,7 @@ ADAPTER, CHECKPOINTS, RECOVERED, BEFORE = "adapter", "checkpoints", "recovered",
 SCORES = "scores"
 CONFIG, METRICS, PICTURE, REPORT = "config.yaml", "metrics.jsonl", "loss.png", "report.json"
 RANKS = "ranks.png"
+PAGE = "page.html"
 
 
 @dataclass(frozen=True)

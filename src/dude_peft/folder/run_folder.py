@@ -27,6 +27,7 @@ from dude_peft.folder.record import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    PAGE,
     PICTURE,
     RANKS,
     RECOVERED,
@@ -145,7 +146,7 @@ class RunFolder:
             if start is not None:
                 start.rename(self._free(RECOVERED))
             # report.json first: beside the other files it tells of the same, finished run.
-            for stale in (REPORT, RUN, METRICS, BEFORE, Path(SCORES) / "results.json"):
+            for stale in (REPORT, PAGE, RUN, METRICS, BEFORE, Path(SCORES) / "results.json"):
                 (self.path / stale).unlink(missing_ok=True)
             if not identity.asked:
                 (self.path / RANKS).unlink(missing_ok=True)

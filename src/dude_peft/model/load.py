@@ -95,8 +95,13 @@ def with_only_gguf(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
 
 
-def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection, where: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer at `where` (`locate`), with a padding token that is only ever masked.
+
+    Args:
+        section: what the configuration says.
+        where: from `locate`.
+        chat_template: text of the one that takes the place of its own (`data.chat_template`).
 
     Raises:
         ConfigError: there is none, or the hub cannot be reached.
@@ -111,6 +116,8 @@ def load_tokenizer(section: ModelSection, where: str) -> PreTrainedTokenizerBase
     if tokenizer.pad_token_id is None:
         # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 

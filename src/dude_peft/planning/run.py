@@ -66,7 +66,7 @@ def plan(
             from dude_peft.training.fit import check_trackers
         check_trackers(config.train)
         handed_on(config.train)
-        tokenizer = load_tokenizer(config.model, where)
+        tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
         if scorer is not None:
             with display.waiting("tasks"):
                 scorer.check(tokenizer)

@@ -17,7 +17,9 @@ from dude_peft.core.magnitude import direction_change, row_norm, rows_product, w
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter
 from dude_peft.exporting.base import open_base, source_of
+from dude_peft.exporting.foreign import open_foreign
 from dude_peft.exporting.merge import Layer, Weighted, check_base, layers_of
+from dude_peft.measure.base_weights import WeightOf
 from dude_peft.model.load import folder_of
 from dude_peft.model.weights import read_weight
 from dude_peft.show import shown
@@ -61,16 +63,28 @@ class Adapted:
 
 
 @torch.no_grad()
-def adapted(folder: Path, gguf_file: str | None) -> Adapted:
+def adapted(folder: Path, gguf_file: str | None, weight_of: WeightOf | None = None) -> Adapted:
     """What is in a saved adapter; its base model is read where it is on this machine, one layer at a time.
+
+    Args:
+        folder: of the adapter.
+        gguf_file: name of the GGUF file that is the base model.
+        weight_of: the base weights, where they are in memory; the same numbers come out.
 
     Raises:
         ArtifactError: the adapter is damaged.
         NumericsError: NaN or Inf.
     """
+    if (foreign := open_foreign(folder)) is not None:
+        return Adapted(
+            foreign.method, (), f"{foreign.method} is an adapter of stock PEFT, which is not taken apart here"
+        )
     adapter = open_adapter(folder)
     try:
-        layers, problem = _beside_base(adapter, gguf_file), None
+        if weight_of is None:
+            layers, problem = _beside_base(adapter, gguf_file), None
+        else:
+            layers, problem = [_layer(adapter, name, weight_of(name)) for name in adapter.base], None
     except (OSError, ConfigError, ArtifactError) as error:
         layers, problem = [_layer(adapter, name, None) for name in adapter.base], str(error)
     return Adapted(adapter.config.method, tuple(layers), problem)
@@ -84,7 +98,7 @@ def _beside_base(adapter: SavedAdapter, gguf_file: str | None) -> list[AdaptedLa
         layers = layers_of(base, [Weighted(adapter, 1.0)])
         if (problem := check_base(base, layers)) is not None:
             raise problem
-        return [_layer(adapter, name, layers[name]) for name in adapter.base]
+        return [_layer(adapter, name, _read(layers[name])) for name in adapter.base]
 
 
 def _is_cached(name: str, revision: str | None) -> bool:
@@ -97,10 +111,10 @@ def _is_cached(name: str, revision: str | None) -> bool:
         return False
 
 
-def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLayer:
-    tensors, scaling = _tensors(adapter, name, weight), adapter.scaling(name)
+def _layer(adapter: SavedAdapter, name: str, W0: Tensor | None) -> AdaptedLayer:
+    tensors, scaling = _tensors(adapter, name, W0), adapter.scaling(name)
     if tensors.dA is None:
-        return _whole_layer(name, scaling * tensors.dB.float(), weight)
+        return _whole_layer(name, scaling * tensors.dB.float(), W0)
     dA, dB = tensors.dA.float(), tensors.dB.float()
     A = dA if tensors.A0 is None else tensors.A0.float() + dA
     B = dB if tensors.B0 is None else tensors.B0.float() + dB
@@ -121,8 +135,7 @@ def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLay
         if tensors.dm is not None:
             magnitude = float(torch.where(m0 > 0, tensors.dm.float().abs() / m0, 0.0).mean())
     direction = None
-    if weight is not None:
-        W0 = _read(weight)
+    if W0 is not None:
         m0 = row_norm(W0)
         norm = float(m0.norm())
         start_product = None if tensors.A0 is None else rows_product(W0, tensors.A0.float())
@@ -140,11 +153,10 @@ def _layer(adapter: SavedAdapter, name: str, weight: Layer | None) -> AdaptedLay
     )
 
 
-def _whole_layer(name: str, change: Tensor, weight: Layer | None) -> AdaptedLayer:
+def _whole_layer(name: str, change: Tensor, W0: Tensor | None) -> AdaptedLayer:
     """Of a method that trains the whole delta weight (out, in)."""
     direction = relative = None
-    if weight is not None:
-        W0 = _read(weight)
+    if W0 is not None:
         direction = float(whole_direction_change(W0, change).mean())
         relative = float(change.norm() / W0.norm()) if W0.any() else None
     values = _plain(torch.linalg.svdvals(change))
@@ -162,9 +174,10 @@ def _read(weight: Layer) -> Tensor:
     return (stored.T if weight.transposed else stored).float()
 
 
-def _tensors(adapter: SavedAdapter, name: str, weight: Layer | None) -> LayerTensors:
-    if weight is not None:
-        return adapter.layer(name, weight.shape)
+def _tensors(adapter: SavedAdapter, name: str, W0: Tensor | None) -> LayerTensors:
+    if W0 is not None:
+        out, in_ = W0.shape
+        return adapter.layer(name, (out, in_))
     out, in_ = adapter.base[name]["shape"]
     try:
         return adapter.layer(name, (out, in_))

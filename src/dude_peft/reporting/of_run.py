@@ -15,6 +15,7 @@ from dude_peft.config.schema import RunConfig
 from dude_peft.doors import parse_json, read_file
 from dude_peft.errors import ArtifactError
 from dude_peft.folder.record import ADAPTER, METRICS, REPORT, RunReport, Score
+from dude_peft.measure.base_weights import WeightOf
 from dude_peft.measure.intervals import Comparison, compare
 from dude_peft.reporting.adapted import Adapted, AdaptedLayer, adapted
 from dude_peft.reporting.curves import lines_figure, map_figure, scatter_figure
@@ -44,15 +45,19 @@ _MOST_SAMPLES = 12
 _LARGEST_METRICS_BYTES = 256 << 20
 
 
-def document_of_run(folder: Path) -> Document:
+def document_of_run(folder: Path, weight_of: WeightOf | None = None) -> Document:
     """Everything that a finished run's folder tells.
+
+    Args:
+        folder: of the run.
+        weight_of: the base weights, where they are in memory.
 
     Raises:
         ArtifactError: the report, the metrics or the adapter are damaged.
     """
     report = RunReport.read(folder / REPORT)
     metrics = list(_metrics(folder, report))
-    layers = adapted(folder / ADAPTER, report.config.get("model", {}).get("gguf_file"))
+    layers = adapted(folder / ADAPTER, report.config.get("model", {}).get("gguf_file"), weight_of)
     name = f"{report.method} on {report.model.get('name_or_path', 'a model')}"
     sections = [
         Section("Before and after", tuple(_before_after(report))),
@@ -201,6 +206,9 @@ def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
 
 def _moved(found: Adapted) -> Iterator[Block]:
     layers = found.layers
+    if not layers:
+        yield Text(f"The layers are not shown: {found.problem}.")
+        return
     if found.problem is not None:
         yield Text(f"The directions need the base model's weights: {found.problem}")
     for kind, words in (

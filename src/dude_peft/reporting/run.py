@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.errors import ArtifactError, ConfigError, DudeError
+from dude_peft.folder.record import PAGE
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
 from dude_peft.terminal.quiet import quiet_imports
+
+if TYPE_CHECKING:
+    from dude_peft.measure.base_weights import WeightOf
+    from dude_peft.reporting.document import Document
 
 FORMS = ("html", "md", "csv")
 _RUN, _EVALUATION, _COMPARISON = "report.json", "results.json", "comparison.json"
@@ -29,7 +37,15 @@ class Page:
         return table(str(self.path), [(sentence,) for sentence in self.answer])
 
 
-def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = False, quiet: bool = False) -> Page:
+def report(
+    folder: Path,
+    output: Path,
+    *,
+    to: str = "html",
+    overwrite: bool = False,
+    quiet: bool = False,
+    weight_of: WeightOf | None = None,
+) -> Page:
     """Write the page of a run, an evaluation or a comparison.
 
     Args:
@@ -38,6 +54,7 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
         to: html, md or csv.
         overwrite: replace a file that is there.
         quiet: print nothing.
+        weight_of: the base weights of a run's model, where they are in memory.
 
     Raises:
         ConfigError: no such form, an output that cannot be used, or scipy is missing.
@@ -53,7 +70,9 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
     display = Display(quiet=quiet)
     with display.waiting(f"reading {shown(folder, 200)}"), quiet_imports():
         if kind == _RUN:
-            from dude_peft.reporting.of_run import document_of_run as made
+            from dude_peft.reporting.of_run import document_of_run
+
+            made: Callable[[Path], Document] = partial(document_of_run, weight_of=weight_of)
         elif kind == _EVALUATION:
             from dude_peft.reporting.of_evaluation import document_of_evaluation as made
         else:
@@ -88,9 +107,9 @@ def report(folder: Path, output: Path, *, to: str = "html", overwrite: bool = Fa
     return Page(output, document.answer)
 
 
-def page_of(folder: Path) -> Path:
+def page_of(folder: Path, weight_of: WeightOf | None = None) -> Path:
     """Write `page.html` into a folder that has just been finished, in place of an older one; as `report`."""
-    return report(folder, folder / "page.html", overwrite=True, quiet=True).path
+    return report(folder, folder / PAGE, overwrite=True, quiet=True, weight_of=weight_of).path
 
 
 def _kind(folder: Path) -> str:

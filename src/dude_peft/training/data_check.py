@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from dude_peft.config.schema import ModelSection
+from dude_peft.data.chat_template import chat_template as own_template
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.formats import Reading
@@ -94,6 +95,7 @@ def check_data(
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
     template: str = "auto",
+    chat_template: str | os.PathLike[str] | None = None,
     max_length: int = 512,
     special_tokens: str = "text",
     train_on: str = "answers",
@@ -113,6 +115,7 @@ def check_data(
         columns: what the data calls its columns, as data.columns.
         seed: which rows a share takes.
         template: auto, chat or plain.
+        chat_template: a template of your own, as data.chat_template: FILE.jinja, or its text.
         max_length: tokens that an example may have.
         special_tokens: text or allow, as data.special_tokens.
         train_on: answers, last_answer or all.
@@ -135,10 +138,11 @@ def check_data(
     section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
     where = locate(section)
     names = Columns(columns)
+    own = None if chat_template is None else _own_template(os.fspath(chat_template), template)
     share = None if test is None else _share(test)
     shapes = _shapes(source, names)
     with quiet_imports():
-        tokenizer = load_tokenizer(section, where)
+        tokenizer = load_tokenizer(section, where, own)
     written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
     held_out = None
@@ -173,6 +177,7 @@ def check_data(
         display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
     settings = {"train": source, "test": test if share is None else share, "columns": names.mapping, "seed": seed}
     settings |= {"template": written.kind, "special_tokens": special_tokens, "train_on": train_on}
+    settings["chat_template"] = None if chat_template is None else os.fspath(chat_template)
     display.say("\nfor CONFIG.yaml:")
     asks = _questions(made)
     display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks))
@@ -194,6 +199,15 @@ def check_data(
         overlap=asked,
         samples=tuple(_marked(made[index], tokenizer, colour=False).plain for index in shown_examples),
     )
+
+
+def _own_template(given: str, kind: str) -> str:
+    if kind == "plain":
+        raise ConfigError("--chat-template has no effect beside --template plain; leave one of them out")
+    try:
+        return own_template(given)
+    except ConfigError as error:
+        raise ConfigError(f"--chat-template: {error}") from error
 
 
 def _share(test: str) -> float | None:

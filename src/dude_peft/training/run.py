@@ -20,7 +20,7 @@ from dude_peft.config.schema import AdapterSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
-from dude_peft.folder.record import ADAPTER, CONFIG, PICTURE, RANKS, SCORES, Answer, RunReport, Score
+from dude_peft.folder.record import ADAPTER, CONFIG, PAGE, PICTURE, RANKS, SCORES, Answer, RunReport, Score
 from dude_peft.folder.run_folder import RunFolder, save_adapter
 from dude_peft.machine import processes
 from dude_peft.machine.environment import environment, hardware, versions
@@ -35,12 +35,16 @@ from dude_peft.version import __version__
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company
     from dude_peft.folder.checkpoint import Checkpoint
+    from dude_peft.measure.base_weights import WeightOf
     from dude_peft.training.budget import Spent
     from dude_peft.training.fit import Fit
     from dude_peft.training.run_data import HeldOut, RunData
 
 CardOf = Callable[[Path, dict[str, Any]], str]
 """The model card of an adapter, from its folder and the run's report."""
+
+PageOf = Callable[[Path, "WeightOf | None"], Path]
+"""Writes the page about a finished run's folder, with the base weights in memory, and tells where."""
 
 _GGUF_NOTE = "the base weights come from a GGUF file, dequantised"
 
@@ -53,6 +57,7 @@ def run(
     strategy: str = "ddp",
     scorer_of: ScorerOf | None = None,
     card_of: CardOf | None = None,
+    write_page: PageOf | None = None,
     quiet: bool = False,
 ) -> RunReport:
     """Fine-tunes as `config` says and fills `config.output_dir`, the adapter among it only if all went well.
@@ -66,6 +71,8 @@ def run(
         strategy: of several processes (`launch`): ddp, fsdp2 or zero3.
         scorer_of: who scores evaluation.tasks: `dude_peft.evaluation.in_training.TasksOfRun`; without tasks, nobody.
         card_of: who writes the adapter's README.md: `dude_peft.exporting.run_card.card_of_run`; without, it is PEFT's.
+        write_page: who writes the page about the run: `dude_peft.reporting.run.page_of`, built on this room; without,
+            nobody.
         quiet: print nothing.
 
     Raises:
@@ -85,7 +92,7 @@ def run(
     try:
         scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         silent = quiet or not processes.is_first()
-        this = _Run(resolved, start, folder, weights_only, strategy, scorer, card_of, quiet=silent)
+        this = _Run(resolved, start, folder, weights_only, strategy, scorer, card_of, write_page, quiet=silent)
         with gathered_warnings(this.warn), this.stop.listening():
             return this.go()
     finally:
@@ -102,6 +109,7 @@ class _Run:
         strategy: str,
         scorer: TaskScorer | None,
         card_of: CardOf | None,
+        write_page: PageOf | None,
         *,
         quiet: bool,
     ) -> None:
@@ -119,6 +127,7 @@ class _Run:
         self.strategy = strategy
         self.scorer = scorer
         self.card_of = card_of
+        self.write_page = write_page
         self.display = Display(quiet=quiet)
         self.stop = Stop(self.display.warn)
         self.seconds: dict[str, float] = {}
@@ -160,7 +169,7 @@ class _Run:
         arguments = training_arguments(config, self.strategy)
         self._check_quantisation(where, arguments.device)
         with self._phase("data"):
-            self.tokenizer = load_tokenizer(config.model, where)
+            self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
             if self.scorer is not None:
                 with display.waiting("reading the tasks"):
                     self.scorer.check(self.tokenizer)
@@ -195,8 +204,31 @@ class _Run:
             f"{self.seconds['total']:.0f} s in all"
         )
         display.say(f"adapter: {shown(self.folder.path / ADAPTER, None)}")
-        self._tell_next(report)
+        self._tell_next(report, paged=self._write_page())
         return report
+
+    def _write_page(self) -> bool:
+        """Whether there is a page about the run, which is finished whatever becomes of it.
+
+        The base weights are in memory: to find them again in files, dequantise or hash them would take longer than
+        short runs. Where they are not, or nothing was measured to begin a page with, it waits for `dude report`.
+        """
+        if self.write_page is None or not self.folder.writes or not self.config.evaluation.enabled:
+            return False
+        from dude_peft.measure.base_weights import base_weights
+
+        weight_of = None if self.config.adapter.foreign else base_weights(self.model)
+        if weight_of is None and not self.config.adapter.foreign:
+            return False
+        try:
+            with self.display.waiting("writing the page"):
+                page = self.write_page(self.folder.path, weight_of)
+        except Exception as error:  # of three libraries that draw and calculate; none of them is the run
+            reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
+            self.display.warn(f"there is no page about this run ({reason}); the run itself is finished")
+            return False
+        self.display.say(f"page: {shown(page, None)}")
+        return True
 
     def _as_before(self, earlier: Identity) -> RunConfig:
         """With the ranks that an earlier process of this run has found, so that no row is looked at again."""
@@ -272,7 +304,7 @@ class _Run:
                 f"this run is finished: {report.steps} steps, adapter {shown(self.folder.path / ADAPTER, None)}; "
                 "nothing is left to do (--overwrite starts over)"
             )
-            self._tell_next(report)
+            self._tell_next(report, paged=(self.folder.path / PAGE).is_file())
         return report
 
     def _find_checkpoint(self) -> None:
@@ -645,8 +677,8 @@ class _Run:
             else self.asked.budget.model_dump(mode="json"),
         )
 
-    def _tell_next(self, report: RunReport) -> None:
-        """The commands that take the adapter up."""
+    def _tell_next(self, report: RunReport, *, paged: bool) -> None:
+        """The commands that take the adapter up, and the one that writes the page, where there is none."""
         from dude_peft.terminal.next_steps import tell_next
         from dude_peft.training.next_commands import next_commands
 
@@ -658,7 +690,8 @@ class _Run:
             )
         folder = self.folder.path
         commands = next_commands(self.config, folder, report)
-        tell_next(self.display, *commands, ["report", str(folder), "-o", f"{folder}.html"])
+        page = [] if paged else [["report", str(folder), "-o", f"{folder}.html"]]
+        tell_next(self.display, *commands, *page)
 
     def warn(self, text: str) -> None:
         """Shows a warning and keeps it for the report."""
