@@ -17,6 +17,30 @@ _OWNER_BYTES = 300
 _PATIENCE_SECONDS = 1.0
 
 
+def lock_text(folder: Path) -> str | None:
+    """What the lock file of a folder says, whoever has it; None where there is none."""
+    try:
+        return (folder / NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process, on this machine or another one, has the lock of a folder.
+
+    Raises:
+        OSError: the lock file cannot be opened.
+    """
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        return False
+    try:
+        return not take(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class RunLock:
     """The lock file of a run's folder; held from the constructor to `release`.
 
