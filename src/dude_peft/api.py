@@ -126,7 +126,7 @@ def compare(
     Args:
         config: the grid: a YAML file, or a dict of the same shape.
         output_dir: replaces the grid's; the same call again goes on there.
-        jobs: runs at a time, each in a process of its own; the default is one, and with Ray as many as the cluster holds.
+        jobs: runs at a time, each in a process of its own; None is one, and with Ray as many as the cluster holds.
         engine: `local`, this machine, or `ray`, a Ray cluster whose nodes share the folder.
         address: of the Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` to start one here.
         controls: the methods that tell DuDe's claims apart compete too.

@@ -187,7 +187,9 @@ def compare(
         raise ConfigError("--dry-run, --print-commands, --run and --collect: give one of them")
     check_engine(engine, address, jobs)
     if engine != "local" and (dry_run or print_commands or one is not None or collect):
-        raise ConfigError(f"--engine {engine}: --dry-run, --print-commands, --run and --collect use no engine; leave it out")
+        raise ConfigError(
+            f"--engine {engine}: --dry-run, --print-commands, --run and --collect use no engine; leave it out"
+        )
     try:
         if not (dry_run or print_commands or one):
             api.compare(

@@ -30,7 +30,7 @@ from dude_peft.show import shown
 
 # What a run's numbers or its files may depend on; tokens are none of it, each machine has its own.
 _HANDED_ON = ("DUDE_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "MKL_", "CUBLAS_")
-_CONNECT_SECONDS = 90.0
+_CONNECT_SECONDS = 60.0
 _ANSWER_SECONDS = 180.0
 _POLL_SECONDS = 0.5
 # A report may be seen here later than where it was written: NFS remembers for a minute that a name was not there.
@@ -69,8 +69,16 @@ class Cluster:
         Raises:
             ConfigError: no cluster answers, no node holds a run, or a node does not see the folder.
         """
+        if self._address.startswith("ray://") and importlib.util.find_spec("grpc") is None:
+            raise ConfigError(f"--address {shown(self._address)} needs Ray's client: pip install 'ray[client]'")
         self._begin()
-        self._call("connect", self._address, seconds=_CONNECT_SECONDS)
+        try:
+            self._call("connect", self._address, seconds=_CONNECT_SECONDS)
+        except ResourceError as error:
+            raise ConfigError(
+                f"--address {shown(self._address)}: no Ray cluster answers there; start one with ray start --head, or "
+                "give its address"
+            ) from error
         facts = {
             "folder": str(folder.absolute()),
             "lock": lock_text(folder),
@@ -155,7 +163,7 @@ class Cluster:
     def _begin(self) -> None:
         """Starts the process that knows Ray; it ends when its socket closes, and with this process."""
         ours, theirs = socket.socketpair()
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         with theirs:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "dude_peft.comparison.ray_client", str(theirs.fileno())],
@@ -193,6 +201,7 @@ class Cluster:
         return answer
 
     def _gone(self, what: str) -> ResourceError:
+        self._child.kill()  # it may hang
         self._said.seek(0)
         lines = [line for line in self._said.read().decode("utf-8", "replace").splitlines() if line.strip()]
         last = f": {shown(lines[-1].strip(), 200)}" if lines else ""

@@ -1,4 +1,4 @@
-"""The process of `dude compare --engine ray` that knows Ray: it connects, submits the runs as tasks, and tells of their ends.
+"""The process of `dude compare` that knows Ray: it connects, submits runs as tasks, and tells how they end.
 
     python -m dude_peft.comparison.ray_client DESCRIPTOR
 
@@ -53,8 +53,7 @@ class Client:
             own = {"include_dashboard": False} if address == "local" else {}
             ray.init(address=address, log_to_driver=False, namespace="dude", **own)
         except ImportError as error:
-            extra = "; pip install 'ray[client]'" if address.startswith("ray://") else ""
-            raise ConfigError(f"--address {shown(address)}: Ray does not import ({_line(error)}){extra}") from error
+            raise ConfigError(f"--engine ray: Ray does not import ({_line(error)}); install it anew") from error
         except Exception as error:
             raise ConfigError(
                 f"--address {shown(address)}: no Ray cluster answers there ({_line(error)}); start one with "
