@@ -534,7 +534,7 @@ def test_a_node_without_the_folder_is_refused_before_a_run_and_left_out_when_it_
         (line,) = Command(long_place, "refused", *options).said(2).splitlines()
         assert line.startswith("dude: error[config]: --engine ray: node ")
         assert "does not see output_dir" in line
-        assert not (long_place / "refused").exists()
+        assert not (long_place / "refused/out").exists()
     finally:
         if blind is not None:
             for each in [*psutil.Process(blind.pid).children(recursive=True), blind]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from dude_peft.artifact.durable import take
+from dude_peft.doors import open_file
 from dude_peft.errors import BusyError
 from dude_peft.show import shown
 
@@ -20,7 +21,8 @@ _PATIENCE_SECONDS = 1.0
 def lock_text(folder: Path) -> str | None:
     """What the lock file of a folder says, whoever has it; None where there is none."""
     try:
-        return (folder / NAME).read_text(encoding="utf-8", errors="replace")
+        with open_file(folder / NAME) as file:
+            return file.read(_OWNER_BYTES).decode("utf-8", "replace")
     except OSError:
         return None
 
