@@ -28,7 +28,7 @@ def found(become: _Become) -> None:
     Args:
         become: makes a fresh process the command of a request.
     """
-    from dude_peft.comparison import by_hand, engine
+    from dude_peft.comparison import by_hand, local
 
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
@@ -49,7 +49,7 @@ def found(become: _Become) -> None:
         asking.flush()
         return _Process(int(asking.readline()), Path(status))
 
-    engine.spawn = by_hand.spawn = spawn
+    local.spawn = by_hand.spawn = spawn
 
 
 class _Process:

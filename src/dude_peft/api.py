@@ -114,7 +114,9 @@ def compare(
     config: str | Path | Mapping[str, Any],
     *,
     output_dir: str | Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
     controls: bool = False,
     max_runs: int | None = None,
     collect: bool = False,
@@ -128,7 +130,9 @@ def compare(
     Args:
         config: the grid: a YAML file, or a dict of the same shape.
         output_dir: replaces the grid's; the same call again goes on there.
-        jobs: runs at a time, each in a process of its own.
+        jobs: runs at a time, each in a process of its own; None is one, and with Ray as many as the cluster holds.
+        engine: `local`, this machine, or `ray`, a Ray cluster whose nodes share the folder.
+        address: of the Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` to start one here.
         controls: the methods that tell DuDe's claims apart compete too.
         max_runs: replaces the grid's.
         collect: run nothing; take what has ended.
@@ -152,6 +156,8 @@ def compare(
         grid,
         run,
         jobs=jobs,
+        engine=engine,
+        address=address,
         controls=controls,
         max_runs=max_runs,
         collect=collect,

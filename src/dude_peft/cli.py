@@ -154,7 +154,15 @@ def plan(
 def compare(
     config: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="File of the comparison.")],
     output_dir: Annotated[str | None, typer.Option("--output-dir", metavar="DIR", help="Replace output_dir.")] = None,
-    jobs: Annotated[int, _whole(help="Runs at a time. They share the cores, or take one GPU each in turn.")] = 1,
+    jobs: Annotated[
+        int | None, _whole(help="Runs at a time. The default is 1; with Ray, as many as the cluster holds.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="Where the runs compute: local, or ray, a cluster that shares the folder.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="A", help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT.")
+    ] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Let the methods compete that tell DuDe's claims apart.")
     ] = False,
@@ -174,16 +182,24 @@ def compare(
 ) -> None:
     """Compare methods: tuned on validation rows, tested once. The same command again goes on."""
     from dude_peft import api
+    from dude_peft.comparison.engine import check_engine
     from dude_peft.config.reading import load_grid
 
     if sum((dry_run, print_commands, one is not None, collect)) > 1:
         raise ConfigError("--dry-run, --print-commands, --run and --collect: give one of them")
+    check_engine(engine, address, jobs)
+    if engine != "local" and (dry_run or print_commands or one is not None or collect):
+        raise ConfigError(
+            f"--engine {engine}: --dry-run, --print-commands, --run and --collect use no engine; leave it out"
+        )
     try:
         if not (dry_run or print_commands or one):
             api.compare(
                 config,
                 output_dir=output_dir,
                 jobs=jobs,
+                engine=engine,
+                address=address,
                 controls=controls,
                 max_runs=max_runs,
                 collect=collect,
@@ -194,7 +210,7 @@ def compare(
 
         from dude_peft.comparison import by_hand
 
-        options: dict[str, Any] = {"jobs": jobs, "controls": controls, "max_runs": max_runs}
+        options: dict[str, Any] = {"jobs": jobs or 1, "controls": controls, "max_runs": max_runs}
         if dry_run:
             by_hand.dry_run(grid, run, **options)
         elif one:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from dude_peft.comparison.cells import Cell, Grid
-from dude_peft.comparison.engine import check_jobs, default_threads, last_words, spawn
+from dude_peft.comparison.local import Local, default_threads, last_words, spawn
 from dude_peft.comparison.run import opened
 from dude_peft.config.grid import GridConfig
 from dude_peft.config.reading import dump_config, with_values
@@ -33,7 +33,6 @@ def dry_run(
         ConfigError, DataError: what a run would refuse.
         ResourceError: the timed run failed.
     """
-    check_jobs(jobs)
     grid = Grid(config, run, controls=controls)
     grid.check_size(max_runs)
     display = Display()
@@ -72,9 +71,8 @@ def commands(
     options = [] if output_dir is None else ["--output-dir", output_dir]
     options += ["--controls"] if controls else []
     options += [] if max_runs is None else ["--max-runs", str(max_runs)]
-    check_jobs(jobs)
     display = Display(stderr=True)
-    with opened(config, run, display, jobs=jobs, controls=controls, max_runs=max_runs) as work:
+    with opened(config, run, display, Local(jobs), controls=controls, max_runs=max_runs) as work:
         cells = work.startable()
         for cell in cells:
             work.folder.place(cell)
@@ -91,7 +89,7 @@ def run_one(
     Raises:
         ConfigError: there is no such run, or its turn has not come.
     """
-    with opened(config, run, Display(), controls=controls, max_runs=max_runs, alone=False) as work:
+    with opened(config, run, Display(), Local(1), controls=controls, max_runs=max_runs, alone=False) as work:
         work.run_one(name)
 
 

@@ -1,26 +1,20 @@
-"""Runs of a comparison on this machine: several at a time, each the command `dude train` in a process of its own.
+"""The runs of a comparison, brought to their ends: one loop, whatever place they compute in.
 
 A run that crashes, diverges or has no memory ends alone, and that is its result. What is nobody's result ends the
-comparison: a mistake in a configuration, bad rows, a full disk, a signal.
+comparison: a mistake in a configuration, bad rows, a full disk, a signal, a machine that is lost again and again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
-from dude_peft.comparison.cells import Cell
-from dude_peft.comparison.folder import CompareFolder
-from dude_peft.doors import open_file
 from dude_peft.errors import (
     ArtifactError,
     BusyError,
@@ -30,37 +24,86 @@ from dude_peft.errors import (
     ResourceError,
     StoppedError,
 )
-from dude_peft.machine.launch import die_with_parent
 from dude_peft.machine.stop import handled_by
-from dude_peft.show import shown
 
+if TYPE_CHECKING:
+    from dude_peft.comparison.cells import Cell
+    from dude_peft.comparison.folder import CompareFolder
+
+ENGINES = ("local", "ray")
 _POLL_SECONDS = 0.05
-_ERROR = "dude: error["
-_LAST_BYTES = 8192
 _ATTEMPTS = 2  # of a run that a signal killed: the second goes on from its checkpoint
+_LOSSES = 5  # of a run with its machine, which says little about the run
 _MISTAKES = {kind.exit_code: kind for kind in (ConfigError, DataError, ArtifactError, BusyError)}
 
 
-@dataclass
-class _Running:
-    cell: Cell
-    process: Any
-    slot: int
-    attempt: int = 1
+@dataclass(frozen=True)
+class Start:
+    """A run that is to start: `dude train CONFIG`."""
+
+    name: str
+    config: Path
+    log: Path
+    """Where its words go."""
+    threads: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended."""
+
+    name: str
+    code: int | None
+    """Its exit code, below 0 the signal that killed it; None where it was lost with its machine."""
+    words: str
+    """The error that it ended with, or else its last line."""
+
+
+class Place(Protocol):
+    """Where runs compute: this machine's processes (`local`), or a Ray cluster (`cluster`)."""
+
+    def open(self, folder: Path, threads: int | None) -> int:
+        """Makes ready for the runs of a folder; gives the threads of each run, its own choice where `threads` is None.
+
+        Raises:
+            ConfigError: it cannot run them.
+        """
+
+    def room(self) -> int:
+        """How many more could start now."""
+
+    def start(self, run: Start) -> None:
+        """Starts a run."""
+
+    def ended(self) -> list[Ended]:
+        """Those that have ended since the last call.
+
+        Raises:
+            ResourceError: the place itself is gone.
+        """
+
+    def signal(self, number: int) -> None:
+        """Passes a signal on: at the first the runs save their checkpoints, the second ends them at once."""
+
+    def kill(self) -> None:
+        """Ends what still runs, at once."""
+
+    def close(self) -> None:
+        """Gives the place back."""
 
 
 @dataclass
-class Local:
-    """Runs cells on this machine."""
+class Engine:
+    """Runs cells in a place."""
 
     folder: CompareFolder
-    jobs: int
+    place: Place
     threads: int
     """Of each run."""
     told: Callable[[Cell, int], None]
     """Hears of each cell that has ended, and how many are running."""
-    _running: list[_Running] = field(default_factory=list)
-    _signal: int | None = None
+    warn: Callable[[str], None] = lambda line: None
+    _signals: list[int] = field(default_factory=list)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Runs all of them to their ends.
@@ -69,53 +112,53 @@ class Local:
             DudeError: what is no result of a run: its own line, with the run's name.
             StoppedError: Ctrl-C or SIGTERM; the runs have saved checkpoints.
         """
-        waiting = list(reversed(cells))
-        devices = _devices()
-        cores = _shares(self.jobs)
-        # The first signal lets the runs save their checkpoints, the second ends them at once.
-        with handled_by(self._pass_on):
+        waiting = deque(cells)
+        running: dict[str, Cell] = {}
+        kills: Counter[str] = Counter()
+        losses: Counter[str] = Counter()
+        passed = 0
+        with handled_by(self._heard):
             try:
-                while (waiting and self._signal is None) or self._running:
-                    free = set(range(self.jobs)) - {each.slot for each in self._running}
-                    while waiting and free and self._signal is None:
-                        self._start(waiting.pop(), free.pop(), devices, cores)
+                while (waiting and not self._signals) or running:
+                    for number in self._signals[passed:]:
+                        self.place.signal(number)
+                        passed += 1
+                    while waiting and not self._signals and self.place.room() > 0:
+                        cell = waiting.popleft()
+                        running[cell.name] = cell
+                        config = self.folder.place(cell)
+                        self.place.start(Start(cell.name, config, self.folder.log(cell), self.threads))
                     time.sleep(_POLL_SECONDS)
-                    for each in [each for each in self._running if each.process.poll() is not None]:
-                        self._running.remove(each)
-                        if self._ended(each) == "again":
-                            self._start(each.cell, each.slot, devices, cores, each.attempt + 1)
+                    for each in self.place.ended():
+                        cell = running.pop(each.name)
+                        if self._again(cell, each, kills, losses):
+                            waiting.appendleft(cell)
+                        elif each.code == 0 or not self._signals:
+                            self.told(cell, len(running))
             finally:
-                self._kill()
-        if self._signal is not None:
-            name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(self._signal)]
-            raise StoppedError(self._signal, f"stopped by {name}; run the same command again, it goes on")
+                self.place.kill()
+        if self._signals:
+            name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(self._signals[-1])]
+            raise StoppedError(self._signals[-1], f"stopped by {name}; run the same command again, it goes on")
 
-    def _start(
-        self, cell: Cell, slot: int, devices: Sequence[str], cores: Sequence[Sequence[int]], attempt: int = 1
-    ) -> None:
-        config = self.folder.place(cell)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-        process = spawn(["train", str(config), "--no-page"], self.folder.log(cell), environment)
-        if cores:
-            with contextlib.suppress(OSError):  # it has ended already
-                os.sched_setaffinity(process.pid, cores[slot])
-        self._running.append(_Running(cell, process, slot, attempt))
-        if self._signal is not None:  # it came while the process was being made
-            process.send_signal(self._signal)
-
-    def _ended(self, each: _Running) -> str:
-        """Notes what became of a run; `again` where it is to be started once more."""
-        code, cell = each.process.returncode, each.cell
-        if code == 0 or self._signal is not None:
-            if code == 0:
-                self.told(cell, len(self._running))
-            return ""
-        line = last_words(self.folder.log(cell))
+    def _again(self, cell: Cell, each: Ended, kills: Counter[str], losses: Counter[str]) -> bool:
+        """Whether a run is to start once more; notes its failure where it has failed."""
+        code, line = each.code, each.words
+        if code == 0 or self._signals:
+            return False
+        if code is None:
+            losses[cell.name] += 1
+            if losses[cell.name] == _LOSSES:
+                raise ResourceError(
+                    f"run {cell.name}: lost with its machine {_LOSSES} times ({line}); look at the machines, then run "
+                    "the same command again, it goes on"
+                )
+            self.warn(f"run {cell.name}: {line}; it goes on from its last checkpoint")
+            return True
         if code < 0:
-            if each.attempt < _ATTEMPTS:
-                return "again"
+            kills[cell.name] += 1
+            if kills[cell.name] < _ATTEMPTS:
+                return True
             name = signal.Signals(-code).name
             line = f"killed by {name}, twice" + ("; was memory out?" if name == "SIGKILL" else "")
         elif (kind := _MISTAKES.get(code)) is not None:
@@ -127,78 +170,17 @@ class Local:
         elif code == NumericsError.exit_code:
             line = f"diverged: {line}"
         self.folder.fail(cell, line)
-        self.told(cell, len(self._running))
-        return ""
+        return False
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        for each in self._running:
-            if each.process.poll() is None:
-                each.process.send_signal(number)
-        self._signal = number
-
-    def _kill(self) -> None:
-        for each in self._running:
-            if each.process.poll() is None:
-                each.process.kill()
-                each.process.wait()
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)  # passed on between two calls of the place, never within one
 
 
-def spawn(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> Any:
-    """`dude ARGUMENTS` as a process that ends with this one, its words in a file."""
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "dude_peft", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
-            preexec_fn=die_with_parent,
-        )
-
-
-def last_words(log: Path) -> str:
-    """The error that a run ended with, or else its last line."""
-    try:
-        with open_file(log) as file:
-            file.seek(max(0, log.stat().st_size - _LAST_BYTES))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return "it left no word"
-    errors = [line.partition("]: ")[2] for line in lines if line.startswith(_ERROR)]
-    said = errors or [line.strip() for line in lines if line.strip()]
-    return shown(said[-1], 500) if said else "it left no word"
-
-
-def default_threads(jobs: int) -> int:
-    """Threads of each of `jobs` runs: what the user says, or this process's share of the cores."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() and int(given) else max(1, len(_cores()) // jobs)
-
-
-def check_jobs(jobs: int) -> None:
-    """Raises ConfigError where `jobs` is none."""
-    if jobs < 1:
+def check_engine(engine: str, address: str | None, jobs: int | None) -> None:
+    """Raises ConfigError where an engine, its address and the number of jobs do not go together."""
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: choose {' or '.join(ENGINES)}")
+    if address is not None and engine != "ray":
+        raise ConfigError(f"--address {address}: only Ray has one; add --engine ray, or leave it out")
+    if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs}: give at least 1")
-
-
-def _devices() -> list[str]:
-    """The GPUs that runs are given, one each in turn."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _cores() -> list[int]:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
-
-
-def _shares(jobs: int) -> list[list[int]]:
-    """The cores of each job, as even as they go; none where there are fewer cores than jobs, or one job."""
-    cores = _cores()
-    if jobs == 1 or len(cores) < jobs or not hasattr(os, "sched_setaffinity"):
-        return []
-    return [cores[len(cores) * job // jobs : len(cores) * (job + 1) // jobs] for job in range(jobs)]

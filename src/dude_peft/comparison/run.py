@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dude_peft.artifact.durable import disk_errors
 from dude_peft.comparison.cells import Cell, Grid
-from dude_peft.comparison.engine import Local, check_jobs, default_threads
+from dude_peft.comparison.cluster import Cluster
+from dude_peft.comparison.engine import Engine, Place, check_engine
 from dude_peft.comparison.folder import GRID, CompareFolder
+from dude_peft.comparison.local import Local
 from dude_peft.comparison.outcome import Comparison, Trial
 from dude_peft.comparison.result import final_cells, first_warnings, gather
 from dude_peft.comparison.rows import Rows, check_primary, read_rows
@@ -33,7 +35,9 @@ def compare(
     config: GridConfig,
     run: RunConfig,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
     controls: bool = False,
     max_runs: int | None = None,
     collect: bool = False,
@@ -45,7 +49,9 @@ def compare(
     Args:
         config: the comparison.
         run: its ordinary run (`reading.load_grid`).
-        jobs: runs at a time.
+        jobs: runs at a time; None is one on this machine, and as many as a cluster holds.
+        engine: where they run, one of `engine.ENGINES`.
+        address: of the Ray cluster.
         controls: the controls of the table compete too.
         max_runs: replaces the grid's.
         collect: run nothing; take what has ended.
@@ -57,15 +63,19 @@ def compare(
         StoppedError: Ctrl-C or SIGTERM; the same call again goes on.
     """
     display = Display(quiet=quiet)
-    check_jobs(jobs)
+    check_engine(engine, address, jobs)
+    if collect and engine != "local":
+        raise ConfigError(f"--engine {engine}: --collect runs nothing; leave one of them out")
+    place: Place = Cluster(address, jobs, display.warn) if engine == "ray" else Local(jobs or 1)
     stop = Stop(display.warn)
     stop.after("outside of any run; run the same command again, it goes on")
     with (
         stop.listening(),
-        opened(config, run, display, jobs=jobs, controls=controls, max_runs=max_runs) as this,
+        closing(place),
+        opened(config, run, display, place, controls=controls, max_runs=max_runs) as this,
     ):
         if not collect:
-            this.run_all(jobs)
+            this.run_all()
         found = this.result()
         with disk_errors(this.folder.path):
             found.write(this.folder.path)
@@ -93,6 +103,7 @@ class Work:
     folder: CompareFolder
     rows: Rows
     display: Display
+    place: Place
     threads: int
     most_runs: int
 
@@ -114,7 +125,7 @@ class Work:
         stage = self.stage()
         return [*stage.short, *stage.cells, *final_cells(self.grid, stage)]
 
-    def run_all(self, jobs: int) -> None:
+    def run_all(self) -> None:
         """Runs what is missing, rate by added rate of stage 1, then stage 2."""
         with Progress(self.display, self.grid.runs) as progress:
             progress.begin(sum(map(self.ended, self.cells())))
@@ -126,7 +137,7 @@ class Work:
             while cells := self.startable():
                 to_test = 0 if self.stage().over else len(self.grid.contestants) * len(self.grid.config.final_seeds)
                 progress.expect(len(self.cells()) + to_test)
-                Local(self.folder, jobs, self.threads, told).run(cells)
+                Engine(self.folder, self.place, self.threads, told, self.display.warn).run(cells)
 
     def run_one(self, name: str) -> None:
         """Does one run by its name.
@@ -138,7 +149,7 @@ class Work:
         if name not in cells:
             raise ConfigError(f"--run {shown(name)}: there is no such run now; --print-commands lists them")
         if not self.ended(cells[name]):
-            Local(self.folder, 1, self.threads, lambda cell, running: None).run([cells[name]])
+            Engine(self.folder, self.place, self.threads, lambda cell, running: None).run([cells[name]])
         self.display.say(self.words(cells[name]))
 
     def result(self) -> Comparison:
@@ -177,8 +188,8 @@ def opened(
     config: GridConfig,
     run: RunConfig,
     display: Display,
+    place: Place,
     *,
-    jobs: int = 1,
     controls: bool = False,
     max_runs: int | None = None,
     alone: bool = True,
@@ -189,7 +200,7 @@ def opened(
         config: the comparison.
         run: its ordinary run.
         display: what is shown.
-        jobs: runs at a time, which share the cores.
+        place: where the runs compute.
         controls: the controls of the table compete too.
         max_runs: replaces the grid's.
         alone: hold the folder; without it, several processes may each run one of its runs.
@@ -203,7 +214,8 @@ def opened(
     with folder.held() if alone else nullcontext():
         if not alone and not (folder.path / GRID).is_file():
             raise ConfigError(f"output_dir: {shown(folder.path, 300)} holds no comparison yet; use --print-commands")
-        threads = folder.begun(grid.record())
+        known = folder.begun(grid.record())
+        threads = place.open(folder.path, known)
         with gathered_warnings(display.warn):
             with display.waiting("imports"), quiet_imports():
                 import transformers  # noqa: F401  # what takes seconds, in one place
@@ -212,7 +224,6 @@ def opened(
                 some = next(grid.tuning(first, grid.points(first.rates)))
                 rows = read_rows(some, grid.final(first, some.rate, some.settings, config.final_seeds[0]))
         check_primary(config.primary, rows)
-        if threads is None:
-            threads = default_threads(jobs)
+        if known is None:
             folder.begin(grid.record(), threads)
-        yield Work(grid, folder, rows, display, threads, most)
+        yield Work(grid, folder, rows, display, place, threads, most)

@@ -30,6 +30,7 @@ def abilities(devices: Sequence[Seen]) -> list[Ability]:
         _of_package("GGUF bases", "gguf", "gguf"),
         _of_package("hub data sets", "datasets", "train"),
         _of_package("TRL's trainers", "trl", "trl"),
+        _of_package("comparisons on a Ray cluster", "ray", "ray"),
         _deepspeed(gpu),
         _flash_attention(gpu),
         _llama_cpp(),

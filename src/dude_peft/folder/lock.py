@@ -9,12 +9,38 @@ import time
 from pathlib import Path
 
 from dude_peft.artifact.durable import take
+from dude_peft.doors import open_file
 from dude_peft.errors import BusyError
 from dude_peft.show import shown
 
 NAME = ".dude-lock"
 _OWNER_BYTES = 300
 _PATIENCE_SECONDS = 1.0
+
+
+def lock_text(folder: Path) -> str | None:
+    """What the lock file of a folder says, whoever has it; None where there is none."""
+    try:
+        with open_file(folder / NAME) as file:
+            return file.read(_OWNER_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process, on this machine or another one, has the lock of a folder.
+
+    Raises:
+        OSError: the lock file cannot be opened.
+    """
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        return False
+    try:
+        return not take(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunLock:
