@@ -127,7 +127,7 @@ def test_scores_beside_the_loss_leave_the_choice_to_the_loss(place, tmp_path, mo
     original = Loop._measure_loss
 
     def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
+        self.held_out_scores = lambda: {"loss": next(losses)}
         return original(self, step, model)
 
     monkeypatch.setattr(Loop, "_measure_loss", scripted)

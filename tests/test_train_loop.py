@@ -184,7 +184,7 @@ def script(monkeypatch, held_out: list[float]) -> None:
     original = loop_module.Loop._measure_loss
 
     def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
+        self.held_out_scores = lambda: {"loss": next(losses)}
         return original(self, step, model)
 
     monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
