@@ -161,7 +161,7 @@ def _column(store: TokenStore, name: str) -> NDArray[Any]:
     if name == "lengths":
         return np.diff(starts[:: store.sides])
     if name == "longest":
-        return np.diff(starts).reshape(-1, store.sides).max(1)
+        return np.asarray(np.diff(starts).reshape(-1, store.sides).max(1))
     if name == "margins":
         judged = np.add.reduceat(np.append(store.columns["trained"], False), starts[:-1], dtype=np.int64)
         return np.asarray(judged[::2] - judged[1::2])

@@ -146,4 +146,6 @@ def score_from(content: dict[str, Any]) -> Score:
     answers = tuple(Answer(**answer) for answer in content["answers"])
     low, high = content["interval"]
     rows: dict[str, Any] = {name: tuple(content.get(name, ())) for name in ("losses", "tokens")}
-    return Score(**{**content, "interval": (low, high), "answers": answers, **rows})
+    if preference := content.get("preference"):
+        preference = {**preference, "interval": tuple(preference["interval"])}
+    return Score(**{**content, "interval": (low, high), "answers": answers, **rows, "preference": preference})
