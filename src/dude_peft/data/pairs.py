@@ -30,6 +30,7 @@ def judged_apart(
     for name, other, own in zip(names, reversed(names), both, strict=True):
         if shared == len(own):
             raise DataError(f"{source}: all of '{name}' is the beginning of '{other}'; give each an answer of its own")
+    for name, own in zip(names, both, strict=True):
         if own[shared].role != "assistant":
             raise DataError(
                 f"{source}: '{names[0]}' and '{names[1]}' differ before the answer, in message {shared} of '{name}'; "
