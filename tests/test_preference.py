@@ -18,7 +18,8 @@ from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dude_peft import DudeConfig, check_data, plan
-from dude_peft.config.reading import load_config
+from dude_peft.comparison.cells import Grid
+from dude_peft.config.reading import load_config, load_grid
 from dude_peft.config.schema import DpoSection, RunConfig
 from dude_peft.data.formats import Reading
 from dude_peft.data.objectives import KINDS
@@ -29,6 +30,7 @@ from dude_peft.training.preference import PreferenceLoss
 from dude_peft.training.run import run
 from dude_peft.training.trainer import RunTrainer
 
+SLOW = pytest.mark.slow
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -82,11 +84,13 @@ def lines(out: Path) -> list[dict]:
 
 
 def by_trl(wanted: dict, order: list[int], folder: Path):
-    """TRL's DPOTrainer with a separate reference model, on the same rows in the same order."""
+    """TRL's trainer, of dpo with a separate reference model, on the same rows in the same order."""
     datasets = pytest.importorskip("datasets", reason="the trainers read datasets; install dude-peft[train]")
-    trl = pytest.importorskip("trl", reason="TRL is not here: pip install 'dude-peft[trl]'")
+    objective = wanted["train"]["objective"]
+    module = "trl" if objective == "dpo" else f"trl.experimental.{objective}"
+    trl = pytest.importorskip(module, reason="TRL is not here, or too old: pip install 'dude-peft[trl]'")
 
-    class InOrder(trl.DPOTrainer):
+    class InOrder(getattr(trl, f"{objective.upper()}Trainer")):
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -97,14 +101,19 @@ def by_trl(wanted: dict, order: list[int], folder: Path):
     transformers.set_seed(config.train.seed)
     model = get_peft_model(model, DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM"))
     train, section = config.train, config.train.preference
+    own = {name: value for name, value in section.model_dump().items() if value is not None}
+    reference = {}
+    if objective == "dpo":
+        own["loss_type"] = [section.loss_type]
+        reference["ref_model"] = AutoModelForCausalLM.from_pretrained(wanted["model"]["name_or_path"])
     trainer = InOrder(
         model=model,
-        ref_model=AutoModelForCausalLM.from_pretrained(wanted["model"]["name_or_path"]),
-        args=trl.DPOConfig(
+        **reference,
+        args=getattr(trl, f"{objective.upper()}Config")(
+            **own,
             output_dir=str(folder), max_steps=train.max_steps, learning_rate=train.learning_rate, optim=train.optim,
             per_device_train_batch_size=train.per_device_train_batch_size, lr_scheduler_type=train.lr_scheduler_type,
-            gradient_accumulation_steps=train.gradient_accumulation_steps, beta=section.beta, warmup_steps=0,
-            loss_type=[section.loss_type], label_smoothing=section.label_smoothing or 0.0, max_grad_norm=1.0,
+            gradient_accumulation_steps=train.gradient_accumulation_steps, warmup_steps=0, max_grad_norm=1.0,
             bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no",
             dataloader_pin_memory=False, disable_tqdm=True,
         ),
@@ -116,15 +125,21 @@ def by_trl(wanted: dict, order: list[int], folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("method", "optim", "dpo"),
+    ("objective", "method", "optim", "section"),
     [
-        ("dude", "adamw_torch", {}),
-        pytest.param("lora", "sgd", {"loss_type": "ipo", "beta": 0.4}, marks=pytest.mark.slow),
-        pytest.param("dora", "adamw_torch", {"loss_type": "robust", "label_smoothing": 0.1}, marks=pytest.mark.slow),
-        pytest.param("pissa", "sgd", {"loss_type": "apo_zero", "beta": 0.5}, marks=pytest.mark.slow),
+        ("dpo", "dude", "adamw_torch", {}),
+        pytest.param("dpo", "lora", "sgd", {"loss_type": "ipo", "beta": 0.4}, marks=SLOW),
+        pytest.param("dpo", "dora", "adamw_torch", {"loss_type": "robust", "label_smoothing": 0.1}, marks=SLOW),
+        pytest.param("dpo", "pissa", "sgd", {"loss_type": "apo_zero", "beta": 0.5}, marks=SLOW),
+        ("orpo", "lora", "adamw_torch", {"beta": 0.3}),
+        ("cpo", "dude", "sgd", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
+        pytest.param("cpo", "dora", "adamw_torch", {"label_smoothing": 0.1}, marks=SLOW),
     ],
 )
-def test_twenty_steps_are_trls_with_a_separate_reference_model(places, tmp_path, monkeypatch, method, optim, dpo):
+def test_twenty_steps_are_trls_with_a_separate_reference_model(
+    places, tmp_path, monkeypatch, objective, method, optim, section
+):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     order: list[int] = []
     seen = RunTrainer.training_step
 
@@ -135,7 +150,8 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(places, tmp_path,
     monkeypatch.setattr(RunTrainer, "training_step", noted)
     train = {
         "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-3 if optim != "sgd" else 0.1,
-        "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, "dpo": dpo,
+        "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, "objective": objective,
+        objective: section,
     }  # fmt: skip
     wanted = settings(places, tmp_path / "ours", adapter={"method": method}, train=train)
     wanted["evaluation"] = {"enabled": False}
@@ -202,24 +218,23 @@ def test_held_out_pairs_are_scored_as_the_saved_adapter_scores_them(places, tmp_
 # --- interrupted, several processes, early stopping ---------------------------------------------------------------
 
 
-def interrupted(places: Path, out: Path) -> dict:
-    return settings(
-        places,
-        out,
-        adapter={"lora_dropout": 0.2},
-        train={"gradient_accumulation_steps": 3, "weight_decay": 0.1, "logging_steps": 4},
-    )
+def interrupted(places: Path, out: Path, objective: str) -> dict:
+    train = {"objective": objective, "gradient_accumulation_steps": 3, "weight_decay": 0.1, "logging_steps": 4}
+    return settings(places, out, adapter={"lora_dropout": 0.2}, train=train)
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
-def test_a_run_that_was_cut_goes_on_bit_by_bit(places, tmp_path, monkeypatch, step):
-    start(interrupted(places, tmp_path / "whole"))
+@pytest.mark.parametrize(
+    ("objective", "step"),
+    [("dpo", 3), *(pytest.param(*case, marks=SLOW) for case in [("dpo", 6), ("dpo", 9), ("orpo", 5)])],
+)
+def test_a_run_that_was_cut_goes_on_bit_by_bit(places, tmp_path, monkeypatch, objective, step):
+    start(interrupted(places, tmp_path / "whole", objective))
     with monkeypatch.context() as patch:
         cut_at(step, patch)
         with pytest.raises(_CutError):
-            start(interrupted(places, tmp_path / "out"))
+            start(interrupted(places, tmp_path / "out", objective))
     torch.manual_seed(999)
-    start(interrupted(places, tmp_path / "out"))
+    start(interrupted(places, tmp_path / "out", objective))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     assert any("rewards/margins" in line for line in lines(tmp_path / "out"))
 
@@ -247,13 +262,14 @@ def test_the_best_adapter_may_be_that_of_the_accuracy_and_training_stops_early(p
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo as on POSIX")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(places, tmp_path, strategy):
+@pytest.mark.parametrize(("strategy", "objective"), [("ddp", "dpo"), ("fsdp2", "dpo"), ("ddp", "orpo")])
+def test_two_processes_train_as_one(places, tmp_path, strategy, objective):
     found, rows = {}, str(write_pairs(tmp_path / "train.jsonl", 24))
     for name, size, arguments in (("one", 4, []), ("two", 2, ["--launch", strategy, "--processes", "2"])):
         train = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2, "max_steps": 6}
+        train |= {"objective": objective, "learning_rate": 0.003}
         path = tmp_path / f"{name}.yaml"
-        wanted = settings(places, tmp_path / name, train=train | {"learning_rate": 0.003}, data={"train": rows})
+        wanted = settings(places, tmp_path / name, train=train, data={"train": rows})
         path.write_text(json.dumps(wanted))
         done = served.dude("train", path, *arguments)
         assert done.returncode == 0, done.stderr
@@ -288,6 +304,12 @@ def test_two_processes_train_as_one(places, tmp_path, strategy):
         ({"train": {"dpo": {"loss_type": "robust", "label_smoothing": 0.5}}}, "label_smoothing"),
         ({"train": {"dpo": {"reference_free": True}}}, "train.dpo.reference_free"),
         ({"train": {"objective": "dop"}}, "train.objective.*dpo"),
+        ({"train": {"objective": "orpo", "dpo": {}}}, "train.dpo.*no effect on train.objective: orpo"),
+        ({"train": {"objective": "cpo", "cpo": {"simpo_gamma": 1.0}}}, "simpo_gamma.*no effect on sigmoid"),
+        ({"train": {"objective": "cpo", "cpo": {"loss_type": "ipo", "label_smoothing": 0.1}}}, "no effect on ipo"),
+        ({"train": {"objective": "cpo", "cpo": {"cpo_alpha": -1}}}, "train.cpo.cpo_alpha"),
+        ({"train": {"objective": "orpo", "orpo": {"beta": 0}}}, "train.orpo.beta"),
+        ({"train": {"objective": "orpo"}, "data": {"packing": True}}, "data.packing.*orpo: the two answers"),
         (
             {"train": {"objective": "sft"}, "evaluation": {"metric_for_best_model": "rewards/margins"}},
             "metric_for_best_model.*measured on pairs",
@@ -313,7 +335,7 @@ def test_rows_of_another_objective_say_which_they_fit(places, tmp_path):
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"prompt": "q", "completion": "a"}\n')
     for sections, words in (
-        ({"data": {"train": str(answers)}}, "answers.jsonl:1: rows of answers.*train.objective: sft or mol"),
+        ({"data": {"train": str(answers)}}, "answers.jsonl:1: rows of answers.*train.objective: sft, mol"),
         ({"data": {"train": "builtin:word-problems"}}, "word-problems: its rows fit train.objective: sft"),
         ({"train": {"objective": "sft"}}, "train.jsonl:1: chosen, rejected: preference data.*train.objective: dpo"),
         (
@@ -388,12 +410,10 @@ def test_an_adapter_that_does_not_give_the_base_back_is_refused(places, tmp_path
 
 
 def test_compare_refuses_pairs(places, tmp_path):
-    grid = {"run": settings(places, tmp_path / "run"), "methods": ["dude", "lora"], "output_dir": str(tmp_path / "out")}
-    path = tmp_path / "grid.yaml"
-    path.write_text(json.dumps(grid))
-    done = served.dude("compare", path, "--dry-run")
-    assert done.returncode == 2
-    assert "train.objective: dpo: dude compare ranks methods by the loss of answers" in done.stderr
+    wanted = {"run": settings(places, tmp_path / "run"), "methods": ["dude", "lora"], "output_dir": str(tmp_path)}
+    grid = Grid(*load_grid(wanted))
+    with pytest.raises(ConfigError, match="dpo: dude compare ranks methods by the loss of answers"):
+        grid.final(grid.contestants[0], 1e-3, {}, 3)
 
 
 # --- rows, plan, report -------------------------------------------------------------------------------------------
@@ -458,7 +478,7 @@ def test_data_check_counts_what_cannot_be_learned(tmp_path, places):
     same.write_text(json.dumps(rows[4]) + "\n")
     with pytest.raises(DataError, match="in all 1 pairs the chosen and the rejected answer are the same"):
         check_data(same, str(places / "model"), objective="dpo")
-    with pytest.raises(ConfigError, match="--objective 'ppo': choose sft, mol, dpo"):
+    with pytest.raises(ConfigError, match="--objective 'ppo': choose sft, mol, dpo, orpo, cpo"):
         check_data(path, str(places / "model"), objective="ppo")
 
 

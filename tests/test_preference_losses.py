@@ -13,7 +13,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dude_peft import DudeConfig
-from dude_peft.config.schema import DpoSection
+from dude_peft.config.schema import CpoSection, DpoSection, OrpoSection
 from dude_peft.data.batches import pad_right
 from dude_peft.measure import token_logps
 from dude_peft.measure.token_logps import row_logps
@@ -22,6 +22,16 @@ from dude_peft.training.pair_losses import DPO, Pairs, losses, rewards
 from dude_peft.training.preference import NAMES, PreferenceLoss
 
 LOSSES = [*DPO]
+FREE = [
+    OrpoSection(beta=0.3),
+    CpoSection(beta=0.3),
+    CpoSection(beta=0.3, label_smoothing=0.1, cpo_alpha=0.5),
+    CpoSection(beta=0.3, loss_type="hinge"),
+    CpoSection(beta=0.3, loss_type="ipo"),
+    CpoSection(beta=2.0, loss_type="simpo", simpo_gamma=1.0, cpo_alpha=0.0),
+    CpoSection(beta=2.0, loss_type="simpo"),
+]
+"""Objectives without a reference."""
 
 
 def section(loss_type: str, beta: float = 0.3) -> DpoSection:
@@ -113,6 +123,42 @@ def test_every_loss_is_its_formula_away_from_neutral(kind):
     assert len({round(value, 6) for value in wanted}) == 3  # away from neutral: no two pairs are alike
 
 
+def free_by_hand(settings: OrpoSection | CpoSection, chosen: float, rejected: float, nc: int, nr: int) -> float:
+    """The loss of one pair without a reference, from sums of log-probabilities and lengths."""
+    b = settings.beta
+    if isinstance(settings, OrpoSection):
+        odds = [math.exp(x / n) / (1 - math.exp(x / n)) for x, n in ((chosen, nc), (rejected, nr))]
+        return -b * math.log(sigmoid(math.log(odds[0] / odds[1])))
+    means = settings.loss_type in ("ipo", "simpo")
+    margin = chosen / nc - rejected / nr if means else chosen - rejected
+    gamma = 0.5 if settings.simpo_gamma is None else settings.simpo_gamma
+    e = settings.label_smoothing or 0.0
+    return {
+        "sigmoid": lambda: -(1 - e) * math.log(sigmoid(b * margin)) - e * math.log(sigmoid(-b * margin)),
+        "simpo": lambda: -math.log(sigmoid(b * margin - gamma)),
+        "hinge": lambda: max(0.0, 1 - b * margin),
+        "ipo": lambda: (margin - 1 / (2 * b)) ** 2,
+    }[settings.loss_type]()
+
+
+@pytest.mark.parametrize("settings", FREE, ids=repr)
+def test_every_loss_without_a_reference_is_its_formula(settings):
+    chosen, rejected, lengths = [-20.0, -31.0, -0.3], [-25.0, -28.0, -9.0], ([5, 9, 3], [4, 11, 3])
+    pairs = Pairs(*(torch.tensor(x, dtype=torch.float64) for x in (chosen, rejected, *lengths)))
+    rows = zip(chosen, rejected, *lengths, strict=True)
+    wanted = [free_by_hand(settings, *row) for row in rows]
+    assert losses(pairs, settings).tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_an_answer_that_is_certain_has_finite_odds():
+    sure = torch.zeros(1, requires_grad=True)
+    pairs = Pairs(sure, torch.tensor([-3.0]), torch.tensor([2]), torch.tensor([2]))
+    loss = losses(pairs, OrpoSection())
+    loss.backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(sure.grad).all()
+
+
 def test_the_schema_names_every_formula():
     assert set(get_args(DpoSection.model_fields["loss_type"].annotation)) == set(DPO)
 
@@ -160,6 +206,53 @@ def test_loss_gradients_and_metrics_are_trls_with_a_separate_reference_model(trl
     ours.look(model, inputs)
     outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
     loss = ours(outputs, labels)
+    assert float(loss.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    for mine, its in zip(torch.autograd.grad(loss, trained), slopes, strict=True):
+        assert torch.allclose(mine, its, rtol=1e-4, atol=1e-5 * float(its.abs().max()) + 1e-9)
+    assert ours.means() == pytest.approx({name: measured[name] for name in NAMES}, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", FREE, ids=repr)
+def test_losses_without_a_reference_are_trls(tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    datasets = pytest.importorskip("datasets", reason="the trainers read datasets; install dude-peft[train]")
+    kind = "orpo" if isinstance(settings, OrpoSection) else "cpo"
+    trl = pytest.importorskip(f"trl.experimental.{kind}", reason="this TRL has no such trainer")
+    common: dict = {
+        "output_dir": str(tmp_path), "beta": settings.beta, "per_device_train_batch_size": 3, "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": True, "report_to": [], "dataloader_pin_memory": False,
+    }  # fmt: skip
+    if kind == "cpo":
+        gamma, smooth = settings.simpo_gamma, settings.label_smoothing
+        common |= {"loss_type": settings.loss_type, "cpo_alpha": settings.cpo_alpha, "label_smoothing": smooth or 0.0}
+        common |= {} if gamma is None else {"simpo_gamma": gamma}
+    model = get_peft_model(tiny_llama(), DudeConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    perturb(model)
+    rows = {
+        "prompt": [f"say {n} " for n in range(3)],
+        "chosen": ["yes", "yes, two", "never"],
+        "rejected": ["no, never", "no", "it is"],
+    }
+    trainer = getattr(trl, f"{kind.upper()}Trainer")(
+        model=model, args=getattr(trl, f"{kind.upper()}Config")(**common), processing_class=tiny_tokenizer(),
+        train_dataset=datasets.Dataset.from_dict(rows),
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    theirs, measured = trainer.get_batch_loss_metrics(model, batch)
+    slopes = torch.autograd.grad(theirs, trained)
+    sides = [
+        {"input_ids": ids[:length].tolist(), "labels": labels[:length].tolist()}
+        for side in ("chosen", "rejected")
+        for ids, labels, length in zip(
+            batch[f"{side}_input_ids"], batch[f"{side}_labels"], batch[f"{side}_attention_mask"].sum(1), strict=True
+        )
+    ]
+    inputs, ours = pad_right(sides, 257), PreferenceLoss(settings)
+    ours.look(model, inputs)
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    loss = ours(outputs, inputs["labels"])
     assert float(loss.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
     for mine, its in zip(torch.autograd.grad(loss, trained), slopes, strict=True):
         assert torch.allclose(mine, its, rtol=1e-4, atol=1e-5 * float(its.abs().max()) + 1e-9)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -457,17 +457,77 @@ class DpoSection(Section):
             raise ValueError(f"key 'train.dpo.label_smoothing' has no effect on {self.loss_type}; leave it out")
         return self
 
+    has_base: ClassVar[bool] = True
+    """Whether the base model is the reference."""
+    nll: ClassVar[float] = 0.0
+    """Weight of the chosen answer's cross-entropy beside the loss of the pair."""
+
+
+class OrpoSection(Section):
+    """Odds ratio preference optimisation (arXiv 2403.07691), in the words of TRL's ORPOConfig. It has no reference."""
+
+    beta: Positive = 0.1
+    """Weight of the odds ratio beside the cross-entropy of the chosen row, question and answer; lambda in the paper."""
+
+    has_base: ClassVar[bool] = False
+    nll: ClassVar[float] = 1.0
+
+
+class CpoSection(Section):
+    """Contrastive preference optimisation (arXiv 2401.08417) and SimPO (arXiv 2405.14734), in the words of TRL's
+    CPOConfig. They have no reference.
+    """
+
+    beta: Positive = 0.1
+    """Scale of the log-probabilities in the loss. SimPO uses 2 to 10, on means over tokens."""
+
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    """What becomes of the two log-probabilities of a pair; simpo and ipo take means over tokens."""
+
+    cpo_alpha: NonNegative = 1.0
+    """Weight of the chosen answer's cross-entropy; 0 for SimPO."""
+
+    simpo_gamma: NonNegative | None = None
+    """For simpo, the margin by which the chosen answer should win; null is 0.5. Other losses have none."""
+
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] | None = None
+    """For sigmoid and simpo, the share of pairs that are expected to be the wrong way round; null is 0."""
+
+    has_base: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _keys_of_the_loss(self) -> CpoSection:
+        if self.simpo_gamma is not None and self.loss_type != "simpo":
+            raise ValueError(f"key 'train.cpo.simpo_gamma' has no effect on {self.loss_type}; leave it out")
+        if self.label_smoothing is not None and self.loss_type not in ("sigmoid", "simpo"):
+            raise ValueError(f"key 'train.cpo.label_smoothing' has no effect on {self.loss_type}; leave it out")
+        return self
+
+    @property
+    def nll(self) -> float:
+        """Weight of the chosen answer's cross-entropy beside the loss of the pair."""
+        return self.cpo_alpha
+
+
+Preference = DpoSection | OrpoSection | CpoSection
+
 
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
-    objective: Literal["sft", "mol", "dpo"] = "sft"
+    objective: Literal["sft", "mol", "dpo", "orpo", "cpo"] = "sft"
     """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
-    general ability (mixture of losses, arXiv 2505.12043). `dpo` learns from pairs of answers of which one is better;
-    the base model is the reference."""
+    general ability (mixture of losses, arXiv 2505.12043). `dpo`, `orpo` and `cpo` learn from pairs of answers of which
+    one is better; for dpo the base model is the reference."""
 
     dpo: DpoSection | None = None
     """Settings of `objective: dpo`."""
+
+    orpo: OrpoSection | None = None
+    """Settings of `objective: orpo`."""
+
+    cpo: CpoSection | None = None
+    """Settings of `objective: cpo`, of which `loss_type: simpo` is SimPO."""
 
     orthogonality: NonNegative = 0.0
     """Weight of a penalty, added once a step: how far each group's change of a weight is from orthogonal to the weight
@@ -577,7 +637,7 @@ class TrainSection(Section):
         return self
 
     @property
-    def preference(self) -> DpoSection | None:
+    def preference(self) -> Preference | None:
         """The settings of an objective that learns from pairs; None for others."""
         kind = SECTIONS.get(self.objective)
         return None if kind is None else getattr(self, self.objective) or kind()
@@ -589,7 +649,7 @@ class TrainSection(Section):
         return self
 
 
-SECTIONS: dict[str, type[DpoSection]] = {"dpo": DpoSection}
+SECTIONS: dict[str, type[Preference]] = {"dpo": DpoSection, "orpo": OrpoSection, "cpo": CpoSection}
 """The section of each objective that has one; all of them learn from pairs."""
 
 
@@ -705,11 +765,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _what_pairs_allow(self) -> RunConfig:
         objective, named = self.train.objective, self.evaluation.metric_for_best_model
-        if self.train.preference is None:
+        preference = self.train.preference
+        if preference is None:
             if named in HELD_OUT[1:]:
                 raise ValueError(
                     f"key 'evaluation.metric_for_best_model': {named} is measured on pairs; use loss, or "
-                    "train.objective: dpo"
+                    f"train.objective: {' or '.join(SECTIONS)}"
                 )
             return self
         budget = self.adapter.budget
@@ -718,11 +779,11 @@ class RunConfig(Section):
             "data.train_on": (self.data.train_on != "answers", "both answers are judged whole; set it to answers"),
             "data.upft": (self.data.upft is not None, "both answers are judged whole; leave it out"),
             "train.trainer": (self.train.trainer == "trl", "TRL's SFTTrainer takes no pairs; set it to transformers"),
-            "train.torch_compile": (
-                self.train.torch_compile,
-                "its base model's pass is not compiled; set it to false",
+            "train.torch_compile": (self.train.torch_compile, "the loss of pairs is not compiled; set it to false"),
+            "adapter.bias": (
+                self.adapter.bias != "none" and preference.has_base,
+                "trained biases leave no base model; set it to none",
             ),
-            "adapter.bias": (self.adapter.bias != "none", "trained biases leave no base model; set it to none"),
             "adapter.budget.by": (
                 budget is not None and budget.by in ("gradient", "fisher"),
                 "its gradients are those of the chosen answers alone; choose uniform or spectrum",

@@ -102,7 +102,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append(text)
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
-    if train.preference is not None:
+    if train.preference is not None and train.preference.has_base:
         warnings.append(
             f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
             "which it makes about a third longer; it needs no memory beyond the step's"

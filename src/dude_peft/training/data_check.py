@@ -126,7 +126,7 @@ def check_data(
         special_tokens: text or allow, as data.special_tokens.
         train_on: answers, last_answer or all.
         upft: tokens of each answer that are trained, as data.upft.
-        objective: which rows are wanted, as train.objective: pairs of answers for dpo.
+        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo.
         quiet: print nothing.
 
     Raises:

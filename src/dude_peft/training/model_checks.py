@@ -162,7 +162,7 @@ def check_beginning(config: RunConfig, *, from_base: bool) -> None:
             f"{key} compares with the base model, but adapter.start is in the folded form, or trained, so its base "
             "model alone is another one; leave one of them out"
         )
-    if config.train.preference is not None:
+    if config.train.preference is not None and config.train.preference.has_base:
         raise ConfigError(
             f"train.objective: {objective}: adapter.start is in the folded form, or trained, so the reference, its "
             "base model alone, would be another model than the start; merge the adapter with dude merge, and name the "

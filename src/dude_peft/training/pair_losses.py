@@ -7,6 +7,7 @@ S        log sigmoid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dude_peft.config.schema import DpoSection
+from dude_peft.config.schema import CpoSection, DpoSection, OrpoSection, Preference
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,76 @@ class Pairs:
     chosen_tokens: Tensor
     """Number of judged tokens."""
     rejected_tokens: Tensor
-    base_chosen: Tensor
-    """log p of the better answer by the base model, without a gradient."""
-    base_rejected: Tensor
+    base_chosen: Tensor | None = None
+    """log p of the better answer by the base model, without a gradient; None for objectives without a reference."""
+    base_rejected: Tensor | None = None
 
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
         """C and r."""
+        assert self.base_chosen is not None
+        assert self.base_rejected is not None
         return self.chosen - self.base_chosen, self.rejected - self.base_rejected
 
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Log q of both answers, a token."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
-def rewards(pairs: Pairs, settings: DpoSection) -> tuple[Tensor, Tensor]:
-    """Beta c and beta r: how much likelier training made each answer."""
-    c, r = pairs.ratios
-    return settings.beta * c, settings.beta * r
+
+def rewards(pairs: Pairs, settings: Preference) -> tuple[Tensor, Tensor]:
+    """Beta c and beta r; without a reference, beta times what `logps` gives."""
+    chosen, rejected = pairs.ratios if isinstance(settings, DpoSection) else logps(pairs, settings)
+    return settings.beta * chosen, settings.beta * rejected
 
 
-def losses(pairs: Pairs, settings: DpoSection) -> Tensor:
-    """The loss of each pair, (pairs,), by `settings.loss_type`; its mean is what training lowers."""
+def logps(pairs: Pairs, settings: Preference) -> tuple[Tensor, Tensor]:
+    """Log q of both answers as the objective compares them: sums, or means over tokens."""
+    means = isinstance(settings, OrpoSection) or (
+        isinstance(settings, CpoSection) and settings.loss_type in ("ipo", "simpo")
+    )
+    return pairs.means if means else (pairs.chosen, pairs.rejected)
+
+
+def losses(pairs: Pairs, settings: Preference) -> Tensor:
+    """The loss of each pair, (pairs,), whose mean training lowers, the chosen answer's cross-entropy not among it."""
+    if isinstance(settings, OrpoSection):
+        return _odds_ratio(pairs, settings.beta)
+    if isinstance(settings, CpoSection):
+        return _cpo(pairs, settings)
     return DPO[settings.loss_type](pairs, settings.beta, settings.label_smoothing or 0.0)
+
+
+def _odds_ratio(pairs: Pairs, beta: float) -> Tensor:
+    """-beta S(odds(c) - odds(r)), odds(x) = x - log(1 - e^x) of the means over tokens: ORPO, equations 4 and 7."""
+    c, r = pairs.means
+    return -beta * logsigmoid(c - _log1mexp(c) - r + _log1mexp(r))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, exact at both ends; where a probability is 1, as if it were the next number below."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
+
+
+def _cpo(pairs: Pairs, settings: CpoSection) -> Tensor:
+    """With m = log q(chosen) - log q(rejected), of sums or of means over tokens.
+
+    sigmoid  -(1 - e) S(beta m) - e S(-beta m)           CPO, arXiv 2401.08417, equation 3
+    simpo    the same of m - gamma / beta                SimPO, arXiv 2405.14734, equation 6
+    hinge    max(0, 1 - beta m)
+    ipo      (m - 1 / (2 beta))^2
+    """
+    chosen, rejected = logps(pairs, settings)
+    margin, beta = chosen - rejected, settings.beta
+    if settings.loss_type == "hinge":
+        return torch.relu(1 - beta * margin)
+    if settings.loss_type == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    if settings.loss_type == "simpo":
+        margin = margin - (0.5 if settings.simpo_gamma is None else settings.simpo_gamma) / beta
+    epsilon = settings.label_smoothing or 0.0
+    return -(1 - epsilon) * logsigmoid(beta * margin) - epsilon * logsigmoid(-beta * margin)
 
 
 def _sigmoid(pairs: Pairs, beta: float, _: float) -> Tensor:
@@ -131,4 +183,4 @@ DPO: dict[str, Callable[[Pairs, float, float], Tensor]] = {
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,
 }
-"""By `loss_type`."""
+"""By `loss_type` of DpoSection."""

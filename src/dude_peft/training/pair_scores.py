@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.config.schema import DpoSection
+from dude_peft.config.schema import OrpoSection, Preference
 from dude_peft.data.batches import Company, grouped, pad_right
+from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
 from dude_peft.measure.token_logps import row_logps
-from dude_peft.training.pair_losses import Pairs, losses, rewards
+from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
 from dude_peft.training.preference import NAMES
 from dude_peft.tuner.untouched import as_base
 
@@ -42,7 +43,7 @@ class PairMeter:
     """Measures held-out pairs; what the base model makes of them is computed once."""
 
     examples: TokenSet
-    settings: DpoSection
+    settings: Preference
     pad_id: int
     batch_size: int
     company: Company = "any"
@@ -51,37 +52,46 @@ class PairMeter:
     def scores(self, model: Any, advance: Callable[[int], None] = lambda pairs: None) -> PairScores:
         """What `model` makes of them; it is in evaluation mode afterwards."""
         model.eval()
-        if self._base is None:
+        if self._base is None and self.settings.has_base:
             with as_base(model):
-                self._base, _ = self._logps(model)
-        logps, tokens = self._logps(model)
+                self._base, _, _ = self._measured(model)
+        found, tokens, imitation = self._measured(model)
         advance(len(self.examples))
-        # In float64, so that a loss of thousands of pairs is their mean in every digit.
-        pairs = Pairs(*(each for values in (logps, tokens, self._base) for each in (values[0::2], values[1::2])))
+        parts = (found, tokens) if self._base is None else (found, tokens, self._base)
+        pairs = Pairs(*(each for values in parts for each in (values[0::2], values[1::2])))
         chosen, rejected = rewards(pairs, self.settings)
-        values = (chosen, rejected, chosen > rejected, chosen - rejected, pairs.chosen, pairs.rejected)
+        values = (chosen, rejected, chosen > rejected, chosen - rejected, *logps(pairs, self.settings))
         means = {name: float(value.double().mean()) for name, value in zip(NAMES, values, strict=True)}
         means["logps/accuracies"] = float((pairs.chosen > pairs.rejected).double().mean())
         return PairScores(
-            tuple(losses(pairs, self.settings).tolist()),
+            tuple((losses(pairs, self.settings) + imitation).tolist()),
             tuple((pairs.chosen_tokens + pairs.rejected_tokens).long().tolist()),
             means,
             int((chosen > rejected).sum()),
         )
 
     @torch.no_grad()  # not inference_mode: the first forward of a sharded model makes the buffers that training writes
-    def _logps(self, model: Any) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and numbers of judged tokens: chosen and rejected in turn, (2 pairs,) float64."""
+    def _measured(self, model: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and numbers of judged tokens, of chosen and rejected in turn, (2 pairs,) float64.
+
+        And what the cross-entropy of the chosen rows adds to the loss of each pair, (pairs,): its mean is that over all
+        of their tokens.
+        """
         rows = [
             {"input_ids": example[f"{side}input_ids"], "labels": example[f"{side}labels"]}
             for example in self.examples
             for side in ("", "rejected_")
         ]
-        logps, tokens = torch.zeros(2, len(rows), dtype=torch.float64)
+        logps, tokens, nll, counted = torch.zeros(4, len(rows), dtype=torch.float64)
         for indices in grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company):
             batch = pad_right([rows[index] for index in indices], self.pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
-            found, counts = row_logps(model(**batch, use_cache=False).logits, labels)
+            logits = model(**batch, use_cache=False).logits
+            found, counts = row_logps(logits, labels)
             logps[indices], tokens[indices] = found.double().cpu(), counts.double().cpu()
-        return logps, tokens
+            if isinstance(self.settings, OrpoSection):
+                found, counts = row_logps(logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE))
+            nll[indices], counted[indices] = -found.double().cpu(), counts.double().cpu()
+        total = counted[0::2].sum().clamp(min=1)
+        return logps, tokens, self.settings.nll * nll[0::2] * (len(rows) // 2) / total

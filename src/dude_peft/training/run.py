@@ -410,8 +410,8 @@ class _Run:
             check_start(base, probe(self.model, data.train, pad_id))
             if self.spent is not None:
                 self.spent.check(self.model)
-        if self.config.train.preference is not None and self.model is not None:
-            objective = self.config.train.objective
+        preference, objective = self.config.train.preference, self.config.train.objective
+        if preference is not None and preference.has_base and self.model is not None:
             check_reference(self.model, base, lambda model: probe(model, data.train, pad_id), objective)
         if processes.count() > 1:
             made = fresh and self.given is None

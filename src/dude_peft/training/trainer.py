@@ -127,7 +127,8 @@ class RunTrainer(Trainer):
         """Of pairs, the loss of a step is divided by the number of its pairs, not of its tokens."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.compute_loss_func, PreferenceLoss):
-            items = summed(torch.tensor(sum(len(batch["rows"]) for batch in samples), device=device))
+            counts = summed(torch.tensor(self.compute_loss_func.count(samples), device=device))
+            items, self.compute_loss_func.tokens = counts[0], counts[1]
         return samples, items
 
     @override
