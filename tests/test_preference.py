@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -205,7 +207,9 @@ def test_held_out_pairs_are_scored_as_the_saved_adapter_scores_them(places, tmp_
         for side in ("chosen", "rejected"):
             asked = tokenizer(f"### Question:\n{row['prompt']}\n\n### Answer:\n")["input_ids"]
             ids = [*asked, *tokenizer(row[side])["input_ids"], 256]
-            logp = [model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1) for model in (tuned, base)]
+            with torch.no_grad():
+                logits = [model(input_ids=torch.tensor([ids])).logits[0] for model in (tuned, base)]
+            logp = [each.double().log_softmax(-1) for each in logits]
             at = torch.arange(len(asked), len(ids))
             ratios.append(
                 sum(sign * part[at - 1, torch.tensor(ids)[at]].sum() for sign, part in zip((1, -1), logp, strict=True))
@@ -237,6 +241,53 @@ def test_a_run_that_was_cut_goes_on_bit_by_bit(places, tmp_path, monkeypatch, ob
     start(interrupted(places, tmp_path / "out", objective))
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     assert any("rewards/margins" in line for line in lines(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "train", "method"),
+    [
+        ("dpo", {"bf16": True, "gradient_checkpointing": True}, "dude"),
+        ("dpo", {"train_sampling_strategy": "group_by_length", "optim": "adafactor"}, "lora"),
+        ("cpo", {"neftune_noise_alpha": 5.0, "cpo": {"loss_type": "simpo", "beta": 2.0}}, "pissa"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_other_settings_go_on_bit_by_bit_as_well(places, tmp_path, monkeypatch, objective, train, method):
+    def wanted(name: str) -> dict:
+        made = interrupted(places, tmp_path / name, objective)
+        return made | {"train": made["train"] | train, "adapter": made["adapter"] | {"method": method}}
+
+    start(wanted("whole"))
+    with monkeypatch.context() as patch:
+        cut_at(5, patch)
+        with pytest.raises(_CutError):
+            start(wanted("out"))
+    start(wanted("out"))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+def test_a_killed_process_goes_on_bit_by_bit(places, tmp_path):
+    def process(name: str) -> subprocess.Popen:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(interrupted(places, tmp_path / name, "dpo")))
+        return subprocess.Popen(
+            [sys.executable, "-m", "dude_peft", "train", str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert process("whole").wait() == 0
+    running = process("out")
+    while not list((tmp_path / "out/checkpoints").glob("step-*[3-9]")) and running.poll() is None:
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "out/report.json").exists()
+    assert process("out").wait() == 0
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
 def test_the_best_adapter_may_be_that_of_the_accuracy_and_training_stops_early(places, tmp_path):

@@ -176,6 +176,8 @@ class _Run:
         self._begin(data, arguments.world_size)
 
         before, behind_seconds = self._before(data.held_out)
+        # From here on autocast may wrap the model: the base of held-out pairs is then to be measured under it, too.
+        self.meter = None
         self.stop.raise_if_wanted()
         fitted = self._train(data, arguments, behind_seconds)
         after = self._score("after", data.held_out)
