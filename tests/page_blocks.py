@@ -111,10 +111,11 @@ def check_configuration(text: str) -> None:
 
 def check_rows(text: str) -> None:
     """Reads each line as a row of data."""
-    from dude_peft.data.rows import parse_row
+    from dude_peft.data.formats import Reading
 
     for line in text.splitlines():
-        assert parse_row(json.loads(line), "the page")
+        row = json.loads(line)
+        assert Reading(kind="pairs" if "rejected" in row else "answers").row(row, "the page")
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -404,7 +404,8 @@ def test_builtin_sets():
     rows = load_rows("builtin:word-problems", split="test", limit=3, seed=5)
     assert [row.source for row in rows] == [f"builtin:word-problems[test]:{i}" for i in range(3)]
     with pytest.raises(
-        ConfigError, match=r"no built-in data set 'builtin:word-problem'; choose builtin:word-problems$"
+        ConfigError,
+        match=r"no built-in data set 'builtin:word-problem'; choose builtin:word-problems, builtin:preferences$",
     ):
         load_rows("builtin:word-problem")
     with pytest.raises(ConfigError, match="no split 'dev'; use train or test"):

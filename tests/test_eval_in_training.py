@@ -124,13 +124,13 @@ def test_a_task_chooses_the_best_adapter(place, tmp_path, monkeypatch):
 def test_scores_beside_the_loss_leave_the_choice_to_the_loss(place, tmp_path, monkeypatch):
     """The loss chooses the adapter and counts the patience, whatever is scored at the same steps."""
     losses = iter([0.9, 0.5, 0.7, 0.8])
-    original = Loop._measure_loss
+    original = Loop._measure_held_out
 
     def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
+        self.held_out_scores = lambda: {"loss": next(losses)}
         return original(self, step, model)
 
-    monkeypatch.setattr(Loop, "_measure_loss", scripted)
+    monkeypatch.setattr(Loop, "_measure_held_out", scripted)
     monkeypatch.setattr(TasksOfRun, "score", lambda *_: {"mmlu_anatomy/acc,none": TaskScore(0.5, True)})
     report = scored(place, tmp_path / "o", eval_steps=1, tasks_steps=1, early_stopping_patience=3)
     assert (report.best_step, report.steps) == (2, 4)

@@ -181,13 +181,13 @@ def test_memory_that_runs_out_is_told_and_the_last_checkpoint_stays(settings, mo
 def script(monkeypatch, held_out: list[float]) -> None:
     """The held-out losses of a run, one after the other."""
     losses = iter(held_out)
-    original = loop_module.Loop._measure_loss
+    original = loop_module.Loop._measure_held_out
 
     def scripted(self, step, model):
-        self.held_out_loss = lambda: next(losses)
+        self.held_out_scores = lambda: {"loss": next(losses)}
         return original(self, step, model)
 
-    monkeypatch.setattr(loop_module.Loop, "_measure_loss", scripted)
+    monkeypatch.setattr(loop_module.Loop, "_measure_held_out", scripted)
 
 
 def test_the_best_adapter_is_the_result(settings, monkeypatch):

@@ -356,12 +356,14 @@ def data_check(
     special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
     upft: Annotated[int | None, _whole(help="Train this many first tokens of each answer, as data.upft.")] = None,
+    objective: Annotated[str, typer.Option(help="As train.objective: sft, or for pairs dpo, orpo, cpo.")] = "sft",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""
     how: dict[str, Any] = {"template": template, "special_tokens": special_tokens, "train_on": train_on}
     how |= {"columns": _columns(columns), "seed": seed, "max_length": max_length, "upft": upft}
     how["chat_template"] = chat_template
+    how["objective"] = objective
     try:
         dude_peft.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -112,6 +112,10 @@ ChatTemplate = Annotated[Source, AfterValidator(_template_text)]
 Quantity = Annotated[int | str, BeforeValidator(_quantity)]
 # 16 stays the int that PEFT's config is written with; 16.5 stays a float.
 Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
+
+
+HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
+"""What a run measures of its held-out rows, and may choose the best adapter by; all but the first, of pairs alone."""
 
 
 class Section(BaseModel):
@@ -462,12 +466,102 @@ class DataSection(Section):
         return self
 
 
+class DpoSection(Section):
+    """Direct preference optimisation (arXiv 2305.18290), in the words of TRL's DPOConfig."""
+
+    beta: Positive = 0.1
+    """How strongly the base model is kept to. For ipo it is the regularisation, tau in its paper."""
+
+    loss_type: Literal[
+        "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+        "apo_zero", "apo_down",
+    ] = "sigmoid"  # fmt: skip
+    """What becomes of the two log-probability ratios of a pair; TRL's names and formulas."""
+
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] | None = None
+    """For robust, the share of pairs that are expected to be the wrong way round (0.1 is usual); for exo_pair, its
+    epsilon (1e-3 is usual). Other losses have none."""
+
+    @model_validator(mode="after")
+    def _smoothing_of_something(self) -> DpoSection:
+        smooth = self.loss_type in ("robust", "exo_pair")
+        if smooth and not self.label_smoothing:
+            raise ValueError(f"key 'train.dpo.label_smoothing': {self.loss_type} needs one above 0")
+        if not smooth and self.label_smoothing is not None:
+            raise ValueError(f"key 'train.dpo.label_smoothing' has no effect on {self.loss_type}; leave it out")
+        return self
+
+    has_base: ClassVar[bool] = True
+    """Whether the base model is the reference."""
+    nll: ClassVar[float] = 0.0
+    """Weight of the chosen answer's cross-entropy beside the loss of the pair."""
+
+
+class OrpoSection(Section):
+    """Odds ratio preference optimisation (arXiv 2403.07691), in the words of TRL's ORPOConfig. It has no reference."""
+
+    beta: Positive = 0.1
+    """Weight of the odds ratio beside the cross-entropy of the chosen row, question and answer; lambda in the paper."""
+
+    has_base: ClassVar[bool] = False
+    nll: ClassVar[float] = 1.0
+
+
+class CpoSection(Section):
+    """Contrastive preference optimisation (arXiv 2401.08417) and SimPO (arXiv 2405.14734), in the words of TRL's
+    CPOConfig. They have no reference.
+    """
+
+    beta: Positive = 0.1
+    """Scale of the log-probabilities in the loss. SimPO uses 2 to 10, on means over tokens."""
+
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    """What becomes of the two log-probabilities of a pair; simpo and ipo take means over tokens."""
+
+    cpo_alpha: NonNegative = 1.0
+    """Weight of the chosen answer's cross-entropy; 0 for SimPO."""
+
+    simpo_gamma: NonNegative | None = None
+    """For simpo, the margin by which the chosen answer should win; null is 0.5. Other losses have none."""
+
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] | None = None
+    """For sigmoid and simpo, the share of pairs that are expected to be the wrong way round; null is 0."""
+
+    has_base: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _keys_of_the_loss(self) -> CpoSection:
+        if self.simpo_gamma is not None and self.loss_type != "simpo":
+            raise ValueError(f"key 'train.cpo.simpo_gamma' has no effect on {self.loss_type}; leave it out")
+        if self.label_smoothing is not None and self.loss_type not in ("sigmoid", "simpo"):
+            raise ValueError(f"key 'train.cpo.label_smoothing' has no effect on {self.loss_type}; leave it out")
+        return self
+
+    @property
+    def nll(self) -> float:
+        """Weight of the chosen answer's cross-entropy beside the loss of the pair."""
+        return self.cpo_alpha
+
+
+Preference = DpoSection | OrpoSection | CpoSection
+
+
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
-    objective: Literal["sft", "mol"] = "sft"
+    objective: Literal["sft", "mol", "dpo", "orpo", "cpo"] = "sft"
     """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
-    general ability (mixture of losses, arXiv 2505.12043)."""
+    general ability (mixture of losses, arXiv 2505.12043). `dpo`, `orpo` and `cpo` learn from pairs of answers of which
+    one is better; for dpo the base model is the reference."""
+
+    dpo: DpoSection | None = None
+    """Settings of `objective: dpo`."""
+
+    orpo: OrpoSection | None = None
+    """Settings of `objective: orpo`."""
+
+    cpo: CpoSection | None = None
+    """Settings of `objective: cpo`, of which `loss_type: simpo` is SimPO."""
 
     orthogonality: NonNegative = 0.0
     """Weight of a penalty, added once a step: how far each group's change of a weight is from orthogonal to the weight
@@ -567,10 +661,30 @@ class TrainSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _settings_of_the_objective(self) -> TrainSection:
+        for name in SECTIONS:
+            if name != self.objective and getattr(self, name) is not None:
+                raise ValueError(
+                    f"key 'train.{name}' has no effect on train.objective: {self.objective}; leave it out, or set "
+                    f"train.objective: {name}"
+                )
+        return self
+
+    @property
+    def preference(self) -> Preference | None:
+        """The settings of an objective that learns from pairs; None for others."""
+        kind = SECTIONS.get(self.objective)
+        return None if kind is None else getattr(self, self.objective) or kind()
+
+    @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError("keys 'train.max_steps' and 'train.num_train_epochs' are both set; keep one of them")
         return self
+
+
+SECTIONS: dict[str, type[Preference]] = {"dpo": DpoSection, "orpo": OrpoSection, "cpo": CpoSection}
+"""The section of each objective that has one; all of them learn from pairs."""
 
 
 class EvaluationSection(Section):
@@ -616,7 +730,8 @@ class EvaluationSection(Section):
     """Steps between two scorings of the tasks; null scores them at the end only."""
 
     metric_for_best_model: Text = "loss"
-    """What decides the best adapter: the held-out `loss`, a task (its first metric), or TASK/METRIC,FILTER."""
+    """What decides the best adapter: the held-out `loss`, of pairs also `rewards/accuracies` or `rewards/margins`, a
+    task (its first metric), or TASK/METRIC,FILTER."""
 
     early_stopping_patience: Count | None = None
     """Stop training after this many measurements of metric_for_best_model without a better one."""
@@ -632,7 +747,7 @@ class EvaluationSection(Section):
         if self.tasks_steps is not None and not self.tasks:
             raise ValueError("key 'evaluation.tasks_steps' needs 'evaluation.tasks'")
         named = self.metric_for_best_model
-        if named != "loss" and (self.tasks_steps is None or named.partition("/")[0] not in self.tasks):
+        if named not in HELD_OUT and (self.tasks_steps is None or named.partition("/")[0] not in self.tasks):
             raise ValueError(
                 f"key 'evaluation.metric_for_best_model': {named!r} is not measured during training; name it in "
                 "'evaluation.tasks', and set 'evaluation.tasks_steps'"
@@ -641,8 +756,8 @@ class EvaluationSection(Section):
 
     @model_validator(mode="after")
     def _patience_of_something(self) -> EvaluationSection:
-        of_loss = self.metric_for_best_model == "loss"
-        if self.early_stopping_patience is not None and of_loss and (self.eval_steps is None or not self.enabled):
+        of_rows = self.metric_for_best_model in HELD_OUT
+        if self.early_stopping_patience is not None and of_rows and (self.eval_steps is None or not self.enabled):
             raise ValueError(
                 "key 'evaluation.early_stopping_patience' needs 'evaluation.eval_steps', and evaluation switched on"
             )
@@ -672,11 +787,45 @@ class RunConfig(Section):
         if mol and self.data.general is None:
             raise ValueError("key 'data.general' is missing; train.objective: mol needs general rows")
         if not mol and self.data.general is not None:
-            raise ValueError("key 'data.general' is not used by train.objective: sft; remove it, or set mol")
+            raise ValueError(
+                f"key 'data.general' is not used by train.objective: {self.train.objective}; remove it, or set mol"
+            )
         if mol and self.train.trainer == "trl":
             raise ValueError("key 'train.trainer': trl has no mixture of losses; use transformers, or objective: sft")
         if self.adapter.bias != "none" and (mol or self.data.general_test is not None):
             raise ValueError("key 'adapter.bias': trained biases leave no base model to compare with; set it to none")
+        return self
+
+    @model_validator(mode="after")
+    def _what_pairs_allow(self) -> RunConfig:
+        objective, named = self.train.objective, self.evaluation.metric_for_best_model
+        preference = self.train.preference
+        if preference is None:
+            if named in HELD_OUT[1:]:
+                raise ValueError(
+                    f"key 'evaluation.metric_for_best_model': {named} is measured on pairs; use loss, or "
+                    f"train.objective: {' or '.join(SECTIONS)}"
+                )
+            return self
+        budget = self.adapter.budget
+        others = {
+            "data.packing": (self.data.packing, "the two answers of a pair are padded to one length; set it to false"),
+            "data.train_on": (self.data.train_on != "answers", "both answers are judged whole; set it to answers"),
+            "data.upft": (self.data.upft is not None, "both answers are judged whole; leave it out"),
+            "train.trainer": (self.train.trainer == "trl", "TRL's SFTTrainer takes no pairs; set it to transformers"),
+            "train.torch_compile": (self.train.torch_compile, "the loss of pairs is not compiled; set it to false"),
+            "adapter.bias": (
+                self.adapter.bias != "none" and preference.has_base,
+                "trained biases leave no base model; set it to none",
+            ),
+            "adapter.budget.by": (
+                budget is not None and budget.by in ("gradient", "fisher"),
+                "its gradients are those of the chosen answers alone; choose uniform or spectrum",
+            ),
+        }
+        for key, (contradicts, reason) in others.items():
+            if contradicts:
+                raise ValueError(f"keys 'train.objective' and '{key}': {objective}: {reason}")
         return self
 
     @model_validator(mode="after")
@@ -748,12 +897,17 @@ class RunConfig(Section):
         norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
         adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})
         train = self.train
-        choices: dict[str, float] = {}
+        choices: dict[str, Any] = self._chosen_section()
         if train.learning_rate is None:
             choices["learning_rate"] = method.learning_rate
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
         return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})
+
+    def _chosen_section(self) -> dict[str, Any]:
+        """The objective's section with its defaults."""
+        preference = self.train.preference
+        return {} if preference is None else {self.train.objective: preference}
 
     def _resolved_foreign(self) -> RunConfig:
         """The same of an adapter that stock PEFT makes; its settings are in it, and the file is no longer needed."""
@@ -780,6 +934,7 @@ class RunConfig(Section):
                 raise ConfigError(f"key 'train.{key}' has no effect on {name}; leave it out")
         if train.movement_steps is not None:
             raise ConfigError(f"key 'train.movement_steps': the movement of {name} cannot be measured; leave it out")
-        choices = {} if train.max_steps or train.num_train_epochs else {"num_train_epochs": 1.0}
+        choices = self._chosen_section()
+        choices |= {} if train.max_steps or train.num_train_epochs else {"num_train_epochs": 1.0}
         adapter = AdapterSection(method=name, peft=settings)
         return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})

@@ -57,6 +57,8 @@ class Counts:
     """Rows left out because they are longer than max_length."""
     truncated: int = 0
     """Those of the dropped rows of whose answer a part, but not the end, would have fitted."""
+    identical: int = 0
+    """Pairs left out because their two answers are the same."""
     unlearned: int = 0
     """Rows left out because the data set excludes all their answers from the loss."""
     shortened: int = 0
@@ -103,6 +105,11 @@ class Counts:
             lines.append(
                 f"{self.unlearned} of {self.rows} rows have nothing to learn and are left out: their weight, train or "
                 "loss excludes every answer"
+            )
+        if self.identical:
+            lines.append(
+                f"{self.identical} of {self.rows} pairs are left out: their chosen and rejected answers are the same "
+                "tokens"
             )
         if self.shortened:
             lines.append(
@@ -210,6 +217,8 @@ class Encoder:
     max_length: int
     train_on: str
     upft: int | None = None
+    shortens: bool = True
+    """Of a conversation that is too long, the turns that fit are kept."""
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -247,6 +256,11 @@ class Encoder:
 
     def check_any(self, made: int, name: str = "") -> None:
         """Raises DataError, beginning with `name`, where no example was made of the rows read."""
+        if not made and self.counts.identical == self.counts.rows:
+            raise DataError(
+                f"{name}in all {self.counts.rows} pairs the chosen and the rejected answer are the same; give two "
+                "different answers"
+            )
         if not made and self.counts.unlearned == self.counts.rows:
             raise DataError(
                 f"{name}none of the {self.counts.rows} rows has an answer to learn: weight, train or loss excludes "
@@ -276,7 +290,7 @@ class Encoder:
         used = len(ids)
         counts.longest = max(counts.longest, needed(used))
         counts.last_only += self.train_on == "answers" and not pieces.whole
-        if needed(used) > self.max_length and self.train_on == "answers":
+        if needed(used) > self.max_length and self.train_on == "answers" and self.shortens:
             # An even number of pieces ends with an answer.
             fitting = [n for n in range(2, used, 2) if learned[n - 1] and needed(n) <= self.max_length]
             if fitting:

@@ -7,6 +7,11 @@
     question, answer                         as GSM8K
     text                                     plain text, all of it trained
 
+Preference data (`objectives.py`), of which two answers are judged against each other:
+
+    prompt, chosen, rejected                 strings, or lists of messages; instruction or question in place of prompt
+    chosen, rejected                         two whole conversations that share all messages before the answers
+
 Beside all but text: `system`, the system message, and `tools`, what a model may call, both of the whole conversation;
 beside pairs also `history`, [[question, answer], ...] before them, and `reasoning_content`, the thoughts before the
 answer. What a message may have beside its text is in message.py.
@@ -24,6 +29,8 @@ from typing import Any
 
 from dude_peft.data.columns import PREFERENCE, STANDARD, Columns, Record, is_nothing
 from dude_peft.data.message import PASSAGE, TEXT, Message, json_text, read_message, reasoning, text_of, tools_text
+from dude_peft.data.objectives import Kind, objectives_for
+from dude_peft.data.pairs import judged_apart, shared_beginning
 from dude_peft.data.suggest import closest, mapping_for, written
 from dude_peft.errors import DataError
 from dude_peft.show import quoted, shown
@@ -34,11 +41,15 @@ FORMATS_HINT = (
     "use prompt + completion, messages, conversations, instruction + output, question + answer, or text, or name yours "
     "in data.columns"
 )
+PAIRS_HINT = "use prompt + chosen + rejected, or chosen + rejected as lists of messages, or name yours in data.columns"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation whose LAST message is the assistant's answer, or one message of plain text."""
+    """A conversation whose LAST message is the assistant's answer, or one message of plain text.
+
+    With `rejected` it is a pair: two such conversations that begin alike, of which this one is better.
+    """
 
     messages: tuple[Message, ...]
     source: str
@@ -51,11 +62,22 @@ class Row:
     """Columns, and keys of messages (`messages[].name`), that it was made of."""
     left_out: tuple[str, ...] = field(default=(), compare=False)
     """Those that nobody read."""
+    rejected: tuple[Message, ...] = ()
+    """Of a pair the worse conversation, as a whole."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """All messages before the answer."""
+        """All messages before the answer; of a pair, those before both answers."""
+        if self.rejected:
+            return self.messages[: min(shared_beginning(self.messages, self.rejected), len(self.messages) - 1)]
         return self.messages[:-1]
+
+    @property
+    def sides(self) -> tuple[Row, ...]:
+        """The conversations of a pair, the better one first; else the row itself."""
+        if not self.rejected:
+            return (self,)
+        return tuple(replace(self, messages=messages, rejected=()) for messages in (self.messages, self.rejected))
 
     @property
     def answer(self) -> str:
@@ -177,6 +199,53 @@ class _Reader:
             (*rest, *self.left_out),
         )
 
+    def preferred(self, question: str | None) -> Row:
+        """A pair; `question` is the column that asks, None where both conversations are whole."""
+        asked = [] if question is None else self._asked_once(question)
+        names = (self.record.name("chosen"), self.record.name("rejected"))
+        first, second = (self._side(ours, asked, question) for ours in ("chosen", "rejected"))
+        for messages, ours in ((first, "chosen"), (second, "rejected")):
+            self._check_turns(messages, ours)
+        chosen, rejected = judged_apart(self._with_system(first), self._with_system(second), self.source, names)
+        keys = ("chosen", "rejected") if question is None else (question, "chosen", "rejected")
+        return Row(
+            chosen,
+            self.source,
+            " + ".join(self.record.name(key) for key in keys),
+            self._tools(),
+            (*self.record.used, *self.used),
+            (*self.record.left_out(), *self.left_out),
+            rejected,
+        )
+
+    def _asked_once(self, question: str) -> list[Message]:
+        if _is_list(self.record.peek(question)):
+            return self.turns(question)
+        return [*self.history(), Message("user", self.asked(question))]
+
+    def _side(self, ours: str, asked: list[Message], question: str | None) -> list[Message]:
+        """One of the two conversations, as a whole."""
+        value, name = self.record.peek(ours), self.record.name(ours)
+        if isinstance(value, Mapping):
+            own = [self.message(self.record.get(ours), name, 0)]
+        elif _is_list(value):
+            own = self.turns(ours)
+        elif question is None:
+            raise DataError(
+                f"{self.source}: '{name}' is no list of messages, and nothing asks; add a column prompt, or write both "
+                "answers as whole conversations"
+            )
+        else:
+            own = [Message("assistant", self.text(ours))]
+        if not asked or own[0].role == "assistant":
+            return [*asked, *own]
+        if not any(each.role == asked[-1].role and each.content == asked[-1].content for each in own):
+            raise DataError(
+                f"{self.source}: '{name}' is a whole conversation without what '{self.record.name(question or '')}' "
+                "asks; remove one of the two columns"
+            )
+        return own
+
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if is_nothing(self.record.peek("system")):
             return messages
@@ -240,6 +309,8 @@ _SHAPES = (
     _Shape(("instruction", "output"), lambda reader: reader.pair("instruction", "output")),
     _Shape(("question", "answer"), lambda reader: reader.pair("question", "answer")),
 )
+_ASKING = ("prompt", "instruction", "question")
+"""Columns that may ask what a pair answers."""
 _PLAIN = _Shape(("text",), lambda reader: reader.plain())
 
 
@@ -251,6 +322,8 @@ class Reading:
     """What it calls its columns."""
     questions: bool = False
     """Rows need no answer: they are asked, not learned."""
+    kind: Kind = "answers"
+    """What rows hold to learn."""
 
     def row(self, record: Mapping[str, Any], source: str, unread: Sequence[str] = ()) -> Row:
         """The row that a decoded JSON object (or a data set's record) stands for.
@@ -260,14 +333,35 @@ class Reading:
         Raises DataError, beginning with `source`, where the answer or the question is missing, empty or not text.
         """
         reader = _Reader(record, source, self.columns, self.questions)
-        row = reader.finished(self._shape(reader.record, source))
+        if self.kind == "pairs":
+            row = reader.preferred(self._question_of_pair(reader.record, f"{source}:"))
+        else:
+            row = reader.finished(self._shape(reader.record, source))
         return replace(row, left_out=(*row.left_out, *unread)) if unread else row
 
     def check_columns(self, names: Sequence[str], where: str) -> None:
         """Raises DataError, beginning with `where`, where a table's columns hold no whole shape of a row."""
         record = Record(dict.fromkeys(names), self.columns)
-        if not self._whole(record) and "text" not in record:
+        if self.kind == "pairs":
+            self._question_of_pair(record, where)
+        elif not self._whole(record) and "text" not in record:
             raise DataError(f"{where} {self._unknown(record, 'columns')}")
+
+    def _question_of_pair(self, record: Record, where: str) -> str | None:
+        """The column that asks what the two answers of a pair answer; None where there is none."""
+        missing = [name for name in ("chosen", "rejected") if name not in record]
+        if not missing:
+            asking = [key for key in _ASKING if key in record]
+            return next((key for key in asking if not is_nothing(record.peek(key))), next(iter(asking), None))
+        if len(missing) == 1:
+            there = record.name("rejected" if missing == ["chosen"] else "chosen")
+            raise DataError(f"{where} '{there}' without '{record.name(missing[0])}'; {PAIRS_HINT}")
+        if self._whole(record) or "text" in record:
+            raise DataError(
+                f"{where} rows of answers, not of pairs, which fit {objectives_for('answers')}; else {PAIRS_HINT}"
+            )
+        listed = ", ".join(quoted(name) for name in record.names()[:6]) or "none"
+        raise DataError(f"{where} no pair of answers in the columns ({listed}); {PAIRS_HINT}")
 
     def _shape(self, record: Record, source: str) -> _Shape:
         whole = self._whole(record)
@@ -328,8 +422,8 @@ def _preference(record: Record) -> str:
     chosen = record.peek("chosen")
     how = "messages" if isinstance(chosen, (list, tuple)) else "completion"
     return (
-        f"{', '.join(there)}: preference data, which dude train cannot learn from; to train on the chosen answers "
-        f"only, set {written({how: 'chosen'})}"
+        f"{', '.join(there)}: preference data, which fit {objectives_for('pairs')} (dude data check: --objective dpo); "
+        f"to train on the chosen answers only, set {written({how: 'chosen'})}"
     )
 
 

@@ -21,8 +21,10 @@ from dude_peft.data.cache_folder import cache_folder
 from dude_peft.data.clock import seen_by
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Encoder
+from dude_peft.data.encode_pairs import PairEncoder
 from dude_peft.data.formats import Reading, Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
+from dude_peft.data.objectives import Kind
 from dude_peft.data.rows import data_sha256, local_file, stream_rows
 from dude_peft.data.stamp import stamp_of
 from dude_peft.data.template import Template
@@ -50,6 +52,7 @@ def prepare(
     limit: int | None = None,
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
+    kind: Kind = "answers",
     cache: Path | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenSet:
@@ -66,6 +69,7 @@ def prepare(
         limit: of one source, its first rows; of a mixture, the number of its examples. None takes all.
         seed: of a built-in set, and of what a mixture takes of each source.
         columns: what the source calls its columns (`columns.Columns`); an entry's own stand in their place.
+        kind: what rows hold to learn.
         cache: the folder of the cache; None is `cache_folder()`.
         advance: called with the number of rows that were just tokenised.
 
@@ -90,27 +94,30 @@ def prepare(
         "max_length": max_length,
         "train_on": train_on,
         "upft": upft,
+        **({} if kind == "answers" else {"kind": kind}),
     }
 
-    def encoder() -> Encoder:
-        return Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
+    def encoder() -> Encoder | PairEncoder:
+        of_kind = PairEncoder if kind == "pairs" else Encoder
+        return of_kind(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
 
     encoder()  # a wrong option is told before anything is read
-    stored = [_stored(part, seed, settings, encoder, root, advance) for part in parts]
+    stored = [_stored(part, kind, seed, settings, encoder, root, advance) for part in parts]
     sizes = [len(each.store) for each in stored]
     return TokenSet(stored, mix(sizes, [part.weight for part in parts], total, seed, [part.source for part in parts]))
 
 
 def _stored(
     part: Part,
+    kind: Kind,
     seed: int,
     settings: dict[str, Any],
-    encoder: Callable[[], Encoder],
+    encoder: Callable[[], Encoder | PairEncoder],
     root: Path,
     advance: Callable[[int], None],
 ) -> Stored:
     path = local_file(part.source)
-    reading = Reading(Columns(part.columns))
+    reading = Reading(Columns(part.columns), kind=kind)
     name = shown(part.source, None) if path is not None else f"{shown(part.source)}[{shown(part.split)}]"
 
     def rows() -> Iterator[Row]:

@@ -15,7 +15,10 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.formats import Message, Reading, Row, parse_row
 from dude_peft.data.jsonl import json_rows, jsonl_rows
 from dude_peft.data.mixture import Entry, entries_of, mix
+from dude_peft.data.objectives import Kind, objectives_for
 from dude_peft.data.parquet import parquet_rows
+from dude_peft.data.preferences import NAME as PREFERENCES
+from dude_peft.data.preferences import preferences
 from dude_peft.data.table import table_rows
 from dude_peft.data.text_file import text_rows
 from dude_peft.data.word_problems import SIZES, word_problems
@@ -39,7 +42,10 @@ __all__ = [
 
 _READING = Reading()
 _BUILTIN = "builtin:"
-_BUILTINS = ("word-problems",)
+_BUILTINS: dict[str, tuple[Kind, Callable[..., list[Row]]]] = {
+    "word-problems": ("answers", word_problems),
+    PREFERENCES: ("pairs", preferences),
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _READERS: dict[str, Callable[[str, int | None, Reading], Iterator[Row]]] = {
     ".json": json_rows,
@@ -100,7 +106,7 @@ def stream_rows(
     seed: int = 0,
     reading: Reading = _READING,
 ) -> Iterator[Row]:
-    """The first `limit` rows of a local file, of `builtin:word-problems`, or of a hub data set `id` or `id:config`.
+    """The first `limit` rows of a local file, of a built-in set, or of a hub data set `id` or `id:config`.
 
     Rows come one at a time, so that memory stays bounded; what is wrong with any of them is raised at the end, or where
     `limit` ends the reading.
@@ -119,7 +125,7 @@ def stream_rows(
     _check_limit(limit)
     name = os.fspath(source)
     if name.startswith(_BUILTIN):
-        return iter(_builtin(name, split, limit, seed))
+        return iter(_builtin(name, split, limit, seed, reading.kind))
     if local_file(name) is not None:
         return _READERS.get(PurePath(name).suffix.lower(), jsonl_rows)(name, limit, reading)
     return _from_hub(name, split, limit, reading)
@@ -149,11 +155,14 @@ def _check_limit(limit: int | None) -> None:
         raise ConfigError(f"limit is {quoted(limit)}; give a whole number of rows from 1, or none for all")
 
 
-def _builtin(name: str, split: str, limit: int | None, seed: int) -> list[Row]:
+def _builtin(name: str, split: str, limit: int | None, seed: int, wanted: Kind) -> list[Row]:
     if name.removeprefix(_BUILTIN) not in _BUILTINS:
         known = ", ".join(_BUILTIN + builtin for builtin in _BUILTINS)
         raise ConfigError(f"no built-in data set {quoted(name)}; choose {known}")
-    return word_problems(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
+    kind, make = _BUILTINS[name.removeprefix(_BUILTIN)]
+    if kind != wanted:
+        raise DataError(f"{name}: its rows fit {objectives_for(kind)}; set that, or choose other rows")
+    return make(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
 
 
 def _from_hub(name: str, split: str, limit: int | None, reading: Reading) -> Iterator[Row]:
@@ -204,8 +213,11 @@ def row_bytes(row: Row) -> bytes:
     """All of a row as one line of ASCII JSON, [[role, content], ...]: what is hashed of it.
 
     A message that has more than a text, or is not learned, has that behind the text; tools stand before all messages.
+    Of a pair a second line follows, of the conversation that is worse.
     """
-    return _json_bytes(row.tools, [_turn(message, message.trained) for message in row.messages])
+    sides = ([_turn(message, message.trained) for message in messages] for messages in (row.messages, row.rejected))
+    chosen, rejected = sides
+    return _json_bytes(row.tools, chosen) + (_json_bytes("", [["rejected"], *rejected]) if row.rejected else b"")
 
 
 def asked_bytes(row: Row) -> bytes:

@@ -32,10 +32,13 @@ class Stored:
 
 
 class TokenSet(Sequence[dict[str, list[int]]]):
-    """Examples as Trainer takes them, read from disk when asked for: {"input_ids", "labels"} of each."""
+    """Examples as Trainer takes them, read from disk when asked for: {"input_ids", "labels"} of each.
+
+    Of a pair these are of the better conversation, "rejected_input_ids" and "rejected_labels" of the worse one.
+    """
 
     lengths: NDArray[np.int64]
-    """Tokens of each example."""
+    """Tokens of each example; of a pair, of both conversations."""
     counts: Counts
     """What became of the rows of all sources; tokens, trained_tokens and ended of the examples of this set."""
     sha256: str
@@ -69,7 +72,11 @@ class TokenSet(Sequence[dict[str, list[int]]]):
             return [self[place] for place in range(*index.indices(len(self)))]
         source, place = self._place(index)
         example = source.store.example(place)
-        return {"input_ids": example.ids, "labels": example.labels}
+        found = {"input_ids": example.ids, "labels": example.labels}
+        if source.store.sides == 2:
+            worse = source.store.example(place, 1)
+            found |= {"rejected_input_ids": worse.ids, "rejected_labels": worse.labels}
+        return found
 
     def parts(self, places: NDArray[np.int64] | None = None) -> list[tuple[Stored, NDArray[np.int64]]]:
         """Of each source the examples that stand at `places` of this set, or all of them: what makes a set again."""
@@ -81,6 +88,16 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         """Where an example comes from: `file.jsonl:12`."""
         source, place = self._place(index)
         return f"{source.name}:{source.store.columns['places'][place]}"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that a model reads of them: of a pair, one conversation."""
+        return int(self._gathered("longest").max())
+
+    @property
+    def margins(self) -> NDArray[np.int64]:
+        """Of each pair, by how many judged tokens the better answer is longer than the worse one."""
+        return self._gathered("margins")
 
     @property
     def duplicates(self) -> int:
@@ -113,10 +130,7 @@ class TokenSet(Sequence[dict[str, list[int]]]):
 
     def _gathered(self, name: str, index: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """A column of all sources, in the order of the set."""
-        parts = [
-            np.diff(source.store.columns["starts"]) if name == "lengths" else source.store.columns[name]
-            for source in self._sources
-        ]
+        parts = [_column(source.store, name) for source in self._sources]
         return np.concatenate(parts)[self._index if index is None else index]
 
     def _counted(self) -> Counts:
@@ -139,6 +153,19 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         digest = hashlib.sha256(json.dumps(hashes).encode("ascii"))
         digest.update(self._index.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def _column(store: TokenStore, name: str) -> NDArray[Any]:
+    """One of the store's own, or what follows from them."""
+    starts = store.columns["starts"]
+    if name == "lengths":
+        return np.diff(starts[:: store.sides])
+    if name == "longest":
+        return np.asarray(np.diff(starts).reshape(-1, store.sides).max(1))
+    if name == "margins":
+        judged = np.add.reduceat(np.append(store.columns["trained"], False), starts[:-1], dtype=np.int64)
+        return np.asarray(judged[::2] - judged[1::2])
+    return store.columns[name]
 
 
 def overlap(train: TokenSet, test: TokenSet) -> int:

@@ -9,6 +9,9 @@
     learned    int32      number of trained tokens
     ended      bool       whether a learned end token closes it
 
+Of pairs (`Row.rejected`) both conversations are kept, the better one first: `starts` has two entries a pair, every
+other column one.
+
 All little-endian. `manifest.json`, written last, has their sizes and hashes, what was counted, and its own hash: files
 that do not agree with it are never used. 64-bit hashes find repetitions; among 10^8 examples one false one is to be
 expected every few thousand sets.
@@ -75,9 +78,15 @@ class TokenStore:
         """Number of examples."""
         return len(self.columns["places"])
 
-    def example(self, index: int) -> Example:
-        """One example."""
-        start, stop = (int(place) for place in self.columns["starts"][index : index + 2])
+    @property
+    def sides(self) -> int:
+        """Conversations of each example: 2 where they are pairs."""
+        return max(1, (len(self.columns["starts"]) - 1) // max(len(self), 1))
+
+    def example(self, index: int, side: int = 0) -> Example:
+        """One example; of a pair the better one, or with `side` 1 the worse one."""
+        first = index * self.sides + side
+        start, stop = (int(place) for place in self.columns["starts"][first : first + 2])
         return Example(self.columns["ids"][start:stop].tolist(), self.columns["trained"][start:stop].tolist())
 
 
@@ -108,17 +117,22 @@ class TokenWriter:
         """The next row and what became of it; `ends` are the ids of the end tokens."""
         self._digest.update(row_bytes(row))
         place = int(_PLACE.findall(row.source)[-1])
-        for example in examples:
-            ids = np.array(example.ids, "<i4").tobytes()
-            self._write("ids", ids)
-            self._write("trained", bytes(example.trained))
-            self._write("starts", _LONG.pack(self._at))
+        for sides in [examples] if row.rejected and examples else [[example] for example in examples]:
+            both = [self._tokens(example) for example in sides]
+            ids = b"".join(both) if len(both) == 1 else json_text([part.hex() for part in both]).encode("ascii")
             self._write("places", _LONG.pack(place))
             self._write("prompts", _hash(ids if row.is_text else asked_bytes(row)))
             self._write("contents", _hash(ids))
-            self._write("learned", _INT.pack(sum(example.trained)))
-            self._write("ended", bytes([example.ids[-1] in ends]))
-            self._at += len(example.ids)
+            self._write("learned", _INT.pack(sum(sum(example.trained) for example in sides)))
+            self._write("ended", bytes([all(example.ids[-1] in ends for example in sides)]))
+
+    def _tokens(self, example: Example) -> bytes:
+        ids = np.array(example.ids, "<i4").tobytes()
+        self._write("ids", ids)
+        self._write("trained", bytes(example.trained))
+        self._write("starts", _LONG.pack(self._at))
+        self._at += len(example.ids)
+        return ids
 
     def finish(self, key: dict[str, Any], counts: Counts) -> None:
         """Writes the manifest; `key` is what the store was made from."""

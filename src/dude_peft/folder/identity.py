@@ -15,6 +15,7 @@ from typing import Any
 
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256, read_object, read_sealed, sealed, unsealed
+from dude_peft.config.schema import HELD_OUT
 from dude_peft.data.tokenizer_parts import changed_parts
 from dude_peft.errors import ArtifactError, ConfigError, DataError
 from dude_peft.show import shown
@@ -68,7 +69,7 @@ class Identity:
         """Raises ConfigError, with the difference, where `now` is the configuration of another run."""
         asks = bool(self.asked) and now["adapter"].get("budget") is not None
         before = {**self.config, "adapter": self.asked} if asks else self.config
-        of_loss = now["evaluation"]["metric_for_best_model"] == "loss"
+        of_loss = now["evaluation"]["metric_for_best_model"] in HELD_OUT
         if changed := changes(before, now, _FREE | (_SCORING if of_loss else set())):
             raise ConfigError(
                 f"output_dir holds a run with another configuration ({changed}); restore it to resume, choose another "

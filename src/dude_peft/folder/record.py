@@ -46,6 +46,14 @@ class Score:
     """Of each held-out row the mean loss of its answer's tokens; runs of older versions did not keep them."""
     tokens: tuple[int, ...] = ()
     """Of each held-out row the number of these tokens."""
+    preference: dict[str, Any] | None = None
+    """Of held-out pairs, beside their loss: `pairs`, `right` (those whose better answer has the larger reward), the
+    95 % `interval` of that, and means over pairs in TRL's names. `loss` and `losses` are then train.objective's."""
+
+    @property
+    def unit(self) -> str:
+        """What the loss is measured in."""
+        return "nats a token" if self.preference is None else "preference loss a pair"
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,10 +116,12 @@ class RunReport:
                 f"{score.loss:.4f}",
                 f"{score.right} of {score.rows}",
                 " to ".join(f"{x:.1%}" for x in score.interval),
+                *(() if score.preference is None else (f"{score.preference['rewards/accuracies']:.1%}",)),
             )
             for when, score in self.scores()
         ]
-        header = ("held-out rows", "loss, nats a token", "exact match", "95 % interval")
+        unit, pairs = next(((s.unit, s.preference is not None) for _, s in self.scores()), ("", False))
+        header = ("held-out rows", f"loss, {unit}", "exact match", "95 % interval", *(["pairs ranked right"] * pairs))
         return table("run", facts) + (table("result", rows, header) if rows else "")
 
     @classmethod
@@ -137,4 +147,6 @@ def score_from(content: dict[str, Any]) -> Score:
     answers = tuple(Answer(**answer) for answer in content["answers"])
     low, high = content["interval"]
     rows: dict[str, Any] = {name: tuple(content.get(name, ())) for name in ("losses", "tokens")}
-    return Score(**{**content, "interval": (low, high), "answers": answers, **rows})
+    if preference := content.get("preference"):
+        preference = {**preference, "interval": tuple(preference["interval"])}
+    return Score(**{**content, "interval": (low, high), "answers": answers, **rows, "preference": preference})

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,10 +52,10 @@ class Nature:
         """Which rows share a batch that is padded on the right."""
         return "any" if self.right_padding else "alike"
 
-    def notes(self, objective: Literal["sft", "mol"]) -> list[str]:
+    def notes(self, objective: str) -> list[str]:
         """What there is to say of its loss, a line each."""
-        if self.router and objective == "mol":
-            return [f"{self.name} adds a router loss to its own loss; train.objective: mol leaves it out"]
+        if self.router and objective != "sft":
+            return [f"{self.name} adds a router loss to its own loss; train.objective: {objective} leaves it out"]
         if self.router:
             return [f"{self.name} adds {self.router:g} times its router loss, here the mean over a step's batches"]
         if not self.own_loss and objective == "sft":

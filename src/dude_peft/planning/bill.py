@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import RunConfig, TrainSection
 from dude_peft.planning.adapted import adapted_model
 from dude_peft.planning.dry_step import DryStep, dry_step
 from dude_peft.planning.layers import shorten
@@ -113,7 +113,7 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
     static = _static(model)
     order = [] if whole else shorten(model)
     kinds = len(set(order))
-    rows, checkpointing, uncounted = train.per_device_train_batch_size, train.gradient_checkpointing, ""
+    rows, checkpointing, uncounted = rows_of_batch(train), train.gradient_checkpointing, ""
     try:
         step = dry_step(model, kinds, rows, length, bf16=train.bf16, checkpointing=checkpointing)
         if not step.has(kinds):  # layers that share, skip or repeat one another cannot be put together from one each
@@ -142,6 +142,11 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
         runtime=RUNTIME_BYTES,
     )
     return Cost(static, bill, peak.where, _flops(step, order), uncounted)
+
+
+def rows_of_batch(train: TrainSection) -> int:
+    """Rows in one forward pass; a pair is two."""
+    return train.per_device_train_batch_size * (1 if train.preference is None else 2)
 
 
 def _static(model: nn.Module) -> Static:

@@ -10,7 +10,7 @@ import torch
 
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ResourceError
-from dude_peft.planning.bill import Cost
+from dude_peft.planning.bill import Cost, rows_of_batch
 from dude_peft.planning.device import Device
 from dude_peft.planning.disk import Disk
 from dude_peft.planning.remedies import Remedy
@@ -70,7 +70,8 @@ class Plan:
     @property
     def flops_per_step(self) -> float:
         """Of one optimizer step, with rows of the mean length."""
-        mean = self.rows.tokens_per_row / self.length if self.rows else 1.0
+        sides = 1 if self.config.train.preference is None else 2
+        mean = self.rows.tokens_per_row / (self.length * sides) if self.rows else 1.0
         return self.cost.flops * mean * self.config.train.gradient_accumulation_steps
 
     @property
@@ -85,7 +86,8 @@ class Plan:
         """Tokens of one optimizer step, padding not counted."""
         train = self.config.train
         rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        return rows * (self.rows.tokens_per_row if self.rows else self.length)
+        sides = 1 if train.preference is None else 2
+        return rows * (self.rows.tokens_per_row if self.rows else self.length * sides)
 
     @property
     def fits(self) -> bool:
@@ -120,7 +122,7 @@ class Plan:
             "budget": None
             if self.budget is None
             else {"by": self.budget.by, "allowed": self.budget.allowed, "ranks": self.budget.ranks},
-            "batch": {"rows": config.train.per_device_train_batch_size, "longest_row": self.length},
+            "batch": {"rows": rows_of_batch(config.train), "longest_row": self.length},
             "memory": {
                 **asdict(cost.bill),
                 "total": cost.bill.total,
@@ -161,7 +163,7 @@ class Plan:
 
     def _tables(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         cost, bill = self.cost, asdict(self.cost.bill)
-        batch = self.config.train.per_device_train_batch_size
+        batch = rows_of_batch(self.config.train)
         parts = [(words, size(bill[part])) for part, words in _PARTS.items() if bill[part]]
         whole = [("total", size(cost.bill.total)), (f"available, {self.device.name}", size(self.device.memory))]
         yield f"peak memory of a step, {batch} rows of {self.length} tokens; in {cost.peak_in}", parts + whole

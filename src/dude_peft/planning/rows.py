@@ -8,8 +8,10 @@ from typing import Any
 
 from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
 from dude_peft.data.columns import Columns
-from dude_peft.data.encode import encode
-from dude_peft.data.formats import Reading
+from dude_peft.data.encode import check_ids, encode
+from dude_peft.data.encode_pairs import PairEncoder
+from dude_peft.data.formats import Reading, Row
+from dude_peft.data.objectives import Kind
 from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows, local_file
 from dude_peft.data.template import Template
@@ -23,15 +25,18 @@ class Rows:
     """The training rows, as far as they were counted."""
 
     rows: int
-    """That are trained on; those too long are not."""
+    """That are trained on; those too long are not. Pairs count once."""
     longest: int
     """Tokens of the longest of them; data.max_length where not all were counted."""
     tokens_per_row: float
+    """Of pairs, both conversations."""
     counted: int
     """Rows whose tokens were counted; the other figures follow in proportion."""
 
 
-def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool = False) -> Rows:
+def count_rows(
+    data: DataSection, tokenizer: Any, model: Any, *, held_out: bool = False, kind: Kind = "answers"
+) -> Rows:
     """Reads the training rows and counts tokens, of evenly spaced ones where there are many.
 
     Args:
@@ -39,6 +44,7 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
         tokenizer: of the model.
         model: with or without weights; rows have to fit its vocabulary and positions.
         held_out: read the held-out rows instead.
+        kind: what rows hold to learn.
 
     Raises:
         DataError: rows that the run would refuse.
@@ -48,32 +54,48 @@ def count_rows(data: DataSection, tokenizer: Any, model: Any, *, held_out: bool 
     taken = (data.test.share if isinstance(data.test, ShareSection) else 0.0) + (data.set_aside or 0.0)
     if held_out and data.test is not None and not isinstance(data.test, ShareSection):
         source, split, limit, taken = data.test, data.test_split, data.test_rows, 0.0
-    rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=Reading(Columns(data.columns)))
+    reading = Reading(Columns(data.columns), kind=kind)
+    rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=reading)
     sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template, data.special_tokens)
-    encoded = encode(
-        sample,
-        template,
-        tokenizer,
-        data.max_length,
-        train_on=data.train_on,
-        upft=None if held_out else data.upft,
-        vocab_size=vocabulary,
-    )
-    lengths = [len(example["input_ids"]) for example in encoded.examples]
+    if kind == "pairs":
+        both = _pairs(sample, template, tokenizer, data.max_length, vocabulary)
+        lengths, conversations = [sum(pair) for pair in both], [max(pair) for pair in both]
+    else:
+        encoded = encode(
+            sample,
+            template,
+            tokenizer,
+            data.max_length,
+            train_on=data.train_on,
+            upft=None if held_out else data.upft,
+            vocab_size=vocabulary,
+        )
+        lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max(lengths) > positions:
+    if positions is not None and max(conversations) > positions:
         raise ConfigError(
-            f"data.max_length: the longest row has {max(lengths)} tokens, but the model can read only {positions}; "
-            f"set data.max_length: {positions}"
+            f"data.max_length: the longest row has {max(conversations)} tokens, but the model can read only "
+            f"{positions}; set data.max_length: {positions}"
         )
     kept = max(1, round(len(rows) * (1 - taken) * len(lengths) / len(sample)))
     if data.packing:
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
-    longest = max(lengths) if len(sample) == len(rows) else data.max_length
+    longest = max(conversations) if len(sample) == len(rows) else data.max_length
     return Rows(kept, longest, sum(lengths) / len(lengths), len(sample))
+
+
+def _pairs(rows: list[Row], template: Template, tokenizer: Any, max_length: int, vocabulary: int) -> list[list[int]]:
+    """Tokens of both conversations of each pair that fits."""
+    encoder, found = PairEncoder(template, tokenizer, max_length=max_length), []
+    for row, sides in encoder.examples(rows):
+        for example in sides:
+            check_ids(row.source, example.ids, tokenizer, vocabulary)
+        found += [[len(example.ids) for example in sides]] if sides else []
+    encoder.check_any(len(found))
+    return found
 
 
 def optimizer_steps(train: TrainSection, rows: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.schema import RunConfig, ShareSection
+from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
 from dude_peft.model.load import code_note, load_settings, load_tokenizer, locate, with_only_gguf
@@ -101,6 +102,11 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append(text)
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
+    if train.preference is not None and train.preference.has_base:
+        warnings.append(
+            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
+            "which it makes about a third longer; it needs no memory beyond the step's"
+        )
     if "optim_args" in train.extra_arguments:
         warnings.append("train.extra_arguments.optim_args: what the optimizer keeps because of it is not counted")
     if train.torch_compile:
@@ -145,8 +151,8 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
 def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
     from dude_peft.planning.rows import count_rows, is_local
 
-    data = config.data
+    data, kind = config.data, KINDS[config.train.objective]
     held_out = None if isinstance(data.test, ShareSection) else data.test
     if config.evaluation.enabled and held_out is not None and is_local(held_out):
-        count_rows(data, tokenizer, model, held_out=True)  # for its errors
-    return count_rows(data, tokenizer, model) if is_local(data.train) else None
+        count_rows(data, tokenizer, model, held_out=True, kind=kind)  # for its errors
+    return count_rows(data, tokenizer, model, kind=kind) if is_local(data.train) else None

@@ -58,11 +58,12 @@ def document_of_run(folder: Path, weight_of: WeightOf | None = None) -> Document
     report = RunReport.read(folder / REPORT)
     metrics = list(_metrics(folder, report))
     layers = adapted(folder / ADAPTER, report.config.get("model", {}).get("gguf_file"), weight_of)
+    unit = next((score.unit for _, score in report.scores()), "nats a token")
     name = f"{report.method} on {report.model.get('name_or_path', 'a model')}"
     sections = [
         Section("Before and after", tuple(_before_after(report))),
         Section("Answers side by side", tuple(_samples(report))),
-        Section("Training", tuple(_curves(metrics))),
+        Section("Training", tuple(_curves(metrics, unit))),
         Section("What moved in the weights", tuple(_moved(layers))),
         Section("What was forgotten", tuple(_forgotten(report, metrics))),
         Section("Cost", (_cost(report, metrics, folder),)),
@@ -82,7 +83,15 @@ def _answer(report: RunReport) -> Iterator[str]:
         yield "Nothing was measured before and after training, so this run does not tell what it brought."
     else:
         way = "fell" if after.loss < before.loss else "did not fall"
-        yield f"The held-out loss {way}: {before.loss:.4f} before training, {after.loss:.4f} after, in nats a token."
+        yield f"The held-out loss {way}: {before.loss:.4f} before training, {after.loss:.4f} after, in {after.unit}."
+        if after.preference:
+            pairs = after.preference
+            low, high = pairs["interval"]
+            yield (
+                f"Training raised the reward of the chosen answer above the rejected one's in {pairs['right']} of "
+                f"{pairs['pairs']} held-out pairs ({100 * low:.1f} to {100 * high:.1f} %, 95 %); the mean margin is "
+                f"{pairs['rewards/margins']:.3f}."
+            )
         if after.rows:
             found = _compared(before, after)
             yield (
@@ -110,8 +119,9 @@ def _before_after(report: RunReport) -> Iterator[Block]:
         rows.append((when, number(score.loss, ".4f"), number(score.right), number(score.rows),
                      *interval(score.interval if score.rows else None, ".1f", 100, " %")))  # fmt: skip
     if rows:
-        header = ("when", "loss, nats a token", "right", "questions", "95 % from", "to")
+        header = ("when", f"loss, {report.scores()[0][1].unit}", "right", "questions", "95 % from", "to")
         yield table("Held-out rows", header, rows)
+    yield from _pairs(report)
     if report.before and report.after and report.after.rows:
         found = _compared(report.before, report.after)
         yield Table(
@@ -127,6 +137,22 @@ def _before_after(report: RunReport) -> Iterator[Block]:
         yield Text("The loss is one number for all rows, so it has no interval.")
     for measure in (report.tasks or {}).get("measures", ()):
         yield facts(f"Task {measure.get('task', '')}", measure)
+
+
+def _pairs(report: RunReport) -> Iterator[Block]:
+    """What was measured of held-out pairs."""
+    measured = [(when, score.preference) for when, score in report.scores() if score.preference]
+    names = [name for _, found in measured[:1] for name in found if name not in ("pairs", "right", "interval")]
+    rows: list[tuple[Cell, ...]] = [
+        (
+            when, number(found["pairs"]), number(found["right"]), *interval(found["interval"], ".1f", 100, " %"),
+            *(number(found[name], ".4f") for name in names),
+        )
+        for when, found in measured
+    ]  # fmt: skip
+    if rows:
+        header = ("when", "pairs", "chosen has the larger reward", "95 % from", "to", *names)
+        yield table("Held-out pairs", header, rows)
 
 
 def _samples(report: RunReport) -> Iterator[Block]:
@@ -176,7 +202,7 @@ def _series(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]
     return [(line["step"], float(line[key])) for line in metrics if isinstance(line.get(key), (int, float))]
 
 
-def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
+def _curves(metrics: list[dict[str, Any]], unit: str) -> Iterator[Block]:
     losses = {"training": _series(metrics, "loss"), "held out": _series(metrics, "eval_loss")}
     losses["general"] = _series(metrics, "general_loss")
     if not losses["training"]:
@@ -187,8 +213,13 @@ def _curves(metrics: list[dict[str, Any]]) -> Iterator[Block]:
         f"The training loss goes from {first:.3f} to {last:.3f} over {losses['training'][-1][0]:,} steps.",
         losses,
         x="optimizer step",
-        y="nats a token",
+        y=unit,
     )
+    margins = {name: _series(metrics, f"rewards/{name}") for name in ("chosen", "rejected", "margins")}
+    if margins["margins"]:
+        last = margins["margins"][-1][1]
+        alt = f"Mean rewards of the pairs of training; at the end the margin is {last:.3f}."
+        yield lines_figure("Rewards of the pairs", alt, margins, x="optimizer step", y="reward")
     rates = _series(metrics, "learning_rate")
     if rates:
         yield lines_figure(

@@ -18,6 +18,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.formats import Reading
 from dude_peft.data.held_out import held_out_questions, part_of
+from dude_peft.data.objectives import KINDS, Kind
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
@@ -67,7 +68,11 @@ class DataReport:
     overlap: int
     """Held-out examples that ask what a training example asks."""
     samples: tuple[str, ...]
-    """Some examples, trained tokens between « and »."""
+    """Some examples, trained tokens between « and »; of pairs, the chosen conversation and the rejected one in turn."""
+    margins: tuple[int, int, int] | None = None
+    """Of pairs, by how many judged tokens the chosen answer is longer: least, median, most."""
+    identical: int = 0
+    """Pairs left out because their two answers are the same."""
 
     def _repr_html_(self) -> str:
         least, middle, high, most = self.lengths
@@ -80,6 +85,9 @@ class DataReport:
             ("answers with a trained end", f"{self.ended:,} of {self.examples:,} examples"),
             *(("left out", line) for line in self.left_out),
         ]
+        if self.margins is not None:
+            low, usual, top = self.margins
+            facts.append(("chosen answers are longer by", f"{low} to {top} tokens, median {usual}"))
         if self.held_out is not None:
             facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} with a question of training"))
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
@@ -100,6 +108,7 @@ def check_data(
     special_tokens: str = "text",
     train_on: str = "answers",
     upft: int | None = None,
+    objective: str = "sft",
     quiet: bool = True,
 ) -> DataReport:
     """Show what a run would learn from a data set: examples with the trained tokens marked, and what is left out.
@@ -120,6 +129,7 @@ def check_data(
         special_tokens: text or allow, as data.special_tokens.
         train_on: answers, last_answer or all.
         upft: tokens of each answer that are trained, as data.upft.
+        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo.
         quiet: print nothing.
 
     Raises:
@@ -132,6 +142,9 @@ def check_data(
     source, test = str(source), None if test is None else str(test)
     if not model:
         raise ConfigError("--model is empty; give a folder, a hub id or package:NAME")
+    if objective not in KINDS:
+        raise ConfigError(f"--objective {quoted(objective)}: choose {', '.join(KINDS)}")
+    kind = KINDS[objective]
     if not 0 <= seed < 2**32:
         raise ConfigError(f"--seed {seed}: give a whole number from 0 to 2**32 - 1")
     display = Display(quiet=quiet)
@@ -140,11 +153,12 @@ def check_data(
     names = Columns(columns)
     own = None if chat_template is None else _own_template(os.fspath(chat_template), template)
     share = None if test is None else _share(test)
-    shapes = _shapes(source, names)
+    shapes = _shapes(source, names, kind)
     with quiet_imports():
         tokenizer = load_tokenizer(section, where, own)
     written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
+    options["kind"] = kind
     held_out = None
     with display.waiting("reading"):
         made = prepare(source, written, tokenizer, upft=upft, **options)
@@ -157,7 +171,8 @@ def check_data(
     display.say(f"format: {', '.join(shapes)}")
     display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
     lengths = _lengths(made)
-    for line in _numbers(made, lengths, max_length):
+    margins = _margins(made) if kind == "pairs" else None
+    for line in _numbers(made, lengths, max_length, margins):
         display.say(line)
     if made.counts.used:
         display.say(f"used: {', '.join(f'{name} ({count})' for name, count in made.counts.used.items())}")
@@ -173,14 +188,15 @@ def check_data(
         (display.warn if asked else display.say)(line)
     shown_examples = sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]
     for index in shown_examples:
-        display.say(f"\nexample {index + 1}, {made.source(index)}; {_legend(display)}:")
-        display.console.print(_marked(made[index], tokenizer, colour=_coloured(display)), soft_wrap=True)
+        for name, side in _sides(made[index]):
+            display.say(f"\n{name} {index + 1}, {made.source(index)}; {_legend(display)}:")
+            display.console.print(_marked(side, tokenizer, colour=_coloured(display)), soft_wrap=True)
     settings = {"train": source, "test": test if share is None else share, "columns": names.mapping, "seed": seed}
     settings |= {"template": written.kind, "special_tokens": special_tokens, "train_on": train_on}
     settings["chat_template"] = None if chat_template is None else os.fspath(chat_template)
     display.say("\nfor CONFIG.yaml:")
     asks = _questions(made)
-    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks))
+    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective))
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
     return DataReport(
         formats=tuple(shapes),
@@ -197,7 +213,11 @@ def check_data(
         left_out=tuple(left_out),
         held_out=None if held_out is None else len(held_out),
         overlap=asked,
-        samples=tuple(_marked(made[index], tokenizer, colour=False).plain for index in shown_examples),
+        samples=tuple(
+            _marked(side, tokenizer, colour=False).plain for index in shown_examples for _, side in _sides(made[index])
+        ),
+        margins=margins,
+        identical=made.counts.identical,
     )
 
 
@@ -225,9 +245,9 @@ def _share(test: str) -> float | None:
     return share
 
 
-def _shapes(source: str, columns: Columns) -> list[str]:
+def _shapes(source: str, columns: Columns, kind: Kind) -> list[str]:
     """The shapes of the first rows, the most frequent first."""
-    rows = itertools.islice(stream_rows(source, reading=Reading(columns)), _SHAPE_ROWS)
+    rows = itertools.islice(stream_rows(source, reading=Reading(columns, kind=kind)), _SHAPE_ROWS)
     return [name for name, _ in Counter(row.shape or "built-in" for row in rows).most_common()]
 
 
@@ -251,15 +271,45 @@ def _lengths(made: TokenSet) -> tuple[int, int, int, int]:
     return least, middle, high, most
 
 
-def _numbers(made: TokenSet, lengths: tuple[int, int, int, int], max_length: int) -> list[str]:
+def _margins(made: TokenSet) -> tuple[int, int, int]:
+    import numpy as np
+
+    least, middle, most = (int(np.percentile(made.margins, part, method="nearest")) for part in (0, 50, 100))
+    return least, middle, most
+
+
+def _sides(example: dict[str, list[int]]) -> list[tuple[str, dict[str, list[int]]]]:
+    """What is shown of an example: itself, or the two conversations of a pair."""
+    if "rejected_labels" not in example:
+        return [("example", example)]
+    worse = {name: example[f"rejected_{name}"] for name in ("input_ids", "labels")}
+    return [("chosen", example), ("rejected", worse)]
+
+
+def _numbers(
+    made: TokenSet, lengths: tuple[int, int, int, int], max_length: int, margins: tuple[int, int, int] | None
+) -> list[str]:
     counts: Counts = made.counts
     least, middle, high, most = lengths
-    return [
+    lines = [
         f"rows: {counts.rows:,}; examples: {len(made):,}; duplicates: {made.duplicates:,}",
         f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them trained; an example has {least} to "
         f"{most} (median {middle}, 95 % have at most {high}); max_length is {max_length}",
         f"answers with a trained end: {counts.ended:,} of {len(made):,} examples",
     ]
+    if margins is not None:
+        low, usual, top = margins
+        longer = int((made.margins > 0).sum())
+        lines[1] = (
+            f"tokens: {counts.tokens:,}, {counts.trained_tokens:,} of them judged; a pair has {least} to {most} in its "
+            f"two conversations (median {middle}, 95 % have at most {high}); the longest conversation has "
+            f"{made.longest}, max_length is {max_length}"
+        )
+        lines.append(
+            f"pairs: {len(made):,}; {counts.identical:,} left out as identical; the chosen answer is longer in "
+            f"{longer:,}, by {low} to {top} tokens (median {usual})"
+        )
+    return lines
 
 
 def _coloured(display: Display) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dude_peft.config.schema import DataSection
+from dude_peft.config.schema import DataSection, TrainSection
 
 _FEW, _TOO_FEW = 50, 5
 
@@ -20,12 +20,13 @@ def held_out_share(questions: int) -> float | None:
     return 0.2 if questions < _FEW else 0.1
 
 
-def data_section(settings: dict[str, Any], questions: int) -> str:
+def data_section(settings: dict[str, Any], questions: int, objective: str = "sft") -> str:
     """YAML of the section, keys that say what is so anyway left out.
 
     Args:
         settings: keys of `DataSection`; where there is no `test`, one that works is chosen.
         questions: number of different ones that the training rows ask.
+        objective: train.objective.
     """
     import yaml
 
@@ -37,6 +38,8 @@ def data_section(settings: dict[str, Any], questions: int) -> str:
         chosen["test"] = share
     elif settings.get("test") is None:
         sections["evaluation"] = {"enabled": False}
+    if objective != TrainSection.model_fields["objective"].default:
+        sections["train"] = {"objective": objective}
     order = [name for name in DataSection.model_fields if name in chosen]
     sections["data"] = {name: chosen[name] for name in order}
     return str(yaml.safe_dump(sections, sort_keys=False, width=10**6)).rstrip()

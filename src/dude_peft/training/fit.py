@@ -32,8 +32,9 @@ from dude_peft.training.model_checks import probe
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
+from dude_peft.training.preference import PreferenceLoss
 from dude_peft.training.trainer import RunTrainer
-from dude_peft.training.training_rows import Packs, Rows
+from dude_peft.training.training_rows import Packs, PairRows, Rows
 from dude_peft.training.training_set import TrainingSet
 
 require(TrainingArguments, "_n_gpu")
@@ -270,6 +271,8 @@ class Training:
             return trl_trainer(model, arguments, examples, self.tokenizer, self.nature.router, ours)  # type: ignore[arg-type]
         if config.data.packing:
             rows: Rows = Packs(examples, config.data.max_length, section.seed)
+        elif section.preference is not None:
+            rows = PairRows(examples)
         else:
             rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)
@@ -310,10 +313,12 @@ def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
     return math.ceil(epochs * updates)
 
 
-def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | CausalLoss | None:
+def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | PreferenceLoss | CausalLoss | None:
     """None where the model's own is right."""
     if section.objective == "mol":
         return MixtureOfLosses(torch.bfloat16 if section.bf16 else None)
+    if section.preference is not None:
+        return PreferenceLoss(section.preference)
     return None if nature.own_loss else CausalLoss(nature.router)
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from dude_peft.artifact.json_text import json_text
-from dude_peft.config.schema import EvaluationSection
+from dude_peft.config.schema import HELD_OUT, EvaluationSection
 from dude_peft.errors import NumericsError
 from dude_peft.folder.checkpoint import BestAdapter, Checkpoint, Checkpoints
 from dude_peft.folder.state import load_random_state, random_state, sharded_state, trained_state
@@ -60,7 +60,8 @@ class Loop(TrainerCallback):
     """Opens metrics.jsonl: anew, or cut to a number of bytes to go on; None where another process writes it."""
     resumed: Checkpoint | None = None
     """Where training goes on; the model has its adapter already."""
-    held_out_loss: Callable[[], float] | None = None
+    held_out_scores: Callable[[], Mapping[str, float]] | None = None
+    """`loss`, and of pairs what else is measured of them, by its name."""
     task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
     movement_steps: int | None = None
     behind_seconds: float = 0.0
@@ -173,14 +174,14 @@ class Loop(TrainerCallback):
         self._advance(1, note=self._note(state, lr_scheduler.get_last_lr()[0]))
         if self._due(self.movement_steps, state):
             self.write({"step": step, "movement": movement(model)})
-        if self.held_out_loss is not None and self._due(self.evaluation.eval_steps, state):
-            loss = self._measure_loss(step, model)
-            if named == "loss":
-                self._judge(loss, step, control, model)
+        if self.held_out_scores is not None and self._due(self.evaluation.eval_steps, state):
+            scores = self._measure_held_out(step, model)
+            if named in HELD_OUT:
+                self._judge(scores[named] if named == "loss" else -scores[named], step, control, model)
         if self.task_scores is not None and self._due(self.evaluation.tasks_steps, state):
-            scores = self._score_tasks(step, model)
-            if named != "loss":
-                self._judge(chosen_score(scores, named), step, control, model)
+            tasks = self._score_tasks(step, model)
+            if named not in HELD_OUT:
+                self._judge(chosen_score(tasks, named), step, control, model)
         if self.stop.wanted():
             control.should_save = control.should_training_stop = True
 
@@ -200,6 +201,7 @@ class Loop(TrainerCallback):
             "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
             "memory_bytes": memory_bytes(),
             "seconds": round(self.elapsed, 3),
+            **{name: float(value) for name, value in logs.items() if "/" in name},
         }
         self._mark, self._tokens = now, tokens
         self.write(line)
@@ -208,7 +210,8 @@ class Loop(TrainerCallback):
             done = state.global_step
             left = self.elapsed / done * (state.max_steps - done) + self.behind_seconds
             self.display.say(
-                f"step {done}/{state.max_steps}  loss {line['loss']:.3f}  lr {line['learning_rate']:.2e}  "
+                f"step {done}/{state.max_steps}  loss {line['loss']:.3f}{_of_pairs(line)}  "
+                f"lr {line['learning_rate']:.2e}  "
                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s  "
                 f"{line['memory_bytes'] / 2**30:.1f} GiB  ETA {left:.0f} s"
             )
@@ -218,17 +221,18 @@ class Loop(TrainerCallback):
         """Whether something is done now that is done every so many steps, and behind the last one."""
         return steps is not None and (state.global_step >= state.max_steps or state.global_step % steps == 0)
 
-    def _measure_loss(self, step: int, model: Any) -> float:
-        assert self.held_out_loss is not None
-        loss = self.held_out_loss()
+    def _measure_held_out(self, step: int, model: Any) -> Mapping[str, float]:
+        assert self.held_out_scores is not None
+        scores = self.held_out_scores()
+        loss = scores["loss"]
         model.train()
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss is {loss} at step {step}; lower train.learning_rate")
-        self.write({"step": step, "eval_loss": loss})
+        self.write({"step": step, **{f"eval_{name}": value for name, value in scores.items()}})
         self.held_out.append((step, loss))
         if not self.display.live:
-            self.display.say(f"step {step}  held-out loss {loss:.4f}")
-        return loss
+            self.display.say(f"step {step}  held-out loss {loss:.4f}{_of_pairs(scores)}")
+        return scores
 
     def _score_tasks(self, step: int, model: Any) -> Mapping[str, TaskScore]:
         assert self.task_scores is not None
@@ -268,10 +272,17 @@ class Loop(TrainerCallback):
         return f"loss {loss:.3f}  lr {rate:.2e}  grad {self._grad_norm:.2f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
 
 
+def _of_pairs(numbers: Mapping[str, float]) -> str:
+    """What a line at the terminal says of pairs; nothing of other rows."""
+    if "rewards/margins" not in numbers:
+        return ""
+    return f"  accuracy {numbers['rewards/accuracies']:.2f}  margin {numbers['rewards/margins']:.3f}"
+
+
 def metric_name(evaluation: EvaluationSection) -> str:
     """Of what tells the best adapter, for messages."""
     named = evaluation.metric_for_best_model
-    return "held-out loss" if named == "loss" else named
+    return f"held-out {named}" if named in HELD_OUT else named
 
 
 def memory_bytes() -> int:

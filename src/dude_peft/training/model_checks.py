@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import shown
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.untouched import as_base
 
 _ROWS, _TOKENS = 2, 64
 
@@ -62,6 +63,11 @@ def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_toke
 def check_nature(nature: Nature, config: RunConfig) -> None:
     """Raises ConfigError for a model that sees what it has to predict, or lets in the padding that its batches have."""
     check_causal(nature)
+    if config.train.preference is not None and not nature.right_padding:
+        raise ConfigError(
+            f"train.objective: {config.train.objective}: padding after a row changes the result of {nature.name}, and "
+            "the answers of a pair are padded to one length; choose another model, or objective: sft"
+        )
     if not (nature.right_padding or config.data.packing or config.train.per_device_train_batch_size == 1):
         raise ConfigError(
             f"train.per_device_train_batch_size: padding after a row changes the result of {nature.name}; set it to "
@@ -147,12 +153,41 @@ def probe(
 
 def check_beginning(config: RunConfig, *, from_base: bool) -> None:
     """Raises ConfigError for a run that compares with its base model, and whose start is another model."""
-    if not from_base and (config.train.objective == "mol" or config.data.general_test is not None):
-        key = "train.objective: mol" if config.train.objective == "mol" else "data.general_test"
+    if from_base:
+        return
+    objective = config.train.objective
+    if objective == "mol" or config.data.general_test is not None:
+        key = "train.objective: mol" if objective == "mol" else "data.general_test"
         raise ConfigError(
             f"{key} compares with the base model, but adapter.start is in the folded form, or trained, so its base "
             "model alone is another one; leave one of them out"
         )
+    if config.train.preference is not None and config.train.preference.has_base:
+        raise ConfigError(
+            f"train.objective: {objective}: adapter.start is in the folded form, or trained, so the reference, its "
+            "base model alone, would be another model than the start; merge the adapter with dude merge, and name the "
+            "merged folder in model.name_or_path"
+        )
+
+
+def check_reference(model: Any, base: Tensor, look: Callable[[Any], Tensor], objective: str) -> None:
+    """Makes sure that the disabled adapter is the base model bit by bit, which a reference has to be.
+
+    Args:
+        model: adapted.
+        base: what `look` gave for the base model.
+        look: `probe` of a model.
+        objective: that compares, for the message.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    with as_base(model):
+        if not torch.equal(look(model), base):
+            raise ConfigError(
+                f"train.objective: {objective}: the disabled adapter does not give the base model back, so there is no "
+                "reference; choose another adapter.method"
+            )
 
 
 def check_start(base: Tensor, adapted: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dude_peft.config.schema import RunConfig
+from dude_peft.data.objectives import KINDS
 from dude_peft.data.rows import local_file
 from dude_peft.folder.record import ADAPTER, RunReport
 
@@ -29,7 +30,8 @@ def _ways_to_judge(
     """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
     data, settings = config.data, config.evaluation
     found = []
-    if isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
+    asks = KINDS[config.train.objective] == "answers"  # what generate reads
+    if asks and isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
         columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
         found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])
     if settings.tasks:

@@ -19,7 +19,11 @@ def check_picture() -> None:
 
 
 def loss_curve(
-    steps: Sequence[int], losses: Sequence[float], held_out: Sequence[tuple[int, float]], title: str
+    steps: Sequence[int],
+    losses: Sequence[float],
+    held_out: Sequence[tuple[int, float]],
+    title: str,
+    unit: str = "cross-entropy of the answer (nats a token)",
 ) -> bytes:
     """A PNG of the training loss over steps, with the held-out loss before and after as points."""
     # The object interface, not pyplot: no global state, no window system, whatever the backend.
@@ -45,7 +49,7 @@ def loss_curve(
         for step, loss in held_out:
             axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy of the answer (nats a token)")
+    axes.set_ylabel(unit)
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.margins(y=0.15)
     axes.grid(alpha=0.25)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from dude_peft.training.budget import Spent
 
 _LONGEST_ANSWER = 700
+_OF_PAIRS = {
+    "rewards/accuracies": "pairs ranked right, by reward",
+    "rewards/margins": "margin of the rewards",
+    "logps/accuracies": "pairs whose chosen answer is likelier",
+}
 
 
 class Display(display.Display):
@@ -28,7 +33,11 @@ class Display(display.Display):
         for column in ("before", "after", "change"):
             table.add_column(column, justify="right")
         loss = f"{after.loss - before.loss:+.3f}"
-        table.add_row("loss (nats a token)", f"{before.loss:.3f}", f"{after.loss:.3f}", loss)
+        table.add_row(f"loss ({after.unit})", f"{before.loss:.3f}", f"{after.loss:.3f}", loss)
+        if before.preference and after.preference:
+            for name, title in _OF_PAIRS.items():
+                old, new = before.preference[name], after.preference[name]
+                table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         if after.rows:
             change = 100 * (after.right - before.right) / after.rows
             table.add_row("exact match", _share(before), _share(after), f"{change:+.1f} points")

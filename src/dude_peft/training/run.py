@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dude_peft.measure.base_weights import WeightOf
     from dude_peft.training.budget import Spent
     from dude_peft.training.fit import Fit
+    from dude_peft.training.pair_scores import PairMeter
     from dude_peft.training.run_data import HeldOut, RunData
 
 CardOf = Callable[[Path, dict[str, Any]], str]
@@ -144,6 +145,8 @@ class _Run:
         """The adapter that training starts from; None for a fresh one."""
         self.from_base = True
         """Whether the run began, or begins, as the base model."""
+        self.meter: PairMeter | None = None
+        """Of held-out pairs, once it was asked for."""
 
     def go(self) -> RunReport:
         begun = time.perf_counter()
@@ -182,6 +185,8 @@ class _Run:
         self._begin(data, arguments.world_size)
 
         before, behind_seconds = self._before(data.held_out)
+        # From here on autocast may wrap the model: the base of held-out pairs is then to be measured under it, too.
+        self.meter = None
         self.stop.raise_if_wanted()
         fitted = self._train(data, arguments, behind_seconds)
         after = self._score("after", data.held_out)
@@ -405,7 +410,13 @@ class _Run:
         import transformers
 
         from dude_peft.training.full_precision import FullPrecision
-        from dude_peft.training.model_checks import check_beginning, check_start, keep_fingerprints, probe
+        from dude_peft.training.model_checks import (
+            check_beginning,
+            check_reference,
+            check_start,
+            keep_fingerprints,
+            probe,
+        )
         from dude_peft.tuner import DudeConfig, load_adapter
         from dude_peft.tuner.foreign import load_foreign
         from dude_peft.tuner.same_base import with_remedy
@@ -440,6 +451,9 @@ class _Run:
             check_start(base, probe(self.model, data.train, pad_id))
             if self.spent is not None:
                 self.spent.check(self.model)
+        preference, objective = self.config.train.preference, self.config.train.objective
+        if preference is not None and preference.has_base and self.model is not None:
+            check_reference(self.model, base, lambda model: probe(model, data.train, pad_id), objective)
         if processes.count() > 1:
             made = fresh and self.given is None
             with self.folder.shared_start(self.model if made else None) as start:
@@ -550,7 +564,7 @@ class _Run:
             checkpoints=self.folder.checkpoints if arguments.should_save else None,
             open_metrics=self.folder.metrics if self.folder.writes else lambda kept: nullcontext(),
             resumed=self.resumed,
-            held_out_loss=None if held_out is None else lambda: self._held_out_loss(held_out),
+            held_out_scores=None if held_out is None else lambda: self._held_out_scores(held_out),
             movement_steps=self.config.train.movement_steps,
             task_scores=None
             if scorer is None
@@ -568,13 +582,27 @@ class _Run:
             load_trained_state(self.model, self.folder.checkpoints.load_best(best, fitted.best_seal))
         return fitted
 
-    def _held_out_loss(self, held_out: HeldOut) -> float:
+    def _held_out_scores(self, held_out: HeldOut) -> dict[str, float]:
         from dude_peft.measure.score import held_out_loss
 
+        if self.config.train.preference is not None:
+            found = self._pairs(held_out).scores(self.model)
+            return {"loss": found.mean, **found.means}
         batch_size, pad_id = self.config.evaluation.batch_size, int(self.tokenizer.pad_token_id)
-        return held_out_loss(
+        loss = held_out_loss(
             self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size, company=self.nature.company
         )
+        return {"loss": loss}
+
+    def _pairs(self, held_out: HeldOut) -> PairMeter:
+        from dude_peft.training.pair_scores import PairMeter
+
+        if self.meter is None:
+            settings, size = self.config.train.preference, self.config.evaluation.batch_size
+            assert settings is not None
+            pad_id = int(self.tokenizer.pad_token_id)
+            self.meter = PairMeter(held_out.examples, settings, pad_id, size, self.nature.company)
+        return self.meter
 
     def _score(self, when: str, held_out: HeldOut | None) -> Score | None:
         if held_out is None:
@@ -586,14 +614,18 @@ class _Run:
         settings = self.config.evaluation
         work = len(held_out.examples) + len(held_out.prompts)
         with self._phase(f"evaluation_{when}"), self.display.stage(f"held-out rows, {when}", work) as advance:
-            found = item_losses(
-                self.model,
-                held_out.examples,
-                pad_id=int(self.tokenizer.pad_token_id),
-                batch_size=settings.batch_size,
-                company=self.nature.company,
-                advance=advance,
-            )
+            found: Any
+            if self.config.train.preference is not None:
+                found = self._pairs(held_out).scores(self.model, advance)
+            else:
+                found = item_losses(
+                    self.model,
+                    held_out.examples,
+                    pad_id=int(self.tokenizer.pad_token_id),
+                    batch_size=settings.batch_size,
+                    company=self.nature.company,
+                    advance=advance,
+                )
             texts = complete(
                 self.model,
                 self.tokenizer,
@@ -607,11 +639,16 @@ class _Run:
             Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
-        loss = found.mean
+        loss, preference = found.mean, None
+        if self.config.train.preference is not None:
+            count = len(found.losses)
+            interval = wilson_interval(found.right, count)
+            preference = {"pairs": count, "right": found.right, "interval": interval, **found.means}
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
         right = sum(answer.right for answer in answers)
-        return Score(loss, right, len(answers), wilson_interval(right, len(answers)), answers, *found)
+        interval = wilson_interval(right, len(answers))
+        return Score(loss, right, len(answers), interval, answers, found.losses, found.tokens, preference)
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         from dude_peft.folder.state import sharded_state
@@ -628,7 +665,8 @@ class _Run:
         ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
         what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
-        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title))
+        unit = () if config.train.preference is None else (f"loss of a pair ({config.train.objective})",)
+        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, *unit))
 
     def _score_tasks(self) -> dict[str, Any] | None:
         if self.scorer is None:

@@ -6,14 +6,15 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.config.schema import DataSection, RunConfig, ShareSection
+from dude_peft.config.schema import RunConfig, ShareSection
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import prompt_ids
 from dude_peft.data.formats import Reading, Row
 from dude_peft.data.held_out import first, held_out_questions, part_of
+from dude_peft.data.objectives import KINDS, Kind
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows, local_file, reading_of, stream_rows
 from dude_peft.data.template import Template
@@ -69,7 +70,7 @@ class RunData:
     @property
     def longest(self) -> int:
         """Tokens of the longest example of all."""
-        return max(int(each.lengths.max()) for each in self._sets)
+        return max(each.longest for each in self._sets)
 
     @property
     def largest_id(self) -> int:
@@ -95,7 +96,7 @@ def glance(config: RunConfig) -> None:
         ConfigError: a built-in set that does not exist, or a split of a file, which has none.
     """
     data = config.data
-    ours, theirs = Reading(), _reading(data)
+    ours, theirs = Reading(), _reading(config)
     wanted = [(data.train, data.train_split, theirs), (data.general, _GENERAL_SPLIT, ours)]
     if config.evaluation.enabled:
         wanted += [(data.general_test, _GENERAL_TEST_SPLIT, ours)]
@@ -129,6 +130,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     """
     data, evaluation = config.data, config.evaluation
     template = Template(tokenizer, data.template, data.special_tokens)
+    kind = KINDS[config.train.objective]
     record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
     warnings: list[str] = []
 
@@ -140,6 +142,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         train_on: str = data.train_on,
         upft: int | None = None,
         columns: Mapping[str, str] | None = None,
+        kind: Kind = "answers",
     ) -> TokenSet:
         return prepare(
             source,
@@ -152,6 +155,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
             limit=limit,
             seed=data.seed,
             columns=columns,
+            kind=kind,
             advance=advance,
         )
 
@@ -165,7 +169,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         return found
 
     whole = (data.train, data.train_split, data.train_rows)
-    domain = tokens(*whole, upft=data.upft, columns=data.columns)
+    domain = tokens(*whole, upft=data.upft, columns=data.columns, kind=kind)
     questions = apart = None
     if isinstance(data.test, ShareSection):
         questions = held_out_questions(domain, data.test.share, data.seed, behind=data.set_aside)
@@ -190,9 +194,9 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     if not evaluation.enabled or data.test is None:
         return RunData(train, None, record, warnings)
     if questions is None:
-        test = told("test", tokens(data.test, data.test_split, data.test_rows, columns=data.columns))
+        test = told("test", tokens(data.test, data.test_split, data.test_rows, columns=data.columns, kind=kind))
     else:
-        test = part_of(tokens(*whole, columns=data.columns), questions, held_out=True)
+        test = part_of(tokens(*whole, columns=data.columns, kind=kind), questions, held_out=True)
         if data.test_rows is not None:
             test = first(test, data.test_rows)
         told("test", test, warn=False)  # of the same rows it was told
@@ -201,32 +205,39 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
             f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
             "measures memory"
         )
-    first_rows = _first_rows(data, evaluation.rows) if questions is None else _of(data, questions, evaluation.rows)
-    asked = [row for row in first_rows if not row.is_text and row.answer and row.is_learned]
+    rows = _first_rows(config) if questions is None else _of(config, questions)
+    asked = [row for row in map(_answered, rows) if not row.is_text and row.answer and row.is_learned]
     prompts = [prompt_ids(row, template, tokenizer) for row in asked]
     return RunData(train, HeldOut(test, asked, prompts), record, warnings)
 
 
-def _reading(data: DataSection) -> Reading:
-    return Reading(Columns(data.columns))
+def _reading(config: RunConfig) -> Reading:
+    return Reading(Columns(config.data.columns), kind=KINDS[config.train.objective])
 
 
-def _first_rows(data: DataSection, count: int) -> list[Row]:
+def _answered(row: Row) -> Row:
+    """Of a pair its question and the better answer's first message: what a model that is asked may answer."""
+    return replace(row, messages=row.messages[: len(row.prompt) + 1], rejected=()) if row.rejected else row
+
+
+def _first_rows(config: RunConfig) -> list[Row]:
+    data, count = config.data, config.evaluation.rows
     if data.test is None or isinstance(data.test, ShareSection):
         return []
     limit = count if data.test_rows is None else min(count, data.test_rows)
-    options: dict[str, Any] = {"split": data.test_split, "seed": data.seed, "reading": _reading(data)}
+    options: dict[str, Any] = {"split": data.test_split, "seed": data.seed, "reading": _reading(config)}
     if isinstance(data.test, str):
         return list(itertools.islice(stream_rows(data.test, limit=limit, **options), limit))
     return load_rows(data.test, limit=data.test_rows, **options)[:limit]
 
 
-def _of(data: DataSection, questions: NDArray[np.uint64], count: int) -> list[Row]:
+def _of(config: RunConfig, questions: NDArray[np.uint64]) -> list[Row]:
     """The first training rows that ask one of `questions`, each question once."""
+    data, count = config.data, config.evaluation.rows
     limit = count if data.test_rows is None else min(count, data.test_rows)
     wanted = set(questions.tolist())
     options: dict[str, Any] = {"split": data.train_split, "limit": data.train_rows, "seed": data.seed}
-    options["reading"] = _reading(data)
+    options["reading"] = _reading(config)
     rows = stream_rows(data.train, **options) if isinstance(data.train, str) else load_rows(data.train, **options)
     found: list[Row] = []
     for row in rows:

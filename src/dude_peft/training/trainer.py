@@ -33,6 +33,7 @@ from dude_peft.training.loop import Loop
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
+from dude_peft.training.preference import PreferenceLoss
 from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
@@ -122,6 +123,21 @@ class RunTrainer(Trainer):
         return self.lr_scheduler
 
     @override
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Of pairs, the loss of a step is divided by the number of its pairs, not of its tokens."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.compute_loss_func, PreferenceLoss):
+            counts = summed(torch.tensor(self.compute_loss_func.count(samples), device=device))
+            items, self.compute_loss_func.tokens = counts[0], counts[1]
+        return samples, items
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if isinstance(self.compute_loss_func, PreferenceLoss) and "loss" in logs:
+            logs |= self.compute_loss_func.means()
+        super().log(logs, start_time)
+
+    @override
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._rows = inputs.pop("rows")
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -149,6 +165,8 @@ class RunTrainer(Trainer):
         """DeepSpeed steps inside its backward pass, so there a bad loss has to be refused here."""
         if isinstance(self.compute_loss_func, MixtureOfLosses):
             self.compute_loss_func.look(model, inputs, inputs.pop("general", None))
+        if isinstance(self.compute_loss_func, PreferenceLoss):
+            self.compute_loss_func.look(model, inputs)
         if isinstance(self.compute_loss_func, CausalLoss):
             if self.compute_loss_func.router:
                 inputs["output_router_logits"] = True
@@ -179,6 +197,8 @@ class RunTrainer(Trainer):
         scheduler: Any = self.lr_scheduler
         self.check_sound(optimizer, [rest, scheduler.state_dict()])
         parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
+        of_pairs = self.compute_loss_func
+        pairs = {"pairs": gathered(of_pairs.sums())} if isinstance(of_pairs, PreferenceLoss) else {}
         save_adapter = self.loop.adapter_writer(self.model)
         self.store_flos()
         if not self.args.should_save:
@@ -192,6 +212,7 @@ class RunTrainer(Trainer):
             "loss": {"sums": sums, "logged": self._globalstep_last_logged},
             "loop": self.loop.state(),
             "general": self.meter and self.meter.state(),
+            **pairs,
         }
         assert self.loop.checkpoints is not None
         self.loop.checkpoints.save(
@@ -258,6 +279,11 @@ class RunTrainer(Trainer):
             own = sums[index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
             self._tr_loss = torch.tensor(own, dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
+            if isinstance(self.compute_loss_func, PreferenceLoss):
+                pairs = self._resumed.state["pairs"]
+                same = len(pairs) == self.args.world_size
+                whole = [sum(part) for part in zip(*pairs, strict=True)] if index == 0 else [0.0] * len(pairs[0])
+                self.compute_loss_func.take_up(pairs[index] if same else whole, self.args.device)
 
 
 def _together(names: list[str]) -> str:

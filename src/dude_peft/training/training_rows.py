@@ -57,6 +57,14 @@ class Rows(Dataset[list[dict[str, Any]]]):
         return {**self._examples[index], "row": index}
 
 
+class PairRows(Rows):
+    """One pair a place; a batch holds the better conversations, then the worse ones in the same order."""
+
+    def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+        worse = [{name: each[f"rejected_{name}"] for name in ("input_ids", "labels")} for each in examples]
+        return pad_right([*examples, *worse], pad_id)
+
+
 class Packs(Rows):
     """As many examples of one kind a place as fit; batches are one row without padding."""
 

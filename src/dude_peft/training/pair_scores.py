@@ -1,0 +1,97 @@
+"""What a model knows of held-out pairs: their loss, and how often the better answer is preferred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dude_peft.config.schema import OrpoSection, Preference
+from dude_peft.data.batches import Company, grouped, pad_right
+from dude_peft.data.labels import IGNORE
+from dude_peft.data.token_set import TokenSet
+from dude_peft.measure.token_logps import row_logps
+from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
+from dude_peft.training.preference import NAMES
+from dude_peft.tuner.untouched import as_base
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Of each held-out pair, in order."""
+
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    """Judged tokens of both answers."""
+    means: dict[str, float]
+    """What `preference.NAMES` has, and `logps/accuracies`: the share whose better answer is likelier by itself."""
+    right: int
+    """Pairs whose better answer has the larger reward."""
+
+    @property
+    def mean(self) -> float:
+        """The loss; every pair counts the same."""
+        return math.fsum(self.losses) / max(len(self.losses), 1)
+
+
+@dataclass
+class PairMeter:
+    """Measures held-out pairs; what the base model makes of them is computed once."""
+
+    examples: TokenSet
+    settings: Preference
+    pad_id: int
+    batch_size: int
+    company: Company = "any"
+    _base: Tensor | None = field(default=None, init=False)
+
+    def scores(self, model: Any, advance: Callable[[int], None] = lambda pairs: None) -> PairScores:
+        """What `model` makes of them; it is in evaluation mode afterwards."""
+        model.eval()
+        if self._base is None and self.settings.has_base:
+            with as_base(model):
+                self._base, _, _ = self._measured(model)
+        found, tokens, imitation = self._measured(model)
+        advance(len(self.examples))
+        parts = (found, tokens) if self._base is None else (found, tokens, self._base)
+        pairs = Pairs(*(each for values in parts for each in (values[0::2], values[1::2])))
+        chosen, rejected = rewards(pairs, self.settings)
+        values = (chosen, rejected, chosen > rejected, chosen - rejected, *logps(pairs, self.settings))
+        means = {name: float(value.double().mean()) for name, value in zip(NAMES, values, strict=True)}
+        means["logps/accuracies"] = float((pairs.chosen > pairs.rejected).double().mean())
+        return PairScores(
+            tuple((losses(pairs, self.settings) + imitation).tolist()),
+            tuple((pairs.chosen_tokens + pairs.rejected_tokens).long().tolist()),
+            means,
+            int((chosen > rejected).sum()),
+        )
+
+    @torch.no_grad()  # not inference_mode: the first forward of a sharded model makes the buffers that training writes
+    def _measured(self, model: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and numbers of judged tokens, of chosen and rejected in turn, (2 pairs,) float64.
+
+        And what the cross-entropy of the chosen rows adds to the loss of each pair, (pairs,): its mean is that over all
+        of their tokens.
+        """
+        rows = [
+            {"input_ids": example[f"{side}input_ids"], "labels": example[f"{side}labels"]}
+            for example in self.examples
+            for side in ("", "rejected_")
+        ]
+        logps, tokens, nll, counted = torch.zeros(4, len(rows), dtype=torch.float64)
+        for indices in grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company):
+            batch = pad_right([rows[index] for index in indices], self.pad_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            logits = model(**batch, use_cache=False).logits
+            found, counts = row_logps(logits, labels)
+            logps[indices], tokens[indices] = found.double().cpu(), counts.double().cpu()
+            if isinstance(self.settings, OrpoSection):
+                found, counts = row_logps(logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE))
+            nll[indices], counted[indices] = -found.double().cpu(), counts.double().cpu()
+        total = counted[0::2].sum().clamp(min=1)
+        return logps, tokens, self.settings.nll * nll[0::2] * (len(rows) // 2) / total

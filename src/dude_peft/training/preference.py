@@ -1,0 +1,118 @@
+"""Learning from pairs: the loss of a batch of better and worse answers, the disabled adapter as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dude_peft.config.schema import OrpoSection, Preference
+from dude_peft.data.labels import IGNORE
+from dude_peft.machine.processes import gathered
+from dude_peft.measure.token_logps import row_logps
+from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
+from dude_peft.tuner.untouched import as_base
+
+NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""What a run writes of its pairs beside the loss, in TRL's names; means over pairs."""
+
+
+class PreferenceLoss:
+    """The mean loss of a step's pairs, as Trainer's `compute_loss_func`.
+
+        L = 1/N sum_pairs loss(log q(chosen), log q(rejected), log p(chosen), log p(rejected))
+          + a/T sum_t -log q_t[chosen_t]
+
+    q is the tuned model, p the base model: the same model with its adapter disabled, without a gradient and without
+    dropout; objectives without a reference have no p. a is the weight of the chosen rows' cross-entropy, 0 for dpo: of
+    their answers, for orpo of their questions too. N is the number of pairs, T that of these tokens, of the whole
+    optimizer step and all processes. A batch holds all chosen rows, then all rejected ones in the same order.
+    """
+
+    def __init__(self, settings: Preference) -> None:
+        """`settings`: of the objective."""
+        self._settings = settings
+        self.tokens: Any = None
+        """T; set before each step, None for the micro-batch's own."""
+        self._base: Tensor | None = None
+        self._labels: Tensor | None = None
+        """Labels of the chosen rows whose cross-entropy counts; None where none does."""
+        self._sums: Tensor | None = None
+        """Of the pairs since the last line: their number, and the sums of what NAMES has."""
+
+    def look(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Notes what the loss that is asked for next needs of a micro-batch: of dpo, the base's log-probabilities."""
+        self._labels = imitated(inputs, self._settings)
+        if not self._settings.has_base:
+            return
+        rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        with torch.no_grad(), as_base(model):
+            logits = model(**rows, use_cache=False).logits
+        self._base, _ = row_logps(logits, inputs["labels"])
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The micro-batch's part of the step's loss; `num_items_in_batch` counts pairs."""
+        found, tokens = row_logps(outputs["logits"], labels)
+        base = () if self._base is None else self._base.chunk(2)
+        pairs = Pairs(*found.chunk(2), *tokens.chunk(2), *base)
+        self._base = None
+        each = losses(pairs, self._settings)
+        self._note(pairs)
+        loss = each.sum() / (len(each) if num_items_in_batch is None else num_items_in_batch)
+        if self._labels is not None:
+            imitation, count = row_logps(outputs["logits"][: len(each)], self._labels)
+            loss = loss - self._settings.nll * imitation.sum() / (count.sum() if self.tokens is None else self.tokens)
+        return loss
+
+    def _note(self, pairs: Pairs) -> None:
+        chosen, rejected = (reward.detach() for reward in rewards(pairs, self._settings))
+        each = (
+            chosen,
+            rejected,
+            chosen > rejected,
+            chosen - rejected,
+            *map(torch.detach, logps(pairs, self._settings)),
+        )
+        sums = torch.stack([torch.ones_like(chosen).sum(), *(value.float().sum() for value in each)])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def means(self) -> dict[str, float]:
+        """What NAMES has of all pairs since the last call, of all processes; every process has to call it."""
+        found = [sum(part) for part in zip(*gathered(self.sums()), strict=True)]
+        self._sums = None
+        return {name: total / max(found[0], 1.0) for name, total in zip(NAMES, found[1:], strict=True)}
+
+    def sums(self) -> list[float]:
+        """What a checkpoint keeps of this process."""
+        return [0.0] * (1 + len(NAMES)) if self._sums is None else [float(each) for each in self._sums.tolist()]
+
+    def take_up(self, sums: list[float], device: Any) -> None:
+        """Goes on from `sums`."""
+        self._sums = torch.tensor(sums, dtype=torch.float32, device=device)
+
+    def count(self, batches: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Pairs of some micro-batches, and tokens of their chosen rows whose cross-entropy counts."""
+        labels = [imitated(batch, self._settings) for batch in batches]
+        tokens = sum(int((each[:, 1:] != IGNORE).sum()) for each in labels if each is not None)
+        return [sum(len(batch["rows"]) for batch in batches), tokens]
+
+
+def imitated(batch: Mapping[str, Any], settings: Preference) -> Tensor | None:
+    """Labels of the chosen rows whose cross-entropy counts beside the loss of pairs; None where none does."""
+    if not settings.nll:
+        return None
+    pairs = len(batch["labels"]) // 2
+    if isinstance(settings, OrpoSection):  # the question too, as TRL has it
+        ids: Tensor = batch["input_ids"][:pairs]
+        return ids.masked_fill(batch["attention_mask"][:pairs] == 0, IGNORE)
+    labels: Tensor = batch["labels"][:pairs]
+    return labels
