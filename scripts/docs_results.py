@@ -213,6 +213,18 @@ def method_costs() -> str:
     return _table([f"method ({_link(name)})", "step", "peak memory", "start", "trained parameters", "file"], lines)
 
 
+def budget() -> str:
+    name = "2026-11-29-budget-smollm2"
+    rows = []
+    for rule, found in _record(name)["results"]["table"].items():
+        to_uniform = "" if rule == "uniform" else f"{found['to_uniform']:+.4f} +- {found['to_uniform_half_width']:.4f}"
+        rows.append(
+            [f"`{rule}`", f"{found['parameters']:,.0f}", str(found["layers"]), f"{found['loss']:.3f}", to_uniform]
+        )
+    header = f"rule ({_link(name)})"
+    return _table([header, "parameters", "layers", "held-out loss", "over uniform, 95 %"], rows)
+
+
 def step_model() -> str:
     subjects = ["DuDe", "our lora", "our pissa", "PEFT DoRA", "PEFT PiSSA + DoRA", "frozen base"]
     rows = []
@@ -342,6 +354,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "mol": mol,
     "family": family,
     "method-costs": method_costs,
+    "budget": budget,
     "step-model": step_model,
     "step-layer": step_layer,
     "memory": memory,
