@@ -154,7 +154,7 @@ def test_only_settings_that_mattered_are_listed(adapter):
     assert listed == {
         "model.name_or_path": "m", "adapter.method": "dude", "adapter.r": 16, "adapter.lora_alpha": 16,
         "adapter.target_modules": "all-linear", "data.train": "a.jsonl", "data.test.share": 0.1, "data.max_length": 512,
-        "train.learning_rate": 1e-4, "train.num_train_epochs": 1.0, "train.per_device_train_batch_size": 8,
+        "train.learning_rate": 3e-4, "train.num_train_epochs": 1.0, "train.per_device_train_batch_size": 8,
         "train.warmup_steps": 3.0, "train.seed": 0, "output_dir": "runs/x",
     }  # fmt: skip
 

@@ -429,16 +429,15 @@ def test_commands_tell_the_next_ones_and_they_work(place, tmp_path, dude):
     assert out.splitlines()[-1].startswith(f"  dude train {run} --set train.max_steps=1 --set evaluation.enabled=true")
     code, out, error = dude(*shlex.split(out.splitlines()[-1])[1:])
     assert code == 0, error
-    assert out.splitlines()[-4] == "next:"
-    chat, export, report = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
-    assert [chat[0], export[0], report[0]] == ["chat", "export", "report"]
+    page = tmp_path / "a folder" / "page.html"
+    assert out.splitlines()[-4:-2] == [f"page: {page}", "next:"]
+    assert page.is_file()
+    chat, export = (shlex.split(text)[1:] for text in out.splitlines()[-2:])
+    assert [chat[0], export[0]] == ["chat", "export"]
     assert chat[1] == str(tmp_path / "a folder/adapter")
     code, _, error = dude(*export, "--no-verify")
     assert code == 0, error
     assert (tmp_path / "a folder-merged/model.safetensors").is_file()
-    code, _, error = dude(*report)
-    assert code == 0, error
-    assert (tmp_path / "a folder.html").is_file()
     card = (tmp_path / "a folder/adapter/README.md").read_text()
     assert "[More Information Needed]" not in card
     assert "| train.max_steps | 1 |" in card
@@ -458,7 +457,7 @@ def test_a_run_proposes_its_own_held_out_rows_and_tasks(place, tmp_path, dude):
     run.write_text(yaml.safe_dump(settings))
     code, out, error = dude("train", run)
     assert code == 0, error
-    chat, generate, export, _ = (shlex.split(text)[1:] for text in out.splitlines()[-4:])
+    chat, generate, export = (shlex.split(text)[1:] for text in out.splitlines()[-3:])
     assert [chat[0], generate[0], export[0]] == ["chat", "generate", "export"]
     code, again, error = dude("train", run)
     assert (code, again.splitlines()[-4:]) == (0, out.splitlines()[-4:]), error

@@ -157,6 +157,7 @@ def test_another_content_is_another_run_and_another_name_is_not(place, oft):
     assert "adapter.peft.oft_block_size: 8 -> 4" in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(place, oft):
     adapter = oft / "adapter"
     done = dude("verify", adapter, "--base", place / "model")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from night import some_by_day
+from night import NIGHT, some_by_day
 from safetensors.torch import load_file, save_file
 from served import dude
 from test_cli import assert_refused
@@ -91,8 +91,9 @@ def test_the_factors_are_those_of_the_full_precision_weights(
     given.clear()
     start(file)  # goes on from its checkpoint, where the factors are
     assert not given
-    assert_fine(dude("verify", place / file.stem / "adapter", "--base", place / "model"))
-    assert_fine(dude("merge", place / file.stem / "adapter", "-o", tmp_path / "merged"))
+    if NIGHT:
+        assert_fine(dude("verify", place / file.stem / "adapter", "--base", place / "model"))
+        assert_fine(dude("merge", place / file.stem / "adapter", "-o", tmp_path / "merged"))
 
 
 def assert_fine(done: Any) -> None:

@@ -216,6 +216,7 @@ def test_a_resumed_run_has_the_same_bits_and_lines(places, tmp_path, monkeypatch
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_two_processes_add_it_once(places, tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(settings(places, tmp_path / "two", per_device_train_batch_size=2, **SGD)))

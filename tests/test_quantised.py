@@ -197,6 +197,7 @@ def test_a_base_that_was_saved_quantised(bitsandbytes, model, tmp_path):
     assert kl(live, load(tmp_path / "merged")) < 1e-9
 
 
+@pytest.mark.slow
 def test_several_adapters_on_one_quantised_base(bitsandbytes, model, tmp_path):
     for name, seed in (("one", 1), ("two", 2)):
         live, _ = trained(load(model, FORMATS[0]), svd_seed=seed, r=seed + 2)

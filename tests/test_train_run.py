@@ -252,7 +252,7 @@ def test_leaks_and_rows_left_out_are_warned_of(settings, tmp_path):
     report = start(settings, data={"max_length": 40})
     # transformers 5.3 has a warning of its own.
     rate, dropped, repeated, leaked = (text for text in report.warnings if "copy construct" not in text)
-    assert rate.startswith("train.learning_rate 0.01 is 100 times")
+    assert rate.startswith("train.learning_rate 0.01 is 33 times")
     assert dropped.startswith("data.train: 1 of 18 rows are longer than max_length 40")
     assert repeated == "1 of 17 training examples are duplicates"
     assert leaked.startswith("3 of 3 held-out examples repeat the question of a training example")
