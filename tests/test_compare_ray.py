@@ -451,7 +451,7 @@ def running(real: Real, out: Path) -> tuple[Any, psutil.Process, str] | None:
     under_way = begun(out)
     for node in real.nodes:
         for process in real.trains(node):
-            if (name := Path(process.cmdline()[-1]).stem) in under_way:
+            if (name := Path(process.cmdline()[-2]).stem) in under_way:
                 return node, process, name
     return None
 
