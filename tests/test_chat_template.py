@@ -106,7 +106,10 @@ def test_another_template_is_another_run(trained):
     ("template", "words"),
     [
         ("{% for m in messages %}\n{{ m.content }", r"line 2: this is no valid Jinja \(unexpected '}'\)"),
-        ("{{ messages | nothing }}", "line 1: this is no valid Jinja .*No filter named 'nothing'"),
+        ("{{ messages | nothing }}", "line 1: the template .*No filter named 'nothing'"),
+        ("{{ 9**(9**9) }}{{ messages[0].content }}", "line 1: the template cannot be used"),
+        ("{% set a = [0] * 10**10 %}{{ messages[0].content }}", "line 1: the template "),
+        ("{{ '%9999999999d' % 1 }}{{ messages[0].content }}", "line 1: the template "),
         ("{% for m in message %}{{ m.content }}{% endfor %}", "line 1: the template writes nothing of a conversation"),
         ("{{ messages.no.such }}", "the template fails on a conversation .*UndefinedError"),
         ("{{ messages.__class__.__mro__ }}", "the template fails on a conversation .*SecurityError"),

@@ -116,6 +116,22 @@ def test_a_run_that_is_killed_gets_a_second_try_and_a_lost_one_several():
     assert told.lines == ["run lost: words of lost; it goes on from its last checkpoint"] * 4
 
 
+def test_memory_is_a_result_and_a_full_disk_is_none_whatever_its_folder_is_called(monkeypatch):
+    words = {"memory": "training does not fit into memory at step 1", "disk": "/data/memory/x: No space left on device"}
+    monkeypatch.setattr(Told, "ended", lambda self: [Ended(name := self.running.pop(), 6, words[name])])
+    told = Told({"memory": [6]})
+    told.run()
+    assert told.failures == {"memory": words["memory"]}
+    with pytest.raises(ResourceError, match="No space left"):
+        Told({"disk": [6]}).run()
+
+
+def test_a_signal_without_a_name_is_told_by_its_number():
+    told = Told({"x": [-40, -40]})
+    told.run()
+    assert told.failures == {"x": "killed by signal 40, twice"}
+
+
 @pytest.mark.parametrize(
     ("codes", "kind", "line"),
     [

@@ -15,11 +15,12 @@ from tiny import save_tiny, write_rows
 from transformers import TrainingArguments
 
 from dude_peft.config.reading import load_config
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import RunConfig, TrainSection
 from dude_peft.config.trainer_fields import HANDED_ON, classified
 from dude_peft.errors import ConfigError
 from dude_peft.training import run as run_module
 from dude_peft.training import trainer as trainer_module
+from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.run import run
 
 
@@ -139,6 +140,11 @@ def test_a_field_is_refused_while_the_file_is_read(tmp_path, extra, told):
         ({"optim_args": "momentum=0.9"}, "has no effect on train.optim: adamw_torch"),
         ({"lr_scheduler_kwargs": "num_cycles"}, "must be a mapping, not str"),
         ({"full_determinism": 1}, "valid boolean"),
+        ({"optim_args": "a"}, "write it as name=value,name=value"),
+        ({"lr_scheduler_kwargs": {"num_cycles": "NaN"}}, "is text; write a finite number"),
+        ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "change it"),
+        ({"lr_scheduler_kwargs": {"num_cycles": None}}, "change it"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 1e308}}, "change it"),
     ],
 )
 def test_a_value_is_refused_before_the_model_is_loaded(places, tmp_path, monkeypatch, extra, told):
@@ -185,3 +191,31 @@ def test_the_command_refuses_in_one_line(places, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "train.extra_arguments.save_only_model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "rate", "told"),
+    [
+        ("inverse_sqrt", {"timescale": 0}, 0.01, "division by zero"),
+        ("inverse_sqrt", {"timescale": -5}, 0.01, "no share of it"),
+        ("polynomial", {"power": -5}, 0.01, "change"),
+        ("polynomial", {"lr_end": 4e-5}, 1e-5, "smaller than initial lr"),
+        ("polynomial", {}, 1e-8, "smaller than initial lr"),
+        ("polynomial", {"lr_end": 1e-4}, 0.01, None),
+        ("cosine", {"num_cycles": 2}, 0.01, None),
+    ],
+)
+def test_a_schedule_is_walked_through_before_the_model_is_loaded(schedule, given, rate, told):
+    section = TrainSection(
+        lr_scheduler_type=schedule, learning_rate=rate, max_steps=20, extra_arguments={"lr_scheduler_kwargs": given}
+    )
+    if told is None:
+        assert handed_on(section) == {"lr_scheduler_kwargs": given}
+        return
+    with pytest.raises(ConfigError, match=told) as caught:
+        handed_on(section)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_number_stands_for_a_decimal():
+    assert handed_on(TrainSection(learning_rate=0.1, extra_arguments={"adam_beta1": 0})) == {"adam_beta1": 0.0}

@@ -597,3 +597,9 @@ def test_every_objective_has_a_kind_of_rows():
     from dude_peft.config.schema import TrainSection
 
     assert set(get_args(TrainSection.model_fields["objective"].annotation)) == set(KINDS)
+
+
+def test_a_text_file_has_no_pairs(places, tmp_path):
+    (tmp_path / "rows.txt").write_text("hi\n", encoding="utf-8")
+    with pytest.raises(DataError, match="text has no pairs; it fits"):
+        check_data(tmp_path / "rows.txt", str(places / "model"), objective="dpo")

@@ -189,6 +189,21 @@ def test_other_settings_resume_as_well(places, tmp_path, monkeypatch, train):
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
+def test_a_bfloat16_run_that_is_cut_behind_its_last_step_measures_the_same(places, tmp_path, monkeypatch):
+    """Training puts autocast around the model; a run with nothing left to train measures under it, too."""
+
+    def configured(name: str) -> dict:
+        return settings(places, tmp_path / name, bf16=True, max_steps=2)
+
+    start(configured("whole"))
+    with monkeypatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(_CutError):
+            start(configured("out"))
+    start(configured("out"))
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
 def test_a_run_with_a_chat_template_of_its_own_resumes_from_the_same_file_alone(places, tmp_path, monkeypatch):
     own = tmp_path / "own.jinja"
     own.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

@@ -6,6 +6,7 @@ comparison: a mistake in a configuration, bad rows, a full disk, a signal, a mac
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections import Counter, deque
@@ -34,6 +35,7 @@ ENGINES = ("local", "ray")
 _POLL_SECONDS = 0.05
 _ATTEMPTS = 2  # of a run that a signal killed: the second goes on from its checkpoint
 _LOSSES = 5  # of a run with its machine, which says little about the run
+_OF_MEMORY = re.compile("fit into memory|out of memory|memory ran out")
 _MISTAKES = {kind.exit_code: kind for kind in (ConfigError, DataError, ArtifactError, BusyError)}
 
 
@@ -159,11 +161,11 @@ class Engine:
             kills[cell.name] += 1
             if kills[cell.name] < _ATTEMPTS:
                 return True
-            name = signal.Signals(-code).name
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             line = f"killed by {name}, twice" + ("; was memory out?" if name == "SIGKILL" else "")
         elif (kind := _MISTAKES.get(code)) is not None:
             raise kind(f"run {cell.name}: {line}")
-        elif code == ResourceError.exit_code and "memory" not in line:
+        elif code == ResourceError.exit_code and not _OF_MEMORY.search(line):
             raise ResourceError(f"run {cell.name}: {line}")
         elif code > 128:
             raise StoppedError(code - 128, f"run {cell.name} was stopped: {line}")

@@ -478,7 +478,7 @@ class DpoSection(Section):
     ] = "sigmoid"  # fmt: skip
     """What becomes of the two log-probability ratios of a pair; TRL's names and formulas."""
 
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] | None = None
+    label_smoothing: Annotated[Number, Field(ge=0, le=0.49)] | None = None
     """For robust, the share of pairs that are expected to be the wrong way round (0.1 is usual); for exo_pair, its
     epsilon (1e-3 is usual). Other losses have none."""
 

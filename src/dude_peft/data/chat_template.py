@@ -55,7 +55,7 @@ def _read(name: str) -> str:
 
 @lru_cache(16)
 def _check(text: str, where: str) -> None:
-    _compile(text, where)
+    _parse(text, where)
     place = where.format(1)
     try:
         written = try_render(text, _TOKENS, _TRIALS)
@@ -80,8 +80,8 @@ def _fault(text: str) -> str:
     return ""
 
 
-def _compile(text: str, where: str) -> None:
-    """Raises ConfigError, with the line, where the text is no template that transformers would compile."""
+def _parse(text: str, where: str) -> None:
+    """Raises ConfigError, with the line, where the text is no Jinja."""
     from jinja2 import TemplateSyntaxError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -98,7 +98,7 @@ def _compile(text: str, where: str) -> None:
     extensions = ["jinja2.ext.loopcontrols", Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     try:
-        environment.compile(text, raw=True)
+        environment.parse(text)  # compiling would compute constants, such as 9**9**9, which only the child may
     except TemplateSyntaxError as error:
         reason = shown(error.message or "no valid syntax", 200)
         raise ConfigError(f"{where.format(error.lineno)}: this is no valid Jinja ({reason}); correct it") from error

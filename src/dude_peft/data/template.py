@@ -359,7 +359,8 @@ class Template:
 
     def _failed(self, row: Row, error: RenderError) -> ConfigError:
         return ConfigError(
-            f"{row.source}: the chat template of {self._name} failed ({shown(error, 160)}); use template: plain"
+            f"{row.source}: the chat template of {self._name} failed ({shown(error, 160)}); correct it, or use "
+            "template: plain"
         )
 
     def _ended(self, completion: str) -> str:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from dude_peft.data.file_lines import decode, lines, opened, refuse_magic
 from dude_peft.data.formats import PASSAGE, TEXT, Message, Reading, Row
+from dude_peft.data.objectives import objectives_for
 from dude_peft.errors import DataError
+from dude_peft.show import shown
 
 PASSAGE_CHARACTERS = 64 * 2**10
 
@@ -19,11 +21,13 @@ PASSAGE_CHARACTERS = 64 * 2**10
 def text_rows(path: str | os.PathLike[str], limit: int | None = None, reading: Reading | None = None) -> Iterator[Row]:
     """The passages of a text file in order; joined, they are the file. A row's source is its first line.
 
-    `reading` is not looked at: plain text has no columns.
+    Of `reading` only the kind counts: plain text has no columns.
 
-    Raises DataError for a file that is empty, is not UTF-8 or has a line above 16 MiB; ResourceError where it cannot be
-    read.
+    Raises DataError for a file that is empty, is not UTF-8, has a line above 16 MiB or should hold other rows;
+    ResourceError where it cannot be read.
     """
+    if reading is not None and reading.kind != "answers":
+        raise DataError(f"{shown(path, 300)}: text has no {reading.kind}; it fits {objectives_for('answers')}")
     with opened(path) as (stream, name):
         refuse_magic(stream.peek(8), name)
         passages = _passages((n, decode(raw, n, at, name)) for n, at, raw in lines(stream, name))

@@ -103,7 +103,7 @@ def check_data(
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
     template: str = "auto",
-    chat_template: str | os.PathLike[str] | None = None,
+    chat_template: str | None = None,
     max_length: int = 512,
     special_tokens: str = "text",
     train_on: str = "answers",
@@ -151,7 +151,7 @@ def check_data(
     section = with_only_gguf(ModelSection(name_or_path=model, gguf_file=gguf_file or None))
     where = locate(section)
     names = Columns(columns)
-    own = None if chat_template is None else _own_template(os.fspath(chat_template), template)
+    own = None if chat_template is None else _own_template(chat_template, template)
     share = None if test is None else _share(test)
     shapes = _shapes(source, names, kind)
     with quiet_imports():
@@ -193,7 +193,7 @@ def check_data(
             display.console.print(_marked(side, tokenizer, colour=_coloured(display)), soft_wrap=True)
     settings = {"train": source, "test": test if share is None else share, "columns": names.mapping, "seed": seed}
     settings |= {"template": written.kind, "special_tokens": special_tokens, "train_on": train_on}
-    settings["chat_template"] = None if chat_template is None else os.fspath(chat_template)
+    settings["chat_template"] = chat_template
     display.say("\nfor CONFIG.yaml:")
     asks = _questions(made)
     display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective))

@@ -212,7 +212,9 @@ class Training:
         trainer = self._trainer()
         total = trainer_steps(arguments, len(trainer.order))
         if resumed is not None and (loop.ended or resumed.step >= total):
-            # Interrupted behind the last step; Trainer would take one more.
+            # Interrupted behind the last step; Trainer would take one more. What is measured now has its autocast, too.
+            if arguments.bf16:
+                trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
             return self._result(
                 resumed.step, int(resumed.trainer_state()["num_input_tokens_seen"]), loop.earlier_seconds
             )
