@@ -149,21 +149,17 @@ def _before_after(report: RunReport) -> Iterator[Block]:
 def _pairs(report: RunReport) -> Iterator[Block]:
     """What was measured of held-out pairs, or of answers with a label."""
     measured = [(when, score.preference) for when, score in report.scores() if score.preference]
-    names = [
-        name for _, found in measured[:1] for name in found if name not in ("pairs", "answers", "right", "interval")
-    ]
+    labelled = any("answers" in found for _, found in measured)
+    what, right = ("answers", "reward on the label's side") if labelled else ("pairs", "chosen has the larger reward")
+    names = [name for _, found in measured[:1] for name in found if name not in (what, "right", "interval")]
     rows: list[tuple[Cell, ...]] = [
         (
-            when, number(found.get("pairs", found.get("answers"))), number(found["right"]), *interval(found["interval"], ".1f", 100, " %"),
+            when, number(found[what]), number(found["right"]), *interval(found["interval"], ".1f", 100, " %"),
             *(number(found.get(name), ".4f") for name in names),
         )
         for when, found in measured
     ]  # fmt: skip
     if rows:
-        labelled = any("answers" in found for _, found in measured)
-        what, right = (
-            ("answers", "reward on the label's side") if labelled else ("pairs", "chosen has the larger reward")
-        )
         yield table(f"Held-out {what}", ("when", what, right, "95 % from", "to", *names), rows)
 
 

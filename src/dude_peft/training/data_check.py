@@ -134,8 +134,8 @@ def check_data(
         special_tokens: text or allow, as data.special_tokens.
         train_on: answers, last_answer or all.
         upft: tokens of each answer that are trained, as data.upft.
-        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo, labelled answers for
-            kto.
+        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo, answers with a
+            label for kto.
         quiet: print nothing.
 
     Raises:

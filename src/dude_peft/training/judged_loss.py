@@ -23,7 +23,7 @@ class JudgedLoss(ABC):
 
     @abstractmethod
     def look(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Notes what the loss that is asked for next needs of a micro-batch; takes out what is no argument of `model`."""
+        """Notes what the next loss needs of a micro-batch; takes out what is no argument of `model`."""
 
     @abstractmethod
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

@@ -22,7 +22,7 @@ def told_of_labels(examples: TokenSet, settings: KtoSection) -> list[str]:
     if not (wanted and unwanted):
         label, other = ("true", "unwanted") if wanted else ("false", "wanted")
         lines.append(
-            f"all {len(examples)} labels are {label}: nothing tells the model what to avoid or prefer; add {other} answers"
+            f"all {len(examples)} labels are {label}: what to avoid or prefer cannot be learned; add {other} answers"
         )
     else:
         share = settings.desirable_weight * wanted / (settings.undesirable_weight * unwanted)
@@ -34,8 +34,8 @@ def told_of_labels(examples: TokenSet, settings: KtoSection) -> list[str]:
                 else f"undesirable_weight: {settings.desirable_weight * wanted / unwanted:.3g}"
             )
             lines.append(
-                f"{wanted} wanted and {unwanted} unwanted answers weigh {share:.2f} to 1, and 1 to 1.33 is recommended; "
-                f"set train.kto.{remedy}"
+                f"{wanted} wanted and {unwanted} unwanted answers weigh {share:.2f} to 1; 1 to 1.33 is recommended: set "
+                f"train.kto.{remedy}"
             )
     if found := examples.contradictions:
         lines.append(f"{found} answers to the same question are labelled both true and false; keep one label")

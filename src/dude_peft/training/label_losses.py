@@ -11,7 +11,7 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected
 
 
 def kl_of(ratios: Tensor) -> Tensor:
-    """max(0, mean log q/p) over answers to other questions: KTO's estimate of KL(q || p), arXiv 2402.01306, section 4.1.
+    """max(0, mean log q/p) over answers to other questions: the estimate of KL(q || p) in arXiv 2402.01306, section 4.1.
 
     Args:
         ratios: (answers,) log q - log p, without a gradient.
@@ -46,7 +46,7 @@ def summed_up(ratios: Tensor, logps: Tensor, wanted: Tensor, beta: float) -> Ten
 
 
 def averages(totals: list[float]) -> dict[str, float]:
-    """Means of what REWARDS has and `rewards/margins`, from `summed_up`; without what no answer tells, as TRL has it."""
+    """Means of what REWARDS has and `rewards/margins`, from `summed_up`; without those of no answer, as TRL has it."""
     counts = totals[:2] * 2
     parts = zip(REWARDS, totals[2:6], counts, strict=True)
     found = {name: total / count for name, total, count in parts if count}

@@ -55,7 +55,7 @@ class LabelMeter:
 
     @torch.no_grad()  # not inference_mode: the first forward of a sharded model makes the buffers that training writes
     def _measured(self, model: Any) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Log-probabilities of the answers, and of mismatched ones where the loss needs them; numbers of judged tokens."""
+        """Log-probabilities of the answers, and of mismatched ones where these are needed; numbers of judged tokens."""
         rows: list[Example] = list(self.examples)
         found, tokens = self._logps(model, rows)
         if self.settings.loss_type != "kto":

@@ -36,9 +36,8 @@ class Display(display.Display):
         loss = f"{after.loss - before.loss:+.3f}"
         table.add_row(f"loss ({after.unit})", f"{before.loss:.3f}", f"{after.loss:.3f}", loss)
         if before.preference and after.preference:
-            titles = _OF_PAIRS | (
-                {"rewards/accuracies": "answers judged right, by reward"} if "answers" in after.preference else {}
-            )
+            labelled = {"rewards/accuracies": "answers judged right, by reward"}
+            titles = _OF_PAIRS | (labelled if "answers" in after.preference else {})
             for name, title in titles.items():
                 if name not in before.preference or name not in after.preference:
                     continue
