@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 from test_preference import WEIGHTS, by_trl, lines, settings, start
 from test_train_resume import _CutError, cut_at, result
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 from dude_peft import check_data, plan
 from dude_peft.config.reading import load_config
 from dude_peft.data.formats import Reading
+from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows
+from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.trainer import RunTrainer
@@ -102,7 +104,6 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(places, tmp_path,
 
 
 def test_held_out_answers_are_scored_as_the_saved_adapter_scores_them(places, tmp_path):
-    from tiny import tiny_tokenizer
     from transformers import AutoModelForCausalLM
 
     from dude_peft import load_adapter
@@ -134,7 +135,7 @@ def test_held_out_answers_are_scored_as_the_saved_adapter_scores_them(places, tm
     assert report.before.loss == 0.5  # the start is the base model
     assert report.after.loss < 0.5
     asked = [answer.question for answer in report.after.answers]
-    assert asked == [row["prompt"] for row in rows if row["label"]][:2]  # unwanted answers are no right ones
+    assert asked == [row["prompt"] for row in rows[:2] if row["label"]]  # unwanted answers are no right ones
 
 
 def test_a_batch_of_one_at_the_end_of_an_epoch_borrows_the_next_rows_answer(places, tmp_path, monkeypatch):
@@ -159,7 +160,7 @@ def test_a_batch_of_one_at_the_end_of_an_epoch_borrows_the_next_rows_answer(plac
 @pytest.mark.parametrize("step", [3, pytest.param(6, marks=SLOW), pytest.param(9, marks=SLOW)])
 def test_a_run_that_was_cut_goes_on_bit_by_bit(places, tmp_path, monkeypatch, step):
     def wanted(name: str) -> dict:
-        train = {"gradient_accumulation_steps": 3, "weight_decay": 0.1, "logging_steps": 4}
+        train = {"gradient_accumulation_steps": 3, "weight_decay": 0.1, "logging_steps": 4, "max_steps": 3 + step}
         rows = str(write(tmp_path / "rows.jsonl", 21))
         return kto(places, tmp_path / name, adapter={"lora_dropout": 0.2}, train=train, data={"train": rows})
 
@@ -221,11 +222,14 @@ def test_what_kto_cannot_do_is_refused_in_one_line(places, tmp_path, sections, w
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_of_one_is_enough_for_apo(places, tmp_path):
+def test_a_batch_of_one_is_enough_for_apo_and_one_label_alone_is_told(places, tmp_path):
+    same = tmp_path / "same.jsonl"
+    same.write_text("".join(f'{{"prompt": "q{n}", "completion": "a", "label": false}}\n' for n in range(4)))
     train = {"per_device_train_batch_size": 1, "max_steps": 2, "kto": {"loss_type": "apo_zero_unpaired"}}
-    report = start(kto(places, tmp_path / "out", train=train))
+    report = start(kto(places, tmp_path / "out", data={"train": str(same)}, train=train))
+    assert any("all 4 labels are false" in text for text in report.warnings)
     assert "kl" not in report.after.preference
-    assert not any("kl" in line for line in lines(tmp_path / "out"))
+    assert not any("kl" in line or "rewards/chosen" in line for line in lines(tmp_path / "out"))
 
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -260,8 +264,8 @@ def test_bad_rows_are_told_with_their_place(tmp_path, row, words):
 def test_labelled_rows_under_another_objective_say_which_they_fit(places, tmp_path):
     with pytest.raises(DataError, match=r"labelled answers, not pairs, which fit train\.objective: kto"):
         start(kto(places, tmp_path / "out", train={"objective": "dpo"}))
-    report = start(kto(places, tmp_path / "sft", train={"objective": "sft", "max_steps": 1}))
-    assert any("label (train.objective: kto learns from it) (24 of 24 rows)" in text for text in report.warnings)
+    left_out = check_data(places / "train.jsonl", str(places / "model")).left_out
+    assert "left out: label (train.objective: kto learns from it) (24 of 24 rows)" in left_out
 
 
 def test_one_answer_and_one_label_are_told_before_anything_is_trained(places, tmp_path):
@@ -273,8 +277,6 @@ def test_one_answer_and_one_label_are_told_before_anything_is_trained(places, tm
     metric = {"metric_for_best_model": "rewards/margins"}
     with pytest.raises(DataError, match=r"rewards/margins needs held-out answers of both labels"):
         start(kto(places, tmp_path / "out", data={"test": str(same)}, evaluation=metric))
-    report = start(kto(places, tmp_path / "all", data={"train": str(same)}, train={"max_steps": 1}))
-    assert any("all 4 labels are false" in text for text in report.warnings)
 
 
 # --- rows, plan, report -------------------------------------------------------------------------------------------
@@ -300,20 +302,21 @@ def test_data_check_counts_labels_and_tells_a_wrong_balance(places, tmp_path):
     assert not check_data(balanced, str(places / "model"), objective="kto").left_out
 
 
-def test_labels_are_part_of_what_a_run_was_trained_on(places, tmp_path):
-    hashes = []
+def test_labels_are_part_of_what_a_run_was_trained_on(tmp_path):
+    tokenizer, hashes, path = tiny_tokenizer(), [], tmp_path / "rows.jsonl"
     for label in ("true", "false"):
-        path = tmp_path / "rows.jsonl"
         path.write_text(f'{{"prompt": "a", "completion": "b", "label": {label}}}\n' * 2)
-        report = start(kto(places, tmp_path / label, data={"train": str(path)}, train={"max_steps": 1}))
-        hashes.append([report.data["train"][name] for name in ("sha256", "tokens_sha256")])
-    assert not set(hashes[0]) & set(hashes[1])
+        for _ in range(2):  # made, and found again
+            made = prepare(path, Template(tokenizer, "plain"), tokenizer, max_length=64, kind="labels", cache=tmp_path)
+            assert made.labels.tolist() == [label == "true"] * 2
+        hashes.append({made.sha256, made.tokens_sha256})
+    assert not hashes[0] & hashes[1]
 
 
 def test_a_run_on_builtin_rows_learns_them_and_its_page_says_so(places, tmp_path):
     path = tmp_path / "run.yaml"
     data = {"train": "builtin:unpaired-preferences", "test": 0.2, "train_rows": 40}
-    path.write_text(json.dumps(kto(places, tmp_path / "out", data=data)))
+    path.write_text(json.dumps(kto(places, tmp_path / "out", data=data, train={"max_steps": 4})))
     made = plan(path)
     assert (made.rows.rows, made.as_dict()["batch"]["rows"]) == (32, 4)
     assert any("mismatched answers" in text for text in made.warnings)

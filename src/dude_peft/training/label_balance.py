@@ -34,7 +34,7 @@ def told_of_labels(examples: TokenSet, settings: KtoSection) -> list[str]:
                 else f"undesirable_weight: {settings.desirable_weight * wanted / unwanted:.3g}"
             )
             lines.append(
-                f"{wanted} wanted and {unwanted} unwanted answers weigh {share:.2f} to 1; 1 to 1.33 is recommended: set "
+                f"{wanted} wanted and {unwanted} unwanted answers weigh {share:.2f} to 1; 1 to 1.33 is advised: set "
                 f"train.kto.{remedy}"
             )
     if found := examples.contradictions:

@@ -11,7 +11,7 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected
 
 
 def kl_of(ratios: Tensor) -> Tensor:
-    """max(0, mean log q/p) over answers to other questions: the estimate of KL(q || p) in arXiv 2402.01306, section 4.1.
+    """max(0, mean log q/p) over answers to other questions: the estimate of KL(q || p), arXiv 2402.01306, 4.1.
 
     Args:
         ratios: (answers,) log q - log p, without a gradient.
@@ -34,8 +34,9 @@ def losses(ratios: Tensor, wanted: Tensor, kl: Tensor | float, settings: KtoSect
         settings: of the objective.
     """
     against = kl if settings.loss_type == "kto" else 0.0
-    sign = torch.where(wanted, 1.0, -1.0).to(ratios.dtype)
-    weight = torch.where(wanted, settings.desirable_weight, settings.undesirable_weight).to(ratios.dtype)
+    one = torch.ones_like(ratios)  # numbers alone would be float32
+    sign = torch.where(wanted, one, -one)
+    weight = torch.where(wanted, settings.desirable_weight * one, settings.undesirable_weight * one)
     return weight * torch.sigmoid(-sign * settings.beta * (ratios - against))
 
 
