@@ -282,21 +282,19 @@ def test_one_answer_and_one_label_are_told_before_anything_is_trained(places, tm
 # --- rows, plan, report -------------------------------------------------------------------------------------------
 
 
-def test_data_check_counts_labels_and_tells_a_wrong_balance(places, tmp_path):
+def test_data_check_counts_labels_and_tells_a_wrong_balance(places, tmp_path, capsys):
     rows = [{"prompt": f"q{n}", "completion": "a", "label": n % 4 == 0} for n in range(8)]
     rows += [{"prompt": [Q], "completion": [A], "label": True}, {"question": "q", "answer": "a", "label": False}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = served.dude("data", "check", path, "--model", places / "model", "--objective", "kto")
-    assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
+    report = check_data(path, str(places / "model"), objective="kto", quiet=False)
+    said = " ".join("".join(capsys.readouterr()).split())
     assert "labels: 3 true, 7 false" in said
     assert "3 wanted and 7 unwanted answers weigh 0.43 to 1" in said
     assert "set train.kto.desirable_weight: 2.33" in said
     assert "1 answers to the same question are labelled both true and false" in said
     assert "example 1, labelled true" in said
     assert "objective: kto" in said
-    report = check_data(path, str(places / "model"), objective="kto")
     assert (report.wanted, report.samples[0]) == (3, "<|user|>q0<|end|>\n<|assistant|>«a<|end|>»")
     balanced = write(tmp_path / "balanced.jsonl", 8)
     assert not check_data(balanced, str(places / "model"), objective="kto").left_out
