@@ -405,7 +405,8 @@ def test_builtin_sets():
     assert [row.source for row in rows] == [f"builtin:word-problems[test]:{i}" for i in range(3)]
     with pytest.raises(
         ConfigError,
-        match=r"no built-in data set 'builtin:word-problem'; choose builtin:word-problems, builtin:preferences$",
+        match=r"no built-in data set 'builtin:word-problem'; choose builtin:word-problems, builtin:preferences, "
+        r"builtin:unpaired-preferences$",
     ):
         load_rows("builtin:word-problem")
     with pytest.raises(ConfigError, match="no split 'dev'; use train or test"):

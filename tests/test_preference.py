@@ -86,10 +86,10 @@ def lines(out: Path) -> list[dict]:
 
 
 def by_trl(wanted: dict, order: list[int], folder: Path):
-    """TRL's trainer, of dpo with a separate reference model, on the same rows in the same order."""
+    """TRL's trainer, of dpo and kto with a separate reference model, on the same rows in the same order."""
     datasets = pytest.importorskip("datasets", reason="the trainers read datasets; install dude-peft[train]")
     objective = wanted["train"]["objective"]
-    module = "trl" if objective == "dpo" else f"trl.experimental.{objective}"
+    module = "trl" if objective in ("dpo", "kto") else f"trl.experimental.{objective}"
     trl = pytest.importorskip(module, reason="TRL is not here, or too old: pip install 'dude-peft[trl]'")
 
     class InOrder(getattr(trl, f"{objective.upper()}Trainer")):
@@ -107,6 +107,7 @@ def by_trl(wanted: dict, order: list[int], folder: Path):
     reference = {}
     if objective == "dpo":
         own["loss_type"] = [section.loss_type]
+    if section.has_base:
         reference["ref_model"] = AutoModelForCausalLM.from_pretrained(wanted["model"]["name_or_path"])
     trainer = InOrder(
         model=model,

@@ -356,7 +356,9 @@ def data_check(
     special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
     upft: Annotated[int | None, _whole(help="Train this many first tokens of each answer, as data.upft.")] = None,
-    objective: Annotated[str, typer.Option(help="As train.objective: sft, or for pairs dpo, orpo, cpo.")] = "sft",
+    objective: Annotated[
+        str, typer.Option(help="As train.objective: sft; for pairs dpo, orpo, cpo; for labels kto.")
+    ] = "sft",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""

@@ -115,7 +115,7 @@ Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value ==
 
 
 HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
-"""What a run measures of its held-out rows, and may choose the best adapter by; all but the first, of pairs alone."""
+"""What a run measures of held-out rows, and may choose the best adapter by; all but the first, of preferences."""
 
 
 class Section(BaseModel):
@@ -493,6 +493,8 @@ class DpoSection(Section):
 
     has_base: ClassVar[bool] = True
     """Whether the base model is the reference."""
+    sides: ClassVar[int] = 2
+    """Conversations of a row."""
     nll: ClassVar[float] = 0.0
     """Weight of the chosen answer's cross-entropy beside the loss of the pair."""
 
@@ -504,6 +506,7 @@ class OrpoSection(Section):
     """Weight of the odds ratio beside the cross-entropy of the chosen row, question and answer; lambda in the paper."""
 
     has_base: ClassVar[bool] = False
+    sides: ClassVar[int] = 2
     nll: ClassVar[float] = 1.0
 
 
@@ -528,6 +531,7 @@ class CpoSection(Section):
     """For sigmoid and simpo, the share of pairs that are expected to be the wrong way round; null is 0."""
 
     has_base: ClassVar[bool] = False
+    sides: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _keys_of_the_loss(self) -> CpoSection:
@@ -543,16 +547,39 @@ class CpoSection(Section):
         return self.cpo_alpha
 
 
-Preference = DpoSection | OrpoSection | CpoSection
+class KtoSection(Section):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306) of answers with a label, in the words of TRL's KTOConfig."""
+
+    beta: Positive = 0.1
+    """How strongly the base model is kept to."""
+
+    desirable_weight: Positive = 1.0
+    """Weight of answers whose label is true."""
+
+    undesirable_weight: Positive = 1.0
+    """Weight of answers whose label is false. Weight times number of both should be alike: 1:1 to 4:3."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto` judges against the KL to the base model, estimated from the other answers of a batch; `apo_zero_unpaired`
+    (arXiv 2408.06266) against 0."""
+
+    has_base: ClassVar[bool] = True
+    sides: ClassVar[int] = 1
+
+
+Paired = DpoSection | OrpoSection | CpoSection
+"""Settings of an objective that learns from pairs."""
+Preference = Paired | KtoSection
+"""Settings of an objective that learns from preferences, paired or not."""
 
 
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
-    objective: Literal["sft", "mol", "dpo", "orpo", "cpo"] = "sft"
+    objective: Literal["sft", "mol", "dpo", "orpo", "cpo", "kto"] = "sft"
     """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
     general ability (mixture of losses, arXiv 2505.12043). `dpo`, `orpo` and `cpo` learn from pairs of answers of which
-    one is better; for dpo the base model is the reference."""
+    one is better, `kto` from single answers with a label; for dpo and kto the base model is the reference."""
 
     dpo: DpoSection | None = None
     """Settings of `objective: dpo`."""
@@ -562,6 +589,9 @@ class TrainSection(Section):
 
     cpo: CpoSection | None = None
     """Settings of `objective: cpo`, of which `loss_type: simpo` is SimPO."""
+
+    kto: KtoSection | None = None
+    """Settings of `objective: kto`."""
 
     orthogonality: NonNegative = 0.0
     """Weight of a penalty, added once a step: how far each group's change of a weight is from orthogonal to the weight
@@ -672,9 +702,14 @@ class TrainSection(Section):
 
     @property
     def preference(self) -> Preference | None:
-        """The settings of an objective that learns from pairs; None for others."""
+        """The settings of an objective that learns from preferences; None for others."""
         kind = SECTIONS.get(self.objective)
         return None if kind is None else getattr(self, self.objective) or kind()
+
+    @property
+    def sides(self) -> int:
+        """Conversations that a row brings into the forward pass that is trained: 2 of a pair."""
+        return 1 if self.preference is None else self.preference.sides
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -683,8 +718,8 @@ class TrainSection(Section):
         return self
 
 
-SECTIONS: dict[str, type[Preference]] = {"dpo": DpoSection, "orpo": OrpoSection, "cpo": CpoSection}
-"""The section of each objective that has one; all of them learn from pairs."""
+SECTIONS: dict[str, type[Preference]] = {"dpo": DpoSection, "orpo": OrpoSection, "cpo": CpoSection, "kto": KtoSection}
+"""The section of each objective that has one; all of them learn from preferences."""
 
 
 class EvaluationSection(Section):
@@ -730,8 +765,8 @@ class EvaluationSection(Section):
     """Steps between two scorings of the tasks; null scores them at the end only."""
 
     metric_for_best_model: Text = "loss"
-    """What decides the best adapter: the held-out `loss`, of pairs also `rewards/accuracies` or `rewards/margins`, a
-    task (its first metric), or TASK/METRIC,FILTER."""
+    """What decides the best adapter: the held-out `loss`, of preferences also `rewards/accuracies` or
+    `rewards/margins`, a task (its first metric), or TASK/METRIC,FILTER."""
 
     early_stopping_patience: Count | None = None
     """Stop training after this many measurements of metric_for_best_model without a better one."""
@@ -803,24 +838,33 @@ class RunConfig(Section):
         if preference is None:
             if named in HELD_OUT[1:]:
                 raise ValueError(
-                    f"key 'evaluation.metric_for_best_model': {named} is measured on pairs; use loss, or "
-                    f"train.objective: {' or '.join(SECTIONS)}"
+                    f"key 'evaluation.metric_for_best_model': {named} is measured on pairs or labelled answers; use "
+                    f"loss, or train.objective: {' or '.join(SECTIONS)}"
                 )
             return self
-        budget = self.adapter.budget
+        budget, kto = self.adapter.budget, isinstance(preference, KtoSection)
+        padded, whole = ("the answers", "answers") if kto else ("the two answers of a pair", "both answers")
+        rows, first = ("labels", "all answers, wanted or not") if kto else ("pairs", "the chosen answers alone")
         others = {
-            "data.packing": (self.data.packing, "the two answers of a pair are padded to one length; set it to false"),
-            "data.train_on": (self.data.train_on != "answers", "both answers are judged whole; set it to answers"),
-            "data.upft": (self.data.upft is not None, "both answers are judged whole; leave it out"),
-            "train.trainer": (self.train.trainer == "trl", "TRL's SFTTrainer takes no pairs; set it to transformers"),
-            "train.torch_compile": (self.train.torch_compile, "the loss of pairs is not compiled; set it to false"),
+            "data.packing": (self.data.packing, f"{padded} are padded to one length; set it to false"),
+            "data.train_on": (self.data.train_on != "answers", f"{whole} are judged whole; set it to answers"),
+            "data.upft": (self.data.upft is not None, f"{whole} are judged whole; leave it out"),
+            "train.trainer": (self.train.trainer == "trl", f"TRL's SFTTrainer takes no {rows}; set it to transformers"),
+            "train.torch_compile": (self.train.torch_compile, f"the loss of {rows} is not compiled; set it to false"),
+            "train.per_device_train_batch_size": (
+                isinstance(preference, KtoSection)
+                and preference.loss_type == "kto"
+                and self.train.per_device_train_batch_size == 1,
+                "KL is estimated from the other answers of a batch, and a batch of 1 has none; set it to 2 or more, or "
+                "train.kto.loss_type: apo_zero_unpaired",
+            ),
             "adapter.bias": (
                 self.adapter.bias != "none" and preference.has_base,
                 "trained biases leave no base model; set it to none",
             ),
             "adapter.budget.by": (
                 budget is not None and budget.by in ("gradient", "fisher"),
-                "its gradients are those of the chosen answers alone; choose uniform or spectrum",
+                f"its gradients are those of {first}; choose uniform or spectrum",
             ),
         }
         for key, (contradicts, reason) in others.items():

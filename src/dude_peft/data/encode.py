@@ -182,16 +182,18 @@ def encode(
     train_on: str = "answers",
     upft: int | None = None,
     vocab_size: int | None = None,
+    shortens: bool = True,
 ) -> EncodedSet:
     """Token ids and labels, in memory, of the rows that fit into `max_length` tokens.
 
     `vocab_size` is the number of rows of the model's embedding: an id beyond it is refused; None checks nothing.
+    `shortens` keeps the turns that fit of a conversation that is too long.
 
     Raises:
         DataError: no rows, none that fits, a token the model does not have, and what `Template.pieces` raises.
         ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
-    encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
+    encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft, shortens=shortens)
     if not rows:
         raise DataError("no rows to encode; check the data set and its limit")
     examples = []

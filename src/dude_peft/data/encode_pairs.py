@@ -31,9 +31,7 @@ class PairEncoder:
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
-        if self.train_on != "answers" or self.upft is not None:
-            what = f"train_on: {self.train_on}" if self.train_on != "answers" else f"upft: {self.upft}"
-            raise ConfigError(f"{what} is for rows of answers; of pairs, both answers are judged whole: leave it out")
+        check_whole("of pairs, both answers", self.train_on, self.upft)
         self._sides = [
             Encoder(self.template, self.tokenizer, max_length=self.max_length, train_on="answers", shortens=False)
             for _ in range(2)
@@ -77,3 +75,10 @@ class PairEncoder:
             counts.trained_tokens += sum(sum(example.trained) for example in made)
             counts.ended += all(example.ids[-1] in self.ends for example in made)
             counts.largest_id = max(counts.largest_id, *(side.largest_id for side in sides))
+
+
+def check_whole(what: str, train_on: str, upft: int | None) -> None:
+    """Raises ConfigError where the options say that `what`, which is judged, is learned in part."""
+    if train_on != "answers" or upft is not None:
+        told = f"train_on: {train_on}" if train_on != "answers" else f"upft: {upft}"
+        raise ConfigError(f"{told} is for rows of answers; {what} are judged whole: leave it out")

@@ -11,6 +11,7 @@ Preference data (`objectives.py`), of which two answers are judged against each 
 
     prompt, chosen, rejected                 strings, or lists of messages; instruction or question in place of prompt
     chosen, rejected                         two whole conversations that share all messages before the answers
+    prompt, completion, label                one answer; label is true where it is wanted, false where it is not
 
 Beside all but text: `system`, the system message, and `tools`, what a model may call, both of the whole conversation;
 beside pairs also `history`, [[question, answer], ...] before them, and `reasoning_content`, the thoughts before the
@@ -41,6 +42,7 @@ FORMATS_HINT = (
     "use prompt + completion, messages, conversations, instruction + output, question + answer, or text, or name yours "
     "in data.columns"
 )
+LABELS_HINT = "use prompt + completion + label (true or false), or name yours in data.columns"
 PAIRS_HINT = "use prompt + chosen + rejected, or chosen + rejected as lists of messages, or name yours in data.columns"
 
 
@@ -64,6 +66,8 @@ class Row:
     """Those that nobody read."""
     rejected: tuple[Message, ...] = ()
     """Of a pair the worse conversation, as a whole."""
+    label: bool | None = None
+    """Of a labelled answer whether it is wanted; None for other rows."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -190,6 +194,9 @@ class _Reader:
             tools = self._tools()
         preference = {shown(name, 60) for name in PREFERENCE}
         rest = [f"{name} (preference data)" if name in preference else name for name in self.record.left_out()]
+        if isinstance(self.record.peek("label"), bool):  # false is an answer that nobody wants
+            name = self.record.name("label")
+            rest = [f"{each} ({objectives_for('labels')} learns from it)" if each == name else each for each in rest]
         return Row(
             tuple(messages),
             self.source,
@@ -198,6 +205,19 @@ class _Reader:
             (*self.record.used, *self.used),
             (*rest, *self.left_out),
         )
+
+    def labelled(self, shape: _Shape) -> Row:
+        """An answer and its label."""
+        label, name = self.record.get("label"), self.record.name("label")
+        if not isinstance(label, bool):
+            value = "null" if label is None else quoted(label) if isinstance(label, str) else shown(label, 60)
+            quotes = ", without quotes (a text table has no booleans: use .jsonl)" if isinstance(label, str) else ""
+            raise DataError(
+                f"{self.source}: '{name}' is {value}; write true for an answer that is wanted, false for one that is "
+                f"not{quotes}"
+            )
+        row = self.finished(shape)
+        return replace(row, label=label, shape=f"{row.shape} + {name}")
 
     def preferred(self, question: str | None) -> Row:
         """A pair; `question` is the column that asks, None where both conversations are whole."""
@@ -335,6 +355,9 @@ class Reading:
         reader = _Reader(record, source, self.columns, self.questions)
         if self.kind == "pairs":
             row = reader.preferred(self._question_of_pair(reader.record, f"{source}:"))
+        elif self.kind == "labels":
+            self._check_label(reader.record, f"{source}:")
+            row = reader.labelled(self._shape(reader.record, source))
         else:
             row = reader.finished(self._shape(reader.record, source))
         return replace(row, left_out=(*row.left_out, *unread)) if unread else row
@@ -344,6 +367,8 @@ class Reading:
         record = Record(dict.fromkeys(names), self.columns)
         if self.kind == "pairs":
             self._question_of_pair(record, where)
+        elif self.kind == "labels":
+            self._check_label(record, where)
         elif not self._whole(record) and "text" not in record:
             raise DataError(f"{where} {self._unknown(record, 'columns')}")
 
@@ -356,12 +381,33 @@ class Reading:
         if len(missing) == 1:
             there = record.name("rejected" if missing == ["chosen"] else "chosen")
             raise DataError(f"{where} '{there}' without '{record.name(missing[0])}'; {PAIRS_HINT}")
+        if "label" in record and self._whole(record):
+            raise DataError(
+                f"{where} labelled answers, not pairs, which fit {objectives_for('labels')}; else {PAIRS_HINT}"
+            )
         if self._whole(record) or "text" in record:
             raise DataError(
                 f"{where} rows of answers, not of pairs, which fit {objectives_for('answers')}; else {PAIRS_HINT}"
             )
         listed = ", ".join(quoted(name) for name in record.names()[:6]) or "none"
         raise DataError(f"{where} no pair of answers in the columns ({listed}); {PAIRS_HINT}")
+
+    def _check_label(self, record: Record, where: str) -> None:
+        """Raises DataError where the columns hold no question, one answer and its label."""
+        asks = [shape for shape in self._whole(record) if shape.keys[0] in _ASKING]
+        if "label" in record and asks:
+            return
+        if all(name in record for name in ("chosen", "rejected")):
+            raise DataError(f"{where} pairs of answers, which fit {objectives_for('pairs')}; else {LABELS_HINT}")
+        if "label" in record and (self._whole(record) or "text" in record):
+            raise DataError(f"{where} a label needs one question and one answer to judge; {LABELS_HINT}")
+        if asks or self._whole(record) or "text" in record:
+            raise DataError(
+                f"{where} rows of answers without '{record.name('label')}', which fit {objectives_for('answers')}; "
+                f"else {LABELS_HINT}"
+            )
+        listed = ", ".join(quoted(name) for name in record.names()[:6]) or "none"
+        raise DataError(f"{where} no labelled answer in the columns ({listed}); {LABELS_HINT}")
 
     def _shape(self, record: Record, source: str) -> _Shape:
         whole = self._whole(record)

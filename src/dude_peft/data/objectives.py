@@ -1,13 +1,15 @@
-"""Which rows each `train.objective` learns from: answers, or pairs of answers of which one is better."""
+"""Which rows each `train.objective` learns from: answers, pairs of which one is better, or answers with a label."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["answers", "pairs"]
-"""What a row holds to learn: its answers, or two answers to the same question."""
+Kind = Literal["answers", "pairs", "labels"]
+"""What a row holds to learn: its answers, two answers to the same question, or an answer and whether it is wanted."""
 
-KINDS: dict[str, Kind] = {"sft": "answers", "mol": "answers", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs"}
+KINDS: dict[str, Kind] = {
+    "sft": "answers", "mol": "answers", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "labels",
+}  # fmt: skip
 """By objective."""
 
 

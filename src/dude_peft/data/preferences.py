@@ -6,6 +6,8 @@ and form, and only the arithmetic tells them apart.
     Question  Mia fills 3 boxes with 8 shells each and has 4 shells left over. How many shells does Mia have altogether?
     Chosen    3 * 8 = 24 / 24 + 4 = 28 / #### 28
     Rejected  3 * 8 = 24 / 24 + 4 = 29 / #### 29
+
+Unpaired, every question has one of the two, with a label: true for the right answer, false for the wrong one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dude_peft.data.pairs import judged_apart
 from dude_peft.data.word_problems import word_problems
 
 NAME = "preferences"
+UNPAIRED = "unpaired-preferences"
 _ERRORS = (1, -1, 2, -2, 10, -10)
 
 
@@ -32,6 +35,20 @@ def preferences(n: int, *, seed: int = 0, split: str = "train") -> list[Row]:
         worse = (*row.prompt, Message("assistant", _wrong(row.answer, f"{split}:{seed}:{number}")))
         chosen, rejected = judged_apart(row.messages, worse, source, ("chosen", "rejected"))
         rows.append(replace(row, messages=chosen, source=source, rejected=rejected))
+    return rows
+
+
+def unpaired(n: int, *, seed: int = 0, split: str = "train") -> list[Row]:
+    """The same questions, the right answer and the wrong one in turn, each with its label.
+
+    Raises ConfigError where the split does not exist or does not have `n` problems.
+    """
+    rows = []
+    for number, row in enumerate(preferences(n, seed=seed, split=split)):
+        wanted = number % 2 == 0
+        answer = replace((row.messages if wanted else row.rejected)[-1], trained=True)
+        source = f"builtin:{UNPAIRED}[{split}]:{number}"
+        rows.append(replace(row, messages=(*row.prompt, answer), rejected=(), source=source, label=wanted))
     return rows
 
 

@@ -21,7 +21,7 @@ from dude_peft.data.cache_folder import cache_folder
 from dude_peft.data.clock import seen_by
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Encoder
-from dude_peft.data.encode_pairs import PairEncoder
+from dude_peft.data.encode_pairs import PairEncoder, check_whole
 from dude_peft.data.formats import Reading, Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
 from dude_peft.data.objectives import Kind
@@ -98,8 +98,12 @@ def prepare(
     }
 
     def encoder() -> Encoder | PairEncoder:
-        of_kind = PairEncoder if kind == "pairs" else Encoder
-        return of_kind(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
+        if kind == "pairs":
+            return PairEncoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
+        if kind == "labels":
+            check_whole("labelled answers", train_on, upft)
+        whole = kind == "labels"  # what is judged is not cut
+        return Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft, shortens=not whole)
 
     encoder()  # a wrong option is told before anything is read
     stored = [_stored(part, kind, seed, settings, encoder, root, advance) for part in parts]
@@ -133,7 +137,7 @@ def _stored(
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
-        with TokenWriter(folder) as writer:
+        with TokenWriter(folder, labelled=kind == "labels") as writer:
             for row, examples in this.examples(rows()):
                 writer.add(row, examples, this.ends)
                 made += len(examples)

@@ -18,7 +18,7 @@ from dude_peft.data.mixture import Entry, entries_of, mix
 from dude_peft.data.objectives import Kind, objectives_for
 from dude_peft.data.parquet import parquet_rows
 from dude_peft.data.preferences import NAME as PREFERENCES
-from dude_peft.data.preferences import preferences
+from dude_peft.data.preferences import UNPAIRED, preferences, unpaired
 from dude_peft.data.table import table_rows
 from dude_peft.data.text_file import text_rows
 from dude_peft.data.word_problems import SIZES, word_problems
@@ -45,6 +45,7 @@ _BUILTIN = "builtin:"
 _BUILTINS: dict[str, tuple[Kind, Callable[..., list[Row]]]] = {
     "word-problems": ("answers", word_problems),
     PREFERENCES: ("pairs", preferences),
+    UNPAIRED: ("labels", unpaired),
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _READERS: dict[str, Callable[[str, int | None, Reading], Iterator[Row]]] = {
@@ -213,11 +214,12 @@ def row_bytes(row: Row) -> bytes:
     """All of a row as one line of ASCII JSON, [[role, content], ...]: what is hashed of it.
 
     A message that has more than a text, or is not learned, has that behind the text; tools stand before all messages.
-    Of a pair a second line follows, of the conversation that is worse.
+    Of a pair a second line follows, of the conversation that is worse; of a labelled answer, its label.
     """
     sides = ([_turn(message, message.trained) for message in messages] for messages in (row.messages, row.rejected))
     chosen, rejected = sides
-    return _json_bytes(row.tools, chosen) + (_json_bytes("", [["rejected"], *rejected]) if row.rejected else b"")
+    label = b"" if row.label is None else _json_bytes("", [["label", row.label]])
+    return _json_bytes(row.tools, chosen) + (_json_bytes("", [["rejected"], *rejected]) if row.rejected else label)
 
 
 def asked_bytes(row: Row) -> bytes:

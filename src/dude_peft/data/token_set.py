@@ -100,6 +100,17 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         return self._gathered("margins")
 
     @property
+    def labels(self) -> NDArray[np.bool_]:
+        """Of each labelled answer, whether it is wanted."""
+        return self._gathered("label")
+
+    @property
+    def contradictions(self) -> int:
+        """The number of different labelled answers that are called wanted as well as unwanted."""
+        contents, labels = self._gathered("contents"), self.labels
+        return len(np.intersect1d(contents[labels], contents[~labels]))
+
+    @property
     def duplicates(self) -> int:
         """The number of examples whose tokens are all those of another; a row that a mixture repeats counts once."""
         used = np.unique(self._index)

@@ -10,7 +10,7 @@
     ended      bool       whether a learned end token closes it
 
 Of pairs (`Row.rejected`) both conversations are kept, the better one first: `starts` has two entries a pair, every
-other column one.
+other column one. Of labelled answers (`Row.label`) there is also `label`, bool.
 
 All little-endian. `manifest.json`, written last, has their sizes and hashes, what was counted, and its own hash: files
 that do not agree with it are never used. 64-bit hashes find repetitions; among 10^8 examples one false one is to be
@@ -52,6 +52,7 @@ _COLUMNS = {
     "learned": "<i4",
     "ended": "?",
 }
+_LABELLED = {**_COLUMNS, "label": "?"}
 _PLACE = re.compile(r"[0-9]+$")
 _LONG = struct.Struct("<q")
 _INT = struct.Struct("<i")
@@ -72,7 +73,7 @@ class TokenStore:
     sha256: str
     """`rows.data_sha256` of all rows read, dropped ones included."""
     tokens_sha256: str
-    """Of the token ids of all examples, their masks and their bounds."""
+    """Of the token ids of all examples, their masks and their bounds, and their labels."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -93,17 +94,18 @@ class TokenStore:
 class TokenWriter:
     """Writes a store into an empty folder, example by example; `finish` makes it one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, labelled: bool = False) -> None:
         self._folder = folder
+        self._columns = _LABELLED if labelled else _COLUMNS
         self._files: dict[str, BufferedWriter] = {}
-        self._hashes = {name: xxhash.xxh3_128() for name in _COLUMNS}
-        self._sizes = dict.fromkeys(_COLUMNS, 0)
+        self._hashes = {name: xxhash.xxh3_128() for name in self._columns}
+        self._sizes = dict.fromkeys(self._columns, 0)
         self._at = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> TokenWriter:
         """Opens the files."""
-        self._files = {name: (self._folder / name).open("wb") for name in _COLUMNS}
+        self._files = {name: (self._folder / name).open("wb") for name in self._columns}
         return self
 
     def __exit__(
@@ -125,6 +127,8 @@ class TokenWriter:
             self._write("contents", _hash(ids))
             self._write("learned", _INT.pack(sum(sum(example.trained) for example in sides)))
             self._write("ended", bytes([all(example.ids[-1] in ends for example in sides)]))
+            if "label" in self._columns:
+                self._write("label", bytes([bool(row.label)]))
 
     def _tokens(self, example: Example) -> bytes:
         ids = np.array(example.ids, "<i4").tobytes()
@@ -159,15 +163,18 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
     try:
         manifest = read_json(folder / MANIFEST)
         body = manifest["body"]
-        if manifest["sha256"] != content_sha256(body) or body["key"] != key or body["files"].keys() != _COLUMNS.keys():
+        labelled = key.get("kind") == "labels"
+        kinds = _LABELLED if labelled else _COLUMNS
+        if manifest["sha256"] != content_sha256(body) or body["key"] != key or body["files"].keys() != kinds.keys():
             raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
         for name, (size, digest) in body["files"].items():
             if (folder / name).stat().st_size != size or _file_hash(folder / name) != digest:
                 raise DamagedStoreError(f"{folder}: {name} was changed")
         columns: dict[str, NDArray[Any]] = {
-            name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _COLUMNS.items()
+            name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in kinds.items()
         }
-        tokens = content_sha256({name: body["files"][name] for name in ("ids", "trained", "starts")})
+        hashed = ("ids", "trained", "starts", *(["label"] if labelled else []))
+        tokens = content_sha256({name: body["files"][name] for name in hashed})
         return TokenStore(columns, Counts(**body["counts"]), body["sha256"], tokens)
     except FileNotFoundError:
         if folder.exists():

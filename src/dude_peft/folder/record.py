@@ -48,12 +48,15 @@ class Score:
     """Of each held-out row the number of these tokens."""
     preference: dict[str, Any] | None = None
     """Of held-out pairs, beside their loss: `pairs`, `right` (those whose better answer has the larger reward), the
-    95 % `interval` of that, and means over pairs in TRL's names. `loss` and `losses` are then train.objective's."""
+    95 % `interval` of that, and means over pairs in TRL's names; of labelled answers `answers` in place of `pairs`.
+    `loss` and `losses` are then train.objective's."""
 
     @property
     def unit(self) -> str:
         """What the loss is measured in."""
-        return "nats a token" if self.preference is None else "preference loss a pair"
+        if self.preference is None:
+            return "nats a token"
+        return "preference loss an answer" if "answers" in self.preference else "preference loss a pair"
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,7 +124,8 @@ class RunReport:
             for when, score in self.scores()
         ]
         unit, pairs = next(((s.unit, s.preference is not None) for _, s in self.scores()), ("", False))
-        header = ("held-out rows", f"loss, {unit}", "exact match", "95 % interval", *(["pairs ranked right"] * pairs))
+        judged = "answers judged right" if unit.endswith("answer") else "pairs ranked right"
+        header = ("held-out rows", f"loss, {unit}", "exact match", "95 % interval", *([judged] * pairs))
         return table("run", facts) + (table("result", rows, header) if rows else "")
 
     @classmethod

@@ -146,7 +146,7 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
 
 def rows_of_batch(train: TrainSection) -> int:
     """Rows in one forward pass; a pair is two."""
-    return train.per_device_train_batch_size * (1 if train.preference is None else 2)
+    return train.per_device_train_batch_size * train.sides
 
 
 def _static(model: nn.Module) -> Static:

@@ -70,7 +70,7 @@ class Plan:
     @property
     def flops_per_step(self) -> float:
         """Of one optimizer step, with rows of the mean length."""
-        sides = 1 if self.config.train.preference is None else 2
+        sides = self.config.train.sides
         mean = self.rows.tokens_per_row / (self.length * sides) if self.rows else 1.0
         return self.cost.flops * mean * self.config.train.gradient_accumulation_steps
 
@@ -86,7 +86,7 @@ class Plan:
         """Tokens of one optimizer step, padding not counted."""
         train = self.config.train
         rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        sides = 1 if train.preference is None else 2
+        sides = train.sides
         return rows * (self.rows.tokens_per_row if self.rows else self.length * sides)
 
     @property

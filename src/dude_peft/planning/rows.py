@@ -71,6 +71,7 @@ def count_rows(
             train_on=data.train_on,
             upft=None if held_out else data.upft,
             vocab_size=vocabulary,
+            shortens=kind != "labels",
         )
         lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
     positions = getattr(model.config, "max_position_embeddings", None)

@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.config.schema import RunConfig, ShareSection
+from dude_peft.config.schema import KtoSection, RunConfig, ShareSection
 from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
@@ -102,7 +102,12 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append(text)
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
-    if train.preference is not None and train.preference.has_base:
+    if isinstance(train.preference, KtoSection):
+        warnings.append(
+            "train.objective: kto: the base model's passes, and those over mismatched answers, are not counted in the "
+            "time, which they make about twice as long; they need no memory beyond the step's"
+        )
+    elif train.preference is not None and train.preference.has_base:
         warnings.append(
             f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
             "which it makes about a third longer; it needs no memory beyond the step's"

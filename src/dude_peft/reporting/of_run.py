@@ -84,7 +84,14 @@ def _answer(report: RunReport) -> Iterator[str]:
     else:
         way = "fell" if after.loss < before.loss else "did not fall"
         yield f"The held-out loss {way}: {before.loss:.4f} before training, {after.loss:.4f} after, in {after.unit}."
-        if after.preference:
+        if after.preference and "answers" in after.preference:
+            found = after.preference
+            low, high = found["interval"]
+            yield (
+                f"Training moved the reward of {found['right']} of {found['answers']} held-out answers to the side of "
+                f"their label ({100 * low:.1f} to {100 * high:.1f} %, 95 %)."
+            )
+        elif after.preference:
             pairs = after.preference
             low, high = pairs["interval"]
             yield (
@@ -93,10 +100,10 @@ def _answer(report: RunReport) -> Iterator[str]:
                 f"{pairs['rewards/margins']:.3f}."
             )
         if after.rows:
-            found = _compared(before, after)
+            compared = _compared(before, after)
             yield (
                 f"The tuned model answers {after.right} of {after.rows} held-out questions right, the base model "
-                f"{before.right}: {found.verdict}{_p(found)}."
+                f"{before.right}: {compared.verdict}{_p(compared)}."
             )
         else:
             yield "No questions were asked, so this run does not tell how many answers are right."
@@ -140,19 +147,20 @@ def _before_after(report: RunReport) -> Iterator[Block]:
 
 
 def _pairs(report: RunReport) -> Iterator[Block]:
-    """What was measured of held-out pairs."""
+    """What was measured of held-out pairs, or of answers with a label."""
     measured = [(when, score.preference) for when, score in report.scores() if score.preference]
-    names = [name for _, found in measured[:1] for name in found if name not in ("pairs", "right", "interval")]
+    labelled = any("answers" in found for _, found in measured)
+    what, right = ("answers", "reward on the label's side") if labelled else ("pairs", "chosen has the larger reward")
+    names = [name for _, found in measured[:1] for name in found if name not in (what, "right", "interval")]
     rows: list[tuple[Cell, ...]] = [
         (
-            when, number(found["pairs"]), number(found["right"]), *interval(found["interval"], ".1f", 100, " %"),
-            *(number(found[name], ".4f") for name in names),
+            when, number(found[what]), number(found["right"]), *interval(found["interval"], ".1f", 100, " %"),
+            *(number(found.get(name), ".4f") for name in names),
         )
         for when, found in measured
     ]  # fmt: skip
     if rows:
-        header = ("when", "pairs", "chosen has the larger reward", "95 % from", "to", *names)
-        yield table("Held-out pairs", header, rows)
+        yield table(f"Held-out {what}", ("when", what, right, "95 % from", "to", *names), rows)
 
 
 def _samples(report: RunReport) -> Iterator[Block]:

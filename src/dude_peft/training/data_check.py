@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from dude_peft.config.schema import ModelSection
+from dude_peft.config.schema import KtoSection, ModelSection
 from dude_peft.data.chat_template import chat_template as own_template
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
@@ -33,6 +33,7 @@ from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.data_section import data_section
+from dude_peft.training.label_balance import told_of_labels
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
@@ -73,6 +74,8 @@ class DataReport:
     """Of pairs, by how many judged tokens the chosen answer is longer: least, median, most."""
     identical: int = 0
     """Pairs left out because their two answers are the same."""
+    wanted: int | None = None
+    """Of labelled answers, how many have the label true."""
 
     def _repr_html_(self) -> str:
         least, middle, high, most = self.lengths
@@ -88,6 +91,8 @@ class DataReport:
         if self.margins is not None:
             low, usual, top = self.margins
             facts.append(("chosen answers are longer by", f"{low} to {top} tokens, median {usual}"))
+        if self.wanted is not None:
+            facts.append(("labels", f"{self.wanted:,} true, {self.examples - self.wanted:,} false"))
         if self.held_out is not None:
             facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} with a question of training"))
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
@@ -129,7 +134,8 @@ def check_data(
         special_tokens: text or allow, as data.special_tokens.
         train_on: answers, last_answer or all.
         upft: tokens of each answer that are trained, as data.upft.
-        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo.
+        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo, answers with a
+            label for kto.
         quiet: print nothing.
 
     Raises:
@@ -174,9 +180,14 @@ def check_data(
     margins = _margins(made) if kind == "pairs" else None
     for line in _numbers(made, lengths, max_length, margins):
         display.say(line)
+    wanted = int(made.labels.sum()) if kind == "labels" else None
+    if wanted is not None:
+        display.say(f"labels: {wanted:,} true, {len(made) - wanted:,} false")
     if made.counts.used:
         display.say(f"used: {', '.join(f'{name} ({count})' for name, count in made.counts.used.items())}")
     left_out, asked = [*made.losses(max_length), *made.counts.spellings(special_tokens)], 0
+    if kind == "labels":
+        left_out += told_of_labels(made, KtoSection())
     if held_out is not None and share is None:
         lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
         left_out += [f"held-out: {line}" for line in lines]
@@ -189,7 +200,8 @@ def check_data(
     shown_examples = sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]
     for index in shown_examples:
         for name, side in _sides(made[index]):
-            display.say(f"\n{name} {index + 1}, {made.source(index)}; {_legend(display)}:")
+            label = f", labelled {str(bool(made.labels[index])).lower()}" if kind == "labels" else ""
+            display.say(f"\n{name} {index + 1}{label}, {made.source(index)}; {_legend(display)}:")
             display.console.print(_marked(side, tokenizer, colour=_coloured(display)), soft_wrap=True)
     settings = {"train": source, "test": test if share is None else share, "columns": names.mapping, "seed": seed}
     settings |= {"template": written.kind, "special_tokens": special_tokens, "train_on": train_on}
@@ -218,6 +230,7 @@ def check_data(
         ),
         margins=margins,
         identical=made.counts.identical,
+        wanted=wanted,
     )
 
 

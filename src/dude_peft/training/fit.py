@@ -16,7 +16,7 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from dude_peft.config.schema import RunConfig, TrainSection
+from dude_peft.config.schema import KtoSection, RunConfig, TrainSection
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.machine.processes import count
@@ -26,6 +26,8 @@ from dude_peft.parents import require
 from dude_peft.training.compiled import check_compiler, compiling
 from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.general import GeneralMeter, general_scores
+from dude_peft.training.judged_loss import JudgedLoss
+from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.loop import Loop
 from dude_peft.training.mixed_order import MixedOrder
 from dude_peft.training.model_checks import probe
@@ -34,7 +36,7 @@ from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
 from dude_peft.training.preference import PreferenceLoss
 from dude_peft.training.trainer import RunTrainer
-from dude_peft.training.training_rows import Packs, PairRows, Rows
+from dude_peft.training.training_rows import LabelledRows, Packs, PairRows, Rows
 from dude_peft.training.training_set import TrainingSet
 
 require(TrainingArguments, "_n_gpu")
@@ -273,6 +275,9 @@ class Training:
             return trl_trainer(model, arguments, examples, self.tokenizer, self.nature.router, ours)  # type: ignore[arg-type]
         if config.data.packing:
             rows: Rows = Packs(examples, config.data.max_length, section.seed)
+        elif isinstance(section.preference, KtoSection):
+            estimates = section.preference.loss_type == "kto"
+            rows = LabelledRows(examples, config.data.max_length if estimates else None)
         elif section.preference is not None:
             rows = PairRows(examples)
         else:
@@ -315,10 +320,12 @@ def trainer_steps(arguments: TrainingArguments, rows: int) -> int:
     return math.ceil(epochs * updates)
 
 
-def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | PreferenceLoss | CausalLoss | None:
+def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | JudgedLoss | CausalLoss | None:
     """None where the model's own is right."""
     if section.objective == "mol":
         return MixtureOfLosses(torch.bfloat16 if section.bf16 else None)
+    if isinstance(section.preference, KtoSection):
+        return LabelledLoss(section.preference)
     if section.preference is not None:
         return PreferenceLoss(section.preference)
     return None if nature.own_loss else CausalLoss(nature.router)

@@ -201,7 +201,7 @@ class Loop(TrainerCallback):
             "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
             "memory_bytes": memory_bytes(),
             "seconds": round(self.elapsed, 3),
-            **{name: float(value) for name, value in logs.items() if "/" in name},
+            **{name: float(value) for name, value in logs.items() if "/" in name or name == "kl"},
         }
         self._mark, self._tokens = now, tokens
         self.write(line)
@@ -273,10 +273,9 @@ class Loop(TrainerCallback):
 
 
 def _of_pairs(numbers: Mapping[str, float]) -> str:
-    """What a line at the terminal says of pairs; nothing of other rows."""
-    if "rewards/margins" not in numbers:
-        return ""
-    return f"  accuracy {numbers['rewards/accuracies']:.2f}  margin {numbers['rewards/margins']:.3f}"
+    """What a line at the terminal says of pairs and labelled answers; nothing of other rows."""
+    shown = {"accuracy": ("rewards/accuracies", ".2f"), "margin": ("rewards/margins", ".3f"), "kl": ("kl", ".3f")}
+    return "".join(f"  {title} {numbers[name]:{form}}" for title, (name, form) in shown.items() if name in numbers)
 
 
 def metric_name(evaluation: EvaluationSection) -> str:

@@ -30,7 +30,7 @@ def _ways_to_judge(
     """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
     data, settings = config.data, config.evaluation
     found = []
-    asks = KINDS[config.train.objective] == "answers"  # what generate reads
+    asks = KINDS[config.train.objective] != "pairs"  # what generate reads
     if asks and isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
         columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
         found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dude_peft.config.schema import CpoSection, DpoSection, OrpoSection, Preference
+from dude_peft.config.schema import CpoSection, DpoSection, OrpoSection, Paired
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Pairs:
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
-def rewards(pairs: Pairs, settings: Preference) -> tuple[Tensor, Tensor]:
+def rewards(pairs: Pairs, settings: Paired) -> tuple[Tensor, Tensor]:
     """Beta c and beta r; without a reference, beta times what `logps` gives."""
     chosen, rejected = pairs.ratios if isinstance(settings, DpoSection) else logps(pairs, settings)
     return settings.beta * chosen, settings.beta * rejected
 
 
-def logps(pairs: Pairs, settings: Preference) -> tuple[Tensor, Tensor]:
+def logps(pairs: Pairs, settings: Paired) -> tuple[Tensor, Tensor]:
     """Log q of both answers as the objective compares them: sums, or means over tokens."""
     means = isinstance(settings, OrpoSection) or (
         isinstance(settings, CpoSection) and settings.loss_type in ("ipo", "simpo")
@@ -59,7 +59,7 @@ def logps(pairs: Pairs, settings: Preference) -> tuple[Tensor, Tensor]:
     return pairs.means if means else (pairs.chosen, pairs.rejected)
 
 
-def losses(pairs: Pairs, settings: Preference) -> Tensor:
+def losses(pairs: Pairs, settings: Paired) -> Tensor:
     """The loss of each pair, (pairs,), whose mean training lowers, the chosen answer's cross-entropy not among it."""
     if isinstance(settings, OrpoSection):
         return _odds_ratio(pairs, settings.beta)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.config.schema import OrpoSection, Preference
+from dude_peft.config.schema import OrpoSection, Paired
 from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
@@ -22,19 +22,19 @@ from dude_peft.tuner.untouched import as_base
 
 @dataclass(frozen=True)
 class PairScores:
-    """Of each held-out pair, in order."""
+    """Of each held-out pair, or answer with a label, in order."""
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
-    """Judged tokens of both answers."""
+    """Judged tokens of both answers, or of the one."""
     means: dict[str, float]
     """What `preference.NAMES` has, and `logps/accuracies`: the share whose better answer is likelier by itself."""
     right: int
-    """Pairs whose better answer has the larger reward."""
+    """Pairs whose better answer has the larger reward; answers whose reward is on their label's side of beta kl."""
 
     @property
     def mean(self) -> float:
-        """The loss; every pair counts the same."""
+        """The loss; every pair or answer counts the same."""
         return math.fsum(self.losses) / max(len(self.losses), 1)
 
 
@@ -43,7 +43,7 @@ class PairMeter:
     """Measures held-out pairs; what the base model makes of them is computed once."""
 
     examples: TokenSet
-    settings: Preference
+    settings: Paired
     pad_id: int
     batch_size: int
     company: Company = "any"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dude_peft.config.schema import OrpoSection, Preference
+from dude_peft.config.schema import OrpoSection, Paired
 from dude_peft.data.labels import IGNORE
-from dude_peft.machine.processes import gathered
 from dude_peft.measure.token_logps import row_logps
+from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
 from dude_peft.tuner.untouched import as_base
 
@@ -26,7 +26,7 @@ NAMES = (
 """What a run writes of its pairs beside the loss, in TRL's names; means over pairs."""
 
 
-class PreferenceLoss:
+class PreferenceLoss(JudgedLoss):
     """The mean loss of a step's pairs, as Trainer's `compute_loss_func`.
 
         L = 1/N sum_pairs loss(log q(chosen), log q(rejected), log p(chosen), log p(rejected))
@@ -38,18 +38,15 @@ class PreferenceLoss:
     optimizer step and all processes. A batch holds all chosen rows, then all rejected ones in the same order.
     """
 
-    def __init__(self, settings: Preference) -> None:
+    def __init__(self, settings: Paired) -> None:
         """`settings`: of the objective."""
         self._settings = settings
-        self.tokens: Any = None
-        """T; set before each step, None for the micro-batch's own."""
+        self.width = 1 + len(NAMES)
         self._base: Tensor | None = None
         self._labels: Tensor | None = None
         """Labels of the chosen rows whose cross-entropy counts; None where none does."""
-        self._sums: Tensor | None = None
-        """Of the pairs since the last line: their number, and the sums of what NAMES has."""
 
-    def look(self, model: Any, inputs: Mapping[str, Any]) -> None:
+    def look(self, model: Any, inputs: dict[str, Any]) -> None:
         """Notes what the loss that is asked for next needs of a micro-batch: of dpo, the base's log-probabilities."""
         self._labels = imitated(inputs, self._settings)
         if not self._settings.has_base:
@@ -82,22 +79,12 @@ class PreferenceLoss:
             chosen - rejected,
             *map(torch.detach, logps(pairs, self._settings)),
         )
-        sums = torch.stack([torch.ones_like(chosen).sum(), *(value.float().sum() for value in each)])
-        self._sums = sums if self._sums is None else self._sums + sums
+        # The number of pairs, and the sums of what NAMES has.
+        self.add(torch.stack([torch.ones_like(chosen).sum(), *(value.float().sum() for value in each)]))
 
-    def means(self) -> dict[str, float]:
-        """What NAMES has of all pairs since the last call, of all processes; every process has to call it."""
-        found = [sum(part) for part in zip(*gathered(self.sums()), strict=True)]
-        self._sums = None
-        return {name: total / max(found[0], 1.0) for name, total in zip(NAMES, found[1:], strict=True)}
-
-    def sums(self) -> list[float]:
-        """What a checkpoint keeps of this process."""
-        return [0.0] * (1 + len(NAMES)) if self._sums is None else [float(each) for each in self._sums.tolist()]
-
-    def take_up(self, sums: list[float], device: Any) -> None:
-        """Goes on from `sums`."""
-        self._sums = torch.tensor(sums, dtype=torch.float32, device=device)
+    def averages(self, totals: list[float]) -> dict[str, float]:
+        """What NAMES has; its means over pairs."""
+        return {name: total / max(totals[0], 1.0) for name, total in zip(NAMES, totals[1:], strict=True)}
 
     def count(self, batches: Sequence[Mapping[str, Any]]) -> list[int]:
         """Pairs of some micro-batches, and tokens of their chosen rows whose cross-entropy counts."""
@@ -106,7 +93,7 @@ class PreferenceLoss:
         return [sum(len(batch["rows"]) for batch in batches), tokens]
 
 
-def imitated(batch: Mapping[str, Any], settings: Preference) -> Tensor | None:
+def imitated(batch: Mapping[str, Any], settings: Paired) -> Tensor | None:
     """Labels of the chosen rows whose cross-entropy counts beside the loss of pairs; None where none does."""
     if not settings.nll:
         return None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LONGEST_ANSWER = 700
 _OF_PAIRS = {
+    "kl": "KL to the base model, estimated",
     "rewards/accuracies": "pairs ranked right, by reward",
     "rewards/margins": "margin of the rewards",
     "logps/accuracies": "pairs whose chosen answer is likelier",
@@ -35,7 +36,11 @@ class Display(display.Display):
         loss = f"{after.loss - before.loss:+.3f}"
         table.add_row(f"loss ({after.unit})", f"{before.loss:.3f}", f"{after.loss:.3f}", loss)
         if before.preference and after.preference:
-            for name, title in _OF_PAIRS.items():
+            labelled = {"rewards/accuracies": "answers judged right, by reward"}
+            titles = _OF_PAIRS | (labelled if "answers" in after.preference else {})
+            for name, title in titles.items():
+                if name not in before.preference or name not in after.preference:
+                    continue
                 old, new = before.preference[name], after.preference[name]
                 table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         if after.rows:

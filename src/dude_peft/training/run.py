@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import AdapterSection, RunConfig
+from dude_peft.config.schema import AdapterSection, KtoSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dude_peft.measure.base_weights import WeightOf
     from dude_peft.training.budget import Spent
     from dude_peft.training.fit import Fit
+    from dude_peft.training.label_scores import LabelMeter
     from dude_peft.training.pair_scores import PairMeter
     from dude_peft.training.run_data import HeldOut, RunData
 
@@ -145,7 +146,7 @@ class _Run:
         """The adapter that training starts from; None for a fresh one."""
         self.from_base = True
         """Whether the run began, or begins, as the base model."""
-        self.meter: PairMeter | None = None
+        self.meter: PairMeter | LabelMeter | None = None
         """Of held-out pairs, once it was asked for."""
 
     def go(self) -> RunReport:
@@ -586,7 +587,7 @@ class _Run:
         from dude_peft.measure.score import held_out_loss
 
         if self.config.train.preference is not None:
-            found = self._pairs(held_out).scores(self.model)
+            found = self._judged(held_out).scores(self.model)
             return {"loss": found.mean, **found.means}
         batch_size, pad_id = self.config.evaluation.batch_size, int(self.tokenizer.pad_token_id)
         loss = held_out_loss(
@@ -594,14 +595,20 @@ class _Run:
         )
         return {"loss": loss}
 
-    def _pairs(self, held_out: HeldOut) -> PairMeter:
+    def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter:
+        from dude_peft.training.label_scores import LabelMeter
         from dude_peft.training.pair_scores import PairMeter
 
         if self.meter is None:
             settings, size = self.config.train.preference, self.config.evaluation.batch_size
             assert settings is not None
             pad_id = int(self.tokenizer.pad_token_id)
-            self.meter = PairMeter(held_out.examples, settings, pad_id, size, self.nature.company)
+            company = self.nature.company
+            if isinstance(settings, KtoSection):
+                longest = self.config.data.max_length
+                self.meter = LabelMeter(held_out.examples, settings, pad_id, size, longest, company)
+            else:
+                self.meter = PairMeter(held_out.examples, settings, pad_id, size, company)
         return self.meter
 
     def _score(self, when: str, held_out: HeldOut | None) -> Score | None:
@@ -616,7 +623,7 @@ class _Run:
         with self._phase(f"evaluation_{when}"), self.display.stage(f"held-out rows, {when}", work) as advance:
             found: Any
             if self.config.train.preference is not None:
-                found = self._pairs(held_out).scores(self.model, advance)
+                found = self._judged(held_out).scores(self.model, advance)
             else:
                 found = item_losses(
                     self.model,
@@ -643,7 +650,8 @@ class _Run:
         if self.config.train.preference is not None:
             count = len(found.losses)
             interval = wilson_interval(found.right, count)
-            preference = {"pairs": count, "right": found.right, "interval": interval, **found.means}
+            unit = "answers" if isinstance(self.config.train.preference, KtoSection) else "pairs"
+            preference = {unit: count, "right": found.right, "interval": interval, **found.means}
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
         right = sum(answer.right for answer in answers)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.config.schema import RunConfig, ShareSection
+from dude_peft.config.schema import KtoSection, RunConfig, ShareSection
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import prompt_ids
 from dude_peft.data.formats import Reading, Row
@@ -22,6 +22,7 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.data.token_store import question_hash
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
+from dude_peft.training.label_balance import check_enough, check_margin, told_of_labels
 from dude_peft.training.training_set import GeneralTest, TrainingSet
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     """
     data, evaluation = config.data, config.evaluation
     template = Template(tokenizer, data.template, data.special_tokens)
-    kind = KINDS[config.train.objective]
+    kind, preference = KINDS[config.train.objective], config.train.preference
+    labels = preference if isinstance(preference, KtoSection) else None
     record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
     warnings: list[str] = []
 
@@ -162,6 +164,9 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     def told(name: str, found: TokenSet, *, warn: bool = True) -> TokenSet:
         hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
         told = {"examples": len(found), "duplicates": found.duplicates}
+        if labels is not None and name in ("train", "test"):
+            told["wanted"] = int(found.labels.sum())
+            check_enough(found, f"data.{name}", labels)
         record[name] = hashes | told | asdict(found.counts)
         if warn:
             lines = [*found.losses(data.max_length), *found.counts.spellings(data.special_tokens)]
@@ -181,6 +186,8 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     told("train", domain)
     if domain.duplicates:
         warnings.append(f"{domain.duplicates} of {len(domain)} training examples are duplicates")
+    if labels is not None:
+        warnings += told_of_labels(domain, labels)
     general = general_test = None
     if data.general is not None:
         general = told("general", tokens(data.general, _GENERAL_SPLIT, None, train_on=_ALL))
@@ -200,19 +207,26 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         if data.test_rows is not None:
             test = first(test, data.test_rows)
         told("test", test, warn=False)  # of the same rows it was told
+    if labels is not None:
+        check_margin(test, evaluation.metric_for_best_model)
     if leaked := overlap(domain, test):
         warnings.append(
             f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
             "measures memory"
         )
     rows = _first_rows(config) if questions is None else _of(config, questions)
-    asked = [row for row in map(_answered, rows) if not row.is_text and row.answer and row.is_learned]
+    asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
     prompts = [prompt_ids(row, template, tokenizer) for row in asked]
     return RunData(train, HeldOut(test, asked, prompts), record, warnings)
 
 
 def _reading(config: RunConfig) -> Reading:
     return Reading(Columns(config.data.columns), kind=KINDS[config.train.objective])
+
+
+def _has_right_answer(row: Row) -> bool:
+    """Whether an answer of the model can be compared with the row's."""
+    return not row.is_text and bool(row.answer) and row.is_learned and row.label is not False
 
 
 def _answered(row: Row) -> Row:

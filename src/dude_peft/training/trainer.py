@@ -29,11 +29,11 @@ from dude_peft.parents import fits, newer
 from dude_peft.training.compiled import one_graph_a_shape
 from dude_peft.training.general import GeneralMeter
 from dude_peft.training.groups import parameter_groups
+from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.loop import Loop
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
-from dude_peft.training.preference import PreferenceLoss
 from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
@@ -124,16 +124,16 @@ class RunTrainer(Trainer):
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Of pairs, the loss of a step is divided by the number of its pairs, not of its tokens."""
+        """Of preferences, the loss of a step is divided by the number of its pairs or answers, not of its tokens."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if isinstance(self.compute_loss_func, PreferenceLoss):
+        if isinstance(self.compute_loss_func, JudgedLoss):
             counts = summed(torch.tensor(self.compute_loss_func.count(samples), device=device))
             items, self.compute_loss_func.tokens = counts[0], counts[1]
         return samples, items
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if isinstance(self.compute_loss_func, PreferenceLoss) and "loss" in logs:
+        if isinstance(self.compute_loss_func, JudgedLoss) and "loss" in logs:
             logs |= self.compute_loss_func.means()
         super().log(logs, start_time)
 
@@ -165,7 +165,7 @@ class RunTrainer(Trainer):
         """DeepSpeed steps inside its backward pass, so there a bad loss has to be refused here."""
         if isinstance(self.compute_loss_func, MixtureOfLosses):
             self.compute_loss_func.look(model, inputs, inputs.pop("general", None))
-        if isinstance(self.compute_loss_func, PreferenceLoss):
+        if isinstance(self.compute_loss_func, JudgedLoss):
             self.compute_loss_func.look(model, inputs)
         if isinstance(self.compute_loss_func, CausalLoss):
             if self.compute_loss_func.router:
@@ -198,7 +198,7 @@ class RunTrainer(Trainer):
         self.check_sound(optimizer, [rest, scheduler.state_dict()])
         parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
         of_pairs = self.compute_loss_func
-        pairs = {"pairs": gathered(of_pairs.sums())} if isinstance(of_pairs, PreferenceLoss) else {}
+        pairs = {"pairs": gathered(of_pairs.sums())} if isinstance(of_pairs, JudgedLoss) else {}
         save_adapter = self.loop.adapter_writer(self.model)
         self.store_flos()
         if not self.args.should_save:
@@ -279,7 +279,7 @@ class RunTrainer(Trainer):
             own = sums[index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
             self._tr_loss = torch.tensor(own, dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
-            if isinstance(self.compute_loss_func, PreferenceLoss):
+            if isinstance(self.compute_loss_func, JudgedLoss):
                 pairs = self._resumed.state["pairs"]
                 same = len(pairs) == self.args.world_size
                 whole = [sum(part) for part in zip(*pairs, strict=True)] if index == 0 else [0.0] * len(pairs[0])

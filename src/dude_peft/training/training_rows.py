@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dude_peft.data.batches import flat, pad_right
+from dude_peft.data.mismatched import mismatched
 from dude_peft.data.packing import pack
 from dude_peft.training.compiled import padded
 from dude_peft.training.training_set import TrainingSet
@@ -63,6 +64,30 @@ class PairRows(Rows):
     def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
         worse = [{name: each[f"rejected_{name}"] for name in ("input_ids", "labels")} for each in examples]
         return pad_right([*examples, *worse], pad_id)
+
+
+class LabelledRows(Rows):
+    """One answer with its label a place; a batch also has its questions with other rows' answers."""
+
+    def __init__(self, examples: TrainingSet, max_length: int | None) -> None:
+        """`max_length`: tokens that a question with another answer may have; None makes none of these."""
+        super().__init__(examples)
+        self._labels, self._max_length = torch.from_numpy(examples.labels), max_length
+
+    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
+        """Places -> the model's arguments, `rows`, `label`, and `mismatched`: other arguments, for the estimate of KL.
+
+        Each question gets the answer of the row before it in the batch, the first one that of the last, as TRL has it.
+        A batch of one, which ends an epoch, takes the answer of the next row of the set.
+        """
+        batch = super().batch(places, pad_id)
+        batch["label"] = self._labels[batch["rows"]]
+        if self._max_length is not None:
+            asked = [example for place in places for example in place]
+            alone = len(asked) == 1
+            answered = [self._examples[(asked[0]["row"] + 1) % len(self)]] if alone else [asked[-1], *asked[:-1]]
+            batch["mismatched"] = pad_right(mismatched(asked, answered, self._max_length), pad_id)
+        return batch
 
 
 class Packs(Rows):
