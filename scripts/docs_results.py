@@ -178,7 +178,14 @@ def mol() -> str:
 
 
 def family() -> str:
-    name = "2026-11-29-family"
+    return _compared("2026-11-29-family")
+
+
+def stories() -> str:
+    return _compared("2026-11-29-compare-stories260k")
+
+
+def _compared(name: str) -> str:
     found = _record(name)["results"]
     rows = []
     for method, each in found["methods"].items():
@@ -353,6 +360,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "quantised": quantised,
     "mol": mol,
     "family": family,
+    "stories": stories,
     "method-costs": method_costs,
     "budget": budget,
     "step-model": step_model,
