@@ -396,6 +396,7 @@ def test_the_plan_decides_what_it_can(places, tmp_path, by):
         assert "32 training rows" in told[0]
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_ranks_and_the_plan_says_them_too(places, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(places, tmp_path / "out", "gradient")))

@@ -64,6 +64,7 @@ def test_the_run_keeps_it_and_needs_no_file(trained, tmp_path):
     assert json.loads((trained / "out/run.json").read_text(encoding="utf-8"))["config"]["data"]["chat_template"] == OWN
 
 
+@pytest.mark.slow
 def test_every_command_on_the_adapter_uses_it(trained, tmp_path):
     done = dude("export", "out/adapter", "--to", "merged", "-o", tmp_path / "merged", cwd=trained)
     assert done.returncode == 0, done.stderr

@@ -226,6 +226,7 @@ def test_the_python_interface_gives_the_same_result_and_prints_nothing(place, fi
     assert found._repr_html_().startswith("<table>")
 
 
+@pytest.mark.slow
 def test_runs_by_hand_one_command_each(place, tmp_path):
     elsewhere = copied(place, tmp_path)
     (elsewhere / "grid.yaml").write_text(

@@ -254,6 +254,7 @@ def test_a_mistake_of_several_is_told_once(place, tmp_path):
     assert finished.stderr.count("there is no task") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score(place, tmp_path):
     tasks = {"tasks": ["mmlu_anatomy"], "tasks_data_dir": str(place / "data"), "tasks_limit": 4, "tasks_steps": 2}
     path = tmp_path / "run.yaml"
