@@ -30,6 +30,14 @@ class LayerTask:
     generator: str = ""
     """State of torch's generator before this layer, in hexadecimal, for methods that draw from it."""
 
+    def read(self) -> tuple[Tensor, TensorPrint]:
+        """The weight (out, in) in float32 (float64 stays), rounded to the model's dtype first, and its fingerprint.
+
+        Raises ArtifactError where the file ends early.
+        """
+        weight, base = read_weight(self.stored, getattr(torch, self.dtype))
+        return weight.T if self.transposed else weight, base
+
 
 @dataclass(frozen=True)
 class LayerStart:
@@ -49,11 +57,10 @@ def compute(task: LayerTask, method: Method, options: SplitOptions) -> LayerStar
         ArtifactError: the file ends early.
         NumericsError: NaN or Inf in the weight.
     """
-    stored, base = read_weight(task.stored, getattr(torch, task.dtype))
-    W0 = stored.T if task.transposed else stored
+    W0, base = task.read()
     out, in_ = W0.shape
     if task.generator:
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(task.generator)), dtype=torch.uint8))
     start = start_of(method, W0, task.r, task.scaling, options, task.name)
-    state = layer_tensors(method.delta, start_tensors(method, start, task.r, (out, in_), stored.dtype))
+    state = layer_tensors(method.delta, start_tensors(method, start, task.r, (out, in_), W0.dtype))
     return LayerStart(to_stock(state, task.scaling), base, start.split.captured)

@@ -22,7 +22,7 @@ from dude_peft.init.layer import LayerTask
 from dude_peft.init.plan import make_plan
 from dude_peft.init.run import checkpoint_folder
 from dude_peft.model.quantised import asked_of, stored_config
-from dude_peft.model.weights import WeightFiles, open_weights, read_weight
+from dude_peft.model.weights import WeightFiles, open_weights
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.starts import started_from
@@ -76,8 +76,7 @@ class FullPrecision:
         task = self._layers.get(layer)
         if task is None:
             raise ConfigError(f"adapter.init_from: {shown(self.name, 300)} has no layer '{shown(layer)}'; {_REMEDY}")
-        stored, _ = read_weight(task.stored, getattr(torch, task.dtype))
-        full = (stored.T if task.transposed else stored).to(applied)
+        full = task.read()[0].to(applied)
         if full.shape != applied.shape:
             raise ConfigError(
                 f"adapter.init_from: '{shown(layer)}' of {shown(self.name, 300)} has shape {tuple(full.shape)}, the "

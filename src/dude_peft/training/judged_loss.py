@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.machine.processes import gathered
+from dude_peft.measure.token_logps import row_logps
 
 
 class JudgedLoss(ABC):
@@ -54,3 +55,10 @@ class JudgedLoss(ABC):
     def add(self, sums: Tensor) -> None:
         """Adds a micro-batch's, (width,)."""
         self._sums = sums if self._sums is None else self._sums + sums
+
+
+def logps_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Log-probabilities of a micro-batch's judged tokens, summed by row, (rows,)."""
+    rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    found, _ = row_logps(model(**rows, use_cache=False).logits, inputs["labels"])
+    return found

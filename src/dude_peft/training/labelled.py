@@ -11,7 +11,7 @@ from torch import Tensor
 from dude_peft.config.schema import KtoSection
 from dude_peft.machine.processes import summed
 from dude_peft.measure.token_logps import row_logps
-from dude_peft.training.judged_loss import JudgedLoss
+from dude_peft.training.judged_loss import JudgedLoss, logps_of
 from dude_peft.training.label_losses import averages, losses, summed_up
 from dude_peft.tuner.untouched import as_base
 
@@ -42,11 +42,11 @@ class LabelledLoss(JudgedLoss):
         others = inputs.pop("mismatched", None)
         with torch.no_grad():
             with as_base(model):
-                self._base = _logps(model, inputs)
-                base = None if others is None else _logps(model, others)
+                self._base = logps_of(model, inputs)
+                base = None if others is None else logps_of(model, others)
             self._kl = None
             if base is not None:
-                ratios = _logps(model, others) - base
+                ratios = logps_of(model, others) - base
                 total = summed(torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))]))
                 self._kl = (total[0] / total[1]).clamp(min=0)
 
@@ -74,9 +74,3 @@ class LabelledLoss(JudgedLoss):
     def count(self, batches: Sequence[Mapping[str, Any]]) -> list[int]:
         """Answers of some micro-batches; no cross-entropy counts beside their loss."""
         return [sum(len(batch["rows"]) for batch in batches), 0]
-
-
-def _logps(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    found, _ = row_logps(model(**rows, use_cache=False).logits, inputs["labels"])
-    return found

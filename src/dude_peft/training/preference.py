@@ -11,7 +11,7 @@ from torch import Tensor
 from dude_peft.config.schema import OrpoSection, Paired
 from dude_peft.data.labels import IGNORE
 from dude_peft.measure.token_logps import row_logps
-from dude_peft.training.judged_loss import JudgedLoss
+from dude_peft.training.judged_loss import JudgedLoss, logps_of
 from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
 from dude_peft.tuner.untouched import as_base
 
@@ -51,10 +51,8 @@ class PreferenceLoss(JudgedLoss):
         self._labels = imitated(inputs, self._settings)
         if not self._settings.has_base:
             return
-        rows = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with torch.no_grad(), as_base(model):
-            logits = model(**rows, use_cache=False).logits
-        self._base, _ = row_logps(logits, inputs["labels"])
+            self._base = logps_of(model, inputs)
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The micro-batch's part of the step's loss; `num_items_in_batch` counts pairs."""
