@@ -103,12 +103,11 @@ def _run(
     config = {
         "model": {"name_or_path": str(folder / model)},
         "adapter": {"r": 4, "lora_alpha": 4},
-        "data": {"train": str(folder / "rows.jsonl"), "test": str(folder / "rows.jsonl")},
+        "data": {"train": str(folder / "rows.jsonl")},
         "train": {
             "learning_rate": 1e-3, "max_steps": settings.steps, "per_device_train_batch_size": 4 // count,
             "logging_steps": 1,
         },
-        "evaluation": {"rows": 2, "max_new_tokens": 2},
         "output_dir": str(out),
     }  # fmt: skip
     path = out.with_suffix(".yaml")

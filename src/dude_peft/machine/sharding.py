@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError
-from dude_peft.machine.pages import let_go
+from dude_peft.machine.pages import let_go, return_large_blocks
 from dude_peft.machine.processes import count, from_first, gathered, is_first
 from dude_peft.parents import require
 from dude_peft.show import shown
@@ -60,6 +60,7 @@ def split(model: Any, device: torch.device) -> None:
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
 
+    return_large_blocks()
     places = _places(model)
     needed = gathered({name: holder[key].is_meta for name, (holder, key) in places.items()})
     parts = from_first(_parts(places, needed[-1]) if is_first() else [])
