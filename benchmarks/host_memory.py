@@ -108,6 +108,7 @@ def _run(
             "learning_rate": 1e-3, "max_steps": settings.steps, "per_device_train_batch_size": 4 // count,
             "logging_steps": 1,
         },
+        "evaluation": {"enabled": False},
         "output_dir": str(out),
     }  # fmt: skip
     path = out.with_suffix(".yaml")
