@@ -99,7 +99,7 @@ def _wrap(model: Any, mesh: Any) -> None:
 
 
 def _share(whole: Tensor, mesh: Any, parameter: Any) -> nn.Parameter:
-    """This process's share of the first one's tensor, cut as `parameter` is."""
+    """What this process keeps of the first one's tensor, cut as `parameter` is."""
     from torch import nn
     from torch.distributed.tensor import distribute_tensor
 
