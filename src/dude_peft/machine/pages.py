@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,14 +26,24 @@ def return_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-def let_go(tensor: Tensor) -> None:
-    """Takes the whole pages of a CPU tensor's values out of this process; nobody may read them afterwards.
+class MappedFiles:
+    """The files that this process has mapped by now, such as safetensors' that weights are views of.
 
-    safetensors maps a file, and weights are views of the mapping: by itself it stays whole while one of them lives.
+    A mapping stays whole while one of its views lives, so what was read of it would count until the last one is gone.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+    def __init__(self) -> None:
+        maps = Path("/proc/self/maps")
+        lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
+        places = [line.split()[0].split("-") for line in lines if "/" in line]
+        self._ranges = [(int(start, 16), int(end, 16)) for start, end in places]
+
+    def let_go(self, tensor: Tensor) -> None:
+        """Takes the pages of a tensor that lies in one of them out of this process; read again, they come back."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and any(start <= begin and end <= stop for start, stop in self._ranges):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError
-from dude_peft.machine.pages import let_go, return_large_blocks
+from dude_peft.machine.pages import MappedFiles, return_large_blocks
 from dude_peft.machine.processes import count, from_first, gathered, is_first
 from dude_peft.parents import require
 from dude_peft.show import shown
@@ -75,6 +75,7 @@ def split(model: Any, device: torch.device) -> None:
             _put(places, part, nn.Parameter(empty, requires_grad=part.is_trained))
     mesh = init_device_mesh(device.type, (count(),))
     _wrap(model, mesh)
+    files = MappedFiles()
     for part in parts:
         whole = values.pop(part.names[0]) if is_first() else torch.empty(part.shape, dtype=part.dtype, device=device)
         if part.is_parameter:
@@ -83,7 +84,7 @@ def split(model: Any, device: torch.device) -> None:
         else:
             _put(places, part, _copy(whole, device))
         if is_first():
-            let_go(whole)
+            files.let_go(whole)
     model.get_base_model()._is_distributed_loading_by_transformers = True
 
 

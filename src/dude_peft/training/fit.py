@@ -193,8 +193,6 @@ class Training:
     config: RunConfig
     loop: Loop
     """What happens around the steps."""
-    strategy: str = "ddp"
-    """Of several processes."""
 
     def run(self) -> Fit:
         """Trains from the start of the adapter, or from the checkpoint of `loop`.

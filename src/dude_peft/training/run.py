@@ -495,7 +495,7 @@ class _Run:
         from dude_peft.training.model_checks import check_attention, check_shares, probe
         from dude_peft.tuner.load import put_on_empty
 
-        config = processes.from_first(None if self.model is None else self.model.peft_config["default"])
+        config: Any = processes.from_first(None if self.model is None else self.model.peft_config["default"])
         self.exact, self.from_base = processes.from_first((self.exact, self.from_base))
         before = None if self.model is None else probe(self.model, data.train, pad_id)
         if self.model is None:
@@ -614,9 +614,7 @@ class _Run:
             behind_seconds=behind_seconds,
         )
         with self._phase("training"):
-            fitted = Training(
-                self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop, self.strategy
-            ).run()
+            fitted = Training(self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:

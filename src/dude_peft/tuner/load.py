@@ -96,7 +96,7 @@ def put_on_empty(model: nn.Module, config: DudeConfig) -> PeftModel:
         config: that process's, as it came out of `get_peft_model` or `load_adapter`.
     """
     config._is_sent = True
-    return get_peft_model(model, config).eval()  # type: ignore[return-value,arg-type]
+    return get_peft_model(model, config).eval()
 
 
 def _load_first(
