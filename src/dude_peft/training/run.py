@@ -340,6 +340,7 @@ class _Run:
         from dude_peft.model.load import load_empty, load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains, method_of, stored_config
+        from dude_peft.training.end_token import end_token_warning
         from dude_peft.training.model_checks import (
             check_answers_fit,
             check_attention,
@@ -390,6 +391,8 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             if self.has_whole:
                 self._adapt(model, base, data, pad_id)
+                if warning := end_token_warning(self.model, data.train, self.tokenizer):
+                    self.warn(warning)
             if self.is_split:
                 self._split(model, data, pad_id, device)
         trainable, total = self.model.get_nb_trainable_parameters()
