@@ -200,8 +200,7 @@ def test_the_reference_is_the_base_model_bit_by_bit_and_no_second_model_is_there
     start(grpo(places, tmp_path / "out", adapter={"lora_dropout": 0.2}, section={"beta": 0.1}, train=train))
     assert models == [before + 1] * 4
     kl = [line["kl"] for line in lines(tmp_path / "out") if "loss" in line]
-    assert kl[0] == 0  # the start is the base model
-    assert min(kl[1:]) > 0
+    assert min(kl) > 0
 
 
 # --- interrupted --------------------------------------------------------------------------------------------------
@@ -367,7 +366,7 @@ def test_your_own_reward_gets_what_trl_gives_and_is_part_of_what_the_run_is(plac
     ("body", "words"),
     [
         ("raise KeyError('solution')", r"the reward mine raised line 4: KeyError: 'solution'"),
-        ("time.sleep(60)", r"the reward mine took longer than 1 s \(train.grpo.reward_timeout\)"),
+        ("time.sleep(60)", r"the reward mine took longer than 1 s, .*raise train.grpo.reward_timeout"),
         ("return [float('nan')] * len(completions)", r"the reward mine gave nan for the answer"),
         ("return [None] * len(completions)", r"the reward mine gave nothing for the answer"),
         ("return [1e300] * len(completions)", r"the reward mine gave 1e\+300"),
@@ -388,15 +387,25 @@ def test_a_reward_that_fails_ends_the_run_with_the_prompt_and_the_row(places, tm
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_with_a_failing_reward_exits_with_3_and_goes_on_when_it_is_corrected(places, tmp_path):
-    section = code(tmp_path, "return [1 / (len(completions[0]) > 2) for _ in completions]")
+@SLOW
+def test_a_run_with_a_reward_that_hangs_exits_with_3_and_goes_on_with_more_time(places, tmp_path):
+    section = code(
+        tmp_path,
+        f"""
+    if len(completions) > 1 and not os.path.exists({str(tmp_path / "quick")!r}):
+        time.sleep(60)
+    return [float(len(text)) for text in completions]""",
+    )
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(grpo(places, tmp_path / "out", section=section)))
     done = served.dude("train", path)
     assert done.returncode == 3
-    assert "ZeroDivisionError" in done.stderr
+    assert "took longer than 1 s" in done.stderr
     assert "train.jsonl:" in done.stderr
     assert "Traceback" not in done.stderr
+    (tmp_path / "quick").touch()
+    done = served.dude("train", path, "--set", "train.grpo.reward_timeout=60")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

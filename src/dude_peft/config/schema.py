@@ -616,7 +616,7 @@ class RewardSection(Section):
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"key 'train.grpo.rewards': pattern {shown(self.pattern, 80)} is no regular expression ({error})"
                 ) from None
@@ -639,7 +639,7 @@ class GrpoSection(Section):
     trust_reward_files: bool = False
     """Confirms that the Python files of `rewards` may run. Read them first."""
 
-    reward_timeout: Positive = 30.0
+    reward_timeout: Annotated[Number, Field(gt=0, le=86400)] = 30.0
     """Seconds that a reward may take over the answers to one prompt."""
 
     num_generations: Annotated[int, Field(ge=2, le=4096)] = 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from dude_peft.artifact.manifest import WEIGHTS_FILE
 from dude_peft.artifact.sealed import file_sha256
 from dude_peft.config.schema import RunConfig
-from dude_peft.doors import parse_json, read_file
+from dude_peft.doors import open_file, parse_json, read_file
 from dude_peft.errors import ArtifactError
 from dude_peft.folder.record import ADAPTER, METRICS, REPORT, ROLLOUTS, RunReport, Score
 from dude_peft.measure.base_weights import WeightOf
@@ -42,8 +43,9 @@ from dude_peft.terminal.next_steps import word
 from dude_peft.training.next_commands import next_commands
 
 _MOST_SAMPLES = 12
-_MOST_ROLLOUTS = 16
-_LARGEST_BYTES = 256 << 20
+_ANSWERS_SHOWN = 8
+_END_BYTES = 1 << 20
+_LARGEST_METRICS_BYTES = 256 << 20
 
 
 def document_of_run(folder: Path, weight_of: WeightOf | None = None) -> Document:
@@ -200,42 +202,50 @@ def _samples(report: RunReport) -> Iterator[Block]:
 
 
 def _rollouts(folder: Path, report: RunReport) -> Iterator[Block]:
-    """The first group of answers in training, and the last ones."""
-    lines = list(_lines(folder, ROLLOUTS, report))
-    if not lines:
+    """The first answers in training, and the last ones; the file may be too large to be read as a whole."""
+    path = folder / ROLLOUTS
+    if not path.is_file():
         return
-    size = report.config["train"]["grpo"]["num_generations"]
-    first, last = lines[:size], lines[size:][-size:]
-    shown_lines = [*first[: _MOST_ROLLOUTS // 2], *last[: _MOST_ROLLOUTS // 2]]
+    _check(path, report)
+    with open_file(path) as file:
+        head = file.read(_END_BYTES).splitlines()[:_ANSWERS_SHOWN]
+        file.seek(max(file.seek(0, os.SEEK_END) - _END_BYTES, 0))
+        tail = file.read().splitlines()[-_ANSWERS_SHOWN:]
+    first = list(_parsed(head))
     rows: list[tuple[Cell, ...]] = [
         (
             number(line.get("step")), str(line.get("prompt")), str(line.get("completion")),
             number(line.get("reward"), ".3f"), number(line.get("advantage"), "+.3f"),
         )
-        for line in shown_lines
+        for line in (*first, *(line for line in _parsed(tail) if line not in first))
     ]  # fmt: skip
-    yield table("Answers of the first group and of the last", ("step", "prompt", "answer", "reward", "advantage"), rows)
-    yield Text(f"{ROLLOUTS} has all {len(lines):,} answers with each of their rewards.")
+    yield table("The first answers and the last", ("step", "prompt", "answer", "reward", "advantage"), rows)
+    yield Text(f"{ROLLOUTS} has all answers, with each of their rewards.")
 
 
 def _metrics(folder: Path, report: RunReport) -> Iterator[dict[str, Any]]:
     """Lines of metrics.jsonl."""
-    return _lines(folder, METRICS, report)
-
-
-def _lines(folder: Path, name: str, report: RunReport) -> Iterator[dict[str, Any]]:
-    """A file's lines; one that cannot be read is left out, for it was so when the run ended."""
-    path = folder / name
+    path = folder / METRICS
     if not path.is_file():
         return
-    wanted = (report.files or {}).get(name)
-    if wanted is not None and file_sha256(path) != wanted:
-        raise ArtifactError(f"{shown(path, 300)} is not what the run wrote; restore it, or move it away")
+    _check(path, report)
     try:
-        content = read_file(path, _LARGEST_BYTES)
+        content = read_file(path, _LARGEST_METRICS_BYTES)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{shown(path, 300)} cannot be read ({shown(error)}); move it away") from error
-    for raw in content.splitlines():
+    yield from _parsed(content.splitlines())
+
+
+def _check(path: Path, report: RunReport) -> None:
+    """Raises ArtifactError where a file is not what the run wrote."""
+    wanted = (report.files or {}).get(path.name)
+    if wanted is not None and file_sha256(path) != wanted:
+        raise ArtifactError(f"{shown(path, 300)} is not what the run wrote; restore it, or move it away")
+
+
+def _parsed(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """A line that cannot be read is left out, for it was so when the run ended."""
+    for raw in lines:
         try:
             line = parse_json(raw)
         except ValueError:

@@ -5,6 +5,7 @@ It imports no torch. What a reward prints goes nowhere, and standard input is no
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import json
 import os
@@ -20,11 +21,13 @@ from typing_extensions import override
 
 from dude_peft.rewards.builtin import Reward, builtin
 
+_SPARE_SECONDS = 10
+
 
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    The first line is {"rewards", "longest"}; it is answered by {} or {"fault", "reward"}. Each one that follows is
+    The first line is {"rewards", "longest", "seconds"}; it is answered by {} or {"fault", "reward"}. Each one that follows is
     {"reward": its number, "of": {"prompts", "completions", "completion_ids", "answer"}}, answered by {"scores"} or
     {"fault"}.
     """
@@ -46,7 +49,11 @@ def main() -> None:
     files = [settings.get("file") for settings in first["rewards"]]
     for line in requests:
         request = json.loads(line)
-        print(_scores(rewards[request["reward"]], request["of"], files[request["reward"]]), file=answers, flush=True)
+        # Where the parent is gone, nobody else ends a reward that hangs; this needs no turn of the interpreter.
+        faulthandler.dump_traceback_later(first["seconds"] + _SPARE_SECONDS, exit=True)
+        found = _scores(rewards[request["reward"]], request["of"], files[request["reward"]])
+        faulthandler.cancel_dump_traceback_later()
+        print(found, file=answers, flush=True)
 
 
 def _scores(reward: Reward, of: dict[str, Any], file: str | None) -> str:

@@ -74,7 +74,8 @@ class Judge:
         self._lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=_copy, args=(self._child.stdout, self._lines), daemon=True).start()
         try:
-            found = self._ask({"rewards": rewards, "longest": settings.max_completion_length}, _START_SECONDS)
+            first = {"rewards": rewards, "longest": settings.max_completion_length, "seconds": self._timeout}
+            found = self._ask(first, _START_SECONDS)
         except (OSError, queue.Empty) as error:
             self.close()
             raise ResourceError("the process for rewards does not start; look at what their files import") from error
@@ -111,9 +112,8 @@ class Judge:
             found = self._ask({"reward": number, "of": asked}, self._timeout)
         except queue.Empty:
             self.close()
-            raise self._fault(
-                number, f"took longer than {self._timeout:g} s (train.grpo.reward_timeout)", group
-            ) from None
+            todo = "raise train.grpo.reward_timeout to resume, or correct it and start over (--overwrite)"
+            raise self._fault(number, f"took longer than {self._timeout:g} s", group, todo) from None
         except OSError as error:
             self.close()
             raise self._fault(number, "ended its process", group) from error
@@ -128,10 +128,12 @@ class Judge:
                 raise self._fault(number, f"gave {given} for the answer {shown(repr(completion), 80)}", group)
         return [float(value) for value in values]
 
-    def _fault(self, number: int, what: str, group: Group) -> DataError:
+    def _fault(
+        self, number: int, what: str, group: Group, todo: str = "correct it, and start over (--overwrite)"
+    ) -> DataError:
         return DataError(
             f"{group.place}: the reward {self.names[number]} {what}, on the prompt {shown(repr(group.prompt), 120)}; "
-            "correct it, and run the same command again to resume"
+            f"{todo}"
         )
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
