@@ -27,9 +27,9 @@ _SPARE_SECONDS = 10
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    The first line is {"rewards", "longest", "seconds"}; it is answered by {} or {"fault", "reward"}. Each one that follows is
-    {"reward": its number, "of": {"prompts", "completions", "completion_ids", "answer"}}, answered by {"scores"} or
-    {"fault"}.
+    The first line is {"rewards", "longest", "seconds"}; it is answered by {} or {"fault", "reward"}. Each one that
+    follows is {"reward": its number, "of": {"prompts", "completions", "completion_ids", "answer"}}, answered by
+    {"scores"} or {"fault"}.
     """
     requests, answers = os.fdopen(os.dup(0), encoding="ascii"), os.fdopen(os.dup(1), "w", encoding="ascii")
     nowhere = os.open(os.devnull, os.O_RDWR)
