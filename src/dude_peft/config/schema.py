@@ -624,6 +624,11 @@ class RewardSection(Section):
             raise ValueError(f"key 'train.grpo.rewards': {self.title} has weight 0; leave it out")
         return self
 
+    @model_serializer(mode="wrap")
+    def _what_is_set(self, everything: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys of other kinds."""
+        return {key: value for key, value in everything(self).items() if value is not None}
+
     @property
     def title(self) -> str:
         """Its name in the metrics."""

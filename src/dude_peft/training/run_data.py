@@ -221,6 +221,8 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         )
     rows = _first_rows(config) if questions is None else _of(config, questions)
     asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
+    if asks and not asked:
+        raise DataError("data.test: no row has an answer to reward; set evaluation.enabled: false, or add such rows")
     prompts = [prompt_ids(row, template, tokenizer) for row in asked]
     return RunData(train, HeldOut(test, asked, prompts), record, warnings)
 

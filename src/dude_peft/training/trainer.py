@@ -39,7 +39,7 @@ from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
 _MOST_ROWS = 40
-_ANSWERS = "answers"
+_ANSWERS = "answers."
 """Begins the names of answers among a checkpoint's random tensors."""
 
 
@@ -218,7 +218,7 @@ class RunTrainer(Trainer):
         random = {f"{index}.{name}": value for index, (found, _) in enumerate(parts) for name, value in found.items()}
         if self._rollouts is not None:  # answers, too, were drawn
             own = self._rollouts.tensors(int(self.state.global_step))
-            random |= {f"{_ANSWERS}.{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
+            random |= {f"{_ANSWERS}{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
         record = asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
         state = {
             "optimizer": rest,
@@ -296,9 +296,9 @@ class RunTrainer(Trainer):
             self._tr_loss = torch.tensor(own, dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
             if self._rollouts is not None:
-                drawn = {name.partition("."): tensor for name, tensor in self._resumed.tensors(RANDOM).items()}
-                own_answers = {rest: tensor for (part, _, rest), tensor in drawn.items() if part == _ANSWERS}
-                self._rollouts.take_up(self._resumed.state["rollouts"], own_answers)
+                drawn = self._resumed.tensors(RANDOM).items()
+                answers = {n.removeprefix(_ANSWERS): tensor for n, tensor in drawn if n.startswith(_ANSWERS)}
+                self._rollouts.take_up(self._resumed.state["rollouts"], answers)
             if isinstance(self.compute_loss_func, JudgedLoss):
                 pairs = self._resumed.state["pairs"]
                 same = len(pairs) == self.args.world_size
