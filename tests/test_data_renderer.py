@@ -76,3 +76,21 @@ def test_a_template_that_writes_a_little_much_each_time_is_refused():
     tokenizer.chat_template = "{{ 'a' * 900000 }}"
     with pytest.raises(ConfigError, match="writes far more text than it gets"):
         Template(tokenizer).pieces([ROW] * 200)
+
+
+def test_a_long_conversation_is_asked_for_in_parts(monkeypatch):
+    turns = [Message(("user", "assistant")[turn % 2], f"word {turn}") for turn in range(40)]
+    row = Row(tuple(turns), "rows.jsonl:1")
+    whole = Template(tiny_tokenizer()).pieces([row])
+    monkeypatch.setattr(renderer, "_MESSAGES_PER_REQUEST", 50)
+    assert [len(part) for part in renderer._parts([(turns, False, [])] * 3)] == [1, 1, 1]
+    assert Template(tiny_tokenizer()).pieces([row]) == whole
+
+
+def test_the_place_of_a_failure_counts_through_the_parts(monkeypatch):
+    monkeypatch.setattr(renderer, "_MESSAGES_PER_REQUEST", 2)
+    template = "{% if messages|length > 1 %}{{ raise_exception('no') }}{% endif %}x"
+    said = [{"role": "user", "content": "q"}]
+    with pytest.raises(renderer.RenderError) as failure:
+        renderer.render(template, {}, [(said, False, []), (said, False, []), (said * 2, False, [])])
+    assert failure.value.index == 2

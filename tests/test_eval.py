@@ -840,6 +840,7 @@ def test_the_command_ends_with_the_right_code(place, tmp_path, arguments, code, 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(place, tmp_path):
     command = [sys.executable, "-m", "dude_peft.cli", "eval", str(place / "model"), "-o", str(tmp_path / "o")]
     command += ["--tasks", "wordmath", "--batch-size", "1"]

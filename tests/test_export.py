@@ -617,6 +617,7 @@ print(absent, complete)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_there_is_the_whole_model_or_nothing(usual, tmp_path):
     program = _KILLED.format(tests=str(Path(__file__).parent))
     kills = 50 if NIGHT else 15
@@ -715,6 +716,7 @@ def test_a_tokenizer_that_went_wrong_is_noticed(worded, tmp_path, monkeypatch):
     refused(call, NumericsError, "tokenizer", output=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_approximation_above_the_wanted_kl_is_removed(worded, tmp_path):
     call = lambda: export(worded / "adapter", "lora:8", tmp_path / "out", max_kl=1e-9, quiet=True)  # noqa: E731
     refused(call, NumericsError, "above --max-kl", "larger rank", output=tmp_path / "out")

@@ -165,6 +165,7 @@ def test_the_adapter_loads_without_an_svd_and_changes_nothing(checkpoint, adapte
 # --- interruptions ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_the_same_call_goes_on(checkpoint, adapter, tmp_path):
     output, dice = tmp_path / "adapter", random.Random(0)
     for _ in range(6):
@@ -541,6 +542,7 @@ def test_the_command_exits_with_5_on_nan(spoilt, tmp_path):
     assert "q_proj" in assert_refused(dude("init", spoilt, "-o", tmp_path / "adapter"), 5, "numerics")
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_the_command_resumes(checkpoint, adapter, tmp_path):
     arguments = ["init", checkpoint, "-o", tmp_path / "adapter", "-r", "4", "--lora-alpha", "6", "--workers", "1"]
     code, errors = stopped_by_ctrl_c(arguments, "DuDe")

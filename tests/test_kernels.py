@@ -334,7 +334,7 @@ def test_importing_the_core_does_not_import_triton():
     assert done.stdout.strip() == "False", done.stderr
 
 
-@pytest.mark.parametrize("what", ["compile", "trace"])
+@pytest.mark.parametrize("what", sweep("trace", nightly=("compile",)))
 def test_without_the_interpreter(what):
     """Every kernel compiles for real GPUs, and torch.compile sees one kernel a pass, without a graph break."""
     done = run(str(Path(__file__).parent / "without_interpreter.py"), what)

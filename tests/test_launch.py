@@ -26,7 +26,7 @@ FSDP2 = pytest.mark.skipif(
     reason="this transformers is older than models that manage their own shards",
 )
 STRATEGIES = [
-    "ddp",
+    pytest.param("ddp", marks=pytest.mark.slow),  # by day fsdp2, which does what ddp does and shards
     pytest.param("fsdp2", marks=FSDP2),
     pytest.param(
         "zero3",
@@ -173,6 +173,7 @@ def test_a_mistake_is_told_once_with_its_exit_code(places, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_number_in_one_process_stops_both(places, tmp_path):
     config = write_config(places, tmp_path / "out", learning_rate=1e30, max_grad_norm=0, warmup_steps=0)
     done = dude(config, "--launch", "ddp", "--processes", "2")

@@ -350,6 +350,7 @@ def test_two_processes_train_as_one(places, tmp_path, strategy, objective):
         ({"train": {"objective": "sft", "dpo": {"beta": 0.2}}}, "train.dpo.*no effect on train.objective: sft"),
         ({"train": {"dpo": {"beta": 0}}}, "train.dpo.beta.*0"),
         ({"train": {"dpo": {"beta": -0.1}}}, "train.dpo.beta"),
+        ({"train": {"dpo": {"beta": 1e38}}}, "train.dpo.beta.*1000"),
         ({"train": {"dpo": {"loss_type": "sigmod"}}}, "train.dpo.loss_type"),
         ({"train": {"dpo": {"label_smoothing": 0.1}}}, "label_smoothing.*no effect on sigmoid"),
         ({"train": {"dpo": {"loss_type": "exo_pair"}}}, "label_smoothing.*exo_pair needs one above 0"),

@@ -423,6 +423,7 @@ def test_200_hostile_texts_are_inert():
         inert(html(document_of(texts[shift:] + texts[:shift])))
 
 
+@pytest.mark.slow
 def test_hostile_folders(tmp_path):
     for place, text in enumerate(["<script>x</script>\"'", "$x_{$ \u202e", "=1+1|`a`|[b](http://c)"]):
         folder = tmp_path / str(place)

@@ -106,6 +106,7 @@ def test_a_compiled_run_resumes_bit_by_bit(places, tmp_path, monkeypatch, backen
         assert not any("_orig_mod" in name for name in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_the_run_beside_it_is_not_compiled_and_computes_the_same(places, tmp_path):
     """Without dropout, whose masks would have another shape in padded batches."""
     plain = {"max_steps": 2, "torch_compile": False}

@@ -689,6 +689,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(places, whole, tmp_path,
         assert result(out) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
     """Files may not grow beyond a limit, swept from nothing to the largest: exit 6, the last checkpoint whole."""
     out = tmp_path / "first"
@@ -713,6 +714,7 @@ def test_a_full_disk_keeps_what_was_there(places, whole, tmp_path, server):
     assert failed >= sweep - max(1, sweep // 10)
 
 
+@pytest.mark.slow
 def test_of_two_starts_one_wins(places, tmp_path, server):
     other = Server()
     try:

@@ -178,6 +178,7 @@ def data_of(place: Path) -> dict[str, Any]:
 # --- the folded form, and adapters that were trained ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folded_start_trains_on_its_residual_and_is_measured_as_it_begins(place, folded, monkeypatch):
     own = write_yaml(place, "unfolded", {"r": 4})
     before = start(own, "train.max_steps=2").before

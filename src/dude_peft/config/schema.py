@@ -100,6 +100,9 @@ def _quantity(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
+Strength = Annotated[Number, Field(gt=0, le=1000)]
+"""Of a term in a loss. Far larger ones overflow there, and the learning rate would be blamed."""
+StrengthOrZero = Annotated[Number, Field(ge=0, le=1000)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -474,7 +477,7 @@ class DataSection(Section):
 class DpoSection(Section):
     """Direct preference optimisation (arXiv 2305.18290), in the words of TRL's DPOConfig."""
 
-    beta: Positive = 0.1
+    beta: Strength = 0.1
     """How strongly the base model is kept to. For ipo it is the regularisation, tau in its paper."""
 
     loss_type: Literal[
@@ -507,7 +510,7 @@ class DpoSection(Section):
 class OrpoSection(Section):
     """Odds ratio preference optimisation (arXiv 2403.07691), in the words of TRL's ORPOConfig. It has no reference."""
 
-    beta: Positive = 0.1
+    beta: Strength = 0.1
     """Weight of the odds ratio beside the cross-entropy of the chosen row, question and answer; lambda in the paper."""
 
     has_base: ClassVar[bool] = False
@@ -520,16 +523,16 @@ class CpoSection(Section):
     CPOConfig. They have no reference.
     """
 
-    beta: Positive = 0.1
+    beta: Strength = 0.1
     """Scale of the log-probabilities in the loss. SimPO uses 2 to 10, on means over tokens."""
 
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
     """What becomes of the two log-probabilities of a pair; simpo and ipo take means over tokens."""
 
-    cpo_alpha: NonNegative = 1.0
+    cpo_alpha: StrengthOrZero = 1.0
     """Weight of the chosen answer's cross-entropy; 0 for SimPO."""
 
-    simpo_gamma: NonNegative | None = None
+    simpo_gamma: StrengthOrZero | None = None
     """For simpo, the margin by which the chosen answer should win; null is 0.5. Other losses have none."""
 
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] | None = None
@@ -555,13 +558,13 @@ class CpoSection(Section):
 class KtoSection(Section):
     """Kahneman-Tversky optimisation (arXiv 2402.01306) of answers with a label, in the words of TRL's KTOConfig."""
 
-    beta: Positive = 0.1
+    beta: Strength = 0.1
     """How strongly the base model is kept to."""
 
-    desirable_weight: Positive = 1.0
+    desirable_weight: Strength = 1.0
     """Weight of answers whose label is true."""
 
-    undesirable_weight: Positive = 1.0
+    undesirable_weight: Strength = 1.0
     """Weight of answers whose label is false. Weight times number of both should be alike: 1:1 to 4:3."""
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"

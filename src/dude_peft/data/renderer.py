@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dude_peft.data.clock import moment
@@ -33,6 +33,8 @@ MESSAGE_SECONDS = 0.005
 _BYTES_PER_CONVERSATION = 64 * 2**10
 _BYTES_PER_BYTE = 16
 """What a template may write: far more than one that adds a long system message, or tools, to each conversation."""
+
+_MESSAGES_PER_REQUEST = 20_000
 
 _OF_TASKS = "templates of task files"
 _START_SECONDS = 120.0
@@ -64,14 +66,20 @@ class _Renderer:
         self, template: str, tokens: Mapping[str, Any], conversations: Sequence[Conversation], continued: bool = False
     ) -> list[dict[str, str]]:
         """{"text"} or {"fault"} of each conversation in order; RenderError where they take too much."""
-        request = {
-            "template": template,
-            "tokens": dict(tokens),
-            "conversations": conversations,
-            "continued": continued,
-            "now": moment(),
-        }
-        return self._ask(template, request, len(conversations), sum(len(said) for said, _, _ in conversations))
+        answers: list[dict[str, str]] = []
+        for part in _parts(conversations):
+            request = {
+                "template": template,
+                "tokens": dict(tokens),
+                "conversations": part,
+                "continued": continued,
+                "now": moment(),
+            }
+            try:
+                answers += self._ask(template, request, len(part), sum(len(said) for said, _, _ in part))
+            except RenderError as error:
+                raise RenderError(str(error), len(answers) + error.index) from error
+        return answers
 
     def render_document(self, template: str, document: Mapping[str, Any]) -> dict[str, str]:
         """The same of a task's document; of values that JSON has not, as dates, the template sees the text."""
@@ -148,6 +156,20 @@ class _Renderer:
             child.wait()
             with contextlib.suppress(OSError):  # what was not sent any more
                 child.stdin.close()
+
+
+def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+    """Requests that fit into the child: a long conversation is asked for once up to each of its answers."""
+    part: list[Conversation] = []
+    messages = 0
+    for conversation in conversations:
+        if part and messages + len(conversation[0]) > _MESSAGES_PER_REQUEST:
+            yield part
+            part, messages = [], 0
+        part.append(conversation)
+        messages += len(conversation[0])
+    if part:
+        yield part
 
 
 def _copy(stream: Any, lines: queue.Queue[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,6 +19,8 @@ from dude_peft.parents import fits
 from dude_peft.show import shown, shown_lines
 
 _LOG_WIDTH = 110
+_PATIENCE = 5.0
+"""Seconds that a log may stay silent."""
 
 
 @fits()
@@ -78,11 +81,24 @@ class Display:
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """A part of the run whose length nobody knows: a spinner at a terminal, a line with its time at the end."""
+        """A part of the run whose length nobody knows: a spinner at a terminal, a line with its time at the end.
+
+        In a log, a part that lasts is named before its end as well: whoever waits shall know for what.
+        """
         start, name = time.perf_counter(), shown(name, None)
-        with self.console.status(Text(name)) if self.live else contextlib.nullcontext():
+        with self.console.status(Text(name)) if self.live else self._named_late(name):
             yield
         self.say(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    @contextlib.contextmanager
+    def _named_late(self, name: str) -> Iterator[None]:
+        timer = threading.Timer(_PATIENCE, self.say, [f"{name} ..."])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _bar(self) -> Any:
         from rich import progress

@@ -362,6 +362,7 @@ class _Run:
         from dude_peft.model.load import load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains, method_of, stored_config
+        from dude_peft.training.end_token import end_token_warning
         from dude_peft.training.model_checks import (
             check_answers_fit,
             check_attention,
@@ -410,6 +411,8 @@ class _Run:
                 display.ranks(self.spent)
         with self._phase("adapter"), display.waiting("making the adapter"):
             self._adapt(model, base, data, pad_id)
+        if warning := end_token_warning(self.model, data.train, self.tokenizer):
+            self.warn(warning)
         trainable, total = self.model.get_nb_trainable_parameters()
         begun = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
         if self.start is not None:
