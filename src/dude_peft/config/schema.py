@@ -1053,7 +1053,7 @@ class RunConfig(Section):
         others = {
             "train.per_device_train_batch_size": (
                 step % answers > 0,
-                f"a step has {step} answers, times gradient_accumulation_steps, and train.grpo.num_generations is "
+                f"a step, with gradient_accumulation_steps, has {step} answers, and train.grpo.num_generations is "
                 f"{answers}; a step needs whole groups",
             ),
             "data.packing": (self.data.packing, "answers are padded to one length; set it to false"),

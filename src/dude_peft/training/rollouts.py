@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from dude_peft.measure.score import only_ends
 from dude_peft.measure.token_logps import token_logps
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.group_losses import advantages
+from dude_peft.training.merged import merged_where_equal
 from dude_peft.training.rewarded import kept_logits
 from dude_peft.tuner.untouched import as_base
 
@@ -157,7 +159,9 @@ class Rollouts:
         found: dict[int, _Drawn] = {}
         before = random_state()
         decoding.start(step)
+        first = pad_left(prompts[:1], int(self.tokenizer.pad_token_id))
         with (
+            nullcontext() if self.bf16 else merged_where_equal(self.model, {n: t.to(device) for n, t in first.items()}),
             only_ends(self.model, self.tokenizer) as ends,
             torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
         ):
