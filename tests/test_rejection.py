@@ -62,17 +62,18 @@ def test_rows_without_an_answer_are_refused_with_their_place(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_samples_and_sft_learns_of_it(checkpoint, tmp_path):
+def test_the_command_samples_and_sft_learns_of_it(tmp_path):
     """A model that says yes, sampled twice a prompt: what is kept trains another run."""
     rows = write_rows(tmp_path / "train.jsonl", 12)
     places = tmp_path / "places"
     places.mkdir()
     data = {"train": str(rows), "test": str(rows)}
-    train = {"objective": "sft", "max_steps": 30, "learning_rate": 0.02}
-    model = {"name_or_path": str(checkpoint)}
+    train = {"objective": "sft", "max_steps": 60, "learning_rate": 0.02, "save_steps": 60}
+    save_tiny(tmp_path / "model", initializer_range=0.1)  # one whose logits are large enough to be changed
+    model = {"name_or_path": str(tmp_path / "model")}
     made = {**settings(places, tmp_path / "first", data=data, train=train), "model": model}
     start(made)
-    options = ["--as-rows", "--keep", "correct", "--samples", "2", "--temperature", "1", "--max-new-tokens", "8"]
+    options = ["--as-rows", "--keep", "correct", "--samples", "2", "--temperature", "0.5", "--max-new-tokens", "8"]
     out = tmp_path / "kept.jsonl"
     for _ in range(2):
         done = dude("generate", tmp_path / "first/adapter", "--file", rows, "-o", out, "--overwrite", *options)

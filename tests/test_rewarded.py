@@ -19,7 +19,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from test_preference import WEIGHTS, lines, settings, start
 from test_train_resume import _CutError, cut_at, digest, result
-from tiny import save_tiny, tiny_tokenizer
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dude_peft import DudeConfig, check_data, plan
@@ -28,6 +28,7 @@ from dude_peft.config.schema import GrpoSection, RunConfig
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.group_order import GroupOrder
+from dude_peft.training.merged import merged_where_equal
 from dude_peft.training.rewarded import RewardedLoss
 from dude_peft.training.rollouts import Rollouts
 
@@ -318,6 +319,22 @@ def test_a_model_learns_what_is_rewarded(places, tmp_path):
     start(wanted | {"model": {"name_or_path": str(tmp_path / "model")}, "evaluation": {"enabled": False}})
     rewards = [line["reward"] for line in lines(tmp_path / "out") if "loss" in line]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+
+
+def test_answers_are_drawn_with_merged_weights_where_these_are_equal_and_every_bit_comes_back():
+    model = get_peft_model(tiny_llama(), DudeConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
+    for name, tensor in model.named_parameters():
+        tensor.data += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) * ("lora" in name)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = {"input_ids": torch.arange(5)[None], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    logits = model(**batch).logits
+    with merged_where_equal(model, batch) as merged:
+        assert merged
+        assert torch.allclose(model(**batch).logits, logits, atol=1e-5)
+    assert torch.equal(model(**batch).logits, logits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with merged_where_equal(model.to(torch.bfloat16), batch) as merged:
+        assert not merged
 
 
 def test_steps_hold_whole_groups_and_every_prompt_is_asked():
