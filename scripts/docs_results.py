@@ -289,7 +289,7 @@ def costs() -> str:
             f"dude {_ratio(throughput['dude train, dude'])}, lora {_ratio(throughput['dude train, lora'])}",
         ],
         [
-            f"tokens a second of `objective: grpo`, answers drawn and learned, over TRL's GRPOTrainer with PEFT LoRA, a "
+            f"tokens a second of `objective: grpo`, drawing and learning, over TRL's GRPOTrainer with PEFT LoRA, a "
             f"model of 260K parameters, float32, a busy machine ({_link('2026-11-29-grpo-stories260k')})",
             f"dude {_ratio(grpo['dude train, dude'])}, lora {_ratio(grpo['dude train, lora'])}",
         ],
