@@ -296,6 +296,7 @@ def host_memory() -> str:
 
 def costs() -> str:
     throughput = _record("2026-11-25-throughput")["results"]
+    grpo = _record("2026-11-29-grpo-stories260k")["results"]
     init = _record("2026-11-24-init")["results"]
     merge_file = _record("2026-11-24-merge-file")["results"]
     rows = [
@@ -303,6 +304,11 @@ def costs() -> str:
             f"tokens a second of `dude train`, packed, over TRL's SFTTrainer with PEFT LoRA, packed, SmolLM2-135M "
             f"({_link('2026-11-25-throughput')})",
             f"dude {_ratio(throughput['dude train, dude'])}, lora {_ratio(throughput['dude train, lora'])}",
+        ],
+        [
+            f"tokens a second of `objective: grpo`, drawing and learning, over TRL's GRPOTrainer with PEFT LoRA, a "
+            f"model of 260K parameters, float32, a busy machine ({_link('2026-11-29-grpo-stories260k')})",
+            f"dude {_ratio(grpo['dude train, dude'])}, lora {_ratio(grpo['dude train, lora'])}",
         ],
         [
             f"top 16 singular triplets of 4096 x 4096, over a full SVD ({_link('2026-11-24-init')})",

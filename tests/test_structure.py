@@ -24,13 +24,14 @@ ROOMS = [
     "kinds",
     "doors",
     "peft_file",
+    "reward_file",
     "core",
     "methods",
     "artifact",
     "tuner",
 ]
 ROOMS += ["data", "config", "terminal", "machine", "model", "measure", "init", "folder", "exporting", "answer"]
-ROOMS += ["training", "planning", "chat", "evaluation", "comparison", "reporting", "doctor", "api", "cli"]
+ROOMS += ["rewards", "training", "planning", "chat", "evaluation", "comparison", "reporting", "doctor", "api", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "trl", "numpy", "safetensors"}
 
 

@@ -359,7 +359,7 @@ def data_check(
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
     upft: Annotated[int | None, _whole(help="Train this many first tokens of each answer, as data.upft.")] = None,
     objective: Annotated[
-        str, typer.Option(help="As train.objective: sft; for pairs dpo, orpo, cpo; for labels kto.")
+        str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
     ] = "sft",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -619,6 +619,10 @@ def generate(
     as_rows: Annotated[
         bool, typer.Option("--as-rows", help="Write rows for dude train: prompt and completion only.")
     ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Of these rows only the correct ones: those with the final answer of the file's row."),
+    ] = None,
     samples: Annotated[int, _whole(help="Completions of each prompt; above 1, set --temperature.")] = 1,
     template: _Template = None,
     special_tokens: _SpecialTokens = None,
@@ -646,6 +650,7 @@ def generate(
             raw=raw,
             base_too=base_too,
             as_rows=as_rows,
+            keep=keep,
             samples=samples,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,

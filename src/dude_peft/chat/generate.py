@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.answer.decoding import Decoding
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.artifact.json_text import json_text
+from dude_peft.chat.correct import check_answered, correct
 from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
@@ -60,6 +61,7 @@ def generate(
     base_too: bool = False,
     raw: bool = False,
     as_rows: bool = False,
+    keep: str | None = None,
     samples: int = 1,
     template: str | None = None,
     special_tokens: str | None = None,
@@ -88,6 +90,7 @@ def generate(
         base_too: add the base model's completion.
         raw: no template: continue the text as it is.
         as_rows: rows that `train` reads: prompt and completion alone.
+        keep: of these rows only the `correct` ones: finished, with the final answer of the file's row, and no repeats.
         samples: completions of each prompt; needs a temperature.
         template: auto, chat or plain; None is as in the training run.
         special_tokens: what texts that spell them are: text, or allow; None is as in the training run.
@@ -115,14 +118,17 @@ def generate(
         )
     if as_rows and (raw or base_too):
         raise ConfigError("--as-rows writes rows for dude train; leave --raw and --base-too out")
+    if keep not in (None, "correct"):
+        raise ConfigError(f"--keep {shown(keep, 40)}: there is one choice, correct")
+    if keep is not None and (not as_rows or file is None or str(file).lower().endswith(".txt")):
+        raise ConfigError("--keep correct needs --as-rows, and --file with rows that have answers to compare with")
     if raw and template is not None:
         raise ConfigError("--raw and --template exclude each other; give one of them")
     _check_output(output, overwrite)
-    rows = [
-        row
-        for row in read_prompts(prompts, None if file is None else str(file), limit, columns)
-        for _ in range(samples)
-    ]
+    asked = read_prompts(prompts, None if file is None else str(file), limit, columns)
+    if keep is not None:
+        check_answered(asked)
+    rows = [row for row in asked for _ in range(samples)]
     with quiet_imports():
         from dude_peft.answer.decode import decode_all
         from dude_peft.answer.speaker import open_speaker
@@ -159,13 +165,19 @@ def generate(
                 found.append(decode_all(speaker, ids, decoding, **how))
             pairs = zip(rows, zip(*found, strict=True), strict=True)
             records = [_as_row(row, own) if as_rows else _record(row, (own, *base), raw) for row, (own, *base) in pairs]
-            completions = Completions(record for record in records if record is not None)
+            made = [record for record in records if record is not None]
+            if keep is not None:
+                kept_rows = correct(rows, found[0], records)
+                made = kept_rows.records
+            completions = Completions(made)
             if output is not None:
                 with disk_errors(output), _unclaimed(output):
                     replace_file(output, completions.lines(), new=not overwrite)
     cut = sum(completion.finish == "length" for completion in found[0])
     counted = "1 completion" if len(rows) == 1 else f"{len(rows)} completions"
     notes.say(f"{counted}, {cut} of them cut at {max_new_tokens} tokens")
+    if keep is not None:
+        notes.say(kept_rows.told())
     if refused := records.count(None):
         notes.warn(f"left out: {refused} of {counted}, because they are empty or cannot be trained on")
     return completions

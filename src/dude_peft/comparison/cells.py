@@ -163,10 +163,10 @@ class Grid:
         values = {**settings, "train.learning_rate": rate, "train.seed": seed, "adapter.svd_seed": seed}
         values |= self._judged_by(stage)
         config = with_values(contestant.config, values, f"{stage} {shown(contestant.name)}").resolved()
-        if config.train.preference is not None:
+        if config.train.section is not None:
             raise ConfigError(
                 f"train.objective: {config.train.objective}: dude compare ranks methods by the loss of answers, not of "
-                "pairs; use objective: sft, or compare the reports of single runs"
+                "pairs or rewards; use objective: sft, or compare the reports of single runs"
             )
         return Cell(stage, contestant.name, dict(settings), rate, seed, _shortened(config, share), share)
 

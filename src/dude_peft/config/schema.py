@@ -29,6 +29,7 @@ from dude_peft.config.trainer_fields import fault
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
 from dude_peft.peft_file import PREFIX, checked_settings, is_foreign, read_peft_file
+from dude_peft.reward_file import sealed_file
 from dude_peft.show import shown
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
@@ -117,8 +118,12 @@ Quantity = Annotated[int | str, BeforeValidator(_quantity)]
 Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
 
 
-HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
-"""What a run measures of held-out rows, and may choose the best adapter by; all but the first, of preferences."""
+JUDGED = ("rewards/accuracies", "rewards/margins")
+"""What a run measures of held-out preferences, and may choose the best adapter by."""
+REWARD = "reward"
+"""What it measures of the answers to held-out rows where train.objective is grpo."""
+HELD_OUT = ("loss", *JUDGED, REWARD)
+"""What a run measures of held-out rows."""
 
 
 class Section(BaseModel):
@@ -570,6 +575,136 @@ class KtoSection(Section):
     sides: ClassVar[int] = 1
 
 
+class RewardSection(Section):
+    """One thing that answers are rewarded for."""
+
+    kind: Literal["answer", "math", "format", "length", "function"]
+    """`answer` is 1 where the final answer is the row's, else 0, as held-out answers are marked; `math` is the same by
+    math-verify; `format` is 1 where the whole answer matches `pattern`; `length` punishes long answers; `function` is
+    Python of your own."""
+
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Its name in the metrics; null is the function's name, or the kind."""
+
+    weight: Number = 1.0
+    """What it counts in the sum of all rewards."""
+
+    pattern: Text | None = None
+    """Of `format`: a regular expression, in which a dot is a line's end too."""
+
+    soft_punish_cache: Count | None = None
+    """Of `length`: 0 up to so many tokens before max_completion_length, from there down to -1 at it, as in DAPO."""
+
+    file: Source | None = None
+    """Of `function`: a Python file. It runs in a process of its own, with your permissions."""
+
+    function: Annotated[Text, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Of `function`: the name of a function in the file. It gets the lists `prompts`, `completions`, `completion_ids`
+    and `answer`, those of them that it names, and returns a number for each answer."""
+
+    sha256: Text | None = None
+    """Of `function`: what the file's bytes have to be. A run writes it; null takes them as they are."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> RewardSection:
+        needed = {"format": ("pattern",), "length": ("soft_punish_cache",), "function": ("file", "function")}
+        for key in ("pattern", "soft_punish_cache", "file", "function"):
+            wanted, there = key in needed.get(self.kind, ()), getattr(self, key) is not None
+            if wanted and not there:
+                raise ValueError(f"key 'train.grpo.rewards': {self.kind} needs '{key}'")
+            if there and not wanted:
+                raise ValueError(f"key 'train.grpo.rewards': '{key}' has no effect on {self.kind}; leave it out")
+        if self.sha256 is not None and self.kind != "function":
+            raise ValueError(f"key 'train.grpo.rewards': 'sha256' has no effect on {self.kind}; leave it out")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"key 'train.grpo.rewards': pattern {shown(self.pattern, 80)} is no regular expression ({error})"
+                ) from None
+        if self.weight == 0:
+            raise ValueError(f"key 'train.grpo.rewards': {self.title} has weight 0; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_set(self, everything: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys of other kinds."""
+        return {key: value for key, value in everything(self).items() if value is not None}
+
+    @property
+    def title(self) -> str:
+        """Its name in the metrics."""
+        return self.name or self.function or self.kind
+
+
+class GrpoSection(Section):
+    """Group relative policy optimisation (arXiv 2402.03300), in the words of TRL's GRPOConfig."""
+
+    rewards: Annotated[list[RewardSection], Field(min_length=1)] = [RewardSection(kind="answer")]
+    """What answers are rewarded for. The rewards are added, each times its weight."""
+
+    trust_reward_files: bool = False
+    """Confirms that the Python files of `rewards` may run. Read them first."""
+
+    reward_timeout: Annotated[Number, Field(gt=0, le=86400)] = 30.0
+    """Seconds that a reward may take over the answers to one prompt."""
+
+    num_generations: Annotated[int, Field(ge=2, le=4096)] = 8
+    """Answers to a prompt: a group. Each answer is judged against its group."""
+
+    max_completion_length: Count = 512
+    """Longest answer, in tokens."""
+
+    temperature: Annotated[Number, Field(ge=1e-6, le=1e6)] = 1.0
+    """Of the sampling. Log-probabilities are those of this temperature, too."""
+
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Answers are drawn from the likeliest tokens that together have this probability."""
+
+    beta: NonNegative = 0.0
+    """Weight of the KL to the base model. 0 leaves the base model's pass out."""
+
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
+    """How tokens are averaged: `dapo` over the tokens of the step, `bnpo` of the forward pass, `grpo` over answers,
+    `dr_grpo` over max_completion_length."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation an advantage is divided by."""
+
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratios of single tokens, or of whole answers (GSPO, arXiv 2507.18071)."""
+
+    num_iterations: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Optimizer steps with the same answers. Clipping acts from the second one on."""
+
+    epsilon: NonNegative = 0.2
+    """How far a ratio may be from 1 before it is clipped."""
+
+    epsilon_high: NonNegative | None = None
+    """The same above 1; null is epsilon."""
+
+    mask_truncated_completions: bool = False
+    """Leave answers that did not end out of the loss."""
+
+    @model_validator(mode="after")
+    def _names_apart(self) -> GrpoSection:
+        titles = [reward.title for reward in self.rewards]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"key 'train.grpo.rewards': two are called {twice[0]}; give each a name")
+        return self
+
+    @model_validator(mode="after")
+    def _files_confirmed(self) -> GrpoSection:
+        files = [f"{shown(each.file, 200)}:{each.function}" for each in self.rewards if each.file is not None]
+        if files and not self.trust_reward_files:
+            raise ValueError(
+                f"key 'train.grpo.trust_reward_files': {', '.join(files)} would run with your permissions; read the "
+                "file, then set it to true"
+            )
+        return self
+
+
 Paired = DpoSection | OrpoSection | CpoSection
 """Settings of an objective that learns from pairs."""
 Preference = Paired | KtoSection
@@ -579,10 +714,11 @@ Preference = Paired | KtoSection
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
-    objective: Literal["sft", "mol", "dpo", "orpo", "cpo", "kto"] = "sft"
+    objective: Literal["sft", "mol", "dpo", "orpo", "cpo", "kto", "grpo"] = "sft"
     """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
     general ability (mixture of losses, arXiv 2505.12043). `dpo`, `orpo` and `cpo` learn from pairs of answers of which
-    one is better, `kto` from single answers with a label; for dpo and kto the base model is the reference."""
+    one is better, `kto` from single answers with a label, `grpo` from rewards of the model's own answers; for dpo, kto
+    and grpo the base model is the reference."""
 
     dpo: DpoSection | None = None
     """Settings of `objective: dpo`."""
@@ -595,6 +731,9 @@ class TrainSection(Section):
 
     kto: KtoSection | None = None
     """Settings of `objective: kto`."""
+
+    grpo: GrpoSection | None = None
+    """Settings of `objective: grpo`."""
 
     orthogonality: NonNegative = 0.0
     """Weight of a penalty, added once a step: how far each group's change of a weight is from orthogonal to the weight
@@ -706,8 +845,26 @@ class TrainSection(Section):
     @property
     def preference(self) -> Preference | None:
         """The settings of an objective that learns from preferences; None for others."""
+        found = self.section
+        return None if isinstance(found, GrpoSection) else found
+
+    @property
+    def rewarded(self) -> GrpoSection | None:
+        """The settings of an objective that learns from rewards; None for others."""
+        found = self.section
+        return found if isinstance(found, GrpoSection) else None
+
+    @property
+    def section(self) -> Preference | GrpoSection | None:
+        """The settings of the objective; None where it has none of its own."""
         kind = SECTIONS.get(self.objective)
         return None if kind is None else getattr(self, self.objective) or kind()
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the objective compares with the base model, as a reference."""
+        rewarded = self.rewarded is not None and self.rewarded.beta > 0
+        return rewarded or (self.preference is not None and self.preference.has_base)
 
     @property
     def sides(self) -> int:
@@ -721,8 +878,14 @@ class TrainSection(Section):
         return self
 
 
-SECTIONS: dict[str, type[Preference]] = {"dpo": DpoSection, "orpo": OrpoSection, "cpo": CpoSection, "kto": KtoSection}
-"""The section of each objective that has one; all of them learn from preferences."""
+SECTIONS: dict[str, type[Preference] | type[GrpoSection]] = {
+    "dpo": DpoSection,
+    "orpo": OrpoSection,
+    "cpo": CpoSection,
+    "kto": KtoSection,
+    "grpo": GrpoSection,
+}
+"""The section of each objective that has one; all but the last learn from preferences."""
 
 
 class EvaluationSection(Section):
@@ -769,7 +932,7 @@ class EvaluationSection(Section):
 
     metric_for_best_model: Text = "loss"
     """What decides the best adapter: the held-out `loss`, of preferences also `rewards/accuracies` or
-    `rewards/margins`, a task (its first metric), or TASK/METRIC,FILTER."""
+    `rewards/margins`, of grpo `reward` (its default), a task (its first metric), or TASK/METRIC,FILTER."""
 
     early_stopping_patience: Count | None = None
     """Stop training after this many measurements of metric_for_best_model without a better one."""
@@ -839,10 +1002,11 @@ class RunConfig(Section):
         objective, named = self.train.objective, self.evaluation.metric_for_best_model
         preference = self.train.preference
         if preference is None:
-            if named in HELD_OUT[1:]:
+            if named in JUDGED:
+                names = [name for name, kind in SECTIONS.items() if kind is not GrpoSection]
                 raise ValueError(
                     f"key 'evaluation.metric_for_best_model': {named} is measured on pairs or labelled answers; use "
-                    f"loss, or train.objective: {' or '.join(SECTIONS)}"
+                    f"another, or train.objective: {' or '.join(names)}"
                 )
             return self
         budget, kto = self.adapter.budget, isinstance(preference, KtoSection)
@@ -873,6 +1037,46 @@ class RunConfig(Section):
         for key, (contradicts, reason) in others.items():
             if contradicts:
                 raise ValueError(f"keys 'train.objective' and '{key}': {objective}: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_rewards_allow(self) -> RunConfig:
+        settings, named = self.train.rewarded, self.evaluation.metric_for_best_model
+        if settings is None:
+            if named == REWARD:
+                raise ValueError(
+                    "key 'evaluation.metric_for_best_model': reward is measured by train.objective: grpo; use another"
+                )
+            return self
+        budget, answers = self.adapter.budget, settings.num_generations
+        step = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
+        others = {
+            "train.per_device_train_batch_size": (
+                step % answers > 0,
+                f"a step, with gradient_accumulation_steps, has {step} answers, and train.grpo.num_generations is "
+                f"{answers}; a step needs whole groups",
+            ),
+            "data.packing": (self.data.packing, "answers are padded to one length; set it to false"),
+            "data.train_on": (self.data.train_on != "answers", "the model's own answers are trained; leave it out"),
+            "data.upft": (self.data.upft is not None, "answers are trained whole; leave it out"),
+            "train.trainer": (self.train.trainer == "trl", "TRL's SFTTrainer asks nothing; set it to transformers"),
+            "train.torch_compile": (self.train.torch_compile, "answers have too many lengths; set it to false"),
+            "train.train_sampling_strategy": (
+                self.train.train_sampling_strategy != "random",
+                "steps are made of groups; set it to random",
+            ),
+            "adapter.bias": (
+                self.adapter.bias != "none" and settings.beta > 0,
+                "trained biases leave no base model; set it to none",
+            ),
+            "adapter.budget.by": (
+                budget is not None and budget.by in ("gradient", "fisher"),
+                "its gradients are those of the rows' answers; choose uniform or spectrum",
+            ),
+        }
+        for key, (contradicts, reason) in others.items():
+            if contradicts:
+                raise ValueError(f"keys 'train.objective' and '{key}': grpo: {reason}")
         return self
 
     @model_validator(mode="after")
@@ -949,12 +1153,27 @@ class RunConfig(Section):
             choices["learning_rate"] = method.learning_rate
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
-        return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})
+        return self._with(adapter, train.model_copy(update=choices))
+
+    def _with(self, adapter: AdapterSection, train: TrainSection) -> RunConfig:
+        return self.model_copy(update={"adapter": adapter, "train": train, "evaluation": self._chosen_metric()})
 
     def _chosen_section(self) -> dict[str, Any]:
-        """The objective's section with its defaults."""
-        preference = self.train.preference
-        return {} if preference is None else {self.train.objective: preference}
+        """The objective's section with its defaults, and the hashes of the files that it names."""
+        section = self.train.section
+        if isinstance(section, GrpoSection):
+            rewards = [each.model_copy(update=sealed_file(each.file, each.function, each.sha256)) if each.file and
+                       each.function else each for each in section.rewards]  # fmt: skip
+            section = section.model_copy(update={"rewards": rewards})
+        return {} if section is None else {self.train.objective: section}
+
+    def _chosen_metric(self) -> EvaluationSection:
+        """What decides the best adapter, where nobody said: of grpo the reward."""
+        evaluation = self.evaluation
+        said = "metric_for_best_model" in evaluation.model_fields_set
+        if self.train.rewarded is None or said:
+            return evaluation
+        return evaluation.model_copy(update={"metric_for_best_model": REWARD})
 
     def _resolved_foreign(self) -> RunConfig:
         """The same of an adapter that stock PEFT makes; its settings are in it, and the file is no longer needed."""
@@ -984,4 +1203,4 @@ class RunConfig(Section):
         choices = self._chosen_section()
         choices |= {} if train.max_steps or train.num_train_epochs else {"num_train_epochs": 1.0}
         adapter = AdapterSection(method=name, peft=settings)
-        return self.model_copy(update={"adapter": adapter, "train": train.model_copy(update=choices)})
+        return self._with(adapter, train.model_copy(update=choices))

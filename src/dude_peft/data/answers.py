@@ -61,15 +61,20 @@ def expected_answer(row: Row) -> str:
 
 
 def is_match(generated: str, row: Row) -> bool:
-    """Whether a generated text has the row's final answer, in the row's format or not.
+    """Whether a generated text has the row's final answer, in the row's format or not."""
+    return same_answer(generated, row.answer)
 
-    Where the row writes `####`, the generated answer is what follows its own last `####`, or else its last number, so
+
+def same_answer(generated: str, wanted: str) -> bool:
+    """Whether a generated text has the final answer of `wanted`, in its format or not.
+
+    Where `wanted` has `####`, the generated answer is what follows its own last `####`, or else its last number, so
     that a model that solves the problem but does not know the format is not counted as wrong (lm-eval calls this
-    flexible-extract). Where the row writes none, the whole texts are compared.
+    flexible-extract). Where it has none, the whole texts are compared.
     """
-    final = final_answer(row.answer)
+    final = final_answer(wanted)
     if final is None:
-        return _normalised(generated) == _normalised(row.answer)
+        return _normalised(generated) == _normalised(wanted)
     answer = final_answer(generated)
     if answer is None:
         answer = next((value for value, _ in reversed(_numbers(generated))), None)

@@ -9,6 +9,7 @@ Kind = Literal["answers", "pairs", "labels"]
 
 KINDS: dict[str, Kind] = {
     "sft": "answers", "mol": "answers", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "labels",
+    "grpo": "answers",
 }  # fmt: skip
 """By objective."""
 

@@ -95,6 +95,11 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         return int(self._gathered("longest").max())
 
     @property
+    def asked(self) -> NDArray[np.int64]:
+        """The tokens of each example that are not learned; of plain text 1."""
+        return np.asarray(self.lengths - self._gathered("learned"))
+
+    @property
     def margins(self) -> NDArray[np.int64]:
         """Of each pair, by how many judged tokens the better answer is longer than the worse one."""
         return self._gathered("margins")

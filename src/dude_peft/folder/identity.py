@@ -25,7 +25,7 @@ FORMAT_VERSION = 2  # 1: without a seal
 # What a run shows and keeps, but does not compute with.
 _FREE = {
     "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit",
-    "train.report_to", "train.movement_steps",
+    "train.report_to", "train.movement_steps", "train.grpo.reward_timeout",
 }  # fmt: skip
 # What the run is scored on; where that does not choose the adapter, it may change.
 _SCORING = {

@@ -14,6 +14,7 @@ from dude_peft.terminal.html import table
 ADAPTER, CHECKPOINTS, RECOVERED, BEFORE = "adapter", "checkpoints", "recovered", "before.json"
 SCORES = "scores"
 CONFIG, METRICS, PICTURE, REPORT = "config.yaml", "metrics.jsonl", "loss.png", "report.json"
+ROLLOUTS = "rollouts.jsonl"
 RANKS = "ranks.png"
 PAGE = "page.html"
 
@@ -50,6 +51,13 @@ class Score:
     """Of held-out pairs, beside their loss: `pairs`, `right` (those whose better answer has the larger reward), the
     95 % `interval` of that, and means over pairs in TRL's names; of labelled answers `answers` in place of `pairs`.
     `loss` and `losses` are then train.objective's."""
+    rewards: dict[str, float] | None = None
+    """Of `train.objective: grpo`: mean rewards of `answers`, `reward` and `rewards/NAME/mean`."""
+
+    @property
+    def watched(self) -> float:
+        """What training is to change: the reward where there is one, else the loss."""
+        return self.loss if self.rewards is None else self.rewards["reward"]
 
     @property
     def unit(self) -> str:

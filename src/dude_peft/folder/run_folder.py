@@ -32,6 +32,7 @@ from dude_peft.folder.record import (
     RANKS,
     RECOVERED,
     REPORT,
+    ROLLOUTS,
     SCORES,
     RunReport,
     Score,
@@ -146,7 +147,7 @@ class RunFolder:
             if start is not None:
                 start.rename(self._free(RECOVERED))
             # report.json first: beside the other files it tells of the same, finished run.
-            for stale in (REPORT, PAGE, RUN, METRICS, BEFORE, Path(SCORES) / "results.json"):
+            for stale in (REPORT, PAGE, RUN, METRICS, ROLLOUTS, BEFORE, Path(SCORES) / "results.json"):
                 (self.path / stale).unlink(missing_ok=True)
             if not identity.asked:
                 (self.path / RANKS).unlink(missing_ok=True)
@@ -171,14 +172,15 @@ class RunFolder:
         return RunReport.read(path)
 
     @contextlib.contextmanager
-    def metrics(self, kept: int | None) -> Iterator[TextIO]:
-        """The open metrics.jsonl, each line on disk as soon as it is written.
+    def lines(self, name: str, kept: int | None) -> Iterator[TextIO]:
+        """The open metrics.jsonl or rollouts.jsonl, each line on disk as soon as it is written.
 
         Args:
+            name: of the file.
             kept: cut it to this many bytes and go on; None begins anew.
         """
-        path = self.path / METRICS
-        with self._writing(METRICS):
+        path = self.path / name
+        with self._writing(name):
             if kept is None or path.is_symlink() or not path.is_file():
                 # "x" and the unlink: a planted symbolic link is replaced, never written through.
                 path.unlink(missing_ok=True)
@@ -297,7 +299,7 @@ class RunFolder:
 
     def listed(self) -> dict[str, str]:
         """sha256 of the files beside the adapter, for the report."""
-        there = [self.path / name for name in (CONFIG, METRICS, PICTURE, RANKS)]
+        there = [self.path / name for name in (CONFIG, METRICS, ROLLOUTS, PICTURE, RANKS)]
         return {path.name: file_sha256(path) for path in there if path.is_file()}
 
     @contextlib.contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -90,12 +91,19 @@ def complete(
     advance: Advance = lambda rows: None,
 ) -> list[str]:
     """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn."""
+    with only_ends(model, tokenizer) as ends:
+        batches = grouped([len(prompt) for prompt in prompts], batch_size, company)
+        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batches, advance)
+
+
+@contextmanager
+def only_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[set[int]]:
+    """Within: nothing of the model's own generation config holds but the tokens that end an answer, which it gives."""
     ends = end_of_turn_ids(model, tokenizer)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept, inner.generation_config = inner.generation_config, bare_generation_config(model, tokenizer)
     try:
-        batches = grouped([len(prompt) for prompt in prompts], batch_size, company)
-        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batches, advance)
+        yield ends
     finally:
         inner.generation_config = kept
 

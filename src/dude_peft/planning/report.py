@@ -185,7 +185,9 @@ class Plan:
         if self.steps is not None:
             facts.append(("optimizer steps", f"{self.steps:,} of {self.tokens_per_step:,.0f} tokens"))
         if self.rows is not None and self.steps is not None:
-            seen = self.steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
+            seen: float = self.steps * train.per_device_train_batch_size * train.gradient_accumulation_steps
+            if train.rewarded is not None:
+                seen /= train.rewarded.num_generations * train.rewarded.num_iterations
             facts.append(("epochs", f"{train.num_train_epochs or seen / self.rows.rows:.2g}"))
         disk = self.disk
         facts.append(("adapter on disk", f"{size(disk.adapter)}, with optimizer {size(disk.checkpoint)}"))

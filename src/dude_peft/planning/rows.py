@@ -11,6 +11,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.encode import check_ids, encode
 from dude_peft.data.encode_pairs import PairEncoder
 from dude_peft.data.formats import Reading, Row
+from dude_peft.data.labels import IGNORE
 from dude_peft.data.objectives import Kind
 from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows, local_file
@@ -35,7 +36,13 @@ class Rows:
 
 
 def count_rows(
-    data: DataSection, tokenizer: Any, model: Any, *, held_out: bool = False, kind: Kind = "answers"
+    data: DataSection,
+    tokenizer: Any,
+    model: Any,
+    *,
+    held_out: bool = False,
+    kind: Kind = "answers",
+    answers: int | None = None,
 ) -> Rows:
     """Reads the training rows and counts tokens, of evenly spaced ones where there are many.
 
@@ -45,6 +52,7 @@ def count_rows(
         model: with or without weights; rows have to fit its vocabulary and positions.
         held_out: read the held-out rows instead.
         kind: what rows hold to learn.
+        answers: tokens of the longest answer of the model's own, where these are learned in place of the rows'.
 
     Raises:
         DataError: rows that the run would refuse.
@@ -68,14 +76,21 @@ def count_rows(
             template,
             tokenizer,
             data.max_length,
-            train_on=data.train_on,
+            train_on=data.train_on if answers is None else "last_answer",
             upft=None if held_out else data.upft,
             vocab_size=vocabulary,
             shortens=kind != "labels",
         )
         lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
+        if answers is not None:
+            lengths = conversations = [each["labels"].count(IGNORE) + answers for each in encoded.examples]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max(conversations) > positions:
+        if answers is not None:
+            raise ConfigError(
+                f"train.grpo.max_completion_length: {answers} tokens after a prompt of {max(conversations) - answers} "
+                f"exceed the model's {positions}; lower it, or shorten the rows"
+            )
         raise ConfigError(
             f"data.max_length: the longest row has {max(conversations)} tokens, but the model can read only "
             f"{positions}; set data.max_length: {positions}"
@@ -84,7 +99,7 @@ def count_rows(
     if data.packing:
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
-    longest = max(conversations) if len(sample) == len(rows) else data.max_length
+    longest = max(conversations) if len(sample) == len(rows) else data.max_length + (answers or 0)
     return Rows(kept, longest, sum(lengths) / len(lengths), len(sample))
 
 
@@ -103,6 +118,9 @@ def optimizer_steps(train: TrainSection, rows: int) -> int:
     """Optimizer steps that Trainer takes over so many rows."""
     if train.max_steps is not None:
         return train.max_steps
+    if (rewarded := train.rewarded) is not None:
+        prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps // rewarded.num_generations
+        return math.ceil((train.num_train_epochs or 1.0) * math.ceil(rows / prompts) * rewarded.num_iterations)
     batches = math.ceil(rows / train.per_device_train_batch_size)
     return math.ceil((train.num_train_epochs or 1.0) * max(math.ceil(batches / train.gradient_accumulation_steps), 1))
 

@@ -14,6 +14,7 @@ from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
 from dude_peft.model.load import code_note, load_settings, load_tokenizer, locate, with_only_gguf
+from dude_peft.rewards.notes import reward_notes
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.run_data import glance
@@ -98,6 +99,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
             spent = planned(config, load_settings(config.model, where), where, warnings.append)
         config = config.model_copy(update={"adapter": spent.adapter})
     method, train = METHODS[config.adapter.method], config.train
+    warnings += reward_notes(train)
     if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
         warnings.append(text)
     if train.objective == "mol":
@@ -106,6 +108,11 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         warnings.append(
             "train.objective: kto: the base model's passes, and those over mismatched answers, are not counted in the "
             "time, which they make about twice as long; they need no memory beyond the step's"
+        )
+    elif train.rewarded is not None:
+        warnings.append(
+            "train.objective: grpo: the answers that the model gives, and their rewards, are counted neither in the "
+            "time, of which they are the largest part, nor in the memory"
         )
     elif train.preference is not None and train.preference.has_base:
         warnings.append(
@@ -160,4 +167,6 @@ def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
     held_out = None if isinstance(data.test, ShareSection) else data.test
     if config.evaluation.enabled and held_out is not None and is_local(held_out):
         count_rows(data, tokenizer, model, held_out=True, kind=kind)  # for its errors
-    return count_rows(data, tokenizer, model, kind=kind) if is_local(data.train) else None
+    rewarded = config.train.rewarded
+    answers = None if rewarded is None else rewarded.max_completion_length
+    return count_rows(data, tokenizer, model, kind=kind, answers=answers) if is_local(data.train) else None

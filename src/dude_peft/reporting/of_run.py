@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,9 +13,9 @@ from pydantic import ValidationError
 from dude_peft.artifact.manifest import WEIGHTS_FILE
 from dude_peft.artifact.sealed import file_sha256
 from dude_peft.config.schema import RunConfig
-from dude_peft.doors import parse_json, read_file
+from dude_peft.doors import open_file, parse_json, read_file
 from dude_peft.errors import ArtifactError
-from dude_peft.folder.record import ADAPTER, METRICS, REPORT, RunReport, Score
+from dude_peft.folder.record import ADAPTER, METRICS, REPORT, ROLLOUTS, RunReport, Score
 from dude_peft.measure.base_weights import WeightOf
 from dude_peft.measure.intervals import Comparison, compare
 from dude_peft.reporting.adapted import Adapted, AdaptedLayer, adapted
@@ -42,6 +43,8 @@ from dude_peft.terminal.next_steps import word
 from dude_peft.training.next_commands import next_commands
 
 _MOST_SAMPLES = 12
+_ANSWERS_SHOWN = 8
+_END_BYTES = 1 << 20
 _LARGEST_METRICS_BYTES = 256 << 20
 
 
@@ -64,6 +67,7 @@ def document_of_run(folder: Path, weight_of: WeightOf | None = None) -> Document
         Section("Before and after", tuple(_before_after(report))),
         Section("Answers side by side", tuple(_samples(report))),
         Section("Training", tuple(_curves(metrics, unit))),
+        Section("Answers in training", tuple(_rollouts(folder, report))),
         Section("What moved in the weights", tuple(_moved(layers))),
         Section("What was forgotten", tuple(_forgotten(report, metrics))),
         Section("Cost", (_cost(report, metrics, folder),)),
@@ -99,6 +103,11 @@ def _answer(report: RunReport) -> Iterator[str]:
                 f"{pairs['pairs']} held-out pairs ({100 * low:.1f} to {100 * high:.1f} %, 95 %); the mean margin is "
                 f"{pairs['rewards/margins']:.3f}."
             )
+        if before.rewards and after.rewards:
+            yield (
+                f"The mean reward of the likeliest answers to {after.rows} held-out questions is "
+                f"{before.rewards['reward']:.3f} before training, {after.rewards['reward']:.3f} after."
+            )
         if after.rows:
             compared = _compared(before, after)
             yield (
@@ -129,6 +138,13 @@ def _before_after(report: RunReport) -> Iterator[Block]:
         header = ("when", f"loss, {report.scores()[0][1].unit}", "right", "questions", "95 % from", "to")
         yield table("Held-out rows", header, rows)
     yield from _pairs(report)
+    rewarded = [(when, score.rewards) for when, score in report.scores() if score.rewards]
+    if rewarded:
+        names = list(rewarded[0][1])
+        means: list[tuple[Cell, ...]] = [
+            (when, *(number(found.get(name), ".4f") for name in names)) for when, found in rewarded
+        ]
+        yield table("Rewards of held-out answers", ("when", *names), means)
     if report.before and report.after and report.after.rows:
         found = _compared(report.before, report.after)
         yield Table(
@@ -185,19 +201,51 @@ def _samples(report: RunReport) -> Iterator[Block]:
     )
 
 
+def _rollouts(folder: Path, report: RunReport) -> Iterator[Block]:
+    """The first answers in training, and the last ones; the file may be too large to be read as a whole."""
+    path = folder / ROLLOUTS
+    if not path.is_file():
+        return
+    _check(path, report)
+    with open_file(path) as file:
+        head = file.read(_END_BYTES).splitlines()[:_ANSWERS_SHOWN]
+        file.seek(max(file.seek(0, os.SEEK_END) - _END_BYTES, 0))
+        tail = file.read().splitlines()[-_ANSWERS_SHOWN:]
+    first = list(_parsed(head))
+    rows: list[tuple[Cell, ...]] = [
+        (
+            number(line.get("step")), str(line.get("prompt")), str(line.get("completion")),
+            number(line.get("reward"), ".3f"), number(line.get("advantage"), "+.3f"),
+        )
+        for line in (*first, *(line for line in _parsed(tail) if line not in first))
+    ]  # fmt: skip
+    yield table("The first answers and the last", ("step", "prompt", "answer", "reward", "advantage"), rows)
+    yield Text(f"{ROLLOUTS} has all answers, with each of their rewards.")
+
+
 def _metrics(folder: Path, report: RunReport) -> Iterator[dict[str, Any]]:
-    """Lines of metrics.jsonl; a line that cannot be read is left out, for it was so when the run ended."""
+    """Lines of metrics.jsonl."""
     path = folder / METRICS
     if not path.is_file():
         return
-    wanted = (report.files or {}).get(METRICS)
-    if wanted is not None and file_sha256(path) != wanted:
-        raise ArtifactError(f"{shown(path, 300)} is not what the run wrote; restore it, or move it away")
+    _check(path, report)
     try:
         content = read_file(path, _LARGEST_METRICS_BYTES)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{shown(path, 300)} cannot be read ({shown(error)}); move it away") from error
-    for raw in content.splitlines():
+    yield from _parsed(content.splitlines())
+
+
+def _check(path: Path, report: RunReport) -> None:
+    """Raises ArtifactError where a file is not what the run wrote."""
+    wanted = (report.files or {}).get(path.name)
+    if wanted is not None and file_sha256(path) != wanted:
+        raise ArtifactError(f"{shown(path, 300)} is not what the run wrote; restore it, or move it away")
+
+
+def _parsed(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """A line that cannot be read is left out, for it was so when the run ended."""
+    for raw in lines:
         try:
             line = parse_json(raw)
         except ValueError:
@@ -228,6 +276,7 @@ def _curves(metrics: list[dict[str, Any]], unit: str) -> Iterator[Block]:
         last = margins["margins"][-1][1]
         alt = f"Mean rewards of the pairs of training; at the end the margin is {last:.3f}."
         yield lines_figure("Rewards of the pairs", alt, margins, x="optimizer step", y="reward")
+    yield from _rewards(metrics)
     rates = _series(metrics, "learning_rate")
     if rates:
         yield lines_figure(
@@ -241,6 +290,32 @@ def _curves(metrics: list[dict[str, Any]], unit: str) -> Iterator[Block]:
     if norms:
         alt = f"The gradient's norm: between {min(n for _, n in norms):.3g} and {max(n for _, n in norms):.3g}."
         yield lines_figure("Gradient norm", alt, {"gradient norm": norms}, x="optimizer step", y="norm", log_y=True)
+
+
+_OF_ANSWERS = {
+    "kl": ("KL to the base model", "nats a token"),
+    "entropy": ("Entropy", "nats a token"),
+    "completions/mean_length": ("Length of answers", "tokens"),
+    "completions/clipped_ratio": ("Answers that did not end", "share"),
+    "frac_reward_zero_std": ("Groups in which no reward differs", "share"),
+}
+
+
+def _rewards(metrics: list[dict[str, Any]]) -> Iterator[Block]:
+    """What a model's own answers were like during training."""
+    rewards = {"all": _series(metrics, "reward"), "held out": _series(metrics, "eval_reward")}
+    if not rewards["all"]:
+        return
+    names = {name.split("/")[1] for line in metrics for name in line if name.startswith("rewards/")}
+    rewards |= {name: _series(metrics, f"rewards/{name}/mean") for name in sorted(names)} if len(names) > 1 else {}
+    alt = f"The mean reward goes from {rewards['all'][0][1]:.3f} to {rewards['all'][-1][1]:.3f}."
+    yield lines_figure("Rewards during training", alt, rewards, x="optimizer step", y="mean reward")
+    spread = {"reward": _series(metrics, "reward_std")}
+    yield lines_figure("Spread of rewards", "Their standard deviation.", spread, x="optimizer step", y="reward")
+    for key, (title, unit) in _OF_ANSWERS.items():
+        if series := _series(metrics, key):
+            alt = f"{title}: {series[0][1]:.3f} at the beginning, {series[-1][1]:.3f} at the end."
+            yield lines_figure(title, alt, {title: series}, x="optimizer step", y=unit)
 
 
 def _moved(found: Adapted) -> Iterator[Block]:

@@ -17,15 +17,18 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from dude_peft.config.schema import KtoSection, RunConfig, TrainSection
+from dude_peft.data.batches import Company
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.machine.processes import count
 from dude_peft.machine.sharding import check_sharding
 from dude_peft.model.probe import Nature
 from dude_peft.parents import require
+from dude_peft.rewards.judge import Judge
 from dude_peft.training.compiled import check_compiler, compiling
 from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.general import GeneralMeter, general_scores
+from dude_peft.training.group_order import GroupOrder
 from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.loop import Loop
@@ -35,8 +38,10 @@ from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
 from dude_peft.training.preference import PreferenceLoss
+from dude_peft.training.rewarded import RewardedLoss
+from dude_peft.training.rollouts import Rollouts
 from dude_peft.training.trainer import RunTrainer
-from dude_peft.training.training_rows import LabelledRows, Packs, PairRows, Rows
+from dude_peft.training.training_rows import LabelledRows, Packs, PairRows, PromptRows, Rows
 from dude_peft.training.training_set import TrainingSet
 
 require(TrainingArguments, "_n_gpu")
@@ -193,6 +198,10 @@ class Training:
     config: RunConfig
     loop: Loop
     """What happens around the steps."""
+    judge: Judge | None = None
+    """Of the model's own answers, where the objective needs one."""
+    company: Company = "any"
+    """Which prompts may share a batch."""
 
     def run(self) -> Fit:
         """Trains from the start of the adapter, or from the checkpoint of `loop`.
@@ -269,8 +278,11 @@ class Training:
 
             ours["order_of"] = lambda dataset: _order_of(lengths(dataset), len(dataset), section, step_rows)
             return trl_trainer(model, arguments, examples, self.tokenizer, self.nature.router, ours)  # type: ignore[arg-type]
-        if config.data.packing:
-            rows: Rows = Packs(examples, config.data.max_length, section.seed)
+        settings = section.rewarded
+        if settings is not None:
+            rows: Rows = PromptRows(examples)
+        elif config.data.packing:
+            rows = Packs(examples, config.data.max_length, section.seed)
         elif isinstance(section.preference, KtoSection):
             estimates = section.preference.loss_type == "kto"
             rows = LabelledRows(examples, config.data.max_length if estimates else None)
@@ -279,6 +291,8 @@ class Training:
         else:
             rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)
+        if isinstance(loss, RewardedLoss):
+            ours["rollouts"] = self._rollouts(loss)
         trainer = RunTrainer(
             **ours,
             order_of=lambda rows: _order_of(rows.lengths, rows.domain, section, step_rows),
@@ -291,6 +305,25 @@ class Training:
         if loss is not None:  # else Trainer would hand the model what only its own loss is divided by
             trainer.model_accepts_loss_kwargs = False
         return trainer
+
+    def _rollouts(self, loss: RewardedLoss) -> Rollouts:
+        section = self.config.train
+        assert section.rewarded is not None
+        assert self.judge is not None
+        return Rollouts(
+            self.model,
+            self.tokenizer,
+            self.examples,
+            section.rewarded,
+            self.judge,
+            seed=section.seed,
+            name_of=self.loop.name_of,
+            note=loss.note,
+            write=self.loop.write_rollout,
+            warn=self.loop.warn,
+            company=self.company,
+            bf16=section.bf16,
+        )
 
     def _meter(self, pad_id: int) -> GeneralMeter | None:
         test, settings, loop = self.examples.general_test, self.config.evaluation, self.loop
@@ -324,10 +357,16 @@ def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | JudgedL
         return LabelledLoss(section.preference)
     if section.preference is not None:
         return PreferenceLoss(section.preference)
+    if section.rewarded is not None:
+        return RewardedLoss(section.rewarded)
     return None if nature.own_loss else CausalLoss(nature.router)
 
 
 def _order_of(lengths: list[int], domain: int, section: TrainSection, step_rows: int) -> EpochOrder:
+    settings = section.rewarded
+    if settings is not None:
+        answers, iterations = settings.num_generations, settings.num_iterations
+        return GroupOrder(lengths, section.seed, answers=answers, step=step_rows, iterations=iterations)
     grouped = step_rows if section.train_sampling_strategy == "group_by_length" else 0
     if section.objective == "mol":
         return MixedOrder(lengths, domain, section.seed, grouped=grouped)

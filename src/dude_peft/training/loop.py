@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +26,9 @@ from dude_peft.measure.movement import movement
 from dude_peft.parents import fits
 from dude_peft.training.progress import Display
 from dude_peft.training.task_scores import TaskScore, chosen_score
+
+_NUMBERS = ("kl", "entropy", "reward", "reward_std", "frac_reward_zero_std")
+"""What a line tells of judged answers, beside names with a slash."""
 
 
 @dataclass
@@ -60,6 +63,12 @@ class Loop(TrainerCallback):
     """Opens metrics.jsonl: anew, or cut to a number of bytes to go on; None where another process writes it."""
     resumed: Checkpoint | None = None
     """Where training goes on; the model has its adapter already."""
+    open_rollouts: Callable[[int | None], AbstractContextManager[TextIO | None]] = lambda kept: nullcontext()
+    """The same of rollouts.jsonl; nothing where the model answers nothing."""
+    warn: Callable[[str], None] = lambda text: None
+    """Hears what should be noticed."""
+    watched: str = "loss"
+    """What the picture of the run shows, by its name in metrics.jsonl."""
     held_out_scores: Callable[[], Mapping[str, float]] | None = None
     """`loss`, and of pairs what else is measured of them, by its name."""
     task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
@@ -86,6 +95,7 @@ class Loop(TrainerCallback):
         self._tokens = self._first_tokens = 0
         self._grad_norm = 0.0
         self._metrics: TextIO | None = None
+        self._answers: TextIO | None = None
         self._advance: Callable[..., None] = lambda count, note="": None
         if self.resumed is not None:
             self._take_up(self.resumed.state["loop"])
@@ -93,9 +103,10 @@ class Loop(TrainerCallback):
     @contextmanager
     def running(self, steps: int) -> Iterator[None]:
         """Within: metrics.jsonl is open, the display follows `steps` steps, and a signal waits for the end of one."""
-        kept = None if self.resumed is None else int(self.resumed.state["loop"]["metrics_bytes"])
+        loop = None if self.resumed is None else self.resumed.state["loop"]
         with (
-            self.open_metrics(kept) as self._metrics,
+            self.open_metrics(None if loop is None else int(loop["metrics_bytes"])) as self._metrics,
+            self.open_rollouts(None if loop is None else int(loop.get("rollouts_bytes", 0))) as self._answers,
             self.display.stage("training", steps, self.behind_seconds) as self._advance,
             self.stop.training(),
         ):
@@ -124,6 +135,11 @@ class Loop(TrainerCallback):
         if self._metrics is not None:
             self._metrics.write(json_text(line) + "\n")
 
+    def write_rollout(self, line: Mapping[str, Any]) -> None:
+        """One line of rollouts.jsonl."""
+        if self._answers is not None:
+            self._answers.write(json_text(line) + "\n")
+
     def adapter_writer(self, model: Any) -> Callable[[Path], None]:
         """A function that fills a folder with the adapter of `model`; every process has to ask for it."""
         gathered_state = sharded_state(model)
@@ -131,12 +147,9 @@ class Loop(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of this object, as JSON."""
-        size = 0
-        if self._metrics is not None:
-            self._metrics.flush()
-            size = self._metrics.tell()
         return {
-            "metrics_bytes": size,
+            "metrics_bytes": _bytes_of(self._metrics),
+            **({} if self._answers is None else {"rollouts_bytes": _bytes_of(self._answers)}),
             "best": None if self.best.step is None else asdict(self.best),
             "ended": self.ended,
             "curve": self.curve,
@@ -201,16 +214,17 @@ class Loop(TrainerCallback):
             "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
             "memory_bytes": memory_bytes(),
             "seconds": round(self.elapsed, 3),
-            **{name: float(value) for name, value in logs.items() if "/" in name or name == "kl"},
+            **{name: float(value) for name, value in logs.items() if "/" in name or name in _NUMBERS},
         }
         self._mark, self._tokens = now, tokens
         self.write(line)
-        self.curve.append((line["step"], line["loss"]))
+        if self.watched in line:
+            self.curve.append((line["step"], line[self.watched]))
         if not self.display.live:
             done = state.global_step
             left = self.elapsed / done * (state.max_steps - done) + self.behind_seconds
             self.display.say(
-                f"step {done}/{state.max_steps}  loss {line['loss']:.3f}{_of_pairs(line)}  "
+                f"step {done}/{state.max_steps}  loss {line['loss']:.3f}{_judged(line)}  "
                 f"lr {line['learning_rate']:.2e}  "
                 f"grad {line['grad_norm']:.2f}  {line['tokens_per_second']:,.0f} tokens/s  "
                 f"{line['memory_bytes'] / 2**30:.1f} GiB  ETA {left:.0f} s"
@@ -229,9 +243,9 @@ class Loop(TrainerCallback):
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss is {loss} at step {step}; lower train.learning_rate")
         self.write({"step": step, **{f"eval_{name}": value for name, value in scores.items()}})
-        self.held_out.append((step, loss))
+        self.held_out.append((step, scores[self.watched]))
         if not self.display.live:
-            self.display.say(f"step {step}  held-out loss {loss:.4f}{_of_pairs(scores)}")
+            self.display.say(f"step {step}  held-out loss {loss:.4f}{_judged(scores)}")
         return scores
 
     def _score_tasks(self, step: int, model: Any) -> Mapping[str, TaskScore]:
@@ -272,9 +286,18 @@ class Loop(TrainerCallback):
         return f"loss {loss:.3f}  lr {rate:.2e}  grad {self._grad_norm:.2f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
 
 
-def _of_pairs(numbers: Mapping[str, float]) -> str:
-    """What a line at the terminal says of pairs and labelled answers; nothing of other rows."""
-    shown = {"accuracy": ("rewards/accuracies", ".2f"), "margin": ("rewards/margins", ".3f"), "kl": ("kl", ".3f")}
+def _judged(numbers: Mapping[str, float]) -> str:
+    """What a line at the terminal says of judged answers; nothing of other rows."""
+    shown = {
+        "accuracy": ("rewards/accuracies", ".2f"),
+        "margin": ("rewards/margins", ".3f"),
+        "reward": ("reward", ".3f"),
+        "std": ("reward_std", ".3f"),
+        "kl": ("kl", ".3f"),
+        "entropy": ("entropy", ".2f"),
+        "length": ("completions/mean_length", ".0f"),
+        "clipped": ("completions/clipped_ratio", ".2f"),
+    }
     return "".join(f"  {title} {numbers[name]:{form}}" for title, (name, form) in shown.items() if name in numbers)
 
 
@@ -282,6 +305,14 @@ def metric_name(evaluation: EvaluationSection) -> str:
     """Of what tells the best adapter, for messages."""
     named = evaluation.metric_for_best_model
     return f"held-out {named}" if named in HELD_OUT else named
+
+
+def _bytes_of(file: TextIO | None) -> int:
+    """How much is written of it."""
+    if file is None:
+        return 0
+    file.flush()
+    return file.tell()
 
 
 def memory_bytes() -> int:

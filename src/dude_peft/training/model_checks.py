@@ -17,6 +17,7 @@ from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.machine.processes import gathered
 from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import shown
+from dude_peft.training.training_set import TrainingSet
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.untouched import as_base
@@ -64,13 +65,24 @@ def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_toke
         )
 
 
+def check_rollouts_fit(model: Any, examples: TrainingSet, max_completion_length: int) -> None:
+    """Raises ConfigError where a training prompt and its longest answer exceed the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = int(examples.asked.max())
+    if positions is not None and longest + max_completion_length > positions:
+        raise ConfigError(
+            f"train.grpo.max_completion_length: {max_completion_length} tokens after a prompt of {longest} exceed the "
+            f"model's {positions}; lower it, or shorten the rows"
+        )
+
+
 def check_nature(nature: Nature, config: RunConfig) -> None:
     """Raises ConfigError for a model that sees what it has to predict, or lets in the padding that its batches have."""
     check_causal(nature)
-    if config.train.preference is not None and not nature.right_padding:
+    if config.train.section is not None and not nature.right_padding:
         raise ConfigError(
             f"train.objective: {config.train.objective}: padding after a row changes the result of {nature.name}, and "
-            "the answers of a pair are padded to one length; choose another model, or objective: sft"
+            "answers that are compared are padded to one length; choose another model, or objective: sft"
         )
     if not (nature.right_padding or config.data.packing or config.train.per_device_train_batch_size == 1):
         raise ConfigError(
@@ -199,7 +211,7 @@ def check_beginning(config: RunConfig, *, from_base: bool) -> None:
             f"{key} compares with the base model, but adapter.start is in the folded form, or trained, so its base "
             "model alone is another one; leave one of them out"
         )
-    if config.train.preference is not None and config.train.preference.has_base:
+    if config.train.has_base:
         raise ConfigError(
             f"train.objective: {objective}: adapter.start is in the folded form, or trained, so the reference, its "
             "base model alone, would be another model than the start; merge the adapter with dude merge, and name the "

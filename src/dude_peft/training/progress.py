@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -43,6 +44,10 @@ class Display(display.Display):
                     continue
                 old, new = before.preference[name], after.preference[name]
                 table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        for name, new in (after.rewards or {}).items():
+            title = "mean reward" if name == "reward" else f"  {name.split('/')[1]}"
+            old = (before.rewards or {}).get(name, math.nan)
+            table.add_row(title, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
         if after.rows:
             change = 100 * (after.right - before.right) / after.rows
             table.add_row("exact match", _share(before), _share(after), f"{change:+.1f} points")

@@ -20,11 +20,24 @@ from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, Ru
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
-from dude_peft.folder.record import ADAPTER, CONFIG, PAGE, PICTURE, RANKS, SCORES, Answer, RunReport, Score
+from dude_peft.folder.record import (
+    ADAPTER,
+    CONFIG,
+    METRICS,
+    PAGE,
+    PICTURE,
+    RANKS,
+    ROLLOUTS,
+    SCORES,
+    Answer,
+    RunReport,
+    Score,
+)
 from dude_peft.folder.run_folder import RunFolder, save_adapter
 from dude_peft.machine import processes
 from dude_peft.machine.environment import environment, hardware, versions
 from dude_peft.model.load import with_only_gguf
+from dude_peft.rewards.notes import reward_notes
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
@@ -36,6 +49,7 @@ if TYPE_CHECKING:
     from dude_peft.data.batches import Company
     from dude_peft.folder.checkpoint import Checkpoint
     from dude_peft.measure.base_weights import WeightOf
+    from dude_peft.rewards.judge import Judge
     from dude_peft.training.budget import Spent
     from dude_peft.training.fit import Fit
     from dude_peft.training.label_scores import LabelMeter
@@ -95,7 +109,7 @@ def run(
         scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         silent = quiet or not processes.is_first()
         this = _Run(resolved, start, folder, weights_only, strategy, scorer, card_of, write_page, quiet=silent)
-        with gathered_warnings(this.warn), this.stop.listening():
+        with gathered_warnings(this.warn), this.stop.listening(), this.judging():
             return this.go()
     finally:
         folder.release()
@@ -152,6 +166,17 @@ class _Run:
         """Whether each process has a share of the model, which the first one loads."""
         self.has_whole = not self.is_split or processes.is_first()
         """Whether this process loads the model."""
+        self.judge: Judge | None = None
+        """Of the model's own answers, where the objective rewards them."""
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """At its end the process of rewards ends as well."""
+        try:
+            yield
+        finally:
+            if self.judge is not None:
+                self.judge.close()
 
     def go(self) -> RunReport:
         begun = time.perf_counter()
@@ -162,7 +187,7 @@ class _Run:
             from dude_peft.training.run_data import glance
 
             where = locate(config.model)
-            if note := code_note(config.model):
+            for note in filter(None, (code_note(config.model), *reward_notes(config.train))):
                 self.warn(note)
             if self.folder.earlier is not None:
                 config = self._as_before(self.folder.earlier)
@@ -185,6 +210,11 @@ class _Run:
         if (finished := processes.from_first(self._finished())) is not None:
             return finished
         self._find_checkpoint()
+        if (rewarded := config.train.rewarded) is not None:
+            from dude_peft.rewards.judge import Judge
+
+            with display.waiting("starting the rewards"):
+                self.judge = Judge(rewarded)
         self._load(where, data, arguments.device)
         self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
@@ -347,6 +377,7 @@ class _Run:
             check_fits,
             check_nature,
             check_packs,
+            check_rollouts_fit,
             probe,
         )
 
@@ -360,6 +391,8 @@ class _Run:
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if data.held_out is not None:
                 check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
+            if config.train.rewarded is not None:
+                check_rollouts_fit(model, data.train, config.train.rewarded.max_completion_length)
             if self.is_split:
                 model.generation_config = processes.from_first(model.generation_config)
             else:
@@ -373,7 +406,8 @@ class _Run:
             notes = self.nature.notes(config.train.objective)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
-            if data.held_out is not None and config.evaluation.batch_size > 1:
+            rewarded = config.train.rewarded is not None
+            if rewarded or (data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
@@ -471,8 +505,8 @@ class _Run:
             check_start(base, probe(self.model, data.train, pad_id))
             if self.spent is not None:
                 self.spent.check(self.model)
-        preference, objective = self.config.train.preference, self.config.train.objective
-        if preference is not None and preference.has_base and self.model is not None:
+        objective = self.config.train.objective
+        if self.config.train.has_base and self.model is not None:
             check_reference(self.model, base, lambda model: probe(model, data.train, pad_id), objective)
         if processes.count() > 1 and not self.is_split:
             made = fresh and self.given is None
@@ -564,6 +598,8 @@ class _Run:
                 f"train.orthogonality: it needs whole weights, and {self.strategy} splits them; use --launch ddp, or "
                 "leave it out"
             )
+        if self.config.train.rewarded is not None and processes.count() > 1:
+            raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
         if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
             raise ConfigError(
                 f"evaluation.tasks: a model split by {self.strategy} cannot be scored during the run; leave it out, "
@@ -599,7 +635,7 @@ class _Run:
         from dude_peft.training.fit import Training
         from dude_peft.training.loop import Loop, metric_name
 
-        held_out, scorer = data.held_out, self.scorer
+        held_out, scorer, writes = data.held_out, self.scorer, self.folder.writes
         loop = Loop(
             display=self.display,
             stop=self.stop,
@@ -607,7 +643,12 @@ class _Run:
             name_of=data.train.source,
             save_adapter=save_adapter,
             checkpoints=self.folder.checkpoints if arguments.should_save else None,
-            open_metrics=self.folder.metrics if self.folder.writes else lambda kept: nullcontext(),
+            open_metrics=(lambda kept: self.folder.lines(METRICS, kept)) if writes else lambda kept: nullcontext(),
+            open_rollouts=(lambda kept: self.folder.lines(ROLLOUTS, kept))
+            if writes and self.judge is not None
+            else lambda kept: nullcontext(),
+            warn=self.warn,
+            watched="loss" if self.judge is None else "reward",
             resumed=self.resumed,
             held_out_scores=None if held_out is None else lambda: self._held_out_scores(held_out),
             movement_steps=self.config.train.movement_steps,
@@ -617,7 +658,17 @@ class _Run:
             behind_seconds=behind_seconds,
         )
         with self._phase("training"):
-            fitted = Training(self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop).run()
+            fitted = Training(
+                self.model,
+                self.tokenizer,
+                self.nature,
+                data.train,
+                arguments,
+                self.config,
+                loop,
+                self.judge,
+                self.company,
+            ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:
@@ -635,7 +686,32 @@ class _Run:
         loss = held_out_loss(
             self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size, company=self.nature.company
         )
-        return {"loss": loss}
+        if self.judge is None:
+            return {"loss": loss}
+        return {"loss": loss, **self._rewards(held_out, self._answers(held_out))}
+
+    def _answers(self, held_out: HeldOut, advance: Callable[[int], None] = lambda rows: None) -> list[str]:
+        """The likeliest answers to held-out questions."""
+        from dude_peft.measure.score import complete
+
+        return complete(
+            self.model,
+            self.tokenizer,
+            held_out.prompts,
+            max_new_tokens=self.config.evaluation.max_new_tokens,
+            batch_size=self.config.evaluation.batch_size,
+            company=self.company,
+            advance=advance,
+        )
+
+    def _rewards(self, held_out: HeldOut, texts: list[str]) -> dict[str, float]:
+        """What they are rewarded with; nothing where the objective rewards nothing."""
+        from dude_peft.training.reward_scores import mean_rewards
+
+        rewarded = self.config.train.rewarded
+        if rewarded is None or self.judge is None:
+            return {}
+        return mean_rewards(self.judge, rewarded, held_out.asked, held_out.prompts, texts, self.tokenizer)
 
     def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter:
         from dude_peft.training.label_scores import LabelMeter
@@ -658,7 +734,7 @@ class _Run:
             return None
         from dude_peft.data.answers import expected_answer, is_match
         from dude_peft.measure.intervals import wilson_interval
-        from dude_peft.measure.score import complete, item_losses
+        from dude_peft.measure.score import item_losses
 
         settings = self.config.evaluation
         work = len(held_out.examples) + len(held_out.prompts)
@@ -675,15 +751,8 @@ class _Run:
                     company=self.nature.company,
                     advance=advance,
                 )
-            texts = complete(
-                self.model,
-                self.tokenizer,
-                held_out.prompts,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                company=self.company,
-                advance=advance,
-            )
+            texts = self._answers(held_out, advance)
+            rewards = self._rewards(held_out, texts)
         answers = tuple(
             Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
@@ -698,7 +767,8 @@ class _Run:
             raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
         right = sum(answer.right for answer in answers)
         interval = wilson_interval(right, len(answers))
-        return Score(loss, right, len(answers), interval, answers, found.losses, found.tokens, preference)
+        lost = found.losses, found.tokens
+        return Score(loss, right, len(answers), interval, answers, *lost, preference, rewards or None)
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         from dude_peft.folder.state import sharded_state
@@ -709,13 +779,14 @@ class _Run:
         self.folder.save_adapter(self.model, self.tokenizer, state)
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
-        held_out = [(0, before.loss)] if before else []
-        held_out += fitted.held_out or ([(fitted.steps, after.loss)] if after else [])
+        held_out = [(0, before.watched)] if before else []
+        held_out += fitted.held_out or ([(fitted.steps, after.watched)] if after else [])
         own = METHODS.get(config.adapter.method)
         ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
         what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
         unit = () if config.train.preference is None else (f"loss of a pair ({config.train.objective})",)
+        unit = unit if config.train.rewarded is None else ("reward",)
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, *unit))
 
     def _score_tasks(self) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from dude_peft.data.rows import load_rows, local_file, reading_of, stream_rows
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.data.token_store import question_hash
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
 from dude_peft.training.label_balance import check_enough, check_margin, told_of_labels
 from dude_peft.training.training_set import GeneralTest, TrainingSet
@@ -133,7 +133,9 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     template = Template(tokenizer, data.template, data.special_tokens)
     kind, preference = KINDS[config.train.objective], config.train.preference
     labels = preference if isinstance(preference, KtoSection) else None
-    record: dict[str, Any] = {"template": template.kind, "train_on": data.train_on}
+    asks = config.train.rewarded is not None
+    learned = "last_answer" if asks else data.train_on
+    record: dict[str, Any] = {"template": template.kind, "train_on": learned}
     warnings: list[str] = []
 
     def tokens(
@@ -141,7 +143,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         split: str,
         limit: int | None,
         *,
-        train_on: str = data.train_on,
+        train_on: str = learned,
         upft: int | None = None,
         columns: Mapping[str, str] | None = None,
         kind: Kind = "answers",
@@ -164,6 +166,9 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     def told(name: str, found: TokenSet, *, warn: bool = True) -> TokenSet:
         hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
         told = {"examples": len(found), "duplicates": found.duplicates}
+        if asks and name in ("train", "test") and int(found.asked.min()) <= 1:
+            place = found.source(int(found.asked.argmin()))
+            raise DataError(f"{place}: plain text asks nothing; train.objective: grpo needs questions with answers")
         if labels is not None and name in ("train", "test"):
             told["wanted"] = int(found.labels.sum())
             check_enough(found, f"data.{name}", labels)
@@ -216,6 +221,8 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         )
     rows = _first_rows(config) if questions is None else _of(config, questions)
     asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
+    if asks and not asked:
+        raise DataError("data.test: no row has an answer to reward; set evaluation.enabled: false, or add such rows")
     prompts = [prompt_ids(row, template, tokenizer) for row in asked]
     return RunData(train, HeldOut(test, asked, prompts), record, warnings)
 

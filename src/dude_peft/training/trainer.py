@@ -34,10 +34,13 @@ from dude_peft.training.loop import Loop
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
+from dude_peft.training.rollouts import Rollouts
 from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
 _MOST_ROWS = 40
+_ANSWERS = "answers."
+"""Begins the names of answers among a checkpoint's random tensors."""
 
 
 @fits(uses=("_tr_loss", "_globalstep_last_logged"))
@@ -52,6 +55,7 @@ class RunTrainer(Trainer):
         check_output: Callable[[int], None],
         order_of: Callable[[Any], EpochOrder],
         orthogonality: Orthogonality | None = None,
+        rollouts: Rollouts | None = None,
         **settings: Any,
     ) -> None:
         """Sets up the Trainer.
@@ -63,6 +67,7 @@ class RunTrainer(Trainer):
             check_output: raises NumericsError where what the model computes behind a step is not finite.
             order_of: a dataset -> the order of its places.
             orthogonality: a penalty whose gradient every optimizer step takes along.
+            rollouts: makes a step's batches of its prompts.
             settings: Trainer's own.
         """
         self.loop, self.section, self.meter = loop, section, meter
@@ -70,6 +75,7 @@ class RunTrainer(Trainer):
         """Step whose numbers were looked at last."""
         self._check_output = check_output
         self._orthogonality = orthogonality
+        self._rollouts = rollouts
         self._resumed: Checkpoint | None = loop.resumed
         self._rows: Tensor | None = None  # those of the micro-batch in work
         # The meter first: what it measures before training is no time of training.
@@ -124,8 +130,13 @@ class RunTrainer(Trainer):
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Of preferences, the loss of a step is divided by the number of its pairs or answers, not of its tokens."""
+        """Of preferences, the loss of a step is divided by the number of its pairs or answers, not of its tokens.
+
+        Of prompts, this is where they are answered.
+        """
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._rollouts is not None and samples:
+            samples = self._rollouts.of_step(samples, int(self.state.global_step))
         if isinstance(self.compute_loss_func, JudgedLoss):
             counts = summed(torch.tensor(self.compute_loss_func.count(samples), device=device))
             items, self.compute_loss_func.tokens = counts[0], counts[1]
@@ -199,11 +210,15 @@ class RunTrainer(Trainer):
         parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
         of_pairs = self.compute_loss_func
         pairs = {"pairs": gathered(of_pairs.sums())} if isinstance(of_pairs, JudgedLoss) else {}
+        answers = {} if self._rollouts is None else {"rollouts": self._rollouts.state()}
         save_adapter = self.loop.adapter_writer(self.model)
         self.store_flos()
         if not self.args.should_save:
             return
         random = {f"{index}.{name}": value for index, (found, _) in enumerate(parts) for name, value in found.items()}
+        if self._rollouts is not None:  # answers, too, were drawn
+            own = self._rollouts.tensors(int(self.state.global_step))
+            random |= {f"{_ANSWERS}{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
         record = asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
         state = {
             "optimizer": rest,
@@ -213,6 +228,7 @@ class RunTrainer(Trainer):
             "loop": self.loop.state(),
             "general": self.meter and self.meter.state(),
             **pairs,
+            **answers,
         }
         assert self.loop.checkpoints is not None
         self.loop.checkpoints.save(
@@ -279,6 +295,10 @@ class RunTrainer(Trainer):
             own = sums[index] if len(sums) == self.args.world_size else sum(sums) / len(sums)
             self._tr_loss = torch.tensor(own, dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
+            if self._rollouts is not None:
+                drawn = self._resumed.tensors(RANDOM).items()
+                answers = {n.removeprefix(_ANSWERS): tensor for n, tensor in drawn if n.startswith(_ANSWERS)}
+                self._rollouts.take_up(self._resumed.state["rollouts"], answers)
             if isinstance(self.compute_loss_func, JudgedLoss):
                 pairs = self._resumed.state["pairs"]
                 same = len(pairs) == self.args.world_size

@@ -66,6 +66,14 @@ class PairRows(Rows):
         return pad_right([*examples, *worse], pad_id)
 
 
+class PromptRows(Rows):
+    """One prompt a place; a batch has the numbers of its rows alone, of which `rollouts.Rollouts` makes another."""
+
+    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
+        """Places -> `rows`."""
+        return {"rows": torch.tensor([example["row"] for place in places for example in place])}
+
+
 class LabelledRows(Rows):
     """One answer with its label a place; a batch also has its questions with other rows' answers."""
 

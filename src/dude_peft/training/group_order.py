@@ -1,0 +1,43 @@
+"""The order of prompts that are answered several times: whole groups in every step, the same ones in its iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from typing_extensions import override
+
+from dude_peft.training.order import EpochOrder
+
+
+class GroupOrder(EpochOrder):
+    """Every prompt once an epoch, shuffled, and as often in a row as it is answered; a pure function of seed and epoch.
+
+    Steps hold whole groups. Where the prompts do not fill the last step of an epoch, the first ones come again.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, *, answers: int, step: int, iterations: int) -> None:
+        """Orders len(lengths) prompts.
+
+        Args:
+            lengths: tokens of each row.
+            seed: of the shuffling.
+            answers: to each prompt.
+            step: answers of an optimizer step, a multiple of `answers`.
+            iterations: steps with the same answers.
+        """
+        super().__init__(lengths, seed)
+        self._answers, self._prompts, self._iterations = answers, step // answers, iterations
+        self._steps = -(-len(lengths) // self._prompts)
+
+    @override
+    def __len__(self) -> int:
+        return self._steps * self._prompts * self._answers * self._iterations
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        for step in range(self._steps):
+            first = step * self._prompts
+            prompts = [order[place % len(order)] for place in range(first, first + self._prompts)]
+            for _ in range(self._iterations):
+                yield from (prompt for prompt in prompts for _ in range(self._answers))
