@@ -20,6 +20,7 @@ from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.training import run as training_run
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.trainer import RunTrainer
 
@@ -222,12 +223,16 @@ def test_what_kto_cannot_do_is_refused_in_one_line(places, tmp_path, sections, w
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_of_one_is_enough_for_apo_and_one_label_alone_is_told(places, tmp_path):
+def test_a_batch_of_one_is_enough_for_apo_and_one_label_alone_is_told(places, tmp_path, monkeypatch):
+    titles: list[str] = []
     same = tmp_path / "same.jsonl"
     same.write_text("".join(f'{{"prompt": "q{n}", "completion": "a", "label": false}}\n' for n in range(4)))
     train = {"per_device_train_batch_size": 1, "max_steps": 2, "kto": {"loss_type": "apo_zero_unpaired"}}
-    report = start(kto(places, tmp_path / "out", data={"train": str(same)}, train=train))
-    assert any("all 4 labels are false" in text for text in report.warnings)
+    monkeypatch.setattr(training_run, "loss_curve", lambda *parts: titles.extend(parts[4:]) or b"")
+    report = start(kto(places, tmp_path / "out", data={"train": str(same), "test": str(same)}, train=train))
+    assert any(text.startswith("all 4 labels are false: what to avoid or prefer") for text in report.warnings)
+    assert any(text.startswith("data.test: all 4 labels are false: the scores do not") for text in report.warnings)
+    assert titles == ["loss of an answer (kto)"]
     assert "kl" not in report.after.preference
     assert not any("kl" in line or "rewards/chosen" in line for line in lines(tmp_path / "out"))
 
@@ -249,6 +254,12 @@ Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ),
         ({"messages": [Q, A], "label": True}, "a label needs one question and one answer"),
         ({"text": "a", "label": True}, "a label needs one question and one answer"),
+        # One table of several files: every column in every row, null where it does not apply.
+        ({"prompt": None, "completion": None, "text": "a", "label": True}, "a label needs one question and one answer"),
+        (
+            {"prompt": None, "completion": None, "messages": [Q, A], "label": False},
+            "a label needs one question and one",
+        ),
         ({"id": 3}, "no labelled answer in the columns"),
     ],
 )

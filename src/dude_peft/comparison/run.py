@@ -207,7 +207,7 @@ def opened(
     """
     grid = Grid(config, run, controls=controls)
     most = config.max_runs if max_runs is None else max_runs
-    grid.check_size(most)
+    grid.check(most)
     folder = CompareFolder(config.output_dir)
     for warning in first_warnings(grid):
         display.warn(warning)

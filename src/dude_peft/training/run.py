@@ -676,7 +676,8 @@ class _Run:
         ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
         what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
-        unit = () if config.train.preference is None else (f"loss of a pair ({config.train.objective})",)
+        judged = "an answer" if isinstance(config.train.preference, KtoSection) else "a pair"
+        unit = () if config.train.preference is None else (f"loss of {judged} ({config.train.objective})",)
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, *unit))
 
     def _score_tasks(self) -> dict[str, Any] | None:
