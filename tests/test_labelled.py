@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_preference import WEIGHTS, by_trl, lines, settings, start
 from test_train_resume import _CutError, cut_at, result
 from tiny import save_tiny, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dude_peft import check_data, plan
 from dude_peft.config.reading import load_config
@@ -153,6 +154,23 @@ def test_a_batch_of_one_at_the_end_of_an_epoch_borrows_the_next_rows_answer(plac
     assert [len(ids) for ids, _ in seen] == [4, 1] == [len(others) for _, others in seen]
     (own,), (other,) = seen[1]
     assert own != other
+
+
+def test_a_question_with_another_answer_is_no_longer_than_what_the_model_reads(places, tmp_path):
+    """GPT-2 has an embedding for each of its positions, and none beyond."""
+    settings = GPT2Config(vocab_size=261, n_positions=96, n_embd=16, n_layer=1, n_head=2, eos_token_id=256)
+    GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    long = "x" * 50
+    rows = [
+        {"prompt": f"{n}{long if n % 2 else ''}", "completion": "yes" if n % 2 else long, "label": n % 2 > 0}
+        for n in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {name: str(tmp_path / "rows.jsonl") for name in ("train", "test")}
+    wanted = kto(places, tmp_path / "out", data=data, adapter={"target_modules": ["c_fc"]}, train={"max_steps": 2})
+    report = start(wanted | {"model": {"name_or_path": str(tmp_path / "model")}})
+    assert report.after.preference["kl"] >= 0
 
 
 # --- interrupted, several processes -------------------------------------------------------------------------------

@@ -600,6 +600,7 @@ class _Run:
 
     def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter:
         from dude_peft.training.label_scores import LabelMeter
+        from dude_peft.training.model_checks import most_tokens
         from dude_peft.training.pair_scores import PairMeter
 
         if self.meter is None:
@@ -608,7 +609,7 @@ class _Run:
             pad_id = int(self.tokenizer.pad_token_id)
             company = self.nature.company
             if isinstance(settings, KtoSection):
-                longest = self.config.data.max_length
+                longest = most_tokens(self.model, self.config.data.max_length)
                 self.meter = LabelMeter(held_out.examples, settings, pad_id, size, longest, company)
             else:
                 self.meter = PairMeter(held_out.examples, settings, pad_id, size, company)
