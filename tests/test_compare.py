@@ -26,7 +26,7 @@ from dude_peft.comparison.run import compare
 from dude_peft.comparison.statistics import summarise
 from dude_peft.comparison.tuning import stage_one
 from dude_peft.config.reading import load_grid
-from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError
 
 COSTS = {"seconds", "seconds_per_step", "start_seconds", "peak_memory"}
 
@@ -455,6 +455,26 @@ def test_an_unfair_or_mistaken_grid_is_refused_before_any_run(place, tmp_path, m
         dude_peft.compare({**given, "output_dir": str(tmp_path / "out")})
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "kind", "words"),
+    [
+        ("x" * 300, ResourceError, r"output_dir: x+.* cannot be written \(File name too long\)"),
+        ("train.jsonl/out", ConfigError, r"output_dir: train.jsonl/out is inside a file"),
+        ("train.jsonl", ConfigError, r"output_dir: train.jsonl is a file"),
+        (".", ConfigError, r"output_dir: \. is not empty, and holds no comparison"),
+        ("a\0b", ResourceError, r"output_dir: .*cannot be written"),
+        ("loop", ResourceError, r"output_dir: loop cannot be written"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_told_in_one_line(place, monkeypatch, output_dir, kind, words):
+    monkeypatch.chdir(place)
+    if not os.path.lexists("loop"):
+        os.symlink("loop", "loop")
+    with pytest.raises(kind, match=words) as caught:
+        dude_peft.compare(grid(output_dir=output_dir))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_method_without_a_rank_competes_once():
