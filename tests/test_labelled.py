@@ -325,8 +325,11 @@ def test_data_check_counts_labels_and_tells_a_wrong_balance(places, tmp_path, ca
     assert "example 1, labelled true" in said
     assert "objective: kto" in said
     assert (report.wanted, report.samples[0]) == (3, "<|user|>q0<|end|>\n<|assistant|>«a<|end|>»")
-    balanced = write(tmp_path / "balanced.jsonl", 8)
+    balanced, one = write(tmp_path / "balanced.jsonl", 8), tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "q", "completion": "a", "label": true}\n')
     assert not check_data(balanced, str(places / "model"), objective="kto").left_out
+    (line,) = check_data(balanced, str(places / "model"), objective="kto", test=str(one)).left_out
+    assert line.startswith("held-out: all 1 labels are true: the scores do not show")
 
 
 def test_labels_are_part_of_what_a_run_was_trained_on(tmp_path):

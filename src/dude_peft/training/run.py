@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
 from dude_peft.config.schema import AdapterSection, KtoSection, RunConfig
-from dude_peft.errors import ArtifactError, ConfigError, NumericsError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import ADAPTER, CONFIG, PAGE, PICTURE, RANKS, SCORES, Answer, RunReport, Score
@@ -226,9 +226,12 @@ class _Run:
         weight_of = None if self.config.adapter.foreign else base_weights(self.model)
         if weight_of is None and not self.config.adapter.foreign:
             return False
+        self.stop.after("while the page was written; the run itself is finished, and dude report writes it")
         try:
             with self.display.waiting("writing the page"):
                 page = self.write_page(self.folder.path, weight_of)
+        except StoppedError:
+            raise
         except Exception as error:  # of three libraries that draw and calculate; none of them is the run
             reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
             self.display.warn(f"there is no page about this run ({reason}); the run itself is finished")
