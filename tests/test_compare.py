@@ -429,6 +429,11 @@ REFUSED = {
         with_run(train={"magnitude_lr_ratio": 4}), ConfigError, r"method 'lora' trains no magnitude; leave it out",
     ),
     "preferences": (with_run(train={"objective": "kto"}), ConfigError, r"kto: .* of answers, not of preferences"),
+    "layers that are not there": (
+        grid(methods=["lora", {"wide": {"adapter.method": "dude", "adapter.target_modules": ["q_prj"]}}]), ConfigError,
+        r"'methods': wide: .*q_prj.*q_proj",
+    ),
+    "a rank that is too large": (grid(ranks=[2, 65]), ConfigError, r"'methods': dude r=65: .*(65|rank)"),
     "preferences of one": (
         grid(methods=["lora", {"dpo": {"adapter.method": "dude", "train.objective": "dpo"}}]), ConfigError,
         r"objective: dpo: .* answers, not of preferences",
