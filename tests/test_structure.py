@@ -159,7 +159,7 @@ def test_no_checkpoint_asks_whether_its_code_may_run():
 # What they read was written by this process, by an installed package, or by the kernel.
 OWN_FILES = {
     "doors.py", "data/prepare.py", "data/render_child.py", "data/tokenizer_parts.py", "evaluation/local_tasks.py",
-    "exporting/lowrank.py", "init/fold.py", "init/run.py", "planning/device.py",
+    "exporting/lowrank.py", "init/fold.py", "init/run.py", "machine/pages.py", "planning/device.py",
 }  # fmt: skip
 
 

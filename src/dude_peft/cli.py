@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import sys
 import traceback
@@ -20,6 +21,7 @@ import dude_peft
 from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
+from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another
 from dude_peft.show import shown, shown_lines
 from dude_peft.terminal.numbers import integer, number
 from dude_peft.terminal.quiet import require_room
@@ -771,6 +773,10 @@ def _end(error: Exception, *, debug: bool) -> None:
         _fail(ResourceError.label, message, ResourceError.exit_code, debug=debug)
     if isinstance(error, DudeError):
         _fail(error.label, str(error), error.exit_code, debug=debug)
+    if comes_of_another(error):
+        if LAUNCHED in os.environ and not debug:
+            sys.exit(LOST)
+        _fail(DudeError.label, "another process of this run ended; its message tells why", LOST, debug=debug)
     if hasattr(error, "format_message"):  # typer's own: an option or argument that it cannot use
         _usage(error, debug=debug)
     if isinstance(error, OSError):

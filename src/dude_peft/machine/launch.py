@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from dude_peft.errors import ConfigError
+from dude_peft.machine.processes import LAUNCHED, LOST
 from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
 
@@ -77,6 +78,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(processes))),
+        LAUNCHED: "1",
     }
     children: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
@@ -94,28 +96,35 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             )
         with handled_by(functools.partial(_pass_on, children)):
             rank, code = _wait(children)
-        if code not in (0, None) and rank != 0:
+        if code == LOST:
+            sys.stderr.write("dude: error[internal]: the processes of this run lost each other; run it again\n")
+            return 1
+        if code == -signal.SIGKILL:
+            sys.stderr.write(
+                f"dude: error[resource]: process {rank} was killed, as the system does where memory is out; use fewer "
+                "processes, a smaller model or another machine\n"
+            )
+        elif code != 0 and rank != 0:
             said[rank].seek(0)
             sys.stderr.write(said[rank].read().decode("utf-8", "replace"))
         return code if code >= 0 else 128 - code
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
-    """(number, exit code) of the first that failed, or (0, 0); none of them is left behind."""
-    failed: tuple[int, int] | None = None
+    """(number, exit code) of the process that tells best why they failed, or (0, 0); none of them is left behind."""
     end = float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < end:
-        bad = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
-        if bad and failed is None:
-            failed = bad[0]
+        if end == float("inf") and any(child.returncode for child in children):
             end = time.monotonic() + _PATIENCE_SECONDS  # the others often fail of the same, and say so better
         time.sleep(_POLL_SECONDS)
+    failed = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
     for child in children:
         if child.poll() is None:
             child.kill()
             child.wait()
-    codes = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode > 0]
-    return (codes or ([failed] if failed else []) or [(0, 0)])[0]
+    causes = [(rank, code) for rank, code in failed if code != LOST]
+    told = [(rank, code) for rank, code in causes if code > 0]
+    return (told or causes or failed or [(0, 0)])[0]
 
 
 def _pass_on(children: list[subprocess.Popen[bytes]], number: int, frame: FrameType | None) -> None:

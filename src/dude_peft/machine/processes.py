@@ -9,6 +9,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LAUNCHED = "DUDE_LAUNCHED"
+"""Of the environment: whether `launch` started this process, and tells why another one ended."""
+LOST = 70
+"""Exit code of a process that ended because another one did."""
+_OF_ANOTHER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Socket Timeout")
+
 
 def rank() -> int:
     """Number of this process, from 0; known from the start, by the launcher's environment."""
@@ -23,6 +29,16 @@ def is_first() -> bool:
 def count() -> int:
     """Processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def comes_of_another(error: BaseException) -> bool:
+    """Whether an error is only that another process of this run has ended, or was raised from one."""
+    current: BaseException | None = error
+    while current is not None and count() > 1:
+        if isinstance(current, RuntimeError) and any(words in str(current) for words in _OF_ANOTHER):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
 
 
 def gathered(value: T) -> list[T]:

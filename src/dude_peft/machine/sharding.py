@@ -1,16 +1,41 @@
 """FSDP2: every process holds a share of each tensor, and a block is whole only while it computes.
 
-torch's own `fully_shard`, block by block, before the Trainer sees the model; the Trainer is told that the model manages
-its own shards, as models do that transformers shards while loading. The same code runs on GPUs and on CPUs.
+The first process alone reads the model and makes the adapter; the others have the same modules without values, on the
+meta device. The first one cuts tensor by tensor, sends the shares, and lets go of the whole. So all processes together
+hold one model, at its start and ever after. torch's own `fully_shard` wraps it, block by block, before the Trainer sees
+it; the Trainer is told that the model manages its own shards, as models do that transformers shards while loading. The
+same code runs on GPUs and on CPUs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError
-from dude_peft.machine.processes import count
+from dude_peft.machine.pages import MappedFiles, return_large_blocks
+from dude_peft.machine.processes import count, from_first, gathered, is_first
 from dude_peft.parents import require
+from dude_peft.show import shown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_Place = tuple[dict[str, Any], str]
+"""Where a tensor of a module stands: a dictionary of the module's, and the key in it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What all processes have to know of a tensor before its values come."""
+
+    names: tuple[str, ...]
+    """A tied one has several."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_parameter: bool
+    is_trained: bool
 
 
 def check_sharding() -> None:
@@ -21,24 +46,125 @@ def check_sharding() -> None:
     require(Trainer, "_defer_fsdp_gradient_reduction")
 
 
-def shard(model: Any) -> None:
+def split(model: Any, device: torch.device) -> None:
     """Shards a PEFT model in place over all processes, its frozen weights and its trained tensors alike.
 
+    Args:
+        model: the first process's, whole on the CPU; the others' of the same modules on the meta device.
+        device: where each process keeps its shares, and buffers.
+
     Raises:
-        ConfigError: a quantised base model, whose packed tensors cannot be cut; transformers is older than this.
+        ConfigError: the others' model has other tensors.
     """
+    import torch
+    from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
+
+    return_large_blocks()
+    places = _places(model)
+    needed = gathered({name: holder[key].is_meta for name, (holder, key) in places.items()})
+    parts = from_first(_parts(places, needed[-1]) if is_first() else [])
+    _check_same(model, parts, needed[-1])
+    values: dict[str, Tensor] = {}
+    for part in parts:
+        holder, key = places[part.names[0]]
+        if is_first():
+            values[part.names[0]] = holder[key].detach()
+        if part.is_parameter:
+            empty = torch.empty(part.shape, dtype=part.dtype, device="meta")
+            _put(places, part, nn.Parameter(empty, requires_grad=part.is_trained))
+    mesh = init_device_mesh(device.type, (count(),))
+    _wrap(model, mesh)
+    files = MappedFiles()
+    for part in parts:
+        whole = values.pop(part.names[0]) if is_first() else torch.empty(part.shape, dtype=part.dtype, device=device)
+        if part.is_parameter:
+            holder, key = places[part.names[0]]
+            _put(places, part, _share(whole, mesh, holder[key]))
+        else:
+            _put(places, part, _copy(whole, device))
+        if is_first():
+            files.let_go(whole)
+    model.get_base_model()._is_distributed_loading_by_transformers = True
+
+
+def _wrap(model: Any, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    check_sharding()
-    base = model.get_base_model()
-    if getattr(base, "is_quantized", False):
-        raise ConfigError("--launch fsdp2: a quantised base model cannot be sharded; use --launch ddp")
-    mesh = init_device_mesh(model.device.type, (count(),))
-    blocks = set(getattr(base, "_no_split_modules", None) or ())
+    blocks = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
-    base._is_distributed_loading_by_transformers = True
+
+
+def _share(whole: Tensor, mesh: Any, parameter: Any) -> nn.Parameter:
+    """What this process keeps of the first one's tensor, cut as `parameter` is."""
+    from torch import nn
+    from torch.distributed.tensor import distribute_tensor
+
+    share = distribute_tensor(whole.contiguous(), mesh, parameter.placements)
+    return nn.Parameter(share, requires_grad=parameter.requires_grad)
+
+
+def _copy(whole: Tensor, device: torch.device) -> Tensor:
+    """The first process's tensor, in all of them."""
+    import torch
+    import torch.distributed as dist
+
+    found = whole.to(device).clone(memory_format=torch.contiguous_format) if is_first() else whole
+    if found.numel():
+        dist.broadcast(found.view(-1).view(torch.uint8), src=0)  # gloo knows no booleans
+    return found
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    """Every tensor of a model by its name: parameters, buffers, and what its modules keep beside them."""
+    from torch import Tensor
+
+    return {
+        f"{prefix}.{key}": (holder, key)
+        for prefix, module in model.named_modules()
+        for holder in (module._parameters, module._buffers, vars(module))
+        for key, value in holder.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _parts(places: dict[str, _Place], needed: dict[str, bool]) -> list[_Part]:
+    """The first process's tensors; of what is neither parameter nor buffer, those that others have no values of."""
+    from torch import nn
+
+    tensors = {name: holder[key] for name, (holder, key) in places.items()}
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    parts = []
+    for name, tensor in tensors.items():
+        all_names = names[id(tensor)]
+        registered = any(not _is_attribute(places[each]) for each in all_names)
+        if name == all_names[0] and (registered or any(needed.get(each) for each in all_names)):
+            kind = isinstance(tensor, nn.Parameter)
+            parts.append(_Part(tuple(all_names), tuple(tensor.shape), tensor.dtype, kind, tensor.requires_grad))
+    return parts
+
+
+def _is_attribute(place: _Place) -> bool:
+    return "_parameters" in place[0]  # of a module's own dictionary
+
+
+def _put(places: dict[str, _Place], part: _Part, tensor: Tensor) -> None:
+    for name in part.names:
+        holder, key = places[name]
+        holder[key] = tensor
+
+
+def _check_same(model: Any, parts: list[_Part], needed: dict[str, bool]) -> None:
+    """All processes look at the same, so all refuse it."""
+    sent = {name for part in parts for name in part.names}
+    if different := sorted((sent - needed.keys()) | {name for name, is_empty in needed.items() if is_empty} - sent):
+        raise ConfigError(
+            f"--launch fsdp2: {type(model.get_base_model()).__name__} has other tensors where it is made without its "
+            f"checkpoint ({len(different)}, first: {shown(different[0], 100)}); use --launch ddp"
+        )

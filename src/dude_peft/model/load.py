@@ -239,11 +239,36 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
             f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "
             f"{type(model).__name__}, among them {shown(missing[0])}; use a complete causal language model"
         )
+    apply_as_trained_(model)
+    return _made_ready(model, section)
+
+
+def load_empty(section: ModelSection, where: str) -> PreTrainedModel:
+    """The model of `load_model` without its values, on the meta device, for a process that is sent a share of them.
+
+    Args:
+        section: what the configuration says; it is not quantised.
+        where: from `locate`.
+
+    Raises:
+        ConfigError: it cannot be found, or is no causal language model.
+    """
+    from dude_peft.model.architecture import model_of
+
+    settings = load_settings(section, where)
+    if section.attn_implementation is not None:
+        settings._attn_implementation = section.attn_implementation
+    dtype = dtype_of(section, settings, where)
+    model: PreTrainedModel = model_of(settings, section.name_or_path, dtype, section.trust_remote_code)
+    return _made_ready(model, section)
+
+
+def _made_ready(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+    """Frozen, in evaluation mode, and named as the run names it."""
     # A GGUF file tells its own title as the name; adapters record where the base really came from.
     model.config.name_or_path = model.name_or_path = section.name_or_path
     model.requires_grad_(False)
     model.train(False)
-    apply_as_trained_(model)
     if getattr(model.config, "rescale_every", 0):
         # RWKV would halve some of its weights whenever it begins to infer, and double them for training.
         model.config.rescale_every = 0

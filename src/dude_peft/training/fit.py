@@ -20,7 +20,7 @@ from dude_peft.config.schema import KtoSection, RunConfig, TrainSection
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.machine.processes import count
-from dude_peft.machine.sharding import check_sharding, shard
+from dude_peft.machine.sharding import check_sharding
 from dude_peft.model.probe import Nature
 from dude_peft.parents import require
 from dude_peft.training.compiled import check_compiler, compiling
@@ -193,8 +193,6 @@ class Training:
     config: RunConfig
     loop: Loop
     """What happens around the steps."""
-    strategy: str = "ddp"
-    """Of several processes."""
 
     def run(self) -> Fit:
         """Trains from the start of the adapter, or from the checkpoint of `loop`.
@@ -205,8 +203,6 @@ class Training:
             StoppedError: a signal came; a checkpoint of the last step is there.
         """
         model, arguments, loop, resumed = self.model, self.arguments, self.loop, self.loop.resumed
-        if self.strategy == "fsdp2" and arguments.world_size > 1:
-            shard(model)
         if getattr(arguments, "hf_deepspeed_config", None) is not None:
             set_hf_deepspeed_config(arguments.hf_deepspeed_config)  # type: ignore[no-untyped-call]
         if resumed is not None and self.examples.general_test is not None:

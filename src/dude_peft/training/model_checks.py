@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.artifact.fingerprint import xxh3_of
 from dude_peft.config.schema import RunConfig
 from dude_peft.data.batches import pad_right
 from dude_peft.data.packing import packs_apart
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DataError, NumericsError
+from dude_peft.machine.processes import gathered
 from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import shown
 from dude_peft.tuner.beside import prints_beside
@@ -20,6 +22,8 @@ from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.untouched import as_base
 
 _ROWS, _TOKENS = 2, 64
+_FAR = 0.1
+"""Of the largest logit; between two devices, in bfloat16, roundings make up to a hundredth."""
 
 
 def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
@@ -97,15 +101,25 @@ def check_attention(model: Any, wanted: str | None) -> None:
     fault = f"transformers uses {found} for {type(model).__name__}"
     if found == wanted:
         ids = torch.tensor(trial_rows(text_ids(model), 2, trial_length(model)), device=model.device)
+        starts: list[Tensor] = []
+
+        def begin(module: Any, inputs: Any, output: Tensor) -> Tensor:  # a split model's embedding runs in a forward
+            starts.append(output.detach().requires_grad_())
+            return starts[0]
+
+        handle = model.get_input_embeddings().register_forward_hook(begin)
         try:
             with torch.enable_grad():
-                start = model.get_input_embeddings()(ids).detach().requires_grad_()
-                model(inputs_embeds=start, use_cache=False).logits.float().sum().backward()
-            if start.grad is not None and bool(torch.isfinite(start.grad).all()):
+                model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+            gradient = starts[0].grad
+            if gradient is not None and bool(torch.isfinite(gradient).all()):
                 return
             fault = "its gradient is not finite"
         except Exception as error:  # whatever its kernels raise
             fault = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+        finally:
+            handle.remove()
+            model.zero_grad()
     raise ConfigError(
         f"model.attn_implementation: {wanted} does not work on this model and device ({fault}); leave it out, or "
         "choose sdpa or eager"
@@ -130,7 +144,7 @@ def keep_fingerprints(model: Any) -> None:
             module.base_fingerprint()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the first forward of a sharded model makes the buffers that training writes
 def probe(
     model: Any,
     examples: Sequence[Mapping[str, Sequence[int]]],
@@ -159,6 +173,29 @@ def probe(
     if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
         raise NumericsError(fault)
     return logits
+
+
+def check_shares(whole: Tensor | None, split: Tensor) -> None:
+    """Compares what a model computes before and after it was split; every process has to call it.
+
+    Args:
+        whole: `probe` of the model before; None in a process that did not have it.
+        split: the same rows, behind it.
+
+    Raises:
+        NumericsError: the processes differ in any bit, or what they compute is another function.
+    """
+    seen = split.float().cpu()
+    far = False
+    if whole is not None:  # products depend on where a matrix lies in memory, and the whole one may lie elsewhere
+        finite = torch.isfinite(whole)
+        far = distance(whole.cpu(), seen) > _FAR * float(whole[finite].float().abs().max())
+    found = gathered((xxh3_of([seen]), far))
+    if len({values for values, _ in found}) > 1 or found[0][1]:
+        raise NumericsError(
+            "the split model computes something else than the whole one; use --launch ddp, and report this with the "
+            "model's name"
+        )
 
 
 def check_beginning(config: RunConfig, *, from_base: bool) -> None:

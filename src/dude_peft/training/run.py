@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import AdapterSection, KtoSection, RunConfig
+from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
@@ -148,6 +148,10 @@ class _Run:
         """Whether the run began, or begins, as the base model."""
         self.meter: PairMeter | LabelMeter | None = None
         """Of held-out pairs, once it was asked for."""
+        self.is_split = strategy == "fsdp2" and processes.count() > 1
+        """Whether each process has a share of the model, which the first one loads."""
+        self.has_whole = not self.is_split or processes.is_first()
+        """Whether this process loads the model."""
 
     def go(self) -> RunReport:
         begun = time.perf_counter()
@@ -331,8 +335,12 @@ class _Run:
         self.resumed, self.start = processes.from_first((self.resumed, self.start))
 
     def _load(self, where: str, data: RunData, device: Any) -> None:
-        """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet."""
-        from dude_peft.model.load import load_model
+        """Loads the model and puts the adapter on it, sure that a fresh one changes nothing yet.
+
+        Of a split model the first process does all of that, as the only process of a run would, and hands out the
+        shares; on its CPU, since the model may be larger than its device.
+        """
+        from dude_peft.model.load import load_empty, load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains, method_of, stored_config
         from dude_peft.training.end_token import end_token_warning
@@ -350,38 +358,46 @@ class _Run:
         if self.asked is not None:
             import dude_peft.training.budget  # noqa: F401  # before the model is there
         with self._phase("model"), display.waiting("loading the model"):
-            model: Any = load_model(config.model, where)
+            model: Any = (load_model if self.has_whole else load_empty)(self._model_section(), where)
             check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if data.held_out is not None:
                 check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
-            model.to(device)
+            if self.is_split:
+                model.generation_config = processes.from_first(model.generation_config)
+            else:
+                model.to(device)
             # The same in all processes: what follows from it, they do together.
-            self.nature = processes.from_first(nature_of(model, pad_id))
+            self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
-            check_attention(model, config.model.attn_implementation)
+            if not self.is_split:
+                check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
             notes = self.nature.notes(config.train.objective)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             if data.held_out is not None and config.evaluation.batch_size > 1:
-                self.company = processes.from_first(company_of(model, pad_id))
+                own = company_of(model, pad_id) if self.has_whole else self.company
+                self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
-            base = probe(model, data.train, pad_id)
-            if config.data.packing:
+            base = probe(model, data.train, pad_id) if self.has_whole else None
+            if config.data.packing and self.has_whole:
                 check_packs(model)
         for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
             display.say(f"note: {note}")
         if self.asked is not None:
             with self._phase("budget"):
-                own = self._spend(model, data, pad_id) if processes.is_first() else self.asked
-                self._settle(processes.from_first(own))
+                spent = self._spend(model, data, pad_id) if processes.is_first() else self.asked
+                self._settle(processes.from_first(spent))
             if self.spent is not None:
                 display.ranks(self.spent)
         with self._phase("adapter"), display.waiting("making the adapter"):
-            self._adapt(model, base, data, pad_id)
-        if warning := end_token_warning(self.model, data.train, self.tokenizer):
-            self.warn(warning)
+            if self.has_whole:
+                self._adapt(model, base, data, pad_id)
+                if warning := end_token_warning(self.model, data.train, self.tokenizer):
+                    self.warn(warning)
+            if self.is_split:
+                self._split(model, data, pad_id, device)
         trainable, total = self.model.get_nb_trainable_parameters()
         begun = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
         if self.start is not None:
@@ -461,15 +477,40 @@ class _Run:
         preference, objective = self.config.train.preference, self.config.train.objective
         if preference is not None and preference.has_base and self.model is not None:
             check_reference(self.model, base, lambda model: probe(model, data.train, pad_id), objective)
-        if processes.count() > 1:
+        if processes.count() > 1 and not self.is_split:
             made = fresh and self.given is None
             with self.folder.shared_start(self.model if made else None) as start:
                 processes.from_first(None)
                 if made and not processes.is_first():
                     self.model = load(model, str(start), is_trainable=True)
                 processes.from_first(None)
-            if not self.config.adapter.foreign:
-                keep_fingerprints(self.model)
+        if processes.count() > 1 and not self.config.adapter.foreign:
+            keep_fingerprints(self.model)
+        transformers.set_seed(self.config.train.seed)
+
+    def _model_section(self) -> ModelSection:
+        """The model section; a split model takes its attention up on the device, which may be the only one for it."""
+        section = self.config.model
+        return section.model_copy(update={"attn_implementation": None}) if self.is_split else section
+
+    def _split(self, model: Any, data: RunData, pad_id: int, device: Any) -> None:
+        """The first process's adapted model, cut and handed out, sure that each process computes what that one did."""
+        import transformers
+
+        from dude_peft.machine.sharding import split
+        from dude_peft.training.model_checks import check_attention, check_shares, probe
+        from dude_peft.tuner.load import put_on_empty
+
+        config: Any = processes.from_first(None if self.model is None else self.model.peft_config["default"])
+        self.exact, self.from_base = processes.from_first((self.exact, self.from_base))
+        before = None if self.model is None else probe(self.model, data.train, pad_id)
+        if self.model is None:
+            self.model = put_on_empty(model, config)
+        split(self.model, device)
+        check_shares(before, probe(self.model, data.train, pad_id))
+        if (wanted := self.config.model.attn_implementation) is not None:
+            model.set_attn_implementation(wanted)
+            check_attention(self.model, wanted)
         transformers.set_seed(self.config.train.seed)
 
     def _adapt_foreign(self, model: Any, base: Any, data: RunData, pad_id: int) -> Any:
@@ -579,9 +620,7 @@ class _Run:
             behind_seconds=behind_seconds,
         )
         with self._phase("training"):
-            fitted = Training(
-                self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop, self.strategy
-            ).run()
+            fitted = Training(self.model, self.tokenizer, self.nature, data.train, arguments, self.config, loop).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
         if best is not None and self.config.evaluation.load_best_model_at_end and best != fitted.steps:

@@ -141,6 +141,7 @@ class DudeConfig(PeftConfig):
         self._base: BaseRecord | None = None
         self._beside: dict[str, tuple[tuple[int, int], TensorPrint]] = {}
         self._left_out: tuple[str, ...] = ()
+        self._is_sent = False  # by another process, so its tensors wait on the meta device
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dude_peft.artifact.manifest import BaseRecord
@@ -86,6 +86,17 @@ def load_adapter(
     if is_trainable:
         model.set_requires_grad(adapter_name)
     return model
+
+
+def put_on_empty(model: nn.Module, config: DudeConfig) -> PeftModel:
+    """A model on the meta device, with the modules of an adapter that another process has, and sends.
+
+    Args:
+        model: the base model, all on the meta device.
+        config: that process's, as it came out of `get_peft_model` or `load_adapter`.
+    """
+    config._is_sent = True
+    return get_peft_model(model, config).eval()
 
 
 def _load_first(

@@ -117,10 +117,10 @@ class DudeModel(BaseTuner):
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
             self._leave_out(model, config)
-        self._meta, self._starts = low_cpu_mem_usage, dict[str, Start]()
+        self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, Start]()
         if state_dict is None:
             targets = self._check_targets(model, config)
-            if config._loading is None and not low_cpu_mem_usage:
+            if config._loading is None and not self._meta:
                 self._starts = compute_starts(targets, config)
         with self._places_of(model):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
