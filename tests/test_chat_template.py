@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,15 @@ def test_a_fault_in_the_file_has_its_line(tmp_path):
         load_config(data(str(tmp_path / "bad.jinja")))
     with pytest.raises(ConfigError, match="byte 15 is not UTF-8"):
         load_config(data(str(tmp_path / "latin.jinja")))
+
+
+@pytest.mark.parametrize("name", ["{}.jinja", "my{model}.jinja", "a}.jinja"])
+def test_braces_in_a_files_name_are_part_of_it(tmp_path, name):
+    Path(tmp_path, name).write_text("{{ messages }}\n{% endfor %}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}:2: this is no valid Jinja"):
+        load_config(data(str(tmp_path / name)))
+    Path(tmp_path, name).write_text(OWN, encoding="utf-8")
+    assert load_config(data(str(tmp_path / name))).data.chat_template == OWN
 
 
 def test_it_is_refused_beside_the_plain_template():

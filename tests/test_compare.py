@@ -20,11 +20,13 @@ from tiny import save_tiny, write_rows
 
 import dude_peft
 from dude_peft.comparison.cells import Grid, around
+from dude_peft.comparison.folder import CompareFolder
 from dude_peft.comparison.outcome import Comparison, Trial
+from dude_peft.comparison.run import compare
 from dude_peft.comparison.statistics import summarise
 from dude_peft.comparison.tuning import stage_one
 from dude_peft.config.reading import load_grid
-from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError
 
 COSTS = {"seconds", "seconds_per_step", "start_seconds", "peak_memory"}
 
@@ -259,6 +261,26 @@ def test_a_dry_run_tells_the_cost_and_makes_nothing(place, tmp_path):
     assert not (elsewhere / "out").exists()
 
 
+def test_a_method_whose_trials_all_failed_is_told_as_not_tested(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    given = grid(learning_rates=[0.003], methods=["dude"], output_dir=str(tmp_path / "out"))
+    made = Grid(*load_grid(given))
+    folder = CompareFolder(tmp_path / "out")
+    with folder.held():
+        folder.begin(made.record(), 1)
+        for cell in made.tuning(made.contestants[0], made.points(made.contestants[0].rates)):
+            folder.fail(cell, "killed by SIGKILL, twice; was memory out?")
+    found = compare(*load_grid(given), collect=True)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert found.warnings[0] == (
+        "dude: 1 of 1 trials failed, so it was not tested; the first: killed by SIGKILL, twice; was memory out?"
+    )
+    assert "dude: no setting had trials that all ended well, so none was tested." in said
+    assert "1 of 1 │" in said, "runs that were never started did not fail"
+    for wrong in ("test runs failed", "stands last", "Two seeds", "next:"):
+        assert wrong not in said
+
+
 @pytest.mark.slow
 def test_a_planted_difference_and_a_planted_tie_are_found_as_such(place, tmp_path):
     """`twin` is lora under another name; `weak` trains one thin layer kind alone."""
@@ -393,6 +415,29 @@ REFUSED = {
     "set twice": (
         grid(methods=["lora", {"dude": {"adapter.r": 2}}], ranks=[4]), ConfigError, r"dude: adapter.r is also set",
     ),
+    "ranks and budget": (
+        with_run(adapter={"budget": {"parameters": "50%"}}) | {"ranks": [2, 4]}, ConfigError,
+        r"dude: adapter.budget decides the ranks",
+    ),
+    "one run twice": (
+        grid(axes={"train.weight_decay": [0, 0.0]}), ConfigError, r"two runs are the same.*weight_decay 0, .*0.0, seed",
+    ),
+    "one folder for two": (
+        grid(methods=[{name: {"adapter.method": "dude"}} for name in ("方", "法")]), ConfigError, r"other letters",
+    ),
+    "what a later method lacks": (
+        with_run(train={"magnitude_lr_ratio": 4}), ConfigError, r"method 'lora' trains no magnitude; leave it out",
+    ),
+    "preferences": (with_run(train={"objective": "kto"}), ConfigError, r"kto: .* of answers, not of preferences"),
+    "layers that are not there": (
+        grid(methods=["lora", {"wide": {"adapter.method": "dude", "adapter.target_modules": ["q_prj"]}}]), ConfigError,
+        r"'methods': wide: .*q_prj.*q_proj",
+    ),
+    "a rank that is too large": (grid(ranks=[2, 65]), ConfigError, r"'methods': dude r=65: .*(65|rank)"),
+    "preferences of one": (
+        grid(methods=["lora", {"dpo": {"adapter.method": "dude", "train.objective": "dpo"}}]), ConfigError,
+        r"objective: dpo: .* answers, not of preferences",
+    ),
     "seed not fresh": (grid(final_seeds=[0, 1]), ConfigError, r"0 is a tuning seed too"),
     "too many": (grid(max_runs=7), ConfigError, r"takes 8 runs, but max_runs is 7"),
     "chosen by the test": (with_run(evaluation={"eval_steps": 1, "early_stopping_patience": 1}), ConfigError, r"judge"),
@@ -415,6 +460,31 @@ def test_an_unfair_or_mistaken_grid_is_refused_before_any_run(place, tmp_path, m
         dude_peft.compare({**given, "output_dir": str(tmp_path / "out")})
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "kind", "words"),
+    [
+        ("x" * 300, ResourceError, r"output_dir: x+.* cannot be written \(File name too long\)"),
+        ("train.jsonl/out", ConfigError, r"output_dir: train.jsonl/out is inside a file"),
+        ("train.jsonl", ConfigError, r"output_dir: train.jsonl is a file"),
+        (".", ConfigError, r"output_dir: \. is not empty, and holds no comparison"),
+        ("a\0b", ResourceError, r"output_dir: .*cannot be written"),
+        ("LOOP", ResourceError, r"output_dir: .*loop cannot be written"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_told_in_one_line(place, tmp_path, monkeypatch, output_dir, kind, words):
+    monkeypatch.chdir(place)
+    os.symlink("loop", tmp_path / "loop")
+    with pytest.raises(kind, match=words) as caught:
+        dude_peft.compare(grid(output_dir=output_dir.replace("LOOP", str(tmp_path / "loop"))))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_without_a_rank_competes_once():
+    made = Grid(*load_grid(grid(methods=["dude", "full"], ranks=[2, 4])))
+    made.check(None)
+    assert [each.name for each in made.contestants] == ["dude r=2", "dude r=4", "full"]
 
 
 def test_a_folder_of_another_grid_is_refused_with_the_difference(place, finished, monkeypatch):

@@ -309,6 +309,18 @@ def test_ends_of_tasks_are_told_apart_and_a_node_that_came_late_and_does_not_fit
     assert client._holds(fake.cluster[3]) == 0
 
 
+def test_what_finds_no_fit_node_after_a_stop_does_not_start_again(fake):
+    fake.results = {"n0": [None], "n1": [None], "late": [("n1", None, "does not see output_dir '/x'")]}
+    fake.cancel = lambda task, force: None
+    client = Client()
+    client.prepare({}, {}, None, None)
+    client.start("late", "late.yaml", "late.log", 1)
+    client.cancel(False)
+    over, _, _ = client.poll()
+    assert [(each.name, each.code) for each in over] == [("late", 130)]
+    assert len(fake.submitted) == 3
+
+
 # --- what it refuses ----------------------------------------------------------------------------------------------
 
 

@@ -217,12 +217,12 @@ def test_a_method_that_always_fails_stands_last():
     assert found.pairs[0].better is None
     assert "not compared" in found.pairs[0].words
     nothing = summarise(replace(whole, finals=tuple(map(failing, whole.finals)), base=None))
-    assert nothing.answer[0].startswith("No method has a final run that ended well")
+    assert nothing.answer[0].startswith("No method has a test run that ended well")
 
 
 def test_a_comparison_that_has_only_begun():
     found = summarise(replace(comparison({"lora": 1.5, "dude": 1.4}), finals=(), base=None))
-    assert found.answer[0].startswith("No method has a final run")
+    assert found.answer[0].startswith("No method has a test run")
     assert all(one.trials == 6 for one in found.methods)
     assert summarise(replace(comparison({"lora": 1.5}), trials=())).pairs == ()
 

@@ -20,11 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dude_peft import DudeConfig, load_adapter
-from dude_peft.config.schema import TrainSection
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.run import initialise
 from dude_peft.methods import METHODS
-from dude_peft.training.groups import parameter_groups
 
 DELTAS = [name for name, method in METHODS.items() if method.delta is not None]
 every_delta = pytest.mark.parametrize("method", DELTAS)
@@ -291,20 +289,6 @@ def test_beside_another_method_it_is_combined_exactly(method):
     model.base_model.add_weighted_adapter(["default", "other"], [0.5, -0.7], "sum", "linear")
     wanted = 0.5 * layer.get_delta_weight("default") - 0.7 * layer.get_delta_weight("other")
     assert torch.allclose(layer.get_delta_weight("sum"), wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["lora-xs", "vera"])
-def test_a_rate_for_b_needs_a_b(method):
-    section = TrainSection(learning_rate=1e-3, loraplus_lr_ratio=4)
-    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio 4: the adapter's method trains no B"):
-        parameter_groups(moved(method), section, set())
-
-
-@pytest.mark.parametrize("method", ["frozen-m", "lora"])
-def test_a_rate_for_the_magnitude_needs_one_that_is_trained(method):
-    section = TrainSection(learning_rate=1e-3, magnitude_lr_ratio=4)
-    with pytest.raises(ConfigError, match=r"magnitude_lr_ratio 4: the adapter's method trains no magnitude"):
-        parameter_groups(moved(method), section, set())
 
 
 def test_an_output_layer_is_saved_once(tmp_path):

@@ -145,6 +145,7 @@ def test_a_field_is_refused_while_the_file_is_read(tmp_path, extra, told):
         ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "change it"),
         ({"lr_scheduler_kwargs": {"num_cycles": None}}, "change it"),
         ({"lr_scheduler_kwargs": {"num_cycles": 1e308}}, "change it"),
+        ({"adam_epsilon": 0}, "an epsilon of 0 makes NaN"),
     ],
 )
 def test_a_value_is_refused_before_the_model_is_loaded(places, tmp_path, monkeypatch, extra, told):

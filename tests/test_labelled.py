@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_preference import WEIGHTS, by_trl, lines, settings, start
 from test_train_resume import _CutError, cut_at, result
 from tiny import save_tiny, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dude_peft import check_data, plan
 from dude_peft.config.reading import load_config
@@ -20,6 +21,7 @@ from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.training import run as training_run
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.trainer import RunTrainer
 
@@ -154,6 +156,23 @@ def test_a_batch_of_one_at_the_end_of_an_epoch_borrows_the_next_rows_answer(plac
     assert own != other
 
 
+def test_a_question_with_another_answer_is_no_longer_than_what_the_model_reads(places, tmp_path):
+    """GPT-2 has an embedding for each of its positions, and none beyond."""
+    settings = GPT2Config(vocab_size=261, n_positions=96, n_embd=16, n_layer=1, n_head=2, eos_token_id=256)
+    GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    long = "x" * 50
+    rows = [
+        {"prompt": f"{n}{long if n % 2 else ''}", "completion": "yes" if n % 2 else long, "label": n % 2 > 0}
+        for n in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {name: str(tmp_path / "rows.jsonl") for name in ("train", "test")}
+    wanted = kto(places, tmp_path / "out", data=data, adapter={"target_modules": ["c_fc"]}, train={"max_steps": 2})
+    report = start(wanted | {"model": {"name_or_path": str(tmp_path / "model")}})
+    assert report.after.preference["kl"] >= 0
+
+
 # --- interrupted, several processes -------------------------------------------------------------------------------
 
 
@@ -222,12 +241,16 @@ def test_what_kto_cannot_do_is_refused_in_one_line(places, tmp_path, sections, w
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_of_one_is_enough_for_apo_and_one_label_alone_is_told(places, tmp_path):
+def test_a_batch_of_one_is_enough_for_apo_and_one_label_alone_is_told(places, tmp_path, monkeypatch):
+    titles: list[str] = []
     same = tmp_path / "same.jsonl"
     same.write_text("".join(f'{{"prompt": "q{n}", "completion": "a", "label": false}}\n' for n in range(4)))
     train = {"per_device_train_batch_size": 1, "max_steps": 2, "kto": {"loss_type": "apo_zero_unpaired"}}
-    report = start(kto(places, tmp_path / "out", data={"train": str(same)}, train=train))
-    assert any("all 4 labels are false" in text for text in report.warnings)
+    monkeypatch.setattr(training_run, "loss_curve", lambda *parts: titles.extend(parts[4:]) or b"")
+    report = start(kto(places, tmp_path / "out", data={"train": str(same), "test": str(same)}, train=train))
+    assert any(text.startswith("all 4 labels are false: what to avoid or prefer") for text in report.warnings)
+    assert any(text.startswith("data.test: all 4 labels are false: the scores do not") for text in report.warnings)
+    assert titles == ["loss of an answer (kto)"]
     assert "kl" not in report.after.preference
     assert not any("kl" in line or "rewards/chosen" in line for line in lines(tmp_path / "out"))
 
@@ -249,6 +272,12 @@ Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ),
         ({"messages": [Q, A], "label": True}, "a label needs one question and one answer"),
         ({"text": "a", "label": True}, "a label needs one question and one answer"),
+        # One table of several files: every column in every row, null where it does not apply.
+        ({"prompt": None, "completion": None, "text": "a", "label": True}, "a label needs one question and one answer"),
+        (
+            {"prompt": None, "completion": None, "messages": [Q, A], "label": False},
+            "a label needs one question and one",
+        ),
         ({"id": 3}, "no labelled answer in the columns"),
     ],
 )
@@ -296,8 +325,11 @@ def test_data_check_counts_labels_and_tells_a_wrong_balance(places, tmp_path, ca
     assert "example 1, labelled true" in said
     assert "objective: kto" in said
     assert (report.wanted, report.samples[0]) == (3, "<|user|>q0<|end|>\n<|assistant|>«a<|end|>»")
-    balanced = write(tmp_path / "balanced.jsonl", 8)
+    balanced, one = write(tmp_path / "balanced.jsonl", 8), tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "q", "completion": "a", "label": true}\n')
     assert not check_data(balanced, str(places / "model"), objective="kto").left_out
+    (line,) = check_data(balanced, str(places / "model"), objective="kto", test=str(one)).left_out
+    assert line.startswith("held-out: all 1 labels are true: the scores do not show")
 
 
 def test_labels_are_part_of_what_a_run_was_trained_on(tmp_path):

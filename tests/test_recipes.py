@@ -61,7 +61,7 @@ def test_a_recipe_is_read_and_so_is_its_grid(name):
     assert run.resolved().adapter.method == "dude"
     config, own = load_grid(f"recipes/{name}/grid.yaml")
     grid = Grid(config, own)
-    grid.check_size(None)
+    grid.check(None)
     assert {each.name for each in grid.contestants} == {"dude", "dora", "pissa", "lora"}
     listed = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
     assert f"[{name}]({name}/run.yaml)" in listed

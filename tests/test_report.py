@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import signal
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -24,6 +26,7 @@ from test_compare_statistics import comparison, failing
 import dude_peft
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import sealed
+from dude_peft.errors import StoppedError
 from dude_peft.evaluation.record import Counts, Evaluation, Measure, Value
 from dude_peft.evaluation.second_opinion import Disagreement
 from dude_peft.folder.record import RunReport
@@ -299,6 +302,9 @@ def test_runs_without_a_page_at_their_end(run, tmp_path, capsys):
         assert not (folder / "page.html").exists()
         assert not [text for text in RunReport.read(folder / "report.json").warnings if "page" in text]
         (folder / "page.html").write_text("of an older run")
+    with pytest.raises(StoppedError, match="stopped by Ctrl-C while the page was written; the run itself is finished"):
+        trained(load_config(path, options), overwrite=True, write_page=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert (folder / "report.json").is_file()
 
 
 @pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"transposed": True}])

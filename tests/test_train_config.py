@@ -114,6 +114,25 @@ def test_an_unknown_method_is_refused_before_anything_is_loaded(file):
         load_config(file, ["adapter.method=dudes"]).resolved()
 
 
+def test_a_ratio_of_rates_needs_the_tensor_in_every_method(file):
+    from peft import get_peft_model
+    from tiny import tiny_llama
+
+    from dude_peft import METHODS, DudeConfig
+
+    for method in METHODS:
+        settings = DudeConfig(method=method, r=2, target_modules=["q_proj"])
+        model = get_peft_model(tiny_llama(num_hidden_layers=1), settings)
+        trained = "".join(name for name, each in model.named_parameters() if each.requires_grad)
+        for key, part in (("loraplus_lr_ratio", ".lora_dB."), ("magnitude_lr_ratio", ".lora_dm.")):
+            config = load_config(file, [f"adapter.method={method}", f"train.{key}=4"])
+            if part in trained:
+                config.resolved()
+                continue
+            with pytest.raises(ConfigError, match=f"key 'train.{key}': method '{method}' trains no (B|magnitude);"):
+                config.resolved()
+
+
 def test_adapter_keys_and_defaults_are_those_of_the_tuner():
     from dude_peft import DudeConfig
 

@@ -185,6 +185,21 @@ def disk_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def output_dir_errors(folder: Path) -> Iterator[None]:
+    """Within: what keeps a run or a comparison from taking its folder is one line that names it."""
+    name = shown(folder, 300)
+    try:
+        yield
+    except DudeError:
+        raise
+    except NotADirectoryError as error:
+        raise ConfigError(f"output_dir: {name} is inside a file; choose another folder") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or shown(error)
+        raise ResourceError(f"output_dir: {name} cannot be written ({reason}); choose another folder") from error
+
+
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():

@@ -34,7 +34,7 @@ def dry_run(
         ResourceError: the timed run failed.
     """
     grid = Grid(config, run, controls=controls)
-    grid.check_size(max_runs)
+    grid.check(max_runs)
     display = Display()
     plans = {}
     with display.waiting("planning each method"):

@@ -140,8 +140,8 @@ class Grid:
         """Runs that one more rate for every contestant takes."""
         return len(self.contestants) * len(self.combinations) * len(self.config.tuning_seeds)
 
-    def check_size(self, max_runs: int | None) -> None:
-        """Raises ConfigError where it takes more runs than it may."""
+    def check(self, max_runs: int | None) -> None:
+        """Raises ConfigError where it takes more runs than it may, or holds one that cannot be or is there twice."""
         most = self.config.max_runs if max_runs is None else max_runs
         if self.runs > most:
             extended = self.runs + self.config.extend * self.round
@@ -150,6 +150,15 @@ class Grid:
                 f"the grid takes {self.runs} runs, but max_runs is {most}; name fewer methods, rates or seeds, or add "
                 f"--max-runs {self.runs}{room}"
             )
+        cells: dict[str, Cell] = {}
+        for each in self.contestants:
+            for cell in self.tuning(each, self.points(each.rates)):
+                other = cells.setdefault(cell.name, cell)
+                if other is not cell:
+                    raise ConfigError(
+                        f"two runs are the same, and would share a folder: {other}; and {cell}; leave one out, or name "
+                        "their methods with other letters"
+                    )
 
     def _cell(
         self,
@@ -223,8 +232,9 @@ class Grid:
                 if isinstance(listed, dict) and rates is None:
                     raise ConfigError(f"key 'learning_rates': there is none for {shown(name)}; add it")
                 seen.add(name)
-                ranks: Sequence[int | None] = self.config.ranks or [None]
-                for rank in ranks:
+                if self.config.ranks and own.adapter.budget is not None:
+                    raise ConfigError(f"{where}: adapter.budget decides the ranks; leave it or 'ranks' out")
+                for rank in self._ranks(own):
                     named = name if rank is None else f"{name} r={rank}"
                     at = own if rank is None else with_values(own, {"adapter.r": rank}, where)
                     middle = at.resolved().train.learning_rate
@@ -232,6 +242,13 @@ class Grid:
                     yield Contestant(named, at, tuple(sorted(rates or around(middle))))
         if isinstance(listed, dict) and (unknown := [name for name in listed if name not in seen]):
             raise ConfigError(f"key 'learning_rates': {shown(unknown[0])} is not among the methods; remove it")
+
+    def _ranks(self, run: RunConfig) -> Sequence[int | None]:
+        """Those at which a method competes; none of its own where it has no rank."""
+        from dude_peft.methods import METHODS
+
+        method = METHODS.get(run.resolved().adapter.method)
+        return self.config.ranks if self.config.ranks and (method is None or method.ranked) else [None]
 
 
 def _shortened(config: RunConfig, share: float) -> RunConfig:

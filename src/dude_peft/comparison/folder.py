@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dude_peft.artifact.durable import disk_errors, replace_file
+from dude_peft.artifact.durable import disk_errors, output_dir_errors, replace_file
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256, file_sha256, read_sealed, sealed
 from dude_peft.comparison.cells import RUNS, Cell
@@ -53,12 +53,12 @@ class CompareFolder:
             ResourceError: it cannot be made.
         """
         name = shown(self.path, 300)
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir: {name} is a file; choose another folder")
-        ours = not self.path.is_dir() or (self.path / GRID).is_file()
-        if not ours and any(not _left_by_a_start(entry) for entry in self.path.iterdir()):
-            raise ConfigError(f"output_dir: {name} is not empty, and holds no comparison; choose another folder")
-        with disk_errors(self.path):
+        with output_dir_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"output_dir: {name} is a file; choose another folder")
+            ours = not self.path.is_dir() or (self.path / GRID).is_file()
+            if not ours and any(not _left_by_a_start(entry) for entry in self.path.iterdir()):
+                raise ConfigError(f"output_dir: {name} is not empty, and holds no comparison; choose another folder")
             self.path.mkdir(parents=True, exist_ok=True)
             lock = RunLock(self.path)
         try:

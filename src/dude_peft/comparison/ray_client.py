@@ -35,6 +35,7 @@ class Client:
         self._warnings: list[str] = []
         self._threads = 1
         self._gpu = False
+        self._cancelled = False
         self._looked = 0.0
         self._slots = 0
         self._none_since: float | None = None
@@ -122,6 +123,7 @@ class Client:
         """Lets the runs save their checkpoints and end, or ends them at once."""
         import ray
 
+        self._cancelled = True
         for task in self._tasks:
             ray.cancel(task, force=force)
 
@@ -163,6 +165,8 @@ class Client:
             known = [each for each in ray.nodes() if each["NodeID"] == node]
             named = _name(known[0]) if known else shown(node)
             self._warnings.append(f"node {named} {words}; nothing runs there")
+        if self._cancelled:  # it had not begun, and nothing begins any more
+            return Ended(name, 128 + _SIGINT, "it was cancelled")
         self._submit(name)
         return None
 

@@ -76,12 +76,15 @@ def run_cell(
 
 
 def _run(config: str, log: Path, environment: dict[str, str], folder: str) -> int:
-    process = spawn(["train", config, "--no-page"], log, environment, folder)
+    process = None
     try:
+        process = spawn(["train", config, "--no-page"], log, environment, folder)
         # Not wait(): Ray's KeyboardInterrupt comes between two instructions of Python.
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:  # cancelled: the run saves a checkpoint
+        if process is None:
+            raise
         process.send_signal(signal.SIGINT)
         process.wait()
     return int(process.returncode)

@@ -14,7 +14,7 @@ from dude_peft.comparison.rows import Rows
 from dude_peft.comparison.tuning import Choice, Pruned, Stage
 from dude_peft.show import shown
 
-NO_RATE = "no trial of this method ended well, so there was no setting to test"
+NO_RATE = "no setting of this method had trials that all ended well, so none was tested"
 
 
 def gather(grid: Grid, folder: CompareFolder, rows: Rows, stage: Stage, finals: Sequence[Cell]) -> Comparison:
@@ -110,10 +110,11 @@ def _warnings(grid: Grid, stage: Stage, trials: Sequence[Trial], finals: Sequenc
             )
     for name in (each.name for each in grid.contestants):
         tuned = [trial for trial in trials if trial.method == name]
-        tested = [final for final in finals if final.method == name]
-        for runs, what in ((tuned, "trials"), (tested, "test runs")):
+        tested = [final for final in finals if final.method == name and final.learning_rate is not None]
+        untested = ", so it was not tested" if name in stage.choices and stage.choices[name] is None else ""
+        for runs, what in ((tuned, f"trials failed{untested}"), (tested, "test runs failed")):
             if failed := [run.failed for run in runs if run.failed is not None]:
-                found.append(f"{name}: {len(failed)} of {len(runs)} {what} failed; the first: {failed[0]}")
+                found.append(f"{name}: {len(failed)} of {len(runs)} {what}; the first: {failed[0]}")
     return found
 
 

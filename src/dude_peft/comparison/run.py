@@ -207,7 +207,7 @@ def opened(
     """
     grid = Grid(config, run, controls=controls)
     most = config.max_runs if max_runs is None else max_runs
-    grid.check_size(most)
+    grid.check(most)
     folder = CompareFolder(config.output_dir)
     for warning in first_warnings(grid):
         display.warn(warning)
@@ -223,6 +223,11 @@ def opened(
                 first = grid.contestants[0]
                 some = next(grid.tuning(first, grid.points(first.rates)))
                 rows = read_rows(some, grid.final(first, some.rate, some.settings, config.final_seeds[0]))
+            if known is None:
+                from dude_peft.comparison.adapters import check_adapters
+
+                with display.waiting("trying the adapters"):
+                    check_adapters(grid)
         check_primary(config.primary, rows)
         if known is None:
             folder.begin(grid.record(), threads)

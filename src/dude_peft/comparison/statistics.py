@@ -393,7 +393,7 @@ def _answer(methods: Sequence[MethodSummary], pairs: Sequence[PairSummary], tabl
     """The first method, and what is known of it against the others."""
     ranked = [found for found in methods if found.mean is not None]
     if not ranked:
-        return ["No method has a final run that ended well, so nothing can be said."]
+        return ["No method has a test run that ended well, so nothing can be said."]
     best, primary = ranked[0], table.comparison.primary
     assert best.mean is not None
     value = f"{best.mean:.1%} right" if table.marks else f"a loss of {best.mean:.4f} nats a token"
@@ -426,12 +426,15 @@ def _one_seed(methods: Sequence[MethodSummary]) -> list[str]:
 
 
 def _notes(methods: Sequence[MethodSummary], table: _Table, luck: dict[str, float]) -> list[str]:
-    found = []
-    if any(method.finals == 2 for method in methods):
+    found, some = [], any(method.mean is not None for method in methods)
+    if some and any(method.finals == 2 for method in methods):
         found.append("Two seeds: intervals are wide; three or more show smaller differences.")
     for method in methods:
         if method.failed == method.finals and method.finals:
-            found.append(f"{method.method}: every final run failed; it stands last.")
+            why = "every final run failed"
+            if method.learning_rate is None:
+                why = "no setting had trials that all ended well, so none was tested"
+            found.append(f"{method.method}: {why}{'; it stands last' if some else ''}.")
         elif method.failed:
             found.append(
                 f"{method.method}: {method.failed} of {method.finals} final runs failed; each counts as the worst run."

@@ -50,7 +50,7 @@ class GridConfig(Section):
     each: half-decades over two decades, around the method's own."""
 
     ranks: Annotated[list[Count], Field(min_length=1), AfterValidator(_different)] | None = None
-    """Ranks. Every method competes at each of them, under the name `METHOD r=RANK`."""
+    """Ranks. Every method that has a rank competes at each of them, under the name `METHOD r=RANK`."""
 
     axes: dict[Text, Annotated[list[Any], Field(min_length=1), AfterValidator(_different)]] = Field(default={})
     """Other keys of `adapter` and `train` that are tuned, each with its values: `train.warmup_steps: [0, 0.05]`."""

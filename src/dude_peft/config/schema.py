@@ -711,6 +711,10 @@ Preference = Paired | KtoSection
 """Settings of an objective that learns from preferences, paired or not."""
 
 
+_RATIOS = (("loraplus_lr_ratio", "dB", "B"), ("magnitude_lr_ratio", "dm", "magnitude"))
+"""Key of `train`, the tensor whose rate it multiplies, and what people call that."""
+
+
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
@@ -1130,6 +1134,9 @@ class RunConfig(Section):
                 f"key 'train.orthogonality': method {method.name!r} trains no factors A and B; leave it out, or choose "
                 "another method"
             )
+        for key, tensor, what in _RATIOS:
+            if getattr(self.train, key) != 1 and tensor not in method.trained:
+                raise ConfigError(f"key 'train.{key}': method {method.name!r} trains no {what}; leave it out")
         if self.adapter.budget is not None and not method.ranked:
             raise ConfigError(
                 f"key 'adapter.budget': method {method.name!r} has no rank to choose; leave it out, or choose another "
@@ -1195,7 +1202,7 @@ class RunConfig(Section):
         train = self.train
         if train.learning_rate is None:
             raise ConfigError(f"key 'train.learning_rate' is missing: {name} has no rate of ours; set one")
-        for key in ("loraplus_lr_ratio", "magnitude_lr_ratio"):
+        for key, *_ in _RATIOS:
             if getattr(train, key) != 1:
                 raise ConfigError(f"key 'train.{key}' has no effect on {name}; leave it out")
         if train.movement_steps is not None:

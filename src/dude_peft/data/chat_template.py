@@ -35,9 +35,9 @@ def chat_template(given: str) -> str:
         ResourceError: the process in which templates run cannot be started.
     """
     if any(mark in given for mark in _MARKS):
-        text, where = given, "line {}"
+        text, where = given, "line "
     else:
-        text, where = _read(given), f"{shown(given, 300)}:{{}}"
+        text, where = _read(given), f"{shown(given, 300)}:"
     _check(text, where)
     return text
 
@@ -56,7 +56,7 @@ def _read(name: str) -> str:
 @lru_cache(16)
 def _check(text: str, where: str) -> None:
     _parse(text, where)
-    place = where.format(1)
+    place = f"{where}1"
     try:
         written = try_render(text, _TOKENS, _TRIALS)
     except RenderError as error:
@@ -81,7 +81,7 @@ def _fault(text: str) -> str:
 
 
 def _parse(text: str, where: str) -> None:
-    """Raises ConfigError, with the line, where the text is no Jinja."""
+    """Raises ConfigError, which begins with `where` and the line, where the text is no Jinja."""
     from jinja2 import TemplateSyntaxError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -101,6 +101,6 @@ def _parse(text: str, where: str) -> None:
         environment.parse(text)  # compiling would compute constants, such as 9**9**9, which only the child may
     except TemplateSyntaxError as error:
         reason = shown(error.message or "no valid syntax", 200)
-        raise ConfigError(f"{where.format(error.lineno)}: this is no valid Jinja ({reason}); correct it") from error
+        raise ConfigError(f"{where}{error.lineno}: this is no valid Jinja ({reason}); correct it") from error
     except RecursionError as error:
-        raise ConfigError(f"{where.format(1)}: the template is nested too deep; simplify it") from error
+        raise ConfigError(f"{where}1: the template is nested too deep; simplify it") from error

@@ -43,6 +43,7 @@ FORMATS_HINT = (
     "in data.columns"
 )
 LABELS_HINT = "use prompt + completion + label (true or false), or name yours in data.columns"
+_ONE_TO_JUDGE = f"a label needs one question and one answer to judge; {LABELS_HINT}"
 PAIRS_HINT = "use prompt + chosen + rejected, or chosen + rejected as lists of messages, or name yours in data.columns"
 
 
@@ -356,8 +357,7 @@ class Reading:
         if self.kind == "pairs":
             row = reader.preferred(self._question_of_pair(reader.record, f"{source}:"))
         elif self.kind == "labels":
-            self._check_label(reader.record, f"{source}:")
-            row = reader.labelled(self._shape(reader.record, source))
+            row = reader.labelled(self._shape_with_label(reader.record, source))
         else:
             row = reader.finished(self._shape(reader.record, source))
         return replace(row, left_out=(*row.left_out, *unread)) if unread else row
@@ -400,7 +400,7 @@ class Reading:
         if all(name in record for name in ("chosen", "rejected")):
             raise DataError(f"{where} pairs of answers, which fit {objectives_for('pairs')}; else {LABELS_HINT}")
         if "label" in record and (self._whole(record) or "text" in record):
-            raise DataError(f"{where} a label needs one question and one answer to judge; {LABELS_HINT}")
+            raise DataError(f"{where} {_ONE_TO_JUDGE}")
         if asks or self._whole(record) or "text" in record:
             raise DataError(
                 f"{where} rows of answers without '{record.name('label')}', which fit {objectives_for('answers')}; "
@@ -408,6 +408,14 @@ class Reading:
             )
         listed = ", ".join(quoted(name) for name in record.names()[:6]) or "none"
         raise DataError(f"{where} no labelled answer in the columns ({listed}); {LABELS_HINT}")
+
+    def _shape_with_label(self, record: Record, source: str) -> _Shape:
+        """The shape of a labelled row; DataError where a table's other columns hold what it says."""
+        self._check_label(record, f"{source}:")
+        shape = self._shape(record, source)
+        if shape.keys[0] not in _ASKING:
+            raise DataError(f"{source}: {_ONE_TO_JUDGE}")
+        return shape
 
     def _shape(self, record: Record, source: str) -> _Shape:
         whole = self._whole(record)

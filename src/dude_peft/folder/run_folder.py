@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from dude_peft.artifact.durable import hidden_name, replace_file, sync, whole_folder
+from dude_peft.artifact.durable import hidden_name, output_dir_errors, replace_file, sync, whole_folder
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import file_sha256, read_sealed, sealed
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
@@ -88,29 +88,23 @@ class RunFolder:
             self._claim(overwrite)
 
     def _claim(self, overwrite: bool) -> None:
-        name = shown(self.path, 300)
         try:
-            check_output_dir(self.path, overwrite=overwrite)
-            for folder in [*reversed(self.path.absolute().parents), self.path.absolute()]:
-                if not folder.exists():
-                    folder.mkdir(exist_ok=True)
-                    self._created.append(folder)
-            self._lock = RunLock(self.path)
-            self.earlier = None if overwrite else read_identity(self.path)
-            check_output_dir(self.path, overwrite=overwrite)  # another process may have been here in between
-            self._sweep()
-            probe = hidden_name(self.path)
-            probe.touch(exist_ok=False)
-            probe.unlink()
+            with output_dir_errors(self.path):
+                check_output_dir(self.path, overwrite=overwrite)
+                for folder in [*reversed(self.path.absolute().parents), self.path.absolute()]:
+                    if not folder.exists():
+                        folder.mkdir(exist_ok=True)
+                        self._created.append(folder)
+                self._lock = RunLock(self.path)
+                self.earlier = None if overwrite else read_identity(self.path)
+                check_output_dir(self.path, overwrite=overwrite)  # another process may have been here in between
+                self._sweep()
+                probe = hidden_name(self.path)
+                probe.touch(exist_ok=False)
+                probe.unlink()
         except DudeError:
             self.release()
             raise
-        except NotADirectoryError as error:
-            raise ConfigError(f"output_dir: {name} is inside a file; choose another folder") from error
-        except (OSError, ValueError) as error:
-            self.release()
-            reason = getattr(error, "strerror", None) or shown(error)
-            raise ResourceError(f"output_dir: {name} cannot be written ({reason}); choose another folder") from error
 
     def _sweep(self) -> None:
         """Removes what a killed process left half-written; nobody else writes here, since the lock is ours."""

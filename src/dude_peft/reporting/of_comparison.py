@@ -168,7 +168,9 @@ def _seeds(found: Summary, comparison: Comparison) -> Iterator[Block]:
         )
         yield scatter_figure("Final runs by seed", f"{alt}.", groups, x="seed", y=_unit(found))
     failed: list[tuple[Cell, ...]] = [
-        (final.method, str(final.seed), final.failed) for final in comparison.finals if final.failed is not None
+        (final.method, str(final.seed), final.failed)
+        for final in comparison.finals
+        if final.failed is not None and final.learning_rate is not None  # else it was never started
     ]
     failed += [
         (trial.method, f"{trial.seed} (tuning, rate {trial.learning_rate:g})", trial.failed)

@@ -10,8 +10,9 @@ from dude_peft.terminal.display import Display
 
 
 def tell_next(display: Display, *commands: Sequence[str]) -> None:
-    """Prints commands, each given as the words behind `dude`."""
-    display.say("next:")
+    """Prints commands, each given as the words behind `dude`; nothing where there are none."""
+    if commands:
+        display.say("next:")
     for words in commands:
         display.say(f"  dude {' '.join(map(word, words))}")
 

@@ -33,7 +33,7 @@ from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.data_section import data_section
-from dude_peft.training.label_balance import told_of_labels
+from dude_peft.training.label_balance import told_of_held_out, told_of_labels
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
@@ -190,6 +190,7 @@ def check_data(
         left_out += told_of_labels(made, KtoSection())
     if held_out is not None and share is None:
         lines = [*held_out.losses(max_length), *held_out.counts.spellings(special_tokens)]
+        lines += told_of_held_out(held_out) if kind == "labels" else []
         left_out += [f"held-out: {line}" for line in lines]
     for line in left_out:
         display.warn(line)

@@ -80,6 +80,8 @@ def _try_out(section: TrainSection, extra: Mapping[str, Any]) -> None:
             **extra,
         )
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if settings.get("eps") == 0:  # 0 / 0 in the first step: LoRA's A has no gradient while B is 0
+            raise ConfigError(f"section '{KEY}': an epsilon of 0 makes NaN of a gradient that is 0; set one above 0")
         for name, without in _left_out(arguments):
             if Trainer.get_optimizer_cls_and_kwargs(without)[1] == settings:
                 raise ConfigError(f"key '{KEY}.{name} has no effect on train.optim: {section.optim}; leave it out")

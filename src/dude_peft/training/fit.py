@@ -33,7 +33,7 @@ from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.loop import Loop
 from dude_peft.training.mixed_order import MixedOrder
-from dude_peft.training.model_checks import probe
+from dude_peft.training.model_checks import most_tokens, probe
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
 from dude_peft.training.order import EpochOrder
 from dude_peft.training.orthogonality import Orthogonality
@@ -285,7 +285,7 @@ class Training:
             rows = Packs(examples, config.data.max_length, section.seed)
         elif isinstance(section.preference, KtoSection):
             estimates = section.preference.loss_type == "kto"
-            rows = LabelledRows(examples, config.data.max_length if estimates else None)
+            rows = LabelledRows(examples, most_tokens(model, config.data.max_length) if estimates else None)
         elif section.preference is not None:
             rows = PairRows(examples)
         else:

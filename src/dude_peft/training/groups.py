@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dude_peft.config.schema import TrainSection
-from dude_peft.errors import ConfigError
 
 # The trained tensors of a layer by their name in the model; what is neither is modules_to_save or a bias.
-_RATIOS = {".lora_dB.": ("loraplus_lr_ratio", "B"), ".lora_dm.": ("magnitude_lr_ratio", "magnitude")}
+_RATIOS = {".lora_dB.": "loraplus_lr_ratio", ".lora_dm.": "magnitude_lr_ratio"}
 
 
 def parameter_groups(model: nn.Module, section: TrainSection, decayed: set[str]) -> list[dict[str, Any]]:
@@ -22,21 +21,13 @@ def parameter_groups(model: nn.Module, section: TrainSection, decayed: set[str])
         model: its trained parameters are grouped.
         section: what the configuration says.
         decayed: names of the parameters that weight decay applies to.
-
-    Raises:
-        ConfigError: a rate is given for a B or a magnitude that is not trained.
     """
     rate = section.learning_rate
     assert rate is not None, "a resolved section has a rate"
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for part, (key, what) in _RATIOS.items():
-        ratio = getattr(section, key)
-        if ratio != 1 and not any(part in name for name in trained):
-            raise ConfigError(f"train.{key} {ratio:g}: the adapter's method trains no {what}; leave it out")
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = rate * next((getattr(section, key) for part, (key, _) in _RATIOS.items() if part in name), 1.0)
+            own = rate * next((getattr(section, key) for part, key in _RATIOS.items() if part in name), 1.0)
             decay = section.weight_decay if name in decayed else 0.0
             groups.setdefault((own, decay), []).append(parameter)
     return [{"params": group, "lr": own, "weight_decay": decay} for (own, decay), group in groups.items()]

@@ -18,13 +18,8 @@ def told_of_labels(examples: TokenSet, settings: KtoSection) -> list[str]:
     """
     wanted = int(examples.labels.sum())
     unwanted = len(examples) - wanted
-    lines = []
-    if not (wanted and unwanted):
-        label, other = ("true", "unwanted") if wanted else ("false", "wanted")
-        lines.append(
-            f"all {len(examples)} labels are {label}: what to avoid or prefer cannot be learned; add {other} answers"
-        )
-    else:
+    lines = _one_label(examples, "what to avoid or prefer cannot be learned")
+    if not lines:
         share = settings.desirable_weight * wanted / (settings.undesirable_weight * unwanted)
         if not 1 - _NEAR <= share <= _MOST + _NEAR:
             # One unit of weight more for the label that lacks it, the other weight as it is.
@@ -40,6 +35,19 @@ def told_of_labels(examples: TokenSet, settings: KtoSection) -> list[str]:
     if found := examples.contradictions:
         lines.append(f"{found} answers to the same question are labelled both true and false; keep one label")
     return lines
+
+
+def told_of_held_out(examples: TokenSet) -> list[str]:
+    """One line where held-out answers have one label alone."""
+    return _one_label(examples, "the scores do not show whether the two are told apart")
+
+
+def _one_label(examples: TokenSet, why: str) -> list[str]:
+    found = set(examples.labels.tolist())
+    if len(found) == 2:
+        return []
+    label, other = ("true", "unwanted") if True in found else ("false", "wanted")
+    return [f"all {len(examples)} labels are {label}: {why}; add {other} answers"]
 
 
 def check_enough(examples: TokenSet, key: str, settings: KtoSection) -> None:

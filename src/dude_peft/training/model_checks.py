@@ -46,7 +46,7 @@ def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
             f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's vocabulary has "
             f"{vocabulary} entries; use the tokenizer that belongs to the model"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = _positions(model)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"data.max_length: the longest row has {longest} tokens, but the model can read only {positions}; set "
@@ -54,9 +54,19 @@ def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
         )
 
 
+def most_tokens(model: Any, max_length: int) -> int:
+    """Tokens that a made-up row may have: data.max_length, or the model's positions where these are fewer."""
+    return min(max_length, _positions(model) or max_length)
+
+
+def _positions(model: Any) -> int | None:
+    found: int | None = getattr(model.config, "max_position_embeddings", None)
+    return found
+
+
 def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raises ConfigError where a prompt and its longest answer exceed the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = _positions(model)
     longest = max(map(len, prompts), default=0)
     if positions is not None and longest + max_new_tokens > positions:
         raise ConfigError(
@@ -82,7 +92,7 @@ def check_nature(nature: Nature, config: RunConfig) -> None:
     if config.train.section is not None and not nature.right_padding:
         raise ConfigError(
             f"train.objective: {config.train.objective}: padding after a row changes the result of {nature.name}, and "
-            "answers that are compared are padded to one length; choose another model, or objective: sft"
+            "answers are padded to one length; choose another model, or objective: sft"
         )
     if not (nature.right_padding or config.data.packing or config.train.per_device_train_batch_size == 1):
         raise ConfigError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
 from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, RunConfig
-from dude_peft.errors import ArtifactError, ConfigError, NumericsError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import (
@@ -260,9 +260,12 @@ class _Run:
         weight_of = None if self.config.adapter.foreign else base_weights(self.model)
         if weight_of is None and not self.config.adapter.foreign:
             return False
+        self.stop.after("while the page was written; the run itself is finished, and dude report writes it")
         try:
             with self.display.waiting("writing the page"):
                 page = self.write_page(self.folder.path, weight_of)
+        except StoppedError:
+            raise
         except Exception as error:  # of three libraries that draw and calculate; none of them is the run
             reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
             self.display.warn(f"there is no page about this run ({reason}); the run itself is finished")
@@ -715,6 +718,7 @@ class _Run:
 
     def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter:
         from dude_peft.training.label_scores import LabelMeter
+        from dude_peft.training.model_checks import most_tokens
         from dude_peft.training.pair_scores import PairMeter
 
         if self.meter is None:
@@ -723,7 +727,7 @@ class _Run:
             pad_id = int(self.tokenizer.pad_token_id)
             company = self.nature.company
             if isinstance(settings, KtoSection):
-                longest = self.config.data.max_length
+                longest = most_tokens(self.model, self.config.data.max_length)
                 self.meter = LabelMeter(held_out.examples, settings, pad_id, size, longest, company)
             else:
                 self.meter = PairMeter(held_out.examples, settings, pad_id, size, company)
@@ -785,7 +789,8 @@ class _Run:
         ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
         what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
-        unit = () if config.train.preference is None else (f"loss of a pair ({config.train.objective})",)
+        judged = "an answer" if isinstance(config.train.preference, KtoSection) else "a pair"
+        unit = () if config.train.preference is None else (f"loss of {judged} ({config.train.objective})",)
         unit = unit if config.train.rewarded is None else ("reward",)
         self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, *unit))
 

@@ -22,7 +22,7 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.data.token_store import question_hash
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
-from dude_peft.training.label_balance import check_enough, check_margin, told_of_labels
+from dude_peft.training.label_balance import check_enough, check_margin, told_of_held_out, told_of_labels
 from dude_peft.training.training_set import GeneralTest, TrainingSet
 
 if TYPE_CHECKING:
@@ -214,6 +214,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         told("test", test, warn=False)  # of the same rows it was told
     if labels is not None:
         check_margin(test, evaluation.metric_for_best_model)
+        warnings += [f"data.test: {line}" for line in told_of_held_out(test)]
     if leaked := overlap(domain, test):
         warnings.append(
             f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
