@@ -33,7 +33,7 @@ from dude_peft.config.schema import (
 from dude_peft.data.batches import pad_right
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.methods import METHODS
-from dude_peft.methods.learning_rate import learning_rate_warning
+from dude_peft.methods.learning_rate import default_rate, learning_rate_warning
 from dude_peft.model.load import load_model, load_settings
 from dude_peft.planning.bill import Cost, cost
 from dude_peft.planning.device import parse_size
@@ -479,6 +479,9 @@ def test_a_learning_rate_of_another_method_is_told():
     assert warning.count(". ") <= 1
     assert all(len(sentence.split()) <= 15 for sentence in warning.split(". "))
     assert learning_rate_warning(METHODS["lora"], 1e-2)
+    assert default_rate(METHODS["dude"], from_rows=False) == 1.5e-5
+    warning = learning_rate_warning(METHODS["dude"], 3e-4, from_rows=False) or ""
+    assert "20 times the 1.5e-05 that suits dude and this objective." in warning
     unmeasured = replace(METHODS["dude"], name="new", rate_of="dude")
     assert "that suits dude, the relative of new." in (learning_rate_warning(unmeasured, 5e-3) or "")
 

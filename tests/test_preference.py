@@ -576,6 +576,16 @@ def test_a_run_on_builtin_pairs_learns_them_and_its_page_says_so(places, tmp_pat
     assert again.train.dpo == DpoSection(beta=0.1)
 
 
+@pytest.mark.parametrize(
+    ("objective", "rate"),
+    [("sft", 3e-4), ("dpo", 1.5e-5), ("orpo", 1.5e-5), ("cpo", 1.5e-5), ("kto", 1.5e-5), ("grpo", 1.5e-5)],
+)
+def test_where_nobody_set_a_rate_it_is_a_twentieth_of_that_for_rows(objective, rate):
+    wanted = {"model": {"name_or_path": "m"}, "data": {"train": "a.jsonl", "test": "b.jsonl"}, "output_dir": "out"}
+    config = RunConfig(**wanted, train={"objective": objective, "max_steps": 1})
+    assert config.resolved().train.learning_rate == rate
+
+
 def test_a_plan_counts_both_answers(places, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(settings(places, tmp_path / "out")))

@@ -744,7 +744,7 @@ class TrainSection(Section):
     and to the other groups' (PEGO, arXiv 2407.15085)."""
 
     learning_rate: Positive | None = None
-    """Peak learning rate. The default is the method's own."""
+    """Peak learning rate. The default is the method's own, and a twentieth of it for preferences and rewards."""
 
     max_steps: Count | None = None
     """Optimizer steps. Set this or num_train_epochs, not both."""
@@ -1116,6 +1116,7 @@ class RunConfig(Section):
             ConfigError: the method is not in the table, or another key contradicts it.
         """
         from dude_peft.methods import METHODS
+        from dude_peft.methods.learning_rate import default_rate
 
         if self.adapter.foreign:
             return self._resolved_foreign()
@@ -1157,7 +1158,7 @@ class RunConfig(Section):
         train = self.train
         choices: dict[str, Any] = self._chosen_section()
         if train.learning_rate is None:
-            choices["learning_rate"] = method.learning_rate
+            choices["learning_rate"] = default_rate(method, from_rows=train.section is None)
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
         return self._with(adapter, train.model_copy(update=choices))

@@ -100,7 +100,8 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
         config = config.model_copy(update={"adapter": spent.adapter})
     method, train = METHODS[config.adapter.method], config.train
     warnings += reward_notes(train)
-    if text := learning_rate_warning(method, train.learning_rate or method.learning_rate):
+    from_rows = train.section is None
+    if text := learning_rate_warning(method, train.learning_rate or method.learning_rate, from_rows=from_rows):
         warnings.append(text)
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")

@@ -311,7 +311,8 @@ class _Run:
             return
         rate = self.config.train.learning_rate
         assert rate is not None, "a resolved configuration has a rate"
-        if warning := learning_rate_warning(METHODS[self.config.adapter.method], rate):
+        from_rows = self.config.train.section is None
+        if warning := learning_rate_warning(METHODS[self.config.adapter.method], rate, from_rows=from_rows):
             self.warn(warning)
 
     def _read(self, world_size: int) -> RunData:
