@@ -185,6 +185,10 @@ def stories() -> str:
     return _compared("2026-11-29-compare-stories260k")
 
 
+def tinystories() -> str:
+    return _compared("2026-11-29-compare-tinystories-656k")
+
+
 def _compared(name: str) -> str:
     found = _record(name)["results"]
     rows = []
@@ -384,6 +388,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "mol": mol,
     "family": family,
     "stories": stories,
+    "tinystories": tinystories,
     "method-costs": method_costs,
     "budget": budget,
     "step-model": step_model,
