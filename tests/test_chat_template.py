@@ -115,6 +115,7 @@ def test_another_template_is_another_run(trained):
         ("{% for m in message %}{{ m.content }}{% endfor %}", "line 1: the template writes nothing of a conversation"),
         ("{{ messages.no.such }}", "the template fails on a conversation .*UndefinedError"),
         ("{{ messages.__class__.__mro__ }}", "the template fails on a conversation .*SecurityError"),
+        ("{{ messages[0].content }}" + "x" * 2**16, "a run takes up to 64 KiB"),
         ("none.jinja", "none.jinja cannot be read .No such file"),
         ("{# a remark #}", "cannot be read"),
         ("", "expected"),

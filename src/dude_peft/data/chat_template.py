@@ -13,7 +13,8 @@ from dude_peft.doors import read_file
 from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 
-_LARGEST_BYTES = 1 << 20  # as of a tokenizer's own
+_LARGEST_BYTES = 64 * 1024
+"""The run's configuration keeps the text, and a configuration has at most four times as much."""
 _MARKS = ("{{", "{%")
 _QUESTION, _ANSWER = "What does a template write?", "This answer."
 _TURNS = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
@@ -36,6 +37,8 @@ def chat_template(given: str) -> str:
     """
     if any(mark in given for mark in _MARKS):
         text, where = given, "line "
+        if len(text.encode("utf-8", "replace")) > _LARGEST_BYTES:
+            raise ConfigError(f"a template of {len(text):,} characters; a run takes up to {_LARGEST_BYTES // 1024} KiB")
     else:
         text, where = _read(given), f"{shown(given, 300)}:"
     _check(text, where)
