@@ -428,7 +428,7 @@ REFUSED = {
     "what a later method lacks": (
         with_run(train={"magnitude_lr_ratio": 4}), ConfigError, r"method 'lora' trains no magnitude; leave it out",
     ),
-    "preferences": (with_run(train={"objective": "kto"}), ConfigError, r"kto: .* of answers, not of preferences"),
+    "preferences": (with_run(train={"objective": "kto"}), ConfigError, r"kto: .* of answers, not of pairs or rewards"),
     "layers that are not there": (
         grid(methods=["lora", {"wide": {"adapter.method": "dude", "adapter.target_modules": ["q_prj"]}}]), ConfigError,
         r"'methods': wide: .*q_prj.*q_proj",
@@ -436,7 +436,7 @@ REFUSED = {
     "a rank that is too large": (grid(ranks=[2, 65]), ConfigError, r"'methods': dude r=65: .*(65|rank)"),
     "preferences of one": (
         grid(methods=["lora", {"dpo": {"adapter.method": "dude", "train.objective": "dpo"}}]), ConfigError,
-        r"objective: dpo: .* answers, not of preferences",
+        r"objective: dpo: .* answers, not of pairs or rewards",
     ),
     "seed not fresh": (grid(final_seeds=[0, 1]), ConfigError, r"0 is a tuning seed too"),
     "too many": (grid(max_runs=7), ConfigError, r"takes 8 runs, but max_runs is 7"),

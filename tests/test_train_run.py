@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
+from dude_peft.folder.record import METRICS
 from dude_peft.folder.run_folder import RunFolder
 from dude_peft.model import load as model_module
 from dude_peft.model.load import load_model, load_tokenizer, locate
@@ -442,7 +443,7 @@ def test_a_planted_link_is_replaced_not_followed(tmp_path):
         (out / name).symlink_to(victim)
     folder = RunFolder(out, overwrite=True)
     folder.write("config.yaml", "ours")
-    with folder.metrics(None) as file:
+    with folder.lines(METRICS, None) as file:
         file.write("{}\n")
     assert victim.read_text() == "mine"
 

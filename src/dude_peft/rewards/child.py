@@ -19,6 +19,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from dude_peft.parents import fits
 from dude_peft.rewards.builtin import Reward, builtin
 
 _SPARE_SECONDS = 10
@@ -67,6 +68,7 @@ def _scores(reward: Reward, of: dict[str, Any], file: str | None) -> str:
         return json.dumps({"fault": _told(error, file)})
 
 
+@fits()
 class _Checked(ExecutionLoader):
     """Runs a module from the text that the parent has checked, whatever its file says by now."""
 

@@ -27,8 +27,8 @@ from dude_peft.parents import fits
 from dude_peft.training.progress import Display
 from dude_peft.training.task_scores import TaskScore, chosen_score
 
-_NUMBERS = ("kl", "entropy", "reward", "reward_std", "frac_reward_zero_std")
-"""What a line tells of judged answers, beside names with a slash."""
+_OF_REWARDED = ("entropy", "reward", "reward_std", "frac_reward_zero_std")
+"""What a line tells of answers with rewards. TRL's own trainer logs an entropy, too, which no resumed run repeats."""
 
 
 @dataclass
@@ -203,6 +203,7 @@ class Loop(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+        told = ("kl", *(_OF_REWARDED if "reward" in logs else ()))
         line: dict[str, Any] = {
             "step": state.global_step,
             "loss": float(logs["loss"]),
@@ -214,7 +215,7 @@ class Loop(TrainerCallback):
             "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
             "memory_bytes": memory_bytes(),
             "seconds": round(self.elapsed, 3),
-            **{name: float(value) for name, value in logs.items() if "/" in name or name in _NUMBERS},
+            **{name: float(value) for name, value in logs.items() if "/" in name or name in told},
         }
         self._mark, self._tokens = now, tokens
         self.write(line)
