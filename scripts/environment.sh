@@ -9,7 +9,6 @@ if [ ! -x "$venv/bin/python" ]; then
     "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
 fi
 PATH="$(cd "$venv" && pwd)/bin:$PATH"
-# Without bytecode, which takes a minute for all of torch; Python writes that of a module at its first import.
 install() {
-    python -m pip install --quiet --disable-pip-version-check --no-compile --constraint "$constraints" "$@"
+    python -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"
 }
