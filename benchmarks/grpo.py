@@ -9,54 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import statistics
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import measure
 import peft
 import torch
 from rich.console import Console
-from transformers import TrainerCallback
+from throughput import ALPHA, RANK, TARGETS, Clock, dude_train
 from trl import GRPOConfig, GRPOTrainer
 
-from dude_peft import DudeConfig
 from dude_peft.config.schema import RunConfig
 from dude_peft.data.answers import same_answer
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.prepare import prepare
 from dude_peft.data.template import Template
-from dude_peft.folder.checkpoint import Checkpoints
-from dude_peft.folder.run_folder import save_adapter
-from dude_peft.machine.stop import Stop
 from dude_peft.model.load import load_model, load_tokenizer, locate
-from dude_peft.model.probe import nature_of
-from dude_peft.rewards.judge import Judge
 from dude_peft.terminal.quiet import quiet_imports
-from dude_peft.training.fit import Training, training_arguments
-from dude_peft.training.loop import Loop
-from dude_peft.training.progress import Display
 from dude_peft.training.training_set import TrainingSet
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, ALPHA, RATE = 16, 16, 1e-5
-
-
-class _Clock(TrainerCallback):
-    """Time and tokens from the end of the first step to the end of the last."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[float, int]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
-
-    def speed(self) -> float:
-        (start, first), (end, last) = self.marks[0], self.marks[-1]
-        return (last - first) / (end - start)
+RATE = 1e-5
 
 
 def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str, str]]) -> float:
@@ -88,7 +60,7 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str,
             logging_steps=1000,
         )
         lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-        clock = _Clock()
+        clock = Clock()
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             trainer = GRPOTrainer(
                 model=load_model(config.model, where),
@@ -101,33 +73,6 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str,
             )
             trainer.train()
         return clock.speed()
-
-
-def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> float:
-    """The loop of `dude train`, the process of its rewards included."""
-    model: Any = load_model(config.model, where)
-    nature = nature_of(model, int(tokenizer.pad_token_id))
-    model = peft.get_peft_model(model, DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM"))
-    assert config.train.rewarded is not None
-    judge = Judge(config.train.rewarded)
-    with tempfile.TemporaryDirectory() as folder:
-        metrics, answers = Path(folder, "metrics.jsonl"), Path(folder, "rollouts.jsonl")
-        display = Display(quiet=True)
-        loop = Loop(
-            display=display,
-            stop=Stop(display.warn),
-            evaluation=config.evaluation,
-            name_of=examples.source,
-            save_adapter=save_adapter,
-            checkpoints=Checkpoints(Path(folder, "checkpoints")),
-            open_metrics=lambda kept: metrics.open("w", buffering=1, encoding="utf-8"),
-            open_rollouts=lambda kept: answers.open("w", buffering=1, encoding="utf-8"),
-        )
-        run = config.model_copy(update={"output_dir": folder})
-        Training(model, tokenizer, nature, examples, training_arguments(run), run, loop, judge=judge).run()
-        judge.close()
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        return float(lines[-1]["tokens_per_second"])  # from the first line, behind step 1, to the last
 
 
 def main() -> None:
@@ -179,21 +124,7 @@ def main() -> None:
             "dude train, dude": lambda: dude_train(ours("dude"), where, tokenizer, examples),
             "dude train, lora": lambda: dude_train(ours("lora"), where, tokenizer, examples),
         }
-        names = list(cases)
-        speeds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(settings.rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                speeds[name].append(cases[name]())
-    results = {}
-    for name in names:
-        ratios = sorted(own / other for own, other in zip(speeds[name], speeds[names[0]], strict=True))
-        quarter = len(ratios) // 4
-        results[name] = {
-            "tokens_per_second": statistics.median(speeds[name]),
-            "ratio": statistics.median(ratios),
-            "ratio_low": ratios[quarter],
-            "ratio_high": ratios[-1 - quarter],
-        }
+        results = measure.speeds(cases, settings.rounds)
     measure.show(
         f"tokens a second, {settings.batch} answers a step of up to {settings.max_completion_length} tokens",
         results,

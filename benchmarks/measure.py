@@ -99,6 +99,28 @@ def interleaved(
     return {name: {**_ratios(seconds[name], seconds[baseline]), "seconds": seconds[name]} for name in names}
 
 
+def speeds(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Tokens a second of every case in every round, and its ratio to the first case; above 1 is faster.
+
+    Args:
+        cases: name -> function that measures it.
+        rounds: how often each is measured.
+
+    Returns:
+        name -> tokens_per_second (median over rounds), ratio (likewise), ratio_low and ratio_high (quartiles).
+    """
+    names = list(cases)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name].append(cases[name]())
+    results = {}
+    for name in names:
+        ratios = _ratios(found[name], found[names[0]])
+        results[name] = {"tokens_per_second": ratios.pop("median_seconds"), **ratios}
+    return results
+
+
 def show(title: str, rows: dict[str, dict[str, Any]], columns: list[str]) -> None:
     """Prints one table: a row a case, the named columns."""
     table = Table(title=title, title_justify="left")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from dude_peft.folder.run_folder import save_adapter
 from dude_peft.machine.stop import Stop
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.model.probe import nature_of
+from dude_peft.rewards.judge import Judge
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.fit import Training, training_arguments
 from dude_peft.training.loop import Loop
@@ -41,7 +42,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK, ALPHA, RATE = 16, 16, 1e-4
 
 
-class _Clock(TrainerCallback):
+class Clock(TrainerCallback):
     """Time and tokens from the end of the first step to the end of the last."""
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str,
             logging_steps=1000,
         )
         lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-        clock = _Clock()
+        clock = Clock()
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             trainer = SFTTrainer(
                 model=load_model(config.model, where),
@@ -93,12 +94,13 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str,
 
 
 def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> float:
-    """The loop of `dude train`."""
+    """The loop of `dude train`, the process of its rewards included where it has any."""
     model: Any = load_model(config.model, where)
     nature = nature_of(model, int(tokenizer.pad_token_id))
     model = peft.get_peft_model(model, DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM"))
+    judge = None if config.train.rewarded is None else Judge(config.train.rewarded)
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Path(folder, "metrics.jsonl")
+        metrics, answers = Path(folder, "metrics.jsonl"), Path(folder, "rollouts.jsonl")
         display = Display(quiet=True)
         loop = Loop(
             display=display,
@@ -108,9 +110,12 @@ def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> 
             save_adapter=save_adapter,
             checkpoints=Checkpoints(Path(folder, "checkpoints")),
             open_metrics=lambda kept: metrics.open("w", buffering=1, encoding="utf-8"),
+            open_rollouts=lambda kept: answers.open("w", buffering=1, encoding="utf-8") if judge else nullcontext(),
         )
         run = config.model_copy(update={"output_dir": folder})
-        Training(model, tokenizer, nature, examples, training_arguments(run), run, loop).run()
+        Training(model, tokenizer, nature, examples, training_arguments(run), run, loop, judge).run()
+        if judge is not None:
+            judge.close()
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         return float(lines[-1]["tokens_per_second"])  # from the first line, behind step 1, to the last
 
@@ -160,21 +165,7 @@ def main() -> None:
             "dude train, dude": lambda: dude_train(ours("dude"), where, tokenizer, examples),
             "dude train, lora": lambda: dude_train(ours("lora"), where, tokenizer, examples),
         }
-        names = list(cases)
-        speeds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(settings.rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                speeds[name].append(cases[name]())
-    results = {}
-    for name in names:
-        ratios = sorted(own / other for own, other in zip(speeds[name], speeds[names[0]], strict=True))
-        quarter = len(ratios) // 4
-        results[name] = {
-            "tokens_per_second": statistics.median(speeds[name]),
-            "ratio": statistics.median(ratios),
-            "ratio_low": ratios[quarter],
-            "ratio_high": ratios[-1 - quarter],
-        }
+        results = measure.speeds(cases, settings.rounds)
     measure.show(
         f"tokens a second in training, packs of {settings.max_length}, {settings.batch} a step",
         results,

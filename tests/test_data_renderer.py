@@ -52,8 +52,8 @@ def test_the_conversation_that_fails_is_named():
 def test_a_child_that_died_is_replaced():
     template = Template(tiny_tokenizer())
     template.pieces([ROW])
-    renderer._RENDERER._child.kill()
-    renderer._RENDERER._child.wait()
+    renderer._RENDERER._child.process.kill()
+    renderer._RENDERER._child.process.wait()
     assert template.pieces([ROW])[0].texts[1] == "a<|end|>"
 
 

@@ -163,8 +163,8 @@ def test_merged_and_live_agree(place, scored, tmp_path):
 
 
 def test_stopped_in_the_middle_of_merging_the_base_comes_back(place, monkeypatch):
+    from dude_peft.answer.merged import merged_if_equal
     from dude_peft.answer.speaker import open_speaker
-    from dude_peft.evaluation.merged import merged_if_equal
     from dude_peft.terminal.display import Display
     from dude_peft.tuner.layer import DudeLinear
 

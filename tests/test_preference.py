@@ -6,7 +6,6 @@ import gc
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file
-from test_train_resume import _CutError, cut_at, result
+from test_train_resume import _CutError, cut_at, in_process, result, wait_for_a_checkpoint
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -272,18 +271,11 @@ def test_other_settings_go_on_bit_by_bit_as_well(places, tmp_path, monkeypatch, 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
 def test_a_killed_process_goes_on_bit_by_bit(places, tmp_path):
     def process(name: str) -> subprocess.Popen:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps(interrupted(places, tmp_path / name, "dpo")))
-        return subprocess.Popen(
-            [sys.executable, "-m", "dude_peft", "train", str(path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return in_process(tmp_path, interrupted(places, tmp_path / name, "dpo"))
 
     assert process("whole").wait() == 0
     running = process("out")
-    while not list((tmp_path / "out/checkpoints").glob("step-*[3-9]")) and running.poll() is None:
-        time.sleep(0.005)
+    wait_for_a_checkpoint(tmp_path / "out", running)
     running.kill()
     running.wait()
     assert not (tmp_path / "out/report.json").exists()

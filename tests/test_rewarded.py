@@ -18,17 +18,17 @@ import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file
 from test_preference import WEIGHTS, lines, settings, start
-from test_train_resume import _CutError, cut_at, digest, result
+from test_train_resume import _CutError, cut_at, digest, in_process, result, wait_for_a_checkpoint
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dude_peft import DudeConfig, check_data, plan
+from dude_peft.answer.merged import merged_if_equal
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import GrpoSection, RunConfig
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.group_order import GroupOrder
-from dude_peft.training.merged import merged_where_equal
 from dude_peft.training.rewarded import RewardedLoss
 from dude_peft.training.rollouts import Rollouts
 
@@ -252,18 +252,11 @@ def test_a_run_that_was_cut_goes_on_bit_by_bit(places, tmp_path, monkeypatch, st
 @pytest.mark.parametrize("with_", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_process_goes_on_bit_by_bit_and_leaves_no_process(places, tmp_path, with_):
     def process(name: str) -> subprocess.Popen:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps(interrupted(places, tmp_path / name, {"num_iterations": 2}, max_steps=20)))
-        return subprocess.Popen(
-            [sys.executable, "-m", "dude_peft", "train", str(path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return in_process(tmp_path, interrupted(places, tmp_path / name, {"num_iterations": 2}, max_steps=20))
 
     assert process("whole").wait() == 0
     running = process("out")
-    while not list((tmp_path / "out/checkpoints").glob("step-*[3-9]")) and running.poll() is None:
-        time.sleep(0.005)
+    wait_for_a_checkpoint(tmp_path / "out", running)
     children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
     assert children
     running.send_signal(with_)
@@ -328,12 +321,12 @@ def test_answers_are_drawn_with_merged_weights_where_these_are_equal_and_every_b
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = {"input_ids": torch.arange(5)[None], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     logits = model(**batch).logits
-    with merged_where_equal(model, batch) as merged:
+    with torch.no_grad(), merged_if_equal(model, logits=lambda model: model(**batch).logits) as merged:
         assert merged
         assert torch.allclose(model(**batch).logits, logits, atol=1e-5)
     assert torch.equal(model(**batch).logits, logits)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    with merged_where_equal(model.to(torch.bfloat16), batch) as merged:
+    with merged_if_equal(model.to(torch.bfloat16)) as merged:
         assert not merged
 
 

@@ -23,6 +23,7 @@ ROOMS = [
     "names",
     "kinds",
     "doors",
+    "line_child",
     "peft_file",
     "reward_file",
     "core",

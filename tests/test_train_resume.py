@@ -73,6 +73,20 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def in_process(folder: Path, wanted: dict) -> subprocess.Popen:
+    """A run by the command, in a process of its own; its configuration is written into `folder`."""
+    path = folder / f"{Path(wanted['output_dir']).name}.yaml"
+    path.write_text(json.dumps(wanted))
+    command = [sys.executable, "-m", "dude_peft", "train", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_a_checkpoint(out: Path, running: subprocess.Popen) -> None:
+    """Until there is one of step 3 or later, or the process has ended."""
+    while not list((out / "checkpoints").glob("step-*[3-9]")) and running.poll() is None:
+        time.sleep(0.005)
+
+
 def result(out: Path) -> dict:
     """Everything that has to be the same, hashed: adapter, last checkpoint, lines without times, scores."""
     last = max((out / "checkpoints").glob("step-*"))

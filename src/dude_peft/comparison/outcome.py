@@ -87,6 +87,11 @@ class Final:
     curve: Curve = ()
     """Training loss on the way."""
 
+    @property
+    def started(self) -> bool:
+        """Whether there was a rate to choose, so that the run could begin."""
+        return self.learning_rate is not None
+
 
 @dataclass(frozen=True)
 class Base:

@@ -110,7 +110,7 @@ def _warnings(grid: Grid, stage: Stage, trials: Sequence[Trial], finals: Sequenc
             )
     for name in (each.name for each in grid.contestants):
         tuned = [trial for trial in trials if trial.method == name]
-        tested = [final for final in finals if final.method == name and final.learning_rate is not None]
+        tested = [final for final in finals if final.method == name and final.started]
         untested = ", so it was not tested" if name in stage.choices and stage.choices[name] is None else ""
         for runs, what in ((tuned, f"trials failed{untested}"), (tested, "test runs failed")):
             if failed := [run.failed for run in runs if run.failed is not None]:

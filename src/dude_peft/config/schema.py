@@ -637,6 +637,12 @@ class RewardSection(Section):
         """Its name in the metrics."""
         return self.name or self.function or self.kind
 
+    def sealed(self) -> RewardSection:
+        """The same with the hash of its file, if it has one. Raises what `sealed_file` raises."""
+        if self.file is None or self.function is None:
+            return self
+        return self.model_copy(update=sealed_file(self.file, self.function, self.sha256))
+
 
 class GrpoSection(Section):
     """Group relative policy optimisation (arXiv 2402.03300), in the words of TRL's GRPOConfig."""
@@ -711,7 +717,7 @@ Preference = Paired | KtoSection
 """Settings of an objective that learns from preferences, paired or not."""
 
 
-_RATIOS = (("loraplus_lr_ratio", "dB", "B"), ("magnitude_lr_ratio", "dm", "magnitude"))
+RATIOS = (("loraplus_lr_ratio", "dB", "B"), ("magnitude_lr_ratio", "dm", "magnitude"))
 """Key of `train`, the tensor whose rate it multiplies, and what people call that."""
 
 
@@ -1135,7 +1141,7 @@ class RunConfig(Section):
                 f"key 'train.orthogonality': method {method.name!r} trains no factors A and B; leave it out, or choose "
                 "another method"
             )
-        for key, tensor, what in _RATIOS:
+        for key, tensor, what in RATIOS:
             if getattr(self.train, key) != 1 and tensor not in method.trained:
                 raise ConfigError(f"key 'train.{key}': method {method.name!r} trains no {what}; leave it out")
         if self.adapter.budget is not None and not method.ranked:
@@ -1170,9 +1176,7 @@ class RunConfig(Section):
         """The objective's section with its defaults, and the hashes of the files that it names."""
         section = self.train.section
         if isinstance(section, GrpoSection):
-            rewards = [each.model_copy(update=sealed_file(each.file, each.function, each.sha256)) if each.file and
-                       each.function else each for each in section.rewards]  # fmt: skip
-            section = section.model_copy(update={"rewards": rewards})
+            section = section.model_copy(update={"rewards": [each.sealed() for each in section.rewards]})
         return {} if section is None else {self.train.objective: section}
 
     def _chosen_metric(self) -> EvaluationSection:
@@ -1203,7 +1207,7 @@ class RunConfig(Section):
         train = self.train
         if train.learning_rate is None:
             raise ConfigError(f"key 'train.learning_rate' is missing: {name} has no rate of ours; set one")
-        for key, *_ in _RATIOS:
+        for key, *_ in RATIOS:
             if getattr(train, key) != 1:
                 raise ConfigError(f"key 'train.{key}' has no effect on {name}; leave it out")
         if train.movement_steps is not None:

@@ -11,12 +11,9 @@ share one time: a file may have any number.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import math
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +21,7 @@ from typing import Any
 
 from dude_peft.data.clock import moment
 from dude_peft.errors import ResourceError
+from dude_peft.line_child import LineChild
 
 RENDER_SECONDS = 4.0
 """What a template may take in all, beside MESSAGE_SECONDS for each message; honest ones need far below one for each."""
@@ -39,7 +37,6 @@ _MESSAGES_PER_REQUEST = 20_000
 _OF_TASKS = "templates of task files"
 _START_SECONDS = 120.0
 _TOO_SLOW = "it takes too long"
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from dude_peft.data.render_child import main; main()"
 
 
 Conversation = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Any]]
@@ -57,8 +54,7 @@ class RenderError(Exception):
 class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._child: Any = None
-        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._child: LineChild | None = None
         self._left: dict[str, float] = {}
         """Seconds that each chat template has left, and those of task files together."""
 
@@ -97,14 +93,13 @@ class _Renderer:
             left = self._left.get(whose, RENDER_SECONDS) + MESSAGE_SECONDS * messages
             if left <= 0:
                 raise RenderError(_TOO_SLOW, 0)
-            self._start()
+            child = self._started()
             begin = time.monotonic()
             room = 2**20 + _BYTES_PER_CONVERSATION * count + _BYTES_PER_BYTE * len(data)
             try:
-                self._child.stdin.write(data)
-                self._child.stdin.flush()
+                child.write(data)
                 for _ in range(count):
-                    line = self._line(begin + left - time.monotonic())
+                    line = child.line(begin + left - time.monotonic())
                     room -= len(line)
                     if room < 0:
                         raise RenderError("it writes far more text than it gets", len(answers))
@@ -122,40 +117,23 @@ class _Renderer:
                 self._left[whose] = min(left - (time.monotonic() - begin), RENDER_SECONDS)
         return answers
 
-    def _start(self) -> None:
-        if self._child is not None and self._child.poll() is None:
-            return
+    def _started(self) -> LineChild:
+        if self._child is not None and self._child.lives:
+            return self._child
         self.stop()
-        # Its own session: Ctrl-C is for the parent, whose end the child sees on its standard input.
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._lines = queue.Queue()
-        threading.Thread(target=_copy, args=(self._child.stdout, self._lines), daemon=True).start()
+        self._child = LineChild("dude_peft.data.render_child")
         try:
-            self._line(_START_SECONDS)
+            self._child.line(_START_SECONDS)
         except (OSError, queue.Empty) as error:
             self.stop()
             raise ResourceError("the process for templates does not start; use template: plain") from error
-
-    def _line(self, seconds: float) -> bytes:
-        line = self._lines.get(timeout=max(seconds, 0.001))
-        if not line:
-            raise BrokenPipeError("the process ended")
-        return line
+        return self._child
 
     def stop(self) -> None:
         """Ends the child; the next `render` starts another."""
         child, self._child = self._child, None
         if child is not None:
-            child.kill()
-            child.wait()
-            with contextlib.suppress(OSError):  # what was not sent any more
-                child.stdin.close()
+            child.stop()
 
 
 def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
@@ -170,13 +148,6 @@ def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]
         messages += len(conversation[0])
     if part:
         yield part
-
-
-def _copy(stream: Any, lines: queue.Queue[bytes]) -> None:
-    with stream:
-        for line in stream:
-            lines.put(line)
-    lines.put(b"")
 
 
 _RENDERER = _Renderer()

@@ -104,10 +104,10 @@ def measure(
         merge: run the adapter merged in memory, where that is proved to compute the same.
         chosen: the tasks, if they are loaded already.
     """
+    from dude_peft.answer.merged import merged_if_equal
     from dude_peft.data.encode import check_ids
     from dude_peft.evaluation.forgetting import read_text, score_text
     from dude_peft.evaluation.measures import measures_of
-    from dude_peft.evaluation.merged import merged_if_equal
     from dude_peft.evaluation.table import show
 
     if options.chat and not speaker.tokenizer.chat_template:

@@ -17,6 +17,7 @@ from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows, local_file
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
+from dude_peft.training.model_checks import check_answers_fit
 
 _MOST_ROWS = 4000  # tokenised in a second or two
 
@@ -84,13 +85,10 @@ def count_rows(
         lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
         if answers is not None:
             lengths = conversations = [each["labels"].count(IGNORE) + answers for each in encoded.examples]
+    if answers is not None:
+        check_answers_fit(model, max(conversations) - answers, answers, "train.grpo.max_completion_length")
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max(conversations) > positions:
-        if answers is not None:
-            raise ConfigError(
-                f"train.grpo.max_completion_length: {answers} tokens after a prompt of {max(conversations) - answers} "
-                f"exceed the model's {positions}; lower it, or shorten the rows"
-            )
         raise ConfigError(
             f"data.max_length: the longest row has {max(conversations)} tokens, but the model can read only "
             f"{positions}; set data.max_length: {positions}"

@@ -101,7 +101,8 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     method, train = METHODS[config.adapter.method], config.train
     warnings += reward_notes(train)
     from_rows = train.section is None
-    if text := learning_rate_warning(method, train.learning_rate or method.learning_rate, from_rows=from_rows):
+    assert train.learning_rate is not None, "a resolved configuration has a rate"
+    if text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows):
         warnings.append(text)
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")

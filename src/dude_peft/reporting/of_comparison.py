@@ -170,7 +170,7 @@ def _seeds(found: Summary, comparison: Comparison) -> Iterator[Block]:
     failed: list[tuple[Cell, ...]] = [
         (final.method, str(final.seed), final.failed)
         for final in comparison.finals
-        if final.failed is not None and final.learning_rate is not None  # else it was never started
+        if final.failed is not None and final.started
     ]
     failed += [
         (trial.method, f"{trial.seed} (tuning, rate {trial.learning_rate:g})", trial.failed)

@@ -7,27 +7,23 @@ numbers that are not there cannot be learned from.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
 import queue
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dude_peft.config.schema import GrpoSection
 from dude_peft.errors import ConfigError, DataError, ResourceError
+from dude_peft.line_child import LineChild
 from dude_peft.reward_file import source_of
 from dude_peft.show import shown
 
 _START_SECONDS = 120.0
 _LARGEST = 1e30
 """Beyond it, squares of rewards leave float64's range in sums."""
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from dude_peft.rewards.child import main; main()"
 
 
 @dataclass(frozen=True)
@@ -63,16 +59,7 @@ class Judge:
             if each.file is not None:
                 own["source"] = source_of(each.file, each.sha256 or "")
             rewards.append(own)
-        # Its own session: Ctrl-C is for the parent, whose end the child sees on its standard input.
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=_copy, args=(self._child.stdout, self._lines), daemon=True).start()
+        self._child = LineChild("dude_peft.rewards.child")
         try:
             first = {"rewards": rewards, "longest": settings.max_completion_length, "seconds": self._timeout}
             found = self._ask(first, _START_SECONDS)
@@ -101,10 +88,7 @@ class Judge:
 
     def close(self) -> None:
         """Ends the process."""
-        self._child.kill()
-        self._child.wait()
-        with contextlib.suppress(OSError):  # what was not sent any more
-            self._child.stdin.close()  # type: ignore[union-attr]
+        self._child.stop()
 
     def _scores(self, number: int, asked: dict[str, Any], group: Group) -> list[float]:
         count = len(group.completions)
@@ -137,18 +121,5 @@ class Judge:
         )
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        pipe = self._child.stdin
-        assert pipe is not None
-        pipe.write(json.dumps(request).encode("ascii") + b"\n")
-        pipe.flush()
-        line = self._lines.get(timeout=seconds)
-        if not line:
-            raise BrokenPipeError("the process ended")
-        return dict(json.loads(line))
-
-
-def _copy(stream: Any, lines: queue.Queue[bytes]) -> None:
-    with stream:
-        for line in stream:
-            lines.put(line)
-    lines.put(b"")
+        self._child.write(json.dumps(request).encode("ascii") + b"\n")
+        return dict(json.loads(self._child.line(seconds)))

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dude_peft.config.schema import TrainSection
+from dude_peft.config.schema import RATIOS, TrainSection
 
 # The trained tensors of a layer by their name in the model; what is neither is modules_to_save or a bias.
-_RATIOS = {".lora_dB.": "loraplus_lr_ratio", ".lora_dm.": "magnitude_lr_ratio"}
+_RATIOS = {f".lora_{tensor}.": key for key, tensor, _ in RATIOS}
 
 
 def parameter_groups(model: nn.Module, section: TrainSection, decayed: set[str]) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.machine.processes import gathered
 from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import shown
-from dude_peft.training.training_set import TrainingSet
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.untouched import as_base
@@ -64,25 +63,21 @@ def _positions(model: Any) -> int | None:
     return found
 
 
-def check_answers_fit(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises ConfigError where a prompt and its longest answer exceed the model's positions."""
+def check_answers_fit(model: Any, longest: int, new_tokens: int, key: str, rows: str = "rows") -> None:
+    """Raises ConfigError, which begins with `key`, where a prompt and its longest answer exceed the model's positions.
+
+    Args:
+        model: with or without weights.
+        longest: tokens of the longest prompt.
+        new_tokens: of the longest answer.
+        key: that sets this.
+        rows: what holds the prompts.
+    """
     positions = _positions(model)
-    longest = max(map(len, prompts), default=0)
-    if positions is not None and longest + max_new_tokens > positions:
+    if positions is not None and longest + new_tokens > positions:
         raise ConfigError(
-            f"evaluation.max_new_tokens: {max_new_tokens} tokens after a prompt of {longest} exceed the model's "
-            f"{positions}; lower it, or shorten the held-out rows"
-        )
-
-
-def check_rollouts_fit(model: Any, examples: TrainingSet, max_completion_length: int) -> None:
-    """Raises ConfigError where a training prompt and its longest answer exceed the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = int(examples.asked.max())
-    if positions is not None and longest + max_completion_length > positions:
-        raise ConfigError(
-            f"train.grpo.max_completion_length: {max_completion_length} tokens after a prompt of {longest} exceed the "
-            f"model's {positions}; lower it, or shorten the rows"
+            f"{key}: {new_tokens} tokens after a prompt of {longest} exceed the model's {positions}; lower it, or "
+            f"shorten the {rows}"
         )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import LogitsProcessorList
 
 from dude_peft.answer.decode import Finite
 from dude_peft.answer.decoding import Decoding
+from dude_peft.answer.merged import merged_if_equal
 from dude_peft.config.schema import GrpoSection
 from dude_peft.data.batches import Company, grouped, pad_left, pad_right
 from dude_peft.data.labels import IGNORE
@@ -25,7 +25,6 @@ from dude_peft.measure.score import only_ends
 from dude_peft.measure.token_logps import token_logps
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.group_losses import advantages
-from dude_peft.training.merged import merged_where_equal
 from dude_peft.training.rewarded import kept_logits
 from dude_peft.tuner.untouched import as_base
 
@@ -159,9 +158,8 @@ class Rollouts:
         found: dict[int, _Drawn] = {}
         before = random_state()
         decoding.start(step)
-        first = pad_left(prompts[:1], int(self.tokenizer.pad_token_id))
         with (
-            nullcontext() if self.bf16 else merged_where_equal(self.model, {n: t.to(device) for n, t in first.items()}),
+            merged_if_equal(self.model, not self.bf16, lambda model: _last_logits(model, prompts[0])),
             only_ends(self.model, self.tokenizer) as ends,
             torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
         ):
@@ -268,3 +266,9 @@ class Rollouts:
                 "advantage": advantage,
             }
             self.write(line)
+
+
+def _last_logits(model: Any, prompt: Sequence[int]) -> Tensor:
+    """Behind a prompt; (1, vocabulary)."""
+    found: Tensor = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[:, -1].float()
+    return found.masked_fill(found.isinf(), 0.0)  # -inf is how some models rule out tokens

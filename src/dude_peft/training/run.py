@@ -381,7 +381,6 @@ class _Run:
             check_fits,
             check_nature,
             check_packs,
-            check_rollouts_fit,
             probe,
         )
 
@@ -394,9 +393,11 @@ class _Run:
             check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if data.held_out is not None:
-                check_answers_fit(model, data.held_out.prompts, config.evaluation.max_new_tokens)
-            if config.train.rewarded is not None:
-                check_rollouts_fit(model, data.train, config.train.rewarded.max_completion_length)
+                asked, key = max(map(len, data.held_out.prompts), default=0), "evaluation.max_new_tokens"
+                check_answers_fit(model, asked, config.evaluation.max_new_tokens, key, "held-out rows")
+            if (rewarded := config.train.rewarded) is not None:
+                asked, key = int(data.train.asked.max()), "train.grpo.max_completion_length"
+                check_answers_fit(model, asked, rewarded.max_completion_length, key)
             if self.is_split:
                 model.generation_config = processes.from_first(model.generation_config)
             else:
@@ -410,8 +411,7 @@ class _Run:
             notes = self.nature.notes(config.train.objective)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
-            rewarded = config.train.rewarded is not None
-            if rewarded or (data.held_out is not None and config.evaluation.batch_size > 1):
+            if rewarded is not None or (data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
@@ -647,10 +647,8 @@ class _Run:
             name_of=data.train.source,
             save_adapter=save_adapter,
             checkpoints=self.folder.checkpoints if arguments.should_save else None,
-            open_metrics=(lambda kept: self.folder.lines(METRICS, kept)) if writes else lambda kept: nullcontext(),
-            open_rollouts=(lambda kept: self.folder.lines(ROLLOUTS, kept))
-            if writes and self.judge is not None
-            else lambda kept: nullcontext(),
+            open_metrics=lambda kept: self.folder.lines(METRICS, kept) if writes else nullcontext(),
+            open_rollouts=lambda kept: self.folder.lines(ROLLOUTS, kept) if writes and self.judge else nullcontext(),
             warn=self.warn,
             watched="loss" if self.judge is None else "reward",
             resumed=self.resumed,
@@ -790,10 +788,13 @@ class _Run:
         ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
         what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
-        judged = "an answer" if isinstance(config.train.preference, KtoSection) else "a pair"
-        unit = () if config.train.preference is None else (f"loss of {judged} ({config.train.objective})",)
-        unit = unit if config.train.rewarded is None else ("reward",)
-        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, *unit))
+        unit = {}
+        if config.train.rewarded is not None:
+            unit = {"unit": "reward"}
+        elif config.train.preference is not None:
+            judged = "an answer" if isinstance(config.train.preference, KtoSection) else "a pair"
+            unit = {"unit": f"loss of {judged} ({config.train.objective})"}
+        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, **unit))
 
     def _score_tasks(self) -> dict[str, Any] | None:
         if self.scorer is None:

@@ -1,0 +1,71 @@
+"""A process of its own for foreign programs: it gets lines and answers with lines, and can be ended at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import subprocess
+import sys
+import threading
+from typing import IO
+
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from {module} import main; main()"
+
+
+class LineChild:
+    """A running child. It sees the parent's end on its standard input."""
+
+    def __init__(self, module: str) -> None:
+        """Starts `main` of a module.
+
+        Raises:
+            OSError: no process can be started.
+        """
+        # Its own session: Ctrl-C is for the parent.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM.format(path=sys.path, module=module)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=_copy, args=(self.process.stdout, self._lines), daemon=True).start()
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def write(self, line: bytes) -> None:
+        """Sends a line. Raises OSError where the process has ended."""
+        pipe = self.process.stdin
+        assert pipe is not None
+        pipe.write(line)
+        pipe.flush()
+
+    def line(self, seconds: float) -> bytes:
+        """The next line of what it answers.
+
+        Raises:
+            queue.Empty: none came within `seconds`.
+            BrokenPipeError: the process ended.
+        """
+        line = self._lines.get(timeout=max(seconds, 0.001))
+        if not line:
+            raise BrokenPipeError("the process ended")
+        return line
+
+    def stop(self) -> None:
+        """Ends it, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):  # what was not sent any more
+            self.process.stdin.close()  # type: ignore[union-attr]
+
+
+def _copy(stream: IO[bytes], lines: queue.Queue[bytes]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(b"")
