@@ -788,13 +788,13 @@ class _Run:
         ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
         what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
         title = f"{what}, on {shown(config.model.name_or_path)}"
-        unit = {}
+        unit: tuple[str, ...] = ()
         if config.train.rewarded is not None:
-            unit = {"unit": "reward"}
+            unit = ("reward",)
         elif config.train.preference is not None:
             judged = "an answer" if isinstance(config.train.preference, KtoSection) else "a pair"
-            unit = {"unit": f"loss of {judged} ({config.train.objective})"}
-        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, **unit))
+            unit = (f"loss of {judged} ({config.train.objective})",)
+        self.folder.write(PICTURE, loss_curve(steps, losses, held_out, title, *unit))
 
     def _score_tasks(self) -> dict[str, Any] | None:
         if self.scorer is None:
