@@ -12,7 +12,7 @@ import pytest
 import transformers as hf
 from PIL import Image
 from tiny import save_tiny, tiny_tokenizer
-from tiny_vision import COLOURS, FAMILIES, picture, row, save_seeing, write_seen
+from tiny_vision import BY_DAY, COLOURS, FAMILIES, picture, row, save_seeing, write_seen
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from dude_peft.config.schema import ModelSection
@@ -82,7 +82,7 @@ def rows_of(data: Path, *rows: dict[str, Any]) -> list[Any]:
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_DAY)
 def test_tokens_are_those_of_the_processor(family, saved, data):
     """The reference is transformers: its template, its processor, the whole conversation at once."""
     eyes = Eyes(saved[family])
@@ -306,7 +306,7 @@ def test_preferences_have_no_images(data):
         ("labels", {"prompt": chosen[:1], "completion": "red", "label": True}),
     ):
         path = write_seen(data / "rows.jsonl", [each])
-        with pytest.raises(DataError, match=r"rows.jsonl:1: the row has images, which fit train.objective: sft"):
+        with pytest.raises(DataError, match=r"rows.jsonl:1: the row has images, which train.objective: sft learns"):
             load_rows(path, reading=Reading(kind=kind))
 
 

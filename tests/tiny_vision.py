@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from families import _GQA, _HEADS, _SIGLIP
@@ -135,11 +136,18 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 }
 
 
-def save_seeing(folder: Path, family: str = "LLaVA", *, seed: int = 0) -> Path:
-    """Model, tokenizer and processor of a family as a local checkpoint, as the hub has them."""
-    with torch.random.fork_rng():
+BY_DAY = [name if name == "LLaVA" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+def save_seeing(folder: Path, family: str = "LLaVA", *, seed: int = 0, sharp: float = 1.0) -> Path:
+    """Model, tokenizer and processor of a family as a local checkpoint, as the hub has them.
+
+    `sharp` multiplies the frozen output layer: with random small weights no adapter can make a token likely.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model, tokenizer, (name, eye, more) = FAMILIES[family]()
+        model.get_output_embeddings().weight.mul_(sharp)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     eye.save_pretrained(folder)

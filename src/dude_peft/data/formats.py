@@ -438,8 +438,8 @@ class Reading:
         parts = itertools.chain.from_iterable(each for each in contents if isinstance(each, (list, tuple)))
         if columns or any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts):
             raise DataError(
-                f"{source}: the row has images, which fit {objectives_for('answers')}; preferences are learned of text "
-                "alone"
+                f"{source}: the row has images, which train.objective: sft learns from; preferences are learned of "
+                "text alone: remove them"
             )
 
     def check_columns(self, names: Sequence[str], where: str) -> None:

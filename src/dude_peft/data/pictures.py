@@ -163,7 +163,10 @@ def _looked_at(path: Path, size: int, changed_ns: int, inode: int) -> tuple[str,
     except ValueError as error:
         raise DataError(f"is too large ({error}); save it smaller") from error
     with _header(data) as image:
-        animated = getattr(image, "n_frames", 1) > 1
+        try:
+            animated = bool(getattr(image, "is_animated", False))
+        except Exception:  # what is behind the first image is not read; that itself is decoded later
+            animated = True
     return sha256(data).hexdigest(), animated
 
 
