@@ -234,6 +234,19 @@ def test_a_run_records_what_it_saw(finished):
     assert {"preprocessor_config.json", "processor_config.json", "chat_template.jinja"} <= saved
 
 
+@pytest.mark.slow
+def test_the_cards_python_runs(places, tmp_path):
+    """A vision-language model has an automatic class of its own."""
+    from dude_peft.exporting.run_card import card_of_run
+
+    start(settings(places / "model", places / "data/rows.jsonl", tmp_path / "run"), card_of=card_of_run)
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    (python,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "AutoModelForImageTextToText" in python
+    done = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_picture_or_another_processor_is_another_run(places, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
     folder, model = tmp_path / "data", tmp_path / "model"

@@ -88,20 +88,39 @@ def _old_template(section: ModelSection, where: str) -> str | None:
 
 def _loaded(section: ModelSection, place: str, settings: Any, tokenizer: Any) -> Any:
     from transformers import AutoImageProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    if type(settings) not in PROCESSOR_MAPPING:
+    with loading("processor of model", section, place):
+        known = _class_of(Path(place), settings, tokenizer)
+        kind = None if known is None else _still(known)
+    if kind is None:
         raise ConfigError(
             f"model {shown(section.name_or_path, 300)}: transformers has no processor for {type(settings).__name__}; "
             "choose another model, or remove the images"
         )
-    kind = _still(PROCESSOR_MAPPING[type(settings)])
     with loading("processor of model", section, place):
         processor = kind.from_pretrained(place, trust_remote_code=False, video_processor=None)
         seeing: Any = AutoImageProcessor
         processor.image_processor = seeing.from_pretrained(place, backend="pil", trust_remote_code=False)
     processor.tokenizer = tokenizer
     return processor
+
+
+def _class_of(folder: Path, settings: Any, tokenizer: Any) -> Any:
+    """As AutoProcessor finds it: named beside the model, or the one of its architecture; None where there is none."""
+    from transformers import ProcessorMixin
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+
+    from dude_peft.doors import read_json
+
+    read = [read_json(folder / name) for name in _DECIDE if (folder / name).is_file()]
+    named = [values.get("processor_class") for values in read if isinstance(values, dict)]
+    named.append(tokenizer.init_kwargs.get("processor_class"))
+    name = next((each for each in named if isinstance(each, str)), None)
+    found: Any = None if name is None else processor_class_from_name(name)
+    # One that lacks a package says so when it is asked for anything.
+    if isinstance(found, type) and (issubclass(found, ProcessorMixin) or getattr(found, "is_dummy", False)):
+        return found
+    return PROCESSOR_MAPPING.get(type(settings), None)
 
 
 def _still(kind: Any) -> Any:
