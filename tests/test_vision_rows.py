@@ -16,6 +16,7 @@ from tiny_vision import BY_DAY, COLOURS, FAMILIES, picture, row, save_seeing, wr
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from dude_peft.config.schema import ModelSection
+from dude_peft.data.chat_template import chat_template
 from dude_peft.data.encode import Encoder, encode
 from dude_peft.data.formats import Reading
 from dude_peft.data.labels import IGNORE
@@ -168,6 +169,19 @@ def test_a_text_model_reads_contents_that_are_lists_of_text(tmp_path):
     assert one == other
 
 
+def test_an_own_template_may_want_lists(data, saved):
+    """As those of Idefics and SmolVLM do; rows of text are then written as lists, too."""
+    own = Eyes(saved["Idefics3"]).tokenizer.chat_template
+    assert chat_template(own) == own
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = own
+    (row_of_text,) = load_rows(write_seen(data / "rows.jsonl", [row("blue", question="Sky?")]))
+    assert Template(tokenizer).render(row_of_text) == ("<|user|>Sky?<|end|>\n<|assistant|>", "blue<|end|>")
+    text = {"messages": [{"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "blue"}]}
+    (plain,) = load_rows(write_seen(data / "rows.jsonl", [text]))
+    assert Template(tokenizer).render(plain) == ("<|user|>Sky?<|end|>\n<|assistant|>", "blue<|end|>")
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -231,6 +245,10 @@ BAD = {
     "too many for the places": (
         {**row("red", "pics/red.png"), "images": ["pics/red.png", "pics/blue.png"]},
         "'images' has 2 images, and the messages keep 0 places",
+    ),
+    "another tool's place in a text": (
+        {"prompt": "<image>\nq", "completion": "a", "images": ["pics/red.png"]},
+        "'<image>' in a text is no place for an image; write the content as a list",
     ),
     "a video": (
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, {"role": "assistant", "content": "a"}]},  # noqa: E501

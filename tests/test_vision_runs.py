@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_vision import BY_DAY, COLOURS, FAMILIES, picture, row, save_seeing, write_seen
 
 from dude_peft import DudeConfig
@@ -59,9 +60,9 @@ def mixed_rows(folder: Path) -> Path:
     return write_seen(folder / "rows.jsonl", rows)
 
 
-def settings(model: Path, rows: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def settings(base: Path, rows: Path, out: Path, **changes: Any) -> dict[str, Any]:
     wanted: dict[str, Any] = {
-        "model": {"name_or_path": str(model)},
+        "model": {"name_or_path": str(base)},
         "adapter": {"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj", "fc1", "linear_1"]},
         "data": {"train": str(rows), "test": str(rows), "max_length": 128},
         "train": {
@@ -136,10 +137,15 @@ def test_rows_of_one_batch_do_not_change_each_other(family, tmp_path):
         assert found == pytest.approx(reference, rel=0, abs=1e-5)
 
     prompts = [prompt_ids(each, template, tokenizer, sight) for each in rows]
-    how = {"max_new_tokens": 4}
-    assert complete(model, tokenizer, prompts, batch_size=4, **how) == complete(
-        model, tokenizer, prompts, batch_size=1, **how
-    )
+    answers = complete(model, tokenizer, prompts, batch_size=4, max_new_tokens=4)
+    assert answers == complete(model, tokenizer, prompts, batch_size=1, max_new_tokens=4)
+    for answer, each in zip(answers, rows, strict=True):
+        images = [Image.open(picture.file) for picture in each.pictures]
+        inputs = sight.processor(
+            text=[template.prompt_text(each)], images=[images] if images else None, return_tensors="pt"
+        )
+        found = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer == tokenizer.decode(found, skip_special_tokens=True).strip()
 
 
 def test_pixels_matter(places):
@@ -153,6 +159,46 @@ def test_pixels_matter(places):
     assert not torch.equal(one, other)
     losses = item_losses(load_model(section, str(places / "model")), examples, pad_id=0, batch_size=2).losses
     assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
+def test_a_batch_has_the_pixels_of_trls_collator(places):
+    """TRL's own collator renders, tokenises and scales by itself; its answers are not masked, so labels are ours."""
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    section = ModelSection(name_or_path=str(places / "model"))
+    tokenizer = load_tokenizer(section, str(places / "model"))
+    sight = sight_of(section, str(places / "model"), tokenizer)
+    rows = [each for each in load_rows(places / "data/rows.jsonl") if each.pictures][:3]
+    examples = encode(rows, Template(tokenizer), tokenizer, 128, sight=sight).examples
+    ours = pad_right(examples, int(tokenizer.pad_token_id))
+    theirs = sft.DataCollatorForVisionLanguageModeling(sight.processor)(
+        [
+            {
+                "images": [Image.open(each.file) for each in row_.pictures],
+                "messages": [{"role": m.role, "content": m.content} for m in row_.messages],
+            }
+            for row_ in rows
+        ]
+    )
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    newline = tokenizer("\n")["input_ids"][0]  # which the template writes behind the last answer, and nobody would say
+    for one, other, mask in zip(ours["input_ids"], theirs["input_ids"], theirs["attention_mask"], strict=True):
+        whole = other[mask.bool()].tolist()
+        assert [*one.tolist()[: len(whole) - 1], newline] == whole
+
+
+def test_a_step_over_all_rows_has_the_loss_of_all_rows(places, tmp_path, monkeypatch):
+    """Three micro-batches of two: every token of every row counts once, whatever images stand beside it."""
+    monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
+    wanted = settings(
+        places / "model",
+        places / "data/rows.jsonl",
+        tmp_path / "run",
+        adapter={"lora_dropout": 0.0},
+        train={"max_steps": 1, "gradient_accumulation_steps": 3},
+    )
+    report = start(wanted)
+    assert lines_of(tmp_path / "run")[0]["loss"] == pytest.approx(report.before.loss, rel=0, abs=1e-5)
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
@@ -418,6 +464,21 @@ def test_parts_of_a_model_are_chosen_by_their_names(family):
     unused = {name for name in linear if ".vision_tower.head." in name}
     assert language | eyes | projector == linear - unused
     assert len(language) + len(eyes) + len(projector) == len(linear - unused)
+
+
+def test_a_projector_that_is_no_linear_layer_trains_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
+    model = save_seeing(tmp_path / "model", "Gemma 3")
+    layers = {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}
+    short = {"max_steps": 2, "save_steps": 2}
+    start(settings(model, mixed_rows(tmp_path / "data"), tmp_path / "run", adapter=layers, train=short))
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    moved = {name for name, value in after.items() if "multi_modal_projector" in name}
+    assert moved
+    for name in moved:
+        own = next(value for key, value in before.items() if key.endswith(name.partition("multi_modal_projector")[2]))
+        assert not torch.equal(after[name], own)
 
 
 def test_the_page_has_the_expressions_that_are_tested():

@@ -3,6 +3,8 @@
 rows.py           a local file, a built-in set or a hub id becomes rows; hashes, duplicates, overlap
 formats.py        Row, and the shapes of a JSON object that become one
 message.py        Message, and what a data set tells of it
+pictures.py       images of rows: found in the folder of the data, looked at, hashed
+sight.py          how a model's processor sees them: tokens in a text, tensors in a batch
 columns.py        what a data set calls its columns, and which were read
 suggest.py        the names that are probably meant
 jsonl.py table.py parquet.py text_file.py    our own readers of local files

@@ -57,6 +57,8 @@ FORMATS_HINT = (
     "in data.columns"
 )
 LABELS_HINT = "use prompt + completion + label (true or false), or name yours in data.columns"
+_MARK = "<image>"
+"""What data sets of other tools write into a text where an image of the row stands."""
 _ONE_TO_JUDGE = f"a label needs one question and one answer to judge; {LABELS_HINT}"
 PAIRS_HINT = "use prompt + chosen + rejected, or chosen + rejected as lists of messages, or name yours in data.columns"
 
@@ -180,6 +182,11 @@ class _Reader:
         if not places and not images:
             return messages
         if not places and not any(message.pictures for message in messages):
+            if any(_MARK in message.content for message in messages):
+                raise DataError(
+                    f"{self.source}: {quoted(_MARK)} in a text is no place for an image; write the content as a list, "
+                    'with {"type": "image"} where the image stands'
+                )
             asked = next((place for place, each in enumerate(messages) if each.role == "user"), None)
             if asked is not None:
                 messages = [*messages]

@@ -37,7 +37,7 @@ from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
-_FORMAT = 6
+_FORMAT = 5
 """Raised whenever the same rows would become other examples, or the files other files."""
 
 _BUSY_SECONDS = 0.2

@@ -18,7 +18,7 @@ from typing import Any
 from dude_peft.data.formats import Row
 from dude_peft.data.pictures import Picture, opened
 from dude_peft.data.template import Pieces
-from dude_peft.errors import ConfigError, DataError, DudeError
+from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.show import quoted, shown
 
 _OLD = "rows with images need transformers 5.12 or newer: pip install -U transformers"
@@ -173,6 +173,11 @@ class Sight:
             return self.processor(images=images, text=texts, **options)
         except DudeError:
             raise
+        except MemoryError as error:
+            raise ResourceError(
+                f"{where}: the images do not fit into memory as the processor scales them; use smaller ones, or lower "
+                "the size in preprocessor_config.json"
+            ) from error
         except Exception as error:  # each family's processor raises its own
             reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
             raise DataError(f"{where}: the model's processor does not take an image ({reason}); replace it") from error

@@ -22,7 +22,9 @@ from peft.utils.other import get_pattern_key
 from dude_peft.errors import ConfigError
 from dude_peft.show import quoted, shown
 
-_LONGEST_SECONDS = 2.0
+_LONGEST_SECONDS = 2
+"""Of a processor's time: on a busy machine the process may have to wait for one."""
+_LONGEST_WAIT_SECONDS = 60.0
 _LONGEST_PATTERN, _LONGEST_NAME, _MOST_MATCHES = 100_000, 1_000, 4_000_000
 _MEMORY_BYTES = 1 << 30
 _Value = TypeVar("_Value", int, float)
@@ -30,6 +32,7 @@ _TRIAL = f"""
 import json, re, sys
 try:
     import resource
+    resource.setrlimit(resource.RLIMIT_CPU, ({_LONGEST_SECONDS}, {_LONGEST_SECONDS}))
     resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY_BYTES}, {_MEMORY_BYTES}))
 except (ImportError, ValueError, OSError):
     pass
@@ -148,7 +151,7 @@ def _try(patterns: list[_Pattern], names: list[str]) -> None:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _TRIAL],
             input=json.dumps(wanted).encode(),
-            timeout=_LONGEST_SECONDS,
+            timeout=_LONGEST_WAIT_SECONDS,
             check=False,
             capture_output=True,
         )
@@ -159,7 +162,7 @@ def _try(patterns: list[_Pattern], names: list[str]) -> None:
         return
     guilty = patterns[min(tried.count(b"\n"), len(patterns) - 1)]
     raise ConfigError(
-        f"{guilty.key}={quoted(guilty.text)} takes longer than {_LONGEST_SECONDS:.0f} s on this model's names; remove "
+        f"{guilty.key}={quoted(guilty.text)} takes longer than {_LONGEST_SECONDS} s on this model's names; remove "
         "the repetition inside a repeated group"
     )
 
