@@ -215,7 +215,7 @@ def compare(
         )
     try:
         if not (dry_run or print_commands or one):
-            api.compare(
+            found = api.compare(
                 config,
                 output_dir=output_dir,
                 jobs=jobs,
@@ -226,6 +226,7 @@ def compare(
                 collect=collect,
                 quiet=False,
             )
+            found.check()
             return
         grid, run = load_grid(config, {"output_dir": output_dir})
 
