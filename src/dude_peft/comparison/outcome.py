@@ -136,9 +136,9 @@ class Comparison:
         return path
 
     def check(self) -> None:
-        """Raises NumericsError where every run diverged, ResourceError where every run failed; says the first reason."""
+        """Raises NumericsError where every run diverged, ResourceError where every run failed, with a reason."""
         # A test run without a rate was never started.
-        ended = [*self.trials, *(final for final in self.finals if final.started)]
+        ended: list[Trial | Final] = [*self.trials, *(final for final in self.finals if final.started)]
         reasons = [one.failed for one in ended if one.failed is not None]
         if not reasons or len(reasons) < len(ended):
             return
