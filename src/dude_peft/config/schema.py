@@ -656,6 +656,10 @@ class GrpoSection(Section):
     reward_timeout: Annotated[Number, Field(gt=0, le=86400)] = 30.0
     """Seconds that a reward may take over the answers to one prompt."""
 
+    reward_memory_gib: Annotated[Number, Field(ge=0.125, le=1_048_576)] = 4.0
+    """GiB of memory that the process of the rewards may take, on Linux. What it maps of files, shares with others or
+    keeps on a GPU does not count."""
+
     num_generations: Annotated[int, Field(ge=2, le=4096)] = 8
     """Answers to a prompt: a group. Each answer is judged against its group."""
 

@@ -26,6 +26,7 @@ FORMAT_VERSION = 2  # 1: without a seal
 _FREE = {
     "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit",
     "train.report_to", "train.movement_steps", "train.grpo.reward_timeout",
+    "train.grpo.reward_memory_gib",
 }  # fmt: skip
 # What the run is scored on; where that does not choose the adapter, it may change.
 _SCORING = {
