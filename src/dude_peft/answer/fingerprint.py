@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from typing import Any
 
 import xxhash
@@ -10,6 +11,18 @@ import xxhash
 from dude_peft.artifact.base_settings import ABOUT_FILES
 from dude_peft.artifact.fingerprint import xxh3_of
 from dude_peft.data.tokenizer_parts import tokenizer_parts
+from dude_peft.machine.environment import versions
+
+
+def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
+    """All of a model and where it runs that decides what it answers, to hash."""
+    return [
+        model_fingerprint(model),
+        config_fingerprint(model),
+        tokenizer_fingerprint(tokenizer),
+        [str(model.dtype), model.device.type],
+        {**versions(), "tokenizers": metadata.version("tokenizers")},
+    ]
 
 
 def model_fingerprint(model: Any) -> str:

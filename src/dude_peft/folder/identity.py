@@ -56,6 +56,8 @@ class Identity:
     """When it began: the date that its chat template writes."""
     start: dict[str, Any] = field(default_factory=dict)
     """Of adapter.start: its sha256, and whether it is the base model; empty without one."""
+    stages: str = ""
+    """sha256 of curriculum.jsonl, which says in which stage every row is; empty without train.curriculum."""
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
@@ -113,6 +115,15 @@ class Identity:
                 f"{_cut(sha256)} now); restore it, choose another output_dir, or add --overwrite"
             )
 
+    def check_stages(self, sha256: str) -> None:
+        """Raises DataError where a curriculum has put the rows into other stages than when the run began."""
+        if self.stages != sha256:
+            raise DataError(
+                "train.curriculum: the rows are in other stages than when this run started (sha256 "
+                f"{_cut(self.stages)} then, {_cut(sha256)} now): the base model or this machine gives other pass "
+                "rates; restore them, choose another output_dir, or add --overwrite"
+            )
+
     def differences(self, now: dict[str, Any]) -> list[str]:
         """What of the environment is not as it was."""
         before, after = _flat(self.environment), _flat(now)
@@ -143,7 +154,7 @@ def read_identity(folder: Path) -> Identity | None:
                     *(found.config, found.data, found.environment, found.tokens, found.tokenizer),
                     *(found.asked, found.start),
                 )
-            ):
+            ) and isinstance(found.stages, str):
                 _ = datetime.fromisoformat(found.moment) if found.moment else None
                 return found
     except (ValueError, TypeError, KeyError) as error:

@@ -34,6 +34,7 @@ from dude_peft.folder.record import (
     REPORT,
     ROLLOUTS,
     SCORES,
+    STAGES,
     RunReport,
     Score,
     score_from,
@@ -141,7 +142,7 @@ class RunFolder:
             if start is not None:
                 start.rename(self._free(RECOVERED))
             # report.json first: beside the other files it tells of the same, finished run.
-            for stale in (REPORT, PAGE, RUN, METRICS, ROLLOUTS, BEFORE, Path(SCORES) / "results.json"):
+            for stale in (REPORT, PAGE, RUN, METRICS, ROLLOUTS, STAGES, BEFORE, Path(SCORES) / "results.json"):
                 (self.path / stale).unlink(missing_ok=True)
             if not identity.asked:
                 (self.path / RANKS).unlink(missing_ok=True)
@@ -228,6 +229,21 @@ class RunFolder:
             tell(f"{shown(path, 300)} is damaged; its measurements are repeated")
             return None
 
+    def read_stages(self, sha256: str, tell: Callable[[str], None]) -> str | None:
+        """What curriculum.jsonl says, where it is as it was written; None where it has to be made again.
+
+        Args:
+            sha256: of what was written; empty where nothing was.
+            tell: hears of a damaged file.
+        """
+        path = self.path / STAGES
+        if not sha256 or path.is_symlink() or not path.is_file():
+            return None
+        if file_sha256(path) != sha256:
+            tell(f"{shown(path, 300)} is damaged; it is made again")
+            return None
+        return path.read_text(encoding="utf-8")
+
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes one file whole: a reader sees the old one or the new one, never a part.
 
@@ -293,7 +309,7 @@ class RunFolder:
 
     def listed(self) -> dict[str, str]:
         """sha256 of the files beside the adapter, for the report."""
-        there = [self.path / name for name in (CONFIG, METRICS, ROLLOUTS, PICTURE, RANKS)]
+        there = [self.path / name for name in (CONFIG, METRICS, ROLLOUTS, STAGES, PICTURE, RANKS)]
         return {path.name: file_sha256(path) for path in there if path.is_file()}
 
     @contextlib.contextmanager
