@@ -627,7 +627,7 @@ def test_a_reference_that_is_not_the_base_is_refused(places, tmp_path):
 
 
 def test_nothing_to_learn_and_answers_without_end_are_told_after_ten_steps(places, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dude_peft.training.rollouts.only_ends", never_ends(tmp_path))
+    monkeypatch.setattr("dude_peft.training.drawn.only_ends", never_ends(tmp_path))
     section = {"rewards": [{"kind": "format", "pattern": "never this"}]}
     report = start(grpo(places, tmp_path / "out", section=section, train={"max_steps": 11}))
     told = [text for text in report.warnings if "in 10 steps" in text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from dude_peft.artifact.durable import hidden_name, output_dir_errors, replace_file, sync, whole_folder
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import file_sha256, read_sealed, sealed
+from dude_peft.doors import read_file
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.folder.checkpoint import Checkpoints
 from dude_peft.folder.identity import NAME as RUN
@@ -43,6 +45,7 @@ from dude_peft.show import shown
 
 _TEMPORARY = re.compile(r"\.dude-[0-9a-f]{16}")  # `durable.hidden_name`
 _START = ".dude-start"
+_LARGEST_STAGES_BYTES = 4 << 30
 
 
 def check_output_dir(path: Path, *, overwrite: bool = False) -> None:
@@ -237,12 +240,16 @@ class RunFolder:
             tell: hears of a damaged file.
         """
         path = self.path / STAGES
-        if not sha256 or path.is_symlink() or not path.is_file():
+        if not sha256 or path.is_symlink() or not path.exists():
             return None
-        if file_sha256(path) != sha256:
+        try:
+            content = read_file(path, _LARGEST_STAGES_BYTES)
+        except (OSError, ValueError):
+            content = b""
+        if hashlib.sha256(content).hexdigest() != sha256:
             tell(f"{shown(path, 300)} is damaged; it is made again")
             return None
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes one file whole: a reader sees the old one or the new one, never a part.
