@@ -136,20 +136,39 @@ def plan(
             help="Memory of the GPU that will train, as 80GiB; default: this machine's.",
         ),
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--launch", metavar="ddp|fsdp2|zero3", help="Plan a run in several processes.")
+    ] = None,
+    processes: Annotated[
+        int | None, _whole("--processes", help="Number of processes for --launch; default: one for each GPU.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Check a run, and show the memory, disk and steps that it needs, without loading weights."""
+    """Check a run, and show the memory, disk and steps that it needs, without loading weights.
+
+    With --launch the memory is of each process.
+    """
     from dude_peft.artifact.json_text import json_text
+    from dude_peft.machine.launch import number_of
     from dude_peft.terminal.display import Display
     from dude_peft.terminal.next_steps import tell_next
 
-    made = dude_peft.plan(config, overrides or (), device_memory=device_memory, quiet=as_json)
+    count = number_of(strategy, processes)
+    made = dude_peft.plan(
+        config,
+        overrides or (),
+        device_memory=device_memory,
+        strategy=strategy or "ddp",
+        processes=count,
+        quiet=as_json,
+    )
     if as_json:
         typer.echo(json_text(made.as_dict(), indent=2))
     made.check()
     sets = [word for override in overrides or [] for word in ("--set", override)]
-    tell_next(Display(quiet=as_json), ["train", str(config), *sets])
+    launch = [] if strategy is None else ["--launch", strategy, "--processes", str(count)]
+    tell_next(Display(quiet=as_json), ["train", str(config), *sets, *launch])
 
 
 @app.command(epilog="Example: dude compare grid.yaml --jobs 2")
@@ -196,7 +215,7 @@ def compare(
         )
     try:
         if not (dry_run or print_commands or one):
-            api.compare(
+            found = api.compare(
                 config,
                 output_dir=output_dir,
                 jobs=jobs,
@@ -207,6 +226,7 @@ def compare(
                 collect=collect,
                 quiet=False,
             )
+            found.check()
             return
         grid, run = load_grid(config, {"output_dir": output_dir})
 

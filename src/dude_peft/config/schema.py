@@ -101,9 +101,10 @@ def _quantity(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
-Strength = Annotated[Number, Field(gt=0, le=1000)]
+STRONGEST = 1000
+Strength = Annotated[Number, Field(gt=0, le=STRONGEST)]
 """Of a term in a loss. Far larger ones overflow there, and the learning rate would be blamed."""
-StrengthOrZero = Annotated[Number, Field(ge=0, le=1000)]
+StrengthOrZero = Annotated[Number, Field(ge=0, le=STRONGEST)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
 from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, RunConfig
-from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
+from dude_peft.errors import ArtifactError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import (
@@ -43,6 +43,7 @@ from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
 from dude_peft.training.start import Start, put_on, with_start
+from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
@@ -204,7 +205,8 @@ class _Run:
                 self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
-            self._check_strategy()
+            for note in check_strategy(config, self.strategy, processes.count(), scored=self.scorer is not None):
+                self.warn(note)
             glance(config)
         with self._phase("imports"), quiet_imports():
             from dude_peft.training.fit import training_arguments
@@ -672,40 +674,12 @@ class _Run:
         settings = load_settings(self.config.model, where)
         check_as_stored(self.config.model, settings)
         asked, stored = asked_of(self.config.model), stored_config(settings)
-        if (asked or stored) and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(f"--launch {self.strategy}: a quantised base model cannot be split; use --launch ddp")
+        if asked or stored:
+            check_dense(self.strategy, processes.count())
         if self.asked is not None or self.config.adapter.foreign:
             check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
-
-    def _check_strategy(self) -> None:
-        if self.config.train.torch_compile and processes.count() > 1:
-            raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
-        if self.config.adapter.foreign and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(f"{self.strategy} does not split {self.config.adapter.method}; choose ddp")
-        if self.strategy == "zero3" and processes.count() > 1:
-            self.warn(
-                "zero3 writes no checkpoints, because DeepSpeed does not share its optimizer state; fsdp2 writes them"
-            )
-        if self.config.train.orthogonality and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(
-                f"train.orthogonality: it needs whole weights, and {self.strategy} splits them; use --launch ddp, or "
-                "leave it out"
-            )
-        wanted = self.config.train.curriculum
-        if wanted is not None and wanted.by == "pass_rate" and processes.count() > 1:
-            raise ConfigError(
-                "train.curriculum: pass rates are measured in one process; leave --launch out, or set "
-                "train.curriculum.by: length"
-            )
-        if self.config.train.rewarded is not None and processes.count() > 1:
-            raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
-        if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(
-                f"evaluation.tasks: a model split by {self.strategy} cannot be scored during the run; leave it out, "
-                "and use dude eval --processes on the adapter"
-            )
 
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""
