@@ -23,7 +23,7 @@ from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another
 from dude_peft.show import shown, shown_lines
-from dude_peft.terminal.numbers import integer, number
+from dude_peft.terminal.numbers import integer, number, numbers
 from dude_peft.terminal.quiet import require_room
 from dude_peft.version import __version__
 
@@ -381,6 +381,12 @@ def data_check(
     objective: Annotated[
         str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
     ] = "sft",
+    stages: Annotated[
+        Any,
+        typer.Option(
+            parser=numbers, metavar="N", help="Show stages by length, as train.curriculum.stages: 3, or 64,128,512."
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""
@@ -388,6 +394,7 @@ def data_check(
     how |= {"columns": _columns(columns), "seed": seed, "max_length": max_length, "upft": upft}
     how["chat_template"] = chat_template
     how["objective"] = objective
+    how["stages"] = stages
     try:
         dude_peft.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from typing import Any
 
 import xxhash
@@ -11,7 +12,19 @@ from torch import Tensor
 from dude_peft.artifact.base_settings import ABOUT_FILES
 from dude_peft.artifact.fingerprint import xxh3_of
 from dude_peft.data.tokenizer_parts import tokenizer_parts
+from dude_peft.machine.environment import versions
 from dude_peft.tuner.frozen import plain_parts
+
+
+def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
+    """All of a model and where it runs that decides what it answers, to hash."""
+    return [
+        model_fingerprint(model),
+        config_fingerprint(model),
+        tokenizer_fingerprint(tokenizer),
+        [str(model.dtype), model.device.type],
+        {**versions(), "tokenizers": metadata.version("tokenizers")},
+    ]
 
 
 def model_fingerprint(model: Any) -> str:

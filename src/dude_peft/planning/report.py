@@ -95,6 +95,14 @@ class Plan:
         return rows * (self.rows.tokens_per_row if self.rows else self.length * sides)
 
     @property
+    def drawn_answers(self) -> int | None:
+        """Answers that the base model gives before training, for pass rates; None where none, or rows not counted."""
+        wanted = self.config.train.curriculum
+        if wanted is None or wanted.samples is None or self.rows is None:
+            return None
+        return self.rows.rows * wanted.samples
+
+    @property
     def memory(self) -> int:
         """Bytes that the run needs of the device: of a GPU for one process, of a machine for all of them."""
         return self.cost.bill.total * (1 if self.device.gpu else self.spread.processes)
@@ -161,6 +169,7 @@ class Plan:
             "disk": asdict(self.disk),
             "data": asdict(self.rows) if self.rows else None,
             "steps": self.steps,
+            "pass_rates": self._pass_rates(),
             "tokens_per_step": round(self.tokens_per_step, 1),
             "flops_per_step": self.flops_per_step,
             "flops_per_second_of_products": self.speed,
@@ -224,6 +233,9 @@ class Plan:
             if train.rewarded is not None:
                 seen /= train.rewarded.num_generations * train.rewarded.num_iterations
             facts.append(("epochs", f"{train.num_train_epochs or seen / self.rows.rows:.2g}"))
+        if (drawn := self._pass_rates()) is not None:
+            told = f"{drawn['answers']:,} answers of the base model, {drawn['most_tokens']:,} tokens at most"
+            facts.append(("pass rates, measured once", f"{told}; not counted in the time"))
         if self.spread.processes > 1:
             sent = size(self.cost.exchange.sent)
             facts.append(("processes", f"{self.spread.processes}, {self.spread.strategy}; each sends {sent} a step"))
@@ -238,6 +250,13 @@ class Plan:
                 ("training takes at least", f"{duration(self.least_seconds)}; {basis}, evaluation not counted")
             )
         return facts
+
+    def _pass_rates(self) -> dict[str, int] | None:
+        """What the pass rates of a curriculum cost, if nobody has measured them yet."""
+        wanted, answers = self.config.train.curriculum, self.drawn_answers
+        if wanted is None or wanted.max_new_tokens is None or answers is None:
+            return None
+        return {"answers": answers, "most_tokens": answers * wanted.max_new_tokens}
 
 
 def size(number: float) -> str:

@@ -141,6 +141,11 @@ def _made(
             f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
             "which it makes about a third longer; it needs no memory beyond the step's"
         )
+    if train.curriculum is not None:
+        warnings.append(
+            "train.curriculum: steps are counted of all rows; rows that are left out make them fewer, whole steps for "
+            "each stage a few more"
+        )
     if "optim_args" in train.extra_arguments:
         warnings.append("train.extra_arguments.optim_args: what the optimizer keeps because of it is not counted")
     if train.torch_compile:

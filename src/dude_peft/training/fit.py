@@ -202,6 +202,8 @@ class Training:
     """Of the model's own answers, where the objective needs one."""
     company: Company = "any"
     """Which prompts may share a batch."""
+    order: EpochOrder | None = None
+    """Of the rows, where it is no random one."""
 
     def run(self) -> Fit:
         """Trains from the start of the adapter, or from the checkpoint of `loop`.
@@ -295,7 +297,7 @@ class Training:
             ours["rollouts"] = self._rollouts(loss)
         trainer = RunTrainer(
             **ours,
-            order_of=lambda rows: _order_of(rows.lengths, rows.domain, section, step_rows),
+            order_of=lambda rows: self.order or _order_of(rows.lengths, rows.domain, section, step_rows),
             model=model,
             args=arguments,
             train_dataset=rows,

@@ -29,6 +29,7 @@ from dude_peft.folder.record import (
     RANKS,
     ROLLOUTS,
     SCORES,
+    STAGES,
     Answer,
     RunReport,
     Score,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from dude_peft.measure.base_weights import WeightOf
     from dude_peft.rewards.judge import Judge
     from dude_peft.training.budget import Spent
+    from dude_peft.training.curriculum import Curriculum
+    from dude_peft.training.curriculum_order import CurriculumOrder
     from dude_peft.training.fit import Fit
     from dude_peft.training.label_scores import LabelMeter
     from dude_peft.training.pair_scores import PairMeter
@@ -169,6 +172,12 @@ class _Run:
         """Whether this process loads the model."""
         self.judge: Judge | None = None
         """Of the model's own answers, where the objective rewards them."""
+        self.curriculum: Curriculum | None = None
+        """The stages of the training rows, where there are any."""
+        self.stages_text = ""
+        """curriculum.jsonl of them."""
+        self.order: CurriculumOrder | None = None
+        """Of its rows."""
 
     @contextmanager
     def judging(self) -> Iterator[None]:
@@ -212,12 +221,18 @@ class _Run:
         if (finished := processes.from_first(self._finished())) is not None:
             return finished
         self._find_checkpoint()
+        stages = config.train.curriculum
+        if stages is not None and stages.by == "length":
+            self.curriculum = self._staged(None, data)
+            self._put_in_order(arguments)
         if (rewarded := config.train.rewarded) is not None:
             from dude_peft.rewards.judge import Judge
 
             with display.waiting("starting the rewards"):
                 self.judge = Judge(rewarded)
         self._load(where, data, arguments.device)
+        if self.order is None:
+            self._put_in_order(arguments)
         self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
 
@@ -400,6 +415,9 @@ class _Run:
             if (rewarded := config.train.rewarded) is not None:
                 asked, key = int(data.train.asked.max()), "train.grpo.max_completion_length"
                 check_answers_fit(model, asked, rewarded.max_completion_length, key)
+            drawn = None if config.train.curriculum is None else config.train.curriculum.max_new_tokens
+            if drawn is not None:
+                check_answers_fit(model, int(data.train.asked.max()), drawn, "train.curriculum.max_new_tokens")
             if self.is_split:
                 model.generation_config = processes.from_first(model.generation_config)
             else:
@@ -413,7 +431,8 @@ class _Run:
             notes = self.nature.notes(config.train.objective)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
-            if rewarded is not None or (data.held_out is not None and config.evaluation.batch_size > 1):
+            answers = rewarded is not None or drawn is not None
+            if answers or (data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
@@ -422,6 +441,9 @@ class _Run:
                 check_packs(model)
         for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
             display.say(f"note: {note}")
+        if drawn is not None:
+            with self._phase("pass_rates"):
+                self.curriculum = self._staged(model, data)
         if self.asked is not None:
             with self._phase("budget"):
                 spent = self._spend(model, data, pad_id) if processes.is_first() else self.asked
@@ -449,6 +471,75 @@ class _Run:
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
             f"examples of {data.train.counts.tokens:,} tokens; " + begun
         )
+
+    def _staged(self, model: Any, data: RunData) -> Curriculum:
+        """The stages of the training rows; pass rates are measured on the base model, or read where they were kept.
+
+        By length no model is needed.
+        """
+        import numpy as np
+
+        from dude_peft.training.curriculum import sha256_of, staged, values_in
+
+        settings, earlier = self.config.train.curriculum, self.folder.earlier
+        assert settings is not None
+        text = None if earlier is None else self.folder.read_stages(earlier.stages, self.warn)
+        if settings.by == "length":
+            values = data.train.lengths.astype(np.float64)
+        elif text is not None:
+            values = values_in(text, settings)
+        else:
+            values = self._pass_rates(model, data)
+        found = staged(settings, values)
+        self.stages_text = found.text(data.train.source)
+        if earlier is not None:
+            earlier.check_stages(sha256_of(self.stages_text))
+        return found
+
+    def _pass_rates(self, model: Any, data: RunData) -> Any:
+        from dude_peft.training.pass_rates import PassRates
+
+        config = self.config
+        assert config.train.curriculum is not None
+        self.stop.after("while pass rates were measured; what is measured is kept, run the same command again")
+        measured = PassRates(
+            model,
+            self.tokenizer,
+            config.train.curriculum,
+            seed=config.data.seed,
+            batch_size=config.evaluation.batch_size,
+            company=self.company,
+            bf16=config.train.bf16,
+            rewarded=config.train.rewarded,
+            judge=self.judge,
+        ).measure(
+            data.train,
+            data.train.source,
+            say=self.display.say,
+            stage=self.display.stage,
+            check=self.stop.raise_if_wanted,
+        )
+        self.stop.after("before training began; nothing is lost")
+        return measured
+
+    def _put_in_order(self, arguments: Any) -> None:
+        """Says in which steps each stage is trained on."""
+        if self.curriculum is None:
+            return
+        from dude_peft.training.curriculum_order import CurriculumOrder
+        from dude_peft.training.fit import trainer_steps
+
+        train, rewarded = self.config.train, self.config.train.rewarded
+        self.order = CurriculumOrder(
+            [stage.rows.tolist() for stage in self.curriculum.stages],
+            train.seed,
+            answers=1 if rewarded is None else rewarded.num_generations,
+            step=train.per_device_train_batch_size * train.gradient_accumulation_steps * arguments.world_size,
+            iterations=1 if rewarded is None else rewarded.num_iterations,
+            steps_of=lambda places: trainer_steps(arguments, places),
+        )
+        for line in self.curriculum.told(self.order.bounds):
+            self.display.say(line)
 
     def _spend(self, model: Any, data: RunData, pad_id: int) -> AdapterSection:
         """The adapter section with ranks for its budget; by the first process, for all."""
@@ -593,6 +684,7 @@ class _Run:
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""
         from dude_peft.data.clock import moment
+        from dude_peft.training.curriculum import sha256_of
 
         self.folder.checkpoints.keep = self.config.train.save_total_limit
         now = environment(self.model.device, world_size, self.strategy)
@@ -606,6 +698,7 @@ class _Run:
                 asked={} if self.asked is None else self.asked.model_dump(mode="json"),
                 moment=moment(),
                 start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
+                stages="" if self.curriculum is None else sha256_of(self.stages_text),
             )
             self.folder.begin(identity, self.start)
             if self.spent is not None:
@@ -613,6 +706,8 @@ class _Run:
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
             told = ", ".join(changes)
             self.warn(f"the run started in another environment ({told}): results may differ in the last bits")
+        if self.curriculum is not None:
+            self.folder.write(STAGES, self.stages_text)
 
     def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
         from dude_peft.folder.state import load_trained_state
@@ -631,6 +726,7 @@ class _Run:
             open_rollouts=lambda kept: self.folder.lines(ROLLOUTS, kept) if writes and self.judge else nullcontext(),
             warn=self.warn,
             watched="loss" if self.judge is None else "reward",
+            stage_of=None if self.order is None else self.order.stage_of,
             resumed=self.resumed,
             held_out_scores=None if held_out is None else lambda: self._held_out_scores(held_out),
             movement_steps=self.config.train.movement_steps,
@@ -650,6 +746,7 @@ class _Run:
                 loop,
                 self.judge,
                 self.company,
+                self.order,
             ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
@@ -821,6 +918,9 @@ class _Run:
             budget=None
             if self.asked is None or self.asked.budget is None
             else self.asked.budget.model_dump(mode="json"),
+            curriculum=None
+            if self.curriculum is None or self.order is None
+            else self.curriculum.record(self.order.bounds),
         )
 
     def _tell_next(self, report: RunReport, *, paged: bool) -> None:

@@ -27,6 +27,11 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
     if config.train.rewarded is not None:
         raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
+    if config.train.curriculum is not None and config.train.curriculum.by == "pass_rate":
+        raise ConfigError(
+            "train.curriculum: pass rates are measured in one process; leave --launch out, or set "
+            "train.curriculum.by: length"
+        )
     if strategy == "ddp":
         return []
     if config.adapter.foreign:
