@@ -602,6 +602,10 @@ class _Run:
                 f"train.orthogonality: it needs whole weights, and {self.strategy} splits them; use --launch ddp, or "
                 "leave it out"
             )
+        if self.config.adapter.target_parameters and self.strategy != "ddp" and processes.count() > 1:
+            raise ConfigError(
+                f"adapter.target_parameters: it needs whole weights, and {self.strategy} splits them; use --launch ddp"
+            )
         if self.config.train.rewarded is not None and processes.count() > 1:
             raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
         if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
