@@ -6,6 +6,8 @@ It needs the memory of the whole model.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,8 @@ def write_in_memory(base: Base, adapters: Sequence[Weighted], folder: Path, *, a
     into, out = plain.get_input_embeddings(), plain.get_output_embeddings()
     if out is not None and out.weight.data_ptr() != into.weight.data_ptr():
         plain.config.get_text_config().tie_word_embeddings = plain.config.tie_word_embeddings = False
-    plain.save_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()):  # its bar
+        plain.save_pretrained(folder)
     copy_files(base.folder, folder, companions(base.folder))
     own = adapters[0].adapter
     if len(adapters) == 1 and (own.folder / "tokenizer_config.json").is_file():
