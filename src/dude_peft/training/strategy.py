@@ -41,6 +41,10 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
             f"train.orthogonality: it needs whole weights, and {strategy} splits them; use --launch ddp, or leave it "
             "out"
         )
+    if config.adapter.target_parameters:
+        raise ConfigError(
+            f"adapter.target_parameters: it needs whole weights, and {strategy} splits them; use --launch ddp"
+        )
     if scored:
         raise ConfigError(
             f"evaluation.tasks: a model split by {strategy} cannot be scored during the run; leave it out, and use "
