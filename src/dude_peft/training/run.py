@@ -49,6 +49,7 @@ from dude_peft.version import __version__
 
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company
+    from dude_peft.data.sight import Sight
     from dude_peft.folder.checkpoint import Checkpoint
     from dude_peft.measure.base_weights import WeightOf
     from dude_peft.rewards.judge import Judge
@@ -153,6 +154,8 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.tokenizer: Any = None
+        self.sight: Sight | None = None
+        """How the model sees images; None where it has no processor."""
         self.model: Any = None
         self.nature: Any = None
         self.company: Company = "any"
@@ -209,11 +212,13 @@ class _Run:
                 self.warn(note)
             glance(config)
         with self._phase("imports"), quiet_imports():
+            from dude_peft.model.processor import sight_of
             from dude_peft.training.fit import training_arguments
         arguments = training_arguments(config, self.strategy)
         self._check_quantisation(where, arguments.device)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
+            self.sight = sight_of(config.model, where, self.tokenizer)
             if self.scorer is not None:
                 with display.waiting("reading the tasks"):
                     self.scorer.check(self.tokenizer)
@@ -334,16 +339,18 @@ class _Run:
 
     def _read(self, world_size: int) -> RunData:
         from dude_peft.data.clock import moment, set_moment
+        from dude_peft.training.image_rows import check_images
         from dude_peft.training.run_data import read
 
         earlier = self.folder.earlier
         set_moment(processes.from_first(moment() if earlier is None else earlier.moment or moment()))
         with self.display.waiting("reading the rows"):
-            data = read(self.config, self.tokenizer)
+            data = read(self.config, self.tokenizer, self.sight)
+        check_images(self.config, data.images, world_size)
         if earlier is not None:
             earlier.check_data(data.sha256)
             earlier.check_tokens(data.tokens_sha256)
-            earlier.check_tokenizer(self._tokenizer_parts())
+            earlier.check_tokenizer(self._tokenizer_parts(data))
         for warning in data.warnings:
             self.warn(warning)
         if len(data.train) < world_size:
@@ -353,10 +360,11 @@ class _Run:
             )
         return data
 
-    def _tokenizer_parts(self) -> dict[str, str]:
+    def _tokenizer_parts(self, data: RunData) -> dict[str, str]:
+        """Of the processor as well, where rows have images."""
         from dude_peft.data.tokenizer_parts import tokenizer_parts
 
-        return tokenizer_parts(self.tokenizer)
+        return tokenizer_parts(self.tokenizer) | (self.sight.parts if self.sight is not None and data.images else {})
 
     def _finished(self) -> RunReport | None:
         report = self.folder.finished()
@@ -694,7 +702,7 @@ class _Run:
                 data.sha256,
                 now,
                 tokens=data.tokens_sha256,
-                tokenizer=self._tokenizer_parts(),
+                tokenizer=self._tokenizer_parts(data),
                 asked={} if self.asked is None else self.asked.model_dump(mode="json"),
                 moment=moment(),
                 start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
@@ -834,7 +842,7 @@ class _Run:
             texts = self._answers(held_out, advance)
             rewards = self._rewards(held_out, texts)
         answers = tuple(
-            Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
+            Answer(row.prompt[-1].told, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
         loss, preference = found.mean, None
@@ -856,7 +864,7 @@ class _Run:
 
         config = self.config
         state = sharded_state(self.model)
-        self.folder.save_adapter(self.model, self.tokenizer, state)
+        self.folder.save_adapter(self.model, self.tokenizer, state, () if self.sight is None else self.sight.files)
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.watched)] if before else []
