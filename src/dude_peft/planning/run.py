@@ -169,7 +169,7 @@ def _made(
     with display.waiting("rows"):
         rows = _rows(config, where, tokenizer, model)
     if rows is not None and rows.images:
-        check_images(config, 1, 1)
+        check_images(config, 1, spread.processes)
         warnings.append(
             "rows with images: their tokens are counted; the memory and the time of the vision tower, which reads the "
             "pixels, are not"
