@@ -517,6 +517,10 @@ class DpoSection(Section):
     """For robust, the share of pairs that are expected to be the wrong way round (0.1 is usual); for exo_pair, its
     epsilon (1e-3 is usual). Other losses have none."""
 
+    precompute_ref_log_probs: bool = False
+    """Measure the base model on all pairs once, before training, instead of in every step. The cache keeps the result
+    for other runs."""
+
     @model_validator(mode="after")
     def _smoothing_of_something(self) -> DpoSection:
         smooth = self.loss_type in ("robust", "exo_pair")

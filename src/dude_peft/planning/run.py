@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.config.schema import KtoSection, RunConfig, ShareSection
+from dude_peft.config.schema import DpoSection, KtoSection, RunConfig, ShareSection
 from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
@@ -138,9 +138,11 @@ def _made(
             "time, of which they are the largest part, nor in the memory"
         )
     elif train.preference is not None and train.preference.has_base:
+        once = isinstance(train.preference, DpoSection) and train.preference.precompute_ref_log_probs
+        longer = "" if once else ", which it makes about a third longer"
         warnings.append(
-            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
-            "which it makes about a third longer; it needs no memory beyond the step's"
+            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time"
+            f"{longer}; it needs no memory beyond the step's"
         )
     if train.curriculum is not None:
         warnings.append(

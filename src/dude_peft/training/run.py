@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, RunConfig
+from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
@@ -48,6 +48,8 @@ from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dude_peft.data.batches import Company
     from dude_peft.data.sight import Sight
     from dude_peft.folder.checkpoint import Checkpoint
@@ -154,6 +156,8 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.tokenizer: Any = None
+        self.reference: Tensor | None = None
+        """What the base model makes of the pairs, where it was measured before training."""
         self.sight: Sight | None = None
         """How the model sees images; None where it has no processor."""
         self.model: Any = None
@@ -452,6 +456,9 @@ class _Run:
         if drawn is not None:
             with self._phase("pass_rates"):
                 self.curriculum = self._staged(model, data)
+        if isinstance(config.train.preference, DpoSection) and config.train.preference.precompute_ref_log_probs:
+            with self._phase("reference"):
+                self.reference = self._measured_reference(model, data)
         if self.asked is not None:
             with self._phase("budget"):
                 spent = self._spend(model, data, pad_id) if processes.is_first() else self.asked
@@ -523,6 +530,22 @@ class _Run:
         ).measure(
             data.train,
             data.train.source,
+            say=self.display.say,
+            stage=self.display.stage,
+            check=self.stop.raise_if_wanted,
+        )
+        self.stop.after("before training began; nothing is lost")
+        return measured
+
+    def _measured_reference(self, model: Any, data: RunData) -> Any:
+        """What the base model makes of the pairs, before an adapter is on it."""
+        from dude_peft.training.reference import Reference
+
+        evaluation, train = self.config.evaluation, self.config.train
+        self.stop.after("while the reference was measured; what is measured is kept, run the same command again")
+        measured = Reference(model, self.tokenizer, evaluation.batch_size, self.nature.company, train.bf16).measure(
+            data.train,
+            data.tokens_sha256["train"],
             say=self.display.say,
             stage=self.display.stage,
             check=self.stop.raise_if_wanted,
@@ -755,6 +778,7 @@ class _Run:
                 self.judge,
                 self.company,
                 self.order,
+                self.reference,
             ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
