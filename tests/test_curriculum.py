@@ -18,7 +18,7 @@ import served
 import torch
 from test_preference import lines, settings, start
 from test_rewarded import LETTERS, grpo, rollouts, write
-from test_train_resume import _CutError, cut_at, digest, in_process, result
+from test_train_resume import _CutError, cut_at, digest, in_process, result, wait_for_a_checkpoint
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, set_seed
 
@@ -158,7 +158,8 @@ def test_sft_trains_from_easy_to_hard_as_the_base_model_finds_it(places, tmp_pat
     assert told == [1] * border + [2] * (10 - border)
     assert report.files["curriculum.jsonl"] == digest(tmp_path / "out/curriculum.jsonl")
     assert RunReport.read(tmp_path / "out/report.json").curriculum == found
-    RunConfig.model_validate(report.config)  # what a run writes down, it reads
+    again = RunConfig.model_validate(report.config)  # what a run writes down, it reads
+    assert again.resolved() == again == load_config(tmp_path / "out/config.yaml").resolved()
 
 
 @SLOW
@@ -255,9 +256,19 @@ def whole_result(out: Path) -> dict:
     return found
 
 
-@pytest.mark.parametrize("made", [sft, pytest.param(staged_grpo, marks=SLOW)])
-def test_a_measurement_that_was_cut_goes_on_where_it_was_and_so_does_training(places, tmp_path, monkeypatch, made):
-    measured = {"evaluation": {"enabled": True, "batch_size": 48 if made is sft else 12}, "train": {"max_steps": 6}}
+@pytest.mark.parametrize(
+    ("made", "train"),
+    [
+        (sft, {}),
+        pytest.param(staged_grpo, {}, marks=SLOW),
+        pytest.param(staged_grpo, {"bf16": True, "gradient_checkpointing": True}, marks=SLOW),
+    ],
+)
+def test_a_measurement_that_was_cut_goes_on_where_it_was_and_so_does_training(
+    places, tmp_path, monkeypatch, made, train
+):
+    evaluation = {"enabled": True, "batch_size": 48 if made is sft else 12}
+    measured = {"evaluation": evaluation, "train": {"max_steps": 6, **train}}
     start(made(places, tmp_path / "whole", **measured))
     monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "another"))
     added = AnswerCache.add
@@ -355,6 +366,22 @@ def test_a_second_run_waits_for_the_first_ones_measurement(places, tmp_path, mon
     assert time.monotonic() - begun > 4
     assert len(scored) == 2 * batches
     assert kept(tmp_path / "first") == kept(tmp_path / "second")
+
+
+@SLOW
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as on POSIX")
+@pytest.mark.parametrize("with_", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_in_a_stage_goes_on(places, tmp_path, with_):
+    def process(name: str) -> subprocess.Popen:
+        return in_process(tmp_path, staged_grpo(places, tmp_path / name, train={"max_steps": 30}))
+
+    assert process("whole").wait() == 0
+    running = process("out")
+    wait_for_a_checkpoint(tmp_path / "out", running)
+    running.send_signal(with_)
+    assert running.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143}[with_]
+    assert process("out").wait() == 0
+    assert whole_result(tmp_path / "out") == whole_result(tmp_path / "whole")
 
 
 @SLOW

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,8 @@ class PassRates:
             return {"kind": "ended, with the row's answer"}
         (chosen,) = (each for each in self.rewarded.rewards if each.title == self.settings.reward)
         own = chosen.model_dump(mode="json", exclude={"name", "weight", "file"})
-        return own | {"longest": self.rewarded.max_completion_length}
+        verifier = {"math-verify": metadata.version("math-verify")} if chosen.kind == "math" else {}
+        return own | {"longest": self.rewarded.max_completion_length} | verifier
 
     def _scored(self, asked: Sequence[_Asked], indices: Sequence[int], number: int) -> dict[str, list[float]]:
         """Scores of the answers to some prompts, by the prompts' numbers."""
