@@ -23,6 +23,7 @@ from dude_peft.training.judged_loss import logps_of
 from dude_peft.training.training_set import TrainingSet
 
 _KIND = "reference log-probabilities"
+_SIDES = ("", "rejected_")
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,24 @@ class Reference:
             ResourceError: memory or disk.
             ArtifactError: the cache is damaged.
         """
-        rows = [
-            {"input_ids": pair[f"{side}input_ids"], "labels": pair[f"{side}labels"]}
-            for pair in (pairs[index] for index in range(len(pairs)))
-            for side in ("", "rejected_")
+        # The better and the worse conversation of each pair in turn; tokens stay on the disk until they are wanted.
+        lengths = [
+            len(pair[f"{side}input_ids"]) for pair in (pairs[index] for index in range(len(pairs))) for side in _SIDES
         ]
         how = [self.batch_size, self.company, self.bf16, hardware(self.model.device)]
-        key = key_of(*answering_parts(self.model, self.tokenizer), tokens_sha256, len(rows), how)
+        key = key_of(*answering_parts(self.model, self.tokenizer), tokens_sha256, len(lengths), how)
         self.model.eval()
         with shared_cache(_KIND, key, say, check) as cache:
             if len(cache):
-                say(f"{_KIND}: {len(cache):,} of {len(rows):,} conversations are measured already")
-            with stage(f"the base model on {len(pairs):,} pairs", len(rows)) as advance:
-                for batch in grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company):
+                say(f"{_KIND}: {len(cache):,} of {len(lengths):,} conversations are measured already")
+            with stage(f"the base model on {len(pairs):,} pairs", len(lengths)) as advance:
+                for batch in grouped(lengths, self.batch_size, self.company):
                     if not all(str(index) in cache for index in batch):
                         check()
-                        found = self._logps([rows[index] for index in batch])
+                        found = self._logps([_conversation(pairs, index) for index in batch])
                         cache.add({str(index): [value] for index, value in zip(batch, found, strict=True)})
                     advance(len(batch))
-            values = [cache.parts(str(index), float)[0] for index in range(len(rows))]
+            values = [cache.parts(str(index), float)[0] for index in range(len(lengths))]
         return torch.tensor(values, dtype=torch.float32).view(-1, 2)
 
     @torch.no_grad()  # not inference_mode: the first forward of a model makes the buffers that training writes
@@ -98,3 +98,8 @@ class Reference:
                 "evaluation.batch_size or data.max_length"
             ) from error
         return found
+
+
+def _conversation(pairs: TrainingSet, number: int) -> dict[str, list[int]]:
+    pair, side = pairs[number // 2], _SIDES[number % 2]
+    return {name: pair[f"{side}{name}"] for name in ("input_ids", "labels")}
