@@ -337,6 +337,7 @@ def test_every_file_of_the_processor_is_under_the_adapters_seal(finished, tmp_pa
         ({"data": {"packing": True}}, "data.packing: rows laid end to end have no images"),
         ({"train": {"torch_compile": True}}, "train.torch_compile: the images of a batch have no fixed shape"),
         ({"train": {"trainer": "trl"}}, "train.trainer: TRL's trainer gets no images here"),
+        ({"train": {"curriculum": {"stages": 2}}}, "train.curriculum: pass rates are of answers to text alone"),
         ({"train": {"objective": "mol"}, "data": {"general": "builtin:word-problems"}}, "mol learns from text alone"),
         (
             {"train": {"objective": "grpo", "grpo": {"num_generations": 2, "max_completion_length": 4}}},
@@ -344,7 +345,7 @@ def test_every_file_of_the_processor_is_under_the_adapters_seal(finished, tmp_pa
         ),
         ({"train": {"objective": "dpo"}}, "the row has images, which train.objective: sft learns from"),
     ],
-    ids=["packing", "torch_compile", "trl", "mol", "grpo", "dpo"],
+    ids=["packing", "torch_compile", "trl", "curriculum", "mol", "grpo", "dpo"],
 )
 def test_what_has_no_place_for_images_is_refused_before_the_model_is_loaded(
     changes, wanted, places, tmp_path, monkeypatch

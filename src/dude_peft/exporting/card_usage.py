@@ -82,7 +82,7 @@ def usage(
         "",
         base,
         f"model = load_adapter(base, {place!a})",
-        *([without] if adapter.config.spec.ranked else []),
+        *([without] if adapter.config.is_stock else []),
     ]
     commands = [] if code or not speaks else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
     return "\n".join(lines), commands

@@ -17,6 +17,7 @@ from dude_peft.config.schema import ModelSection
 from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.model.gguf_header import check_gguf_file
+from dude_peft.model.gguf_once import forget, parsed_once
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
             ignore_mismatched_sizes=True,  # so that they are named, below
             **options,
         )
+    forget()  # the header of a GGUF file: the weights are the last that is read of it
     model: PreTrainedModel
     model, found = loaded
     if mismatched := sorted(found["mismatched_keys"]):
@@ -340,9 +342,10 @@ def loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     from dude_peft.machine.out_of_memory import is_out_of_memory
     from dude_peft.model.architecture import code_refusal
 
+    gguf = contextlib.nullcontext() if section.gguf_file is None else parsed_once()
     try:
         # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
-        with contextlib.redirect_stderr(io.StringIO()) if os.path.isabs(where) else contextlib.nullcontext():
+        with gguf, contextlib.redirect_stderr(io.StringIO()) if os.path.isabs(where) else contextlib.nullcontext():
             yield
     except DudeError:
         raise

@@ -121,14 +121,14 @@ def _pairs(rows: list[Row], template: Template, tokenizer: Any, max_length: int,
     return found
 
 
-def optimizer_steps(train: TrainSection, rows: int) -> int:
-    """Optimizer steps that Trainer takes over so many rows."""
+def optimizer_steps(train: TrainSection, rows: int, processes: int = 1) -> int:
+    """Optimizer steps that Trainer takes over so many rows, in one process or several."""
     if train.max_steps is not None:
         return train.max_steps
     if (rewarded := train.rewarded) is not None:
         prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps // rewarded.num_generations
         return math.ceil((train.num_train_epochs or 1.0) * math.ceil(rows / prompts) * rewarded.num_iterations)
-    batches = math.ceil(rows / train.per_device_train_batch_size)
+    batches = math.ceil(math.ceil(rows / train.per_device_train_batch_size) / processes)
     return math.ceil((train.num_train_epochs or 1.0) * max(math.ceil(batches / train.gradient_accumulation_steps), 1))
 
 

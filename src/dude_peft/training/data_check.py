@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import ValidationError
 from rich.text import Text
 
-from dude_peft.config.schema import KtoSection, ModelSection
+from dude_peft.config.schema import CurriculumSection, KtoSection, ModelSection
 from dude_peft.data.chat_template import chat_template as own_template
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
@@ -36,6 +37,9 @@ from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.data_section import data_section
 from dude_peft.training.label_balance import told_of_held_out, told_of_labels
 from dude_peft.training.run_data import seeing
+
+if TYPE_CHECKING:
+    from dude_peft.training.curriculum import Curriculum
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
@@ -78,6 +82,8 @@ class DataReport:
     """Pairs left out because their two answers are the same."""
     wanted: int | None = None
     """Of labelled answers, how many have the label true."""
+    stages: dict[str, Any] | None = None
+    """Of `stages`, what a curriculum by length would make of the examples, as in report.json."""
     images: int = 0
     """Images of the examples."""
     image_tokens: int = 0
@@ -122,6 +128,7 @@ def check_data(
     train_on: str = "answers",
     upft: int | None = None,
     objective: str = "sft",
+    stages: int | Sequence[float] | None = None,
     quiet: bool = True,
 ) -> DataReport:
     """Show what a run would learn from a data set: examples with the trained tokens marked, and what is left out.
@@ -144,6 +151,7 @@ def check_data(
         upft: tokens of each answer that are trained, as data.upft.
         objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo, answers with a
             label for kto.
+        stages: stages by length, as train.curriculum.stages: a number, or the most tokens of each.
         quiet: print nothing.
 
     Raises:
@@ -159,6 +167,7 @@ def check_data(
     if objective not in KINDS:
         raise ConfigError(f"--objective {quoted(objective)}: choose {', '.join(KINDS)}")
     kind = KINDS[objective]
+    curriculum = None if stages is None else _curriculum(stages, objective, max_length)
     if not 0 <= seed < 2**32:
         raise ConfigError(f"--seed {seed}: give a whole number from 0 to 2**32 - 1")
     display = Display(quiet=quiet)
@@ -203,6 +212,9 @@ def check_data(
         left_out += [f"held-out: {line}" for line in lines]
     for line in left_out:
         display.warn(line)
+    by_length = None if curriculum is None else _by_length(curriculum, made)
+    for line in [] if by_length is None else by_length.told():
+        display.say(line)
     if held_out is not None:
         asked = overlap(made, held_out)
         line = f"{asked} of {len(held_out)} held-out examples repeat the question of a training example"
@@ -218,7 +230,7 @@ def check_data(
     settings["chat_template"] = chat_template
     display.say("\nfor CONFIG.yaml:")
     asks = _questions(made)
-    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective))
+    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective, stages))
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
     return DataReport(
         formats=tuple(shapes),
@@ -241,9 +253,35 @@ def check_data(
         margins=margins,
         identical=made.counts.identical,
         wanted=wanted,
+        stages=None if by_length is None else by_length.record(),
         images=made.counts.images,
         image_tokens=made.counts.image_tokens,
     )
+
+
+def _curriculum(stages: int | Sequence[float], objective: str, max_length: int) -> CurriculumSection:
+    """The section that these stages would be of. ConfigError where there is none."""
+    if objective not in ("sft", "grpo"):
+        raise ConfigError(f"--stages: train.curriculum is for sft and grpo, not {objective}; leave it out")
+    try:
+        section = CurriculumSection(by="length", stages=stages if isinstance(stages, int) else list(stages))
+    except ValidationError as error:
+        first = error.errors()[0]["msg"].removeprefix("Value error, ").partition(": ")
+        raise ConfigError(f"--stages: {first[2] or first[0]}") from error
+    if not isinstance(section.stages, int) and section.stages[-1] < max_length:
+        raise ConfigError(
+            f"--stages: the last bound, {section.stages[-1]:g}, leaves longer rows without a stage; raise it to "
+            f"--max-length {max_length}"
+        )
+    return section
+
+
+def _by_length(section: CurriculumSection, made: TokenSet) -> Curriculum:
+    import numpy as np
+
+    from dude_peft.training.curriculum import staged
+
+    return staged(section, made.lengths.astype(np.float64))
 
 
 def _own_template(given: str, kind: str) -> str:

@@ -145,7 +145,8 @@ def read(
     template = Template(tokenizer, data.template, data.special_tokens)
     kind, preference = KINDS[config.train.objective], config.train.preference
     labels = preference if isinstance(preference, KtoSection) else None
-    asks = config.train.rewarded is not None
+    asks, curriculum = config.train.rewarded is not None, config.train.curriculum
+    judged = curriculum is not None and curriculum.by == "pass_rate"
     learned = "last_answer" if asks else data.train_on
     record: dict[str, Any] = {"template": template.kind, "train_on": learned}
     warnings: list[str] = []
@@ -181,9 +182,15 @@ def read(
     def told(name: str, found: TokenSet, *, warn: bool = True) -> TokenSet:
         hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
         told = {"examples": len(found), "duplicates": found.duplicates}
-        if asks and name in ("train", "test") and int(found.asked.min()) <= 1:
+        if int(found.asked.min()) <= 1 and ((asks and name in ("train", "test")) or (judged and name == "train")):
             place = found.source(int(found.asked.argmin()))
-            raise DataError(f"{place}: plain text asks nothing; train.objective: grpo needs questions with answers")
+            what = "train.objective: grpo" if asks else "train.curriculum: by pass_rate"
+            raise DataError(f"{place}: plain text asks nothing; {what} needs questions with answers")
+        if name == "train" and curriculum is not None and len(found) < curriculum.count:
+            raise DataError(
+                f"train.curriculum: {len(found)} rows are too few for {curriculum.count} stages; lower "
+                "train.curriculum.stages, or add rows"
+            )
         if labels is not None and name in ("train", "test"):
             told["wanted"] = int(found.labels.sum())
             check_enough(found, f"data.{name}", labels)

@@ -20,7 +20,7 @@ from dude_peft.tuner.config import DudeConfig
 
 # A name, or the end of one: `gate`, `router.layer`, `shared_expert_gate`; no `gate_proj`.
 _GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
-_UNFIT, _STACKED = "cannot be adapted", "stacked tensors, which cannot be adapted"
+_UNFIT, _STACKED = "cannot be adapted", "stacked tensors"
 _SEES, _CHOOSES = "not used by text", "gate or router"
 _SMALL = "smaller than r="
 
@@ -40,7 +40,8 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
     kept, small = set(), set()
     left: dict[tuple[str, str], int] = {}
     for name, part in model.named_modules():
-        if name.rpartition(".")[2] == "experts" and any(p.ndim == 3 for p in part.parameters(recurse=False)):
+        stacks = [f"{name}.{last}" for last, p in part.named_parameters(recurse=False) if p.ndim == 3]
+        if name.rpartition(".")[2] == "experts" and any(not _is_named(stack, config) for stack in stacks):
             left["experts", _STACKED] = left.get(("experts", _STACKED), 0) + 1
     for name, layer in layers:
         last, tower = name.rpartition(".")[2], next((t for t in towers if name.startswith(f"{t}.")), None)
@@ -94,6 +95,10 @@ def _is_gate(name: str, layer: nn.Module) -> bool:
     return out < in_ and (_GATE.search(name) is not None or "Router" in type(layer).__name__)
 
 
+def _is_named(stack: str, config: DudeConfig) -> bool:
+    return any(stack == name or stack.endswith(f".{name}") for name in config.target_parameters or ())
+
+
 def _line(left: dict[tuple[str, str], int]) -> str:
     if not left:
         return ""
@@ -102,6 +107,8 @@ def _line(left: dict[tuple[str, str], int]) -> str:
     ways = []
     if reasons & {_SEES, _CHOOSES}:
         ways.append("list a layer in target_modules to adapt it")
+    if _STACKED in reasons:
+        ways.append("name stacked tensors in target_parameters to adapt them")
     if any(why.startswith(_SMALL) for why in reasons):
         ways.append("give a small layer a smaller r with rank_pattern")
     return "; ".join([f"target_modules='all-linear' leaves out {', '.join(parts)}", *ways])
