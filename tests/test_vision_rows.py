@@ -339,6 +339,24 @@ def test_without_pillow_the_extra_is_named(data, monkeypatch):
         rows_of(data, row("red", "pics/red.png"))
 
 
+def test_an_old_transformers_is_told(saved, data, monkeypatch):
+    monkeypatch.delattr(hf.ProcessorMixin, "get_text_with_replacements")
+    with pytest.raises(ConfigError, match=r"rows with images need transformers 5.12 or newer"):
+        Eyes(saved["LLaVA"]).encode(rows_of(data, row("red", "pics/red.png")))
+
+
+def test_the_processor_of_another_model_is_told(saved, data, tmp_path):
+    """Its image token is none that the model puts images in place of."""
+    import shutil
+
+    shutil.copytree(saved["LLaVA"], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["image_token_index" if "image_token_index" in config else "image_token_id"] = 7
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"none of the model's image tokens .*use the processor that belongs"):
+        Eyes(tmp_path / "model").encode(rows_of(data, row("red", "pics/red.png")))
+
+
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 

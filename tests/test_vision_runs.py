@@ -467,6 +467,7 @@ def test_parts_of_a_model_are_chosen_by_their_names(family):
     assert len(language) + len(eyes) + len(projector) == len(linear - unused)
 
 
+@pytest.mark.slow
 def test_a_projector_that_is_no_linear_layer_trains_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
     model = save_seeing(tmp_path / "model", "Gemma 3")

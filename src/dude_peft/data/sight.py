@@ -21,7 +21,8 @@ from dude_peft.data.template import Pieces
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.show import quoted, shown
 
-_OLD = "rows with images need transformers 5.12 or newer: pip install -U transformers"
+TOO_OLD = "rows with images need transformers 5.12 or newer: pip install -U transformers"
+"""What is said where its processors do not tell what they write in place of an image."""
 _OF_TEXT = ("input_ids", "attention_mask")
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 """What families call the kinds of tokens, text and image, that their models read."""
@@ -81,7 +82,12 @@ class Sight:
     @cached_property
     def _names(self) -> set[str]:
         """Spellings that no text of a row with images may have."""
-        return {self._token, *self._tokenizer.convert_ids_to_tokens(sorted(self.marks))} - {None, ""}
+        return {self._token, *self._marked}
+
+    @cached_property
+    def _marked(self) -> list[str]:
+        """The tokens of `marks`."""
+        return [name for name in self._tokenizer.convert_ids_to_tokens(sorted(self.marks)) if name]
 
     @cached_property
     def _added(self) -> dict[str, int]:
@@ -102,12 +108,11 @@ class Sight:
                 f"{len(row.pictures)} images; use the model's own chat template, with data.template: chat"
             )
         written = self._replacements([opened(each, row.source) for each in row.pictures], row.source)
-        names = self._tokenizer.convert_ids_to_tokens(sorted(self.marks))
-        sizes = [sum(text.count(name) for name in names) for text in written]
+        sizes = [sum(text.count(name) for name in self._marked) for text in written]
         if not all(sizes):
             raise ConfigError(
                 f"the processor writes an image as {quoted(written[sizes.index(0)])}, which has none of the model's "
-                f"image tokens {quoted(', '.join(names))}; use the processor that belongs to the model"
+                f"image tokens {quoted(', '.join(self._marked))}; use the processor that belongs to the model"
             )
         texts, tokens, rest, left = [], [], iter(written), iter(sizes)
         for text, count in zip(pieces.texts, counts, strict=True):
@@ -165,7 +170,7 @@ class Sight:
         found = self._asked([images], [self._token * len(images)], where, return_text_replacement_offsets=True)
         offsets = found.get("text_replacement_offsets")
         if not offsets:
-            raise ConfigError(_OLD)
+            raise ConfigError(TOO_OLD)
         return [str(each["replacement"]) for each in offsets[0]]
 
     def _asked(self, images: list[list[Any]], texts: list[str], where: str, **options: Any) -> Any:

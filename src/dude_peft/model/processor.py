@@ -12,7 +12,7 @@ from typing import Any
 
 from dude_peft.artifact.sealed import file_sha256
 from dude_peft.config.schema import ModelSection
-from dude_peft.data.sight import Sight
+from dude_peft.data.sight import TOO_OLD, Sight
 from dude_peft.errors import ConfigError
 from dude_peft.model.load import load_settings, loading, source_options
 from dude_peft.show import shown
@@ -87,8 +87,10 @@ def _old_template(section: ModelSection, where: str) -> str | None:
 
 
 def _loaded(section: ModelSection, place: str, settings: Any, tokenizer: Any) -> Any:
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, ProcessorMixin
 
+    if not hasattr(ProcessorMixin, "get_text_with_replacements"):
+        raise ConfigError(TOO_OLD)
     with loading("processor of model", section, place):
         known = _class_of(Path(place), settings, tokenizer)
         kind = None if known is None else _still(known)
