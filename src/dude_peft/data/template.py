@@ -151,14 +151,15 @@ class Template:
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether the chat template reads contents as lists of parts, and writes nothing of texts."""
-        row = Row((Message("user", "q"), Message("assistant", _PROBE)), "probe")
-        said = [_conversation(row, row.messages, False, parts=parts) for parts in (False, True)]
+        rows = [Row((Message("user", "q"), Message("assistant", text)), "probe") for text in (_PROBE, _PROBE[::-1])]
+        said = [_conversation(row, row.messages, False) for row in rows]
+        said.append(_conversation(rows[0], rows[0].messages, False, parts=True))
         try:
-            texts = try_render(self.source, self._tokenizer.special_tokens_map, said)
+            one, other, listed = try_render(self.source, self._tokenizer.special_tokens_map, said)
         except RenderError:
             return False  # the first real row tells what is wrong
-        as_text, as_parts = (text is not None and _PROBE in text for text in texts)
-        return as_parts and not as_text
+        # A template of texts may write a list as Python spells it.
+        return one == other and listed is not None and _PROBE in listed and "'type'" not in listed
 
     @cached_property
     def _repeats(self) -> bool:
