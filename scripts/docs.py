@@ -96,8 +96,11 @@ def methods() -> str:
         paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else row.paper
         cells = [f"`{row.name}`", row.summary, row.choose, row.start, row.step, rate, f"{paper}, {row.certainty}"]
         rows.append(f"| {' | '.join(cells)} |")
-    rows += ["", "| method | trained in a layer (out, in) | kept beside |", "|---|---|---|"]
-    rows += [f"| `{row.name}` | {row.trained} | {row.kept} |" for row in method_table().rows]
+    rows += ["", "| method | trained in a layer (out, in) | kept beside | experts |", "|---|---|---|---|"]
+    rows += [
+        f"| `{row.name}` | {row.trained} | {row.kept} | {'yes' if row.experts else 'no'} |"
+        for row in method_table().rows
+    ]
     return "\n".join(rows)
 
 

@@ -75,6 +75,27 @@ def _qwen3_moe():  # experts in one stacked tensor, attention in dense layers
     return hf.Qwen3MoeForCausalLM(config)
 
 
+def _gpt_oss():  # experts stored as (experts, in, out), with biases
+    config = hf.GptOssConfig(
+        **_COMMON, num_key_value_heads=2, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+    )
+    return hf.GptOssForCausalLM(config)
+
+
+def _mixtral():
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(**_COMMON, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    )
+
+
+def _llama4():  # experts stored as (experts, in, out), which its class does not say
+    config = hf.Llama4TextConfig(
+        **_COMMON, num_key_value_heads=2, head_dim=12, intermediate_size_mlp=80, num_local_experts=4
+    )
+    return hf.Llama4ForCausalLM(config)
+
+
+STACKED = {"qwen3-moe": _qwen3_moe, "gpt-oss": _gpt_oss, "mixtral": _mixtral, "llama4": _llama4}
 ARCHITECTURES = {
     "llama": _llama,
     "mistral-gqa": _mistral,
@@ -89,11 +110,13 @@ ARCHITECTURES = {
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """A model with random weights and biases (biases start at zero in transformers, which would hide mistakes)."""
     torch.manual_seed(seed)
-    model = _qwen3_moe() if name == "qwen3-moe" else ARCHITECTURES[name]()
+    model = {**ARCHITECTURES, **STACKED}[name]()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.3)
+            elif parameter.ndim == 3:  # Llama 4's start at zero
+                parameter.normal_(std=0.1)
     for module in model.modules():  # the adapter's own dropout is what the tests are about
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

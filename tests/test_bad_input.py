@@ -120,7 +120,7 @@ def test_expert_tensors_are_named():
 
     with pytest.raises(ConfigError) as error:
         get_peft_model(Moe(), DudeConfig(r=2, target_modules=["q_proj", "gate_up_proj"]))
-    refused(error, "'experts.gate_up_proj'", "Experts", "expert")
+    refused(error, "'experts.gate_up_proj'", "Experts", "target_parameters")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -68,7 +68,7 @@ def adapted(model: nn.Module, **settings: object) -> tuple[set[str], list[str]]:
         ("Phi-4 multimodal", "audio_embed.encoder", "model.embed_tokens_extend.audio_embed.encoder (9 layers"),
         ("Qwen2-MoE", "shared_expert_gate", "shared_expert_gate (2 layers, gate or router)"),
         ("Llama 4", "router", "router (1 layer, cannot be adapted)"),
-        ("Mixtral", "experts", "experts (2 layers, stacked tensors, which cannot be adapted)"),
+        ("Mixtral", "experts", "experts (2 layers, stacked tensors)"),
     ],
 )
 def test_all_linear_leaves_out_what_is_no_part_of_the_language_model(family, left_out, said):

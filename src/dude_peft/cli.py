@@ -315,6 +315,9 @@ def config_explain(
         typer.echo(f"    {line}")
 
 
+_Objective = Annotated[
+    str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
+]
 _Columns = Annotated[
     list[str] | None,
     typer.Option(
@@ -343,12 +346,14 @@ def config_new(
         str | None, typer.Option("--gguf-file", help="Name of the GGUF file, if the model is one.")
     ] = None,
     columns: _Columns = None,
+    objective: _Objective = "sft",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write the configuration of a run on your rows, after reading them."""
     from dude_peft.training.new_config import new_config
 
-    text = new_config(source, model, gguf_file=gguf_file, columns=_columns(columns), output=output)
+    named = _columns(columns)
+    text = new_config(source, model, gguf_file=gguf_file, columns=named, objective=objective, output=output)
     if output is None:
         typer.echo(text, nl=False)
 
@@ -378,9 +383,7 @@ def data_check(
     special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
     upft: Annotated[int | None, _whole(help="Train this many first tokens of each answer, as data.upft.")] = None,
-    objective: Annotated[
-        str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
-    ] = "sft",
+    objective: _Objective = "sft",
     stages: Annotated[
         Any,
         typer.Option(

@@ -57,7 +57,7 @@ def _mergeable(model: Any) -> bool:
         return False
     layers = [module for module in model.modules() if isinstance(module, DudeLinear)]
     # A weight that is packed may call itself float32.
-    return all(type(layer.get_base_layer().weight.data) is Tensor and not layer.merged for layer in layers)
+    return all(type(layer.target().weight.data) is Tensor and not layer.merged for layer in layers)
 
 
 @torch.inference_mode()

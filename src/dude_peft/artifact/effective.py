@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dude_peft.artifact.stacks import experts_of
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.magnitude import gain, norm_change, rows_product
+from dude_peft.core.weight_rounding import round_weight
 
 _BLOCK_ELEMENTS = 1 << 22  # of float32: 16 MiB
 
@@ -76,6 +78,41 @@ def combined_weight(
         return effective_weight(W0, *changes[0][1:])
     deltas = [effective_weight(W0, layer, scaling).sub_(W0) for _, layer, scaling in changes]
     return W0 + (combine or weighted_sum)(deltas, [weight for weight, _, _ in changes])
+
+
+def merged_weight(
+    weight: Tensor, changes: Sequence[Change], dtype: torch.dtype | None, *, whole: bool, first_row: int = 0
+) -> Tensor:
+    """`combined_weight` of a whole weight, some rows at a time, rounded once; the bits are those of `dude merge`.
+
+    Args:
+        weight: (out, in) base weight in any float dtype; or a stack (experts, out, in), whose experts are taken one by
+            one.
+        changes: of every adapter.
+        dtype: of the result; None leaves it in float32 or better.
+        whole: take all rows at once, as of a weight that is stored as (in, out).
+        first_row: place of the first row in the stack.
+
+    Returns:
+        As `weight`, a tensor of its own.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    out, in_ = weight.shape[-2:]
+    merged = torch.empty(weight.shape, dtype=dtype or wide, device=weight.device)
+    if weight.ndim == 3:
+        states = [experts_of(layer) for _, layer, _ in changes]
+        for e, matrix in enumerate(weight):
+            own = [(w, state[e], s) for (w, _, s), state in zip(changes, states, strict=True)]
+            merged[e] = merged_weight(matrix, own, dtype, whole=whole, first_row=e * out)
+        return merged
+    count = out if whole else rows_at_once(in_)
+    for start in range(0, out, count):
+        rows = slice(start, min(start + count, out))
+        # A copy also where it is wide already: a product's bits depend on how its arguments lie in memory.
+        W0 = weight[rows].to(wide, copy=True, memory_format=torch.contiguous_format)
+        block = combined_weight(W0, [(w, rows_of(layer, rows), s) for w, layer, s in changes])
+        merged[rows] = block if dtype is None else round_weight(block, dtype, first_row + start)
+    return merged
 
 
 def weighted_sum(deltas: list[Tensor], weights: list[float]) -> Tensor:

@@ -37,16 +37,20 @@ DELTA_FORMAT_VERSION = 5
 WHOLE_FORMAT_VERSION = 6
 # Of adapters that stock PEFT made; the rest of what they remember is all of the base model.
 FOREIGN_FORMAT_VERSION = 7
-_READ = (3, FORMAT_VERSION, DELTA_FORMAT_VERSION, WHOLE_FORMAT_VERSION, FOREIGN_FORMAT_VERSION)
+# Of adapters with stacks of experts, which readers before do not know.
+STACK_FORMAT_VERSION = 8
+_READ = (
+    3, FORMAT_VERSION, DELTA_FORMAT_VERSION, WHOLE_FORMAT_VERSION, FOREIGN_FORMAT_VERSION, STACK_FORMAT_VERSION
+)  # fmt: skip
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
 _SHARES = 16
 FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 TOKENIZER_FILES = (
     "*token*.json", "chat_template*", "*.jinja", "additional_chat_templates/*", "vocab*", "merges*", "*.model",
-    "*.tiktoken", "*.spm",
+    "*.tiktoken", "*.spm", "*processor_config.json",
 )  # fmt: skip
-"""What transformers may read a tokenizer from."""
+"""What transformers may read a tokenizer from, or a processor of images, of which it is a part."""
 _KEY, _SEAL = "dude", "dude_sha256"
 
 
@@ -151,6 +155,8 @@ def sealed_metadata(
     if method is not None and method.delta is not None:
         version = DELTA_FORMAT_VERSION if method.ranked else WHOLE_FORMAT_VERSION
         manifest = replace(manifest, format_version=version)
+    if config.get("target_parameters"):
+        manifest = replace(manifest, format_version=STACK_FORMAT_VERSION)
     return _sealed(manifest)
 
 
@@ -271,7 +277,7 @@ def _parse(text: str, path: Path) -> Manifest:
         if version not in _READ:
             raise ArtifactError(
                 f"'{path}' has adapter format {version}, but dude-peft {__version__} reads formats up to "
-                f"{FOREIGN_FORMAT_VERSION}; "
+                f"{_READ[-1]}; "
                 + (
                     "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)

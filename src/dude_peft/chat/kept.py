@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dude_peft.answer.cache import AnswerCache, key_of
 from dude_peft.artifact.durable import disk_errors
+from dude_peft.data.sight import prints_of
 from dude_peft.errors import BusyError, ConfigError
 from dude_peft.show import shown
 
@@ -71,7 +72,7 @@ def command_key(speaker: Speaker, ids: Sequence[Sequence[int]], decoding: Decodi
 
     return key_of(
         *answering_parts(speaker.model, speaker.tokenizer),
-        [list(each) for each in ids],
+        [[list(each), *prints_of(each)] for each in ids],
         asdict(decoding),
         [batch_size, speaker.company if batch_size > 1 else "any"],
         sorted(speaker.ends),

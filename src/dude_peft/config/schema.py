@@ -267,11 +267,14 @@ class AdapterSection(Section):
     lora_dropout: Fraction = 0.0
     """Dropout on the input of the update. The base weight's input has none."""
 
-    target_modules: Text | Names = "all-linear"
-    """"all-linear", a list of module-name endings, or one regular expression."""
+    target_modules: Text | list[Text] = "all-linear"
+    """"all-linear", a list of module-name endings, or one regular expression; [] for target_parameters alone."""
 
     exclude_modules: Text | Names | None = None
     """Modules to leave alone, written as in target_modules."""
+
+    target_parameters: Names | None = None
+    """Stacks of experts to adapt beside them: names of parameters, or their endings (mlp.experts.down_proj)."""
 
     modules_to_save: Names | None = None
     """Modules trained in full and saved beside the adapter."""
@@ -311,6 +314,26 @@ class AdapterSection(Section):
             for key, value in self.model_dump().items()
             if key not in ("peft", "start", "init_from", "budget", "groups")
         }
+
+    @model_validator(mode="after")
+    def _experts_alone(self) -> AdapterSection:
+        if self.target_parameters is None:
+            if not self.target_modules:
+                raise ValueError("key 'adapter.target_modules' is empty; name layers, or set adapter.target_parameters")
+            return self
+        reasons = {
+            "budget": (self.budget, "ranks are chosen for layers alone"),
+            "init_from": (self.init_from, "experts start from the model's own weights"),
+            "lora_dropout": (self.lora_dropout, "the change of experts has no input of its own"),
+            "layers_to_transform": (self.layers_to_transform, "write whole names into target_parameters"),
+            "bias": (None if self.bias == "none" else self.bias, "biases of experts are not trained"),
+        }
+        for key, (value, reason) in reasons.items():
+            if value:
+                raise ValueError(
+                    f"keys 'adapter.target_parameters' and 'adapter.{key}': {reason}; leave one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_start(self) -> AdapterSection:
@@ -493,6 +516,10 @@ class DpoSection(Section):
     label_smoothing: Annotated[Number, Field(ge=0, le=0.49)] | None = None
     """For robust, the share of pairs that are expected to be the wrong way round (0.1 is usual); for exo_pair, its
     epsilon (1e-3 is usual). Other losses have none."""
+
+    precompute_ref_log_probs: bool = False
+    """Measure the base model on all pairs once, before training, instead of in every step. The cache keeps the result
+    for other runs."""
 
     @model_validator(mode="after")
     def _smoothing_of_something(self) -> DpoSection:
@@ -1316,6 +1343,17 @@ class RunConfig(Section):
             raise ConfigError(
                 f"key 'train.orthogonality': method {method.name!r} trains no factors A and B; leave it out, or choose "
                 "another method"
+            )
+        if self.adapter.target_parameters is not None and not method.stackable:
+            able = ", ".join(name for name, one in METHODS.items() if one.stackable)
+            raise ConfigError(
+                f"key 'adapter.target_parameters': method {method.name!r} has no factors A and B for every expert; "
+                f"choose one of {able}"
+            )
+        if self.adapter.target_parameters is not None and self.train.orthogonality:
+            raise ConfigError(
+                "key 'train.orthogonality' is for layers alone, not for experts; leave it out, or "
+                "adapter.target_parameters"
             )
         for key, tensor, what in RATIOS:
             if getattr(self.train, key) != 1 and tensor not in method.trained:

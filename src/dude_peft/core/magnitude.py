@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from dude_peft.core import compose
 from dude_peft.core.rounding import is_half
 from dude_peft.core.scratch import scratch
+from dude_peft.core.stack import stack_product
 
 # Elements converted at a time when a half-precision weight meets float32 factors: 4 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 20
@@ -38,13 +39,16 @@ def row_norm(W: Tensor) -> Tensor:
     """L2 norm of every output row, `m0_j = ||W_j||`.
 
     Args:
-        W: (out, in), any floating dtype.
+        W: (out, in), any floating dtype; or a stack (experts, out, in).
 
     Returns:
-        (out,) float64 (float32 on devices without float64). Overflow- and underflow-free for every float32 entry.
+        (out,) float64 (float32 on devices without float64), or (experts, out). Overflow- and underflow-free for every
+        float32 entry.
 
     Source: DoRA section 4.1 (there called column-wise).
     """
+    if W.ndim == 3:
+        return torch.stack([row_norm(expert) for expert in W])
     # Into one tensor: small results kept between large temporaries would fragment the heap, by a copy of W and more.
     norms = torch.empty(W.shape[0], dtype=_wide(W), device=W.device)
     start = 0
@@ -58,13 +62,15 @@ def rows_product(W0: Tensor, rows: Tensor) -> Tensor:
     """Product `W0 rows^T` accumulated in the precision of `rows`, without a full copy of W0.
 
     Args:
-        W0: (out, in) base weight, any floating dtype; it gets no gradient.
-        rows: (k, in) a few rows, float32 or float64.
+        W0: (out, in) base weight, any floating dtype; it gets no gradient. Or a stack (experts, out, in).
+        rows: (k, in) a few rows, float32 or float64; of a stack (experts, k, in).
 
     Returns:
-        (out, k) in the dtype of `rows`, differentiable in `rows`.
+        (out, k) in the dtype of `rows`, differentiable in `rows`; of a stack (experts, out, k).
     """
     W0 = W0.detach()
+    if W0.ndim == 3:
+        return stack_product(W0, rows)
     if W0.dtype == rows.dtype:
         return W0 @ rows.T
     kernels = compose.kernels_for(W0)
@@ -105,7 +111,7 @@ def norm_change(
     B0: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Change of the squared row norm, `q = 2 s <D, W0> + s^2 ||D||^2`.
+    """Change of the squared row norm, `q = 2 s <D, W0> + s^2 ||D||^2`; of a stack, each tensor has one axis more.
 
     Args:
         W0_dA: (out, r) W0 dA^T, from `rows_product` or the frozen layer itself.
@@ -123,13 +129,13 @@ def norm_change(
     """
     A = dA if A0 is None else A0 + dA
     W0_A = W0_dA if W0_A0 is None else W0_A0 + W0_dA
-    left = dB if B0 is None else torch.cat([dB, B0], dim=1)
-    right = A if B0 is None else torch.cat([A, dA])
+    left = dB if B0 is None else torch.cat([dB, B0], dim=-1)
+    right = A if B0 is None else torch.cat([A, dA], dim=-2)
     wide = _wide(dA)
-    inner = (dB.to(wide) * W0_A).sum(dim=1)
+    inner = (dB.to(wide) * W0_A).sum(dim=-1)
     if B0 is not None:
-        inner = inner + (B0.to(wide) * W0_dA).sum(dim=1)
-    squared = ((left @ (right @ right.T)).to(wide) * left).sum(dim=1)
+        inner = inner + (B0.to(wide) * W0_dA).sum(dim=-1)
+    squared = ((left @ (right @ right.mT)).to(wide) * left).sum(dim=-1)
     return 2 * scaling * inner + scaling**2 * squared
 
 

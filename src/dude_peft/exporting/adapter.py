@@ -21,7 +21,8 @@ from dude_peft.artifact.manifest import (
     check_complete,
     tokenizer_files,
 )
-from dude_peft.artifact.stock import EXTRA_TRAINED, STOCK_A, STOCK_B, LayerTensors, from_stock, stock_names
+from dude_peft.artifact.stacks import from_disk
+from dude_peft.artifact.stock import EXTRA_TRAINED, STOCK_A, STOCK_B, LayerTensors, stock_names
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.folder.record import ADAPTER
@@ -34,7 +35,7 @@ _PREFIX = "base_model.model."
 _TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 }  # fmt: skip
 
 
@@ -64,12 +65,12 @@ class SavedAdapter:
         """S of one layer."""
         return self.config.spec.scaling(*self.config.rank_and_alpha(layer))
 
-    def layer(self, layer: str, shape: tuple[int, int]) -> LayerTensors:
+    def layer(self, layer: str, shape: tuple[int, ...]) -> LayerTensors:
         """State of one layer.
 
         Args:
             layer: its name in the base model.
-            shape: (out, in) of the base weight.
+            shape: (out, in) of the base weight; (experts, out, in) of a stack.
 
         Raises:
             ArtifactError: a tensor is missing, or does not fit.
@@ -83,10 +84,18 @@ class SavedAdapter:
                 f"'{self.folder / WEIGHTS_FILE}': layer '{shown(layer)}' has no {absent[0]}; save the adapter again"
             )
         found = {name: read_tensor(self.tensors[self._key(layer, name)]) for name in names}
-        return from_stock(found, spec, r, shape, layer)
+        return from_disk(found, spec, r, shape, layer)
 
-    def shape(self, layer: str) -> tuple[int, int]:
-        """(out, in) of one layer, as the adapter's own tensors have it; zeros where these are damaged."""
+    @property
+    def stacks(self) -> list[str]:
+        """Names of the stacks of experts among its layers."""
+        wanted = self.config.target_parameters or ()
+        return [name for name in self.base if any(name == one or name.endswith(f".{one}") for one in wanted)]
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """(out, in) of one layer, or (experts, out, in), as the adapter's own tensors have it; zeros where these are
+        damaged.
+        """
         delta = self.config.spec.delta
         left, right = STOCK_B, STOCK_A
         if delta is not None and not self.config.spec.ranked:
@@ -95,7 +104,7 @@ class SavedAdapter:
         out, in_ = (
             one.shape[side] if one is not None and len(one.shape) == 2 else 0 for side, one in enumerate(stored)
         )
-        return out, in_
+        return (self.base[layer]["shape"][0], out, in_) if layer in self.stacks else (out, in_)
 
     def whole(self) -> Iterator[tuple[str, StoredTensor]]:
         """Tensors that were trained whole (biases, modules_to_save), by their names in the base model."""

@@ -137,7 +137,7 @@ def model_card(
         base_model=shown(base, _LONGEST),
         library_name="transformers" if export and export.get("to") in ("merged", "gguf") else "peft",
         pipeline_tag="text-generation",
-        tags=["dude", *(["lora"] if config.spec.ranked else []), "dude-peft"],
+        tags=["dude", *(["lora"] if config.is_stock else []), "dude-peft"],
     )
     ranks = {config.spec.multiple * config.rank_and_alpha(layer)[0] for layer in adapter.base}
     report = report if report is not None else {}
@@ -146,7 +146,8 @@ def model_card(
     template = environment.from_string(_TEMPLATE)
     settings = _mapping(report.get("config"))
     model = _mapping(settings.get("model"))
-    python, commands = usage(adapter, str(adapter.folder) if place is None else place, model, export)
+    architecture = str(_mapping(report.get("model")).get("class", ""))
+    python, commands = usage(adapter, str(adapter.folder) if place is None else place, model, export, architecture)
     body = template.render(
         python=python,
         commands=commands,
@@ -170,7 +171,7 @@ def model_card(
             (escaped(key), escaped(value)) for key, value in settings_of(settings, _mapping(report.get("budget")))
         ],
         programs=PROGRAMS,
-        serving=serving_matrix(config.spec, ranks or {config.r}),
+        serving=serving_matrix(config.spec, ranks or {config.r}, stacks=bool(adapter.stacks)),
     )
     return f"---\n{front.to_yaml()}\n---\n\n{body}"
 

@@ -73,7 +73,7 @@ def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Mod
     # Several adapters, or a share of one: the sum of the changes, taken in memory.
     for module in adapted.modules():
         if isinstance(module, DudeLinear):
-            base: Any = module.get_base_layer()
+            base: Any = module.target()
             W0 = module.effective_weight([])
             changes = [
                 adapter["weight"] * (module.effective_weight([f"a{number}"]) - W0)
@@ -84,8 +84,7 @@ def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Mod
             if frozen.plain_weight(base) is None:
                 module.base_layer = dense_layer(base, total.to(model.dtype))
                 continue
-            total = total.to(base.weight.dtype)
-            stored = total.T.contiguous() if frozen.is_transposed(base) else total
+            stored = frozen.as_stored(base, total.to(base.weight.dtype))
             base.weight = nn.Parameter(stored, requires_grad=False)  # its own: tied embeddings keep theirs
     return adapted.unload().eval()  # type: ignore[no-any-return]
 

@@ -32,6 +32,7 @@ from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.combine import Combination
 from dude_peft.tuner.same_base import settings_fault
+from dude_peft.tuner.stacks import stack_of
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def write_merge(
 
 
 def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
-    """Every adapted layer by its name, its weight found in the base's checkpoint.
+    """Every adapted layer by its name, its weight found in the base's checkpoint; stacks of experts are not looked for.
 
     Raises:
         ArtifactError: the base has no such layer, or its weight is no plain matrix.
@@ -148,13 +149,21 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for weighted in adapters:
         adapter = weighted.adapter
-        absent = [name for name in adapter.base if name not in modules or not frozen.is_supported(modules[name])]
+        stacks = adapter.stacks
+        absent = [name for name in stacks if stack_of(base.model, name) is None]
+        absent += [
+            name
+            for name in adapter.base
+            if name not in stacks and (name not in modules or not frozen.is_supported(modules[name]))
+        ]
         if absent:
             raise ArtifactError(
                 f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model does not have "
                 f"(first: '{shown(absent[0])}'); give the base model it was trained on with --base"
             )
         for name in adapter.base:
+            if name in stacks:
+                continue
             if name not in layers:
                 module = modules[name]
                 names = base.names[id(module.weight)]

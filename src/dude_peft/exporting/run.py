@@ -282,6 +282,7 @@ class _Export:
         from dude_peft.exporting.merge import layers_of
 
         self.layers = layers_of(base, self.weighted)
+        self._check_stacks(target)
         if target.kind in ("peft", "lora"):
             self._check_stock(base, target)
         self._check_base(base)
@@ -291,7 +292,7 @@ class _Export:
         if target.kind == "peft":
             from dude_peft.exporting.plain import write_stock
 
-            write_stock(self.weighted[0].adapter, folder, base.source.name_or_path)
+            write_stock(self.weighted[0].adapter, folder, base.source.name_or_path, base.model)
             return self._prove("peft", folder, base, scratch)
         if target.kind == "lora":
             return self._lora(target, base, folder, scratch)
@@ -302,8 +303,24 @@ class _Export:
 
         adapter = self.weighted[0].adapter
         config = replace(adapter.config, method="lora") if target.kind == "lora" else adapter.config
-        if refusal := stock_refusal(base.model, config.stock(), adapter.base):
+        layers = [name for name in adapter.base if name not in adapter.stacks]
+        if refusal := stock_refusal(base.model, config.stock(), layers):
             raise ConfigError(f"{refusal}; use --to merged")
+
+    def _check_stacks(self, target: Target) -> None:
+        """What cannot be done with experts."""
+        self.has_stacks = any(weighted.adapter.stacks for weighted in self.weighted)
+        if not self.has_stacks:
+            return
+        if target.kind == "lora":
+            raise ConfigError(
+                "--to lora: no program serves a LoRA of experts (target_parameters) that we know; use --to merged"
+            )
+        if self.settings.dtype != "keep" or not self.combination.by_rows:
+            raise ConfigError(
+                "experts (target_parameters) are merged as they are stored, and added up; leave --dtype "
+                "and other combinations out"
+            )
 
     def _check_base(self, base: Base) -> None:
         from dude_peft.exporting.adapter import check_names
@@ -324,6 +341,13 @@ class _Export:
         from dude_peft.artifact.companions import own_code
         from dude_peft.exporting.merge import plan_merge, write_merge
 
+        if self.has_stacks:
+            from dude_peft.exporting.in_memory import write_in_memory
+
+            allowed = self.settings.allow_base_mismatch
+            with self.display.waiting("merging in memory"):
+                write_in_memory(base, self.weighted, folder, allow_base_mismatch=allowed)
+            return
         plan = plan_merge(base, self.layers, self.weighted, self.dtype, self.combination)
         total = sum(len(pieces) for pieces in plan.files.values())
         self.display.say(f"{len(self.layers)} layers to merge, {total} tensors, {plan.size / 2**20:,.0f} MiB")
@@ -435,6 +459,9 @@ class _Export:
             limit, what = found.kl_tuned_base, "no nearer to the adapter than the base model is"
         elif limit is None:
             stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
+            stored |= {
+                getattr(torch, w.adapter.base[name]["dtype"]) for w in self.weighted for name in w.adapter.stacks
+            }
             dtypes = stored if self.dtype is None else {*stored, self.dtype}
             dtypes |= set() if live is None else {getattr(torch, live)}
             limit, what = tolerance(dtypes, found.kl_tuned_base, quantisation), "more than rounding can explain"

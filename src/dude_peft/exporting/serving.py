@@ -22,14 +22,17 @@ class Serving:
     answers: tuple[str, ...]
 
 
-def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True) -> list[Serving]:
+def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True, stacks: bool = False) -> list[Serving]:
     """The matrix of one adapter.
 
     Args:
         method: its method.
         ranks: of its stock tensors, over all layers.
         loads: whether stock PEFT loads adapters on these layers of this model.
+        stacks: whether it adapts stacks of experts, which need a stock adapter of their own form.
     """
+    if stacks:
+        return _of_stacks(method)
     if not method.ranked:
         adapter: tuple[str, ...] = ("refused",) * len(PROGRAMS)
     else:
@@ -41,6 +44,17 @@ def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True) -> li
         Serving("the adapter, --to peft", adapter),
         Serving("--to merged", ("exact", "exact", "exact", "after conversion")),
         Serving("--to lora:K", lora),
+        Serving("--to gguf:TYPE", ("no", "no", "no", "exact up to TYPE")),
+    ]
+
+
+def _of_stacks(method: Method) -> list[Serving]:
+    refused = ("refused",) * len(PROGRAMS)
+    peft = refused if method.normalised else ("exact", "not tried", "not tried", "not tried")
+    return [
+        Serving("the adapter", refused),
+        Serving("--to peft", peft),
+        Serving("--to merged", ("exact", "exact", "exact", "after conversion")),
         Serving("--to gguf:TYPE", ("no", "no", "no", "exact up to TYPE")),
     ]
 

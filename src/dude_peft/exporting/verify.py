@@ -113,7 +113,7 @@ def verify(
         warnings.append(f"the base model's tokenizer is not the one used in training: {changed}")
     refusal = _stock_refusal(opened, base, gguf_file)
     if refusal:
-        warnings.append(f"{refusal}; use --to merged")
+        warnings.append(f"{refusal}; use --to {'merged' if config.is_stock or config.spec.normalised else 'peft'}")
     found = Verification(
         method=config.method,
         r=config.r if config.spec.ranked else 0,
@@ -124,7 +124,7 @@ def verify(
         saved_whole=tuple(whole),
         base_compared=compare,
         stock_refusal=refusal,
-        serving=tuple(serving_matrix(config.spec, ranks, loads=not refusal)),
+        serving=tuple(serving_matrix(config.spec, ranks, loads=not refusal, stacks=bool(opened.stacks))),
         warnings=tuple(warnings),
     )
     for line in found.facts():
@@ -187,6 +187,8 @@ def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None
 
     if not opened.config.spec.ranked:
         return f"stock PEFT refuses an adapter of method {opened.config.method}, which has no rank"
+    if opened.stacks:
+        return "stock PEFT refuses an adapter of experts (target_parameters) as it is saved"
     try:
         source = source_of(opened, base, gguf_file)
         settings = load_settings(source, locate(source))

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -264,17 +264,21 @@ class RunFolder:
             replace_file(self.path / name, raw)
         return self.path / name
 
-    def save_adapter(self, model: Any, tokenizer: Any, state: dict[str, Any] | None = None) -> Path:
-        """Saves the adapter of a PEFT model, and the tokenizer it was trained with, under adapter/, complete or not.
+    def save_adapter(
+        self, model: Any, tokenizer: Any, state: dict[str, Any] | None = None, processor: Sequence[Path] = ()
+    ) -> Path:
+        """Saves the adapter of a PEFT model, and what read the rows of its training, under adapter/, complete or not.
 
         Args:
             model: the PEFT model.
             tokenizer: of its training.
             state: the trained tensors, where the model holds only a shard of each.
+            processor: files of the processor of images, which are copied.
 
         Raises:
             ResourceError: the disk or a permission does not allow it.
         """
+        from dude_peft.artifact.companions import copy_files
         from dude_peft.artifact.manifest import cover_tokenizer, tokenizer_files
 
         target = self.path / ADAPTER
@@ -286,6 +290,8 @@ class RunFolder:
             try:
                 save_adapter(model, temporary, state, card=True)
                 tokenizer.save_pretrained(str(temporary))
+                for file in processor:
+                    copy_files(file.parent, temporary, [file.name])
                 cover_tokenizer(temporary)
                 for file in temporary.rglob("*"):
                     sync(file)

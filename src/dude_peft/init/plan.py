@@ -19,7 +19,7 @@ import torch
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.header import DTYPES, StoredTensor
-from dude_peft.artifact.stock import stock_shapes
+from dude_peft.artifact.stacks import layer_shapes
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.init.layer import LayerTask
 from dude_peft.methods import Method
@@ -156,7 +156,6 @@ def _check_whole(
 
 def saved_bytes(layer: DudeLinear, method: Method, r: int) -> int:
     """Size of the tensors that an adapter file holds of one layer."""
-    shapes = stock_shapes(method, r, (layer.out_features, layer.in_features))
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-    base: Any = layer.get_base_layer()
+    numbers = sum(math.prod(shape) for shape in layer_shapes(method, r, layer.shape).values())
+    base: Any = layer.target()
     return numbers * torch.promote_types(base.weight.dtype, torch.float32).itemsize

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dude_peft.tuner import frozen
 from dude_peft.tuner.layer import DudeLinear
 
 WeightOf: TypeAlias = Callable[[str], Tensor]
-"""W0 (out, in) of an adapted layer, in float32 on the CPU, by the layer's name."""
+"""W0 (out, in) of an adapted layer, or (experts, out, in), in float32 on the CPU, by the layer's name."""
 
 
 def base_weights(model: Any) -> WeightOf | None:
     """The base weights of an adapted model; None where one is quantised, split among processes, or not there."""
     layers = {layer.layer_name: layer for layer in model.modules() if isinstance(layer, DudeLinear)}
-    bases: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in layers.items()}
+    bases: dict[str, frozen.Frozen] = {name: layer.target() for name, layer in layers.items()}
     for base in bases.values():
         weight = frozen.plain_weight(base)
         if weight is None or type(weight) is not Tensor or weight.is_meta:

@@ -80,6 +80,11 @@ class Method:
         return 2 if self.frozen_start else 1
 
     @property
+    def stackable(self) -> bool:
+        """Whether it adapts stacks of experts (`target_parameters`); a delta is made for one matrix."""
+        return self.delta is None
+
+    @property
     def ranked(self) -> bool:
         """Whether the change has a rank, so that its files are a stock LoRA or DoRA; else it is a whole matrix."""
         return self.multiple > 0

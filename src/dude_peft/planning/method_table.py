@@ -39,6 +39,8 @@ class MethodRow:
     """Frozen numbers that are kept beside them."""
     bytes: int | None
     """Both in training, with gradients and Adam's states; None without a model."""
+    experts: bool
+    """Whether it adapts stacks of experts (adapter.target_parameters)."""
     learning_rate: float
     rate_of: str
     """The relative whose rate it is; empty where it is the method's own."""
@@ -81,7 +83,7 @@ class MethodTable:
 
 _HEADER = (
     "method", "what it is", "take it for", "trained", "kept beside; memory in training", "start", "step beside W0",
-    "learning rate", "source",
+    "experts", "learning rate", "source",
 )  # fmt: skip
 
 
@@ -161,6 +163,7 @@ def _row(method: Method, shapes: list[tuple[int, int]] | None, r: int) -> Method
         summary=method.summary,
         start=method.start,
         step=method.step,
+        experts=method.stackable,
         trained=trained,
         kept=kept,
         bytes=size,
@@ -178,4 +181,5 @@ def _cells(row: MethodRow) -> list[str]:
     memory = kept if row.bytes is None else f"{kept}; {row.bytes / 2**20:,.1f} MiB in all"
     rate = f"{row.learning_rate:g}" + (f" ({row.rate_of}'s, not measured yet)" if row.rate_of else "")
     source = f"{row.paper} ({row.certainty})"
-    return [row.name, row.summary, row.choose, trained, memory, row.start, row.step, rate, source]
+    experts = "yes" if row.experts else "no"
+    return [row.name, row.summary, row.choose, trained, memory, row.start, row.step, experts, rate, source]

@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.config.schema import KtoSection, RunConfig, ShareSection
+from dude_peft.config.schema import DpoSection, KtoSection, RunConfig, ShareSection
 from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
@@ -18,7 +18,8 @@ from dude_peft.model.load import code_note, load_settings, load_tokenizer, locat
 from dude_peft.rewards.notes import reward_notes
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.training.run_data import glance
+from dude_peft.training.image_rows import check_images
+from dude_peft.training.run_data import glance, seeing
 from dude_peft.training.start import with_start
 from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, scorer_for
@@ -137,9 +138,11 @@ def _made(
             "time, of which they are the largest part, nor in the memory"
         )
     elif train.preference is not None and train.preference.has_base:
+        once = isinstance(train.preference, DpoSection) and train.preference.precompute_ref_log_probs
+        longer = "" if once else ", which it makes about a third longer"
         warnings.append(
-            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
-            "which it makes about a third longer; it needs no memory beyond the step's"
+            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time"
+            f"{longer}; it needs no memory beyond the step's"
         )
     if train.curriculum is not None:
         warnings.append(
@@ -166,8 +169,14 @@ def _made(
         # Adapting writes into the configuration.
         model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
     with display.waiting("rows"):
-        rows = _rows(config, tokenizer, model)
-    positions = getattr(settings, "max_position_embeddings", None) or config.data.max_length
+        rows = _rows(config, where, tokenizer, model)
+    if rows is not None and rows.images:
+        check_images(config, 1, spread.processes)
+        warnings.append(
+            "rows with images: their tokens are counted; the memory and the time of the vision tower, which reads the "
+            "pixels, are not"
+        )
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None) or config.data.max_length
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
     def evaluate(changed: RunConfig, tokens: int) -> Cost:
@@ -193,13 +202,15 @@ def _made(
     return made
 
 
-def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
+def _rows(config: RunConfig, where: str, tokenizer: Any, model: Any) -> Rows | None:
+    from dude_peft.model.processor import sight_of
     from dude_peft.planning.rows import count_rows, is_local
 
     data, kind = config.data, KINDS[config.train.objective]
+    eyes = seeing(config.train.objective, sight_of(config.model, where, tokenizer))
     held_out = None if isinstance(data.test, ShareSection) else data.test
     if config.evaluation.enabled and held_out is not None and is_local(held_out):
-        count_rows(data, tokenizer, model, held_out=True, kind=kind)  # for its errors
+        count_rows(data, tokenizer, model, held_out=True, kind=kind, eyes=eyes)  # for its errors
     rewarded = config.train.rewarded
     answers = None if rewarded is None else rewarded.max_completion_length
-    return count_rows(data, tokenizer, model, kind=kind, answers=answers) if is_local(data.train) else None
+    return count_rows(data, tokenizer, model, kind=kind, answers=answers, eyes=eyes) if is_local(data.train) else None

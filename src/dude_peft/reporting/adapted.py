@@ -95,6 +95,8 @@ def _beside_base(adapter: SavedAdapter, gguf_file: str | None) -> list[AdaptedLa
     if folder_of(source.name_or_path) is None and not _is_cached(source.name_or_path, source.revision):
         raise ConfigError(f"the base model {shown(source.name_or_path, 300)} is not on this machine")
     with tempfile.TemporaryDirectory() as scratch, open_base(source, Path(scratch), [adapter]) as base:
+        if adapter.stacks:
+            raise ConfigError("the weights of experts are read only during a run")
         layers = layers_of(base, [Weighted(adapter, 1.0)])
         if (problem := check_base(base, layers)) is not None:
             raise problem
@@ -116,11 +118,12 @@ def _layer(adapter: SavedAdapter, name: str, W0: Tensor | None) -> AdaptedLayer:
     if tensors.dA is None:
         return _whole_layer(name, scaling * tensors.dB.float(), W0)
     dA, dB = tensors.dA.float(), tensors.dB.float()
+    experts = len(dA) if dA.ndim == 3 else 1
     A = dA if tensors.A0 is None else tensors.A0.float() + dA
     B = dB if tensors.B0 is None else tensors.B0.float() + dB
     # s D = s (dB A + B0 dA)
-    left = dB if tensors.B0 is None else torch.hstack([dB, tensors.B0.float()])
-    right = A if tensors.B0 is None else torch.vstack([A, dA])
+    left = dB if tensors.B0 is None else torch.cat([dB, tensors.B0.float()], dim=-1)
+    right = A if tensors.B0 is None else torch.cat([A, dA], dim=-2)
     change = _singular_values(left, right, scaling)
     start = end = torch.zeros(0)
     angle = None
@@ -146,7 +149,7 @@ def _layer(adapter: SavedAdapter, name: str, W0: Tensor | None) -> AdaptedLayer:
         magnitude=magnitude,
         direction=direction,
         change=_plain(change),
-        relative=float(change.norm()) / norm if norm else None,
+        relative=float(change.norm()) * math.sqrt(experts) / norm if norm else None,
         start=_plain(start),
         end=_plain(end),
         angle=angle,
@@ -176,8 +179,9 @@ def _read(weight: Layer) -> Tensor:
 
 def _tensors(adapter: SavedAdapter, name: str, W0: Tensor | None) -> LayerTensors:
     if W0 is not None:
-        out, in_ = W0.shape
-        return adapter.layer(name, (out, in_))
+        return adapter.layer(name, tuple(W0.shape))
+    if name in adapter.stacks:
+        return adapter.layer(name, adapter.shape(name))
     out, in_ = adapter.base[name]["shape"]
     try:
         return adapter.layer(name, (out, in_))
@@ -186,16 +190,18 @@ def _tensors(adapter: SavedAdapter, name: str, W0: Tensor | None) -> LayerTensor
 
 
 def _singular_values(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """Of s left right, (out, k) and (k, in), without forming it."""
-    small = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    """Of s left right, (out, k) and (k, in), without forming it; of experts their mean over these, in squares."""
+    small = torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT
     values: Tensor = torch.linalg.svdvals(small)
+    if values.ndim == 2:
+        values = values.square().mean(dim=0).sqrt()
     return abs(scaling) * values
 
 
 def _largest_angle(one: Tensor, other: Tensor) -> float:
     """Between the spans of the rows, in degrees, from the sine: the cosine cannot tell small angles."""
-    first, second = torch.linalg.qr(one.double().T).Q, torch.linalg.qr(other.double().T).Q
-    sine = float(torch.linalg.matrix_norm(second - first @ (first.T @ second), 2))
+    first, second = torch.linalg.qr(one.double().mT).Q, torch.linalg.qr(other.double().mT).Q
+    sine = float(torch.linalg.matrix_norm(second - first @ (first.mT @ second), 2).max())
     return math.degrees(math.asin(min(1.0, sine)))
 
 

@@ -27,6 +27,7 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.errors import ConfigError
 from dude_peft.kinds import checked
 from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
+from dude_peft.model.processor import sight_of
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -35,6 +36,7 @@ from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.data_section import data_section
 from dude_peft.training.label_balance import told_of_held_out, told_of_labels
+from dude_peft.training.run_data import seeing
 
 if TYPE_CHECKING:
     from dude_peft.training.curriculum import Curriculum
@@ -82,6 +84,10 @@ class DataReport:
     """Of labelled answers, how many have the label true."""
     stages: dict[str, Any] | None = None
     """Of `stages`, what a curriculum by length would make of the examples, as in report.json."""
+    images: int = 0
+    """Images of the examples."""
+    image_tokens: int = 0
+    """Tokens in whose places the model puts these."""
 
     def _repr_html_(self) -> str:
         least, middle, high, most = self.lengths
@@ -99,6 +105,8 @@ class DataReport:
             facts.append(("chosen answers are longer by", f"{low} to {top} tokens, median {usual}"))
         if self.wanted is not None:
             facts.append(("labels", f"{self.wanted:,} true, {self.examples - self.wanted:,} false"))
+        if self.images:
+            facts.append(("images; their tokens", f"{self.images:,}; {self.image_tokens:,}"))
         if self.held_out is not None:
             facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} with a question of training"))
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
@@ -171,9 +179,10 @@ def check_data(
     shapes = _shapes(source, names, kind)
     with quiet_imports():
         tokenizer = load_tokenizer(section, where, own)
+        sight = sight_of(section, where, tokenizer)
     written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
-    options["kind"] = kind
+    options |= {"kind": kind, **seeing(objective, sight)}
     held_out = None
     with display.waiting("reading"):
         made = prepare(source, written, tokenizer, upft=upft, **options)
@@ -247,6 +256,8 @@ def check_data(
         identical=made.counts.identical,
         wanted=wanted,
         stages=None if by_length is None else by_length.record(),
+        images=made.counts.images,
+        image_tokens=made.counts.image_tokens,
     )
 
 
@@ -332,7 +343,7 @@ def _margins(made: TokenSet) -> tuple[int, int, int]:
     return least, middle, most
 
 
-def _sides(example: dict[str, list[int]]) -> list[tuple[str, dict[str, list[int]]]]:
+def _sides(example: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What is shown of an example: itself, or the two conversations of a pair."""
     if "rejected_labels" not in example:
         return [("example", example)]
@@ -351,6 +362,12 @@ def _numbers(
         f"{most} (median {middle}, 95 % have at most {high}); max_length is {max_length}",
         f"answers with a trained end: {counts.ended:,} of {len(made):,} examples",
     ]
+    if counts.images:
+        seen = int((made.images > 0).sum())
+        lines.append(
+            f"images: {counts.images:,} in {seen:,} of {len(made):,} examples, {counts.image_tokens:,} of the tokens, "
+            "none of them trained"
+        )
     if margins is not None:
         low, usual, top = margins
         longer = int((made.margins > 0).sum())
@@ -374,9 +391,20 @@ def _legend(display: Display) -> str:
     return "trained tokens are green" if _coloured(display) else "trained tokens are between « and »"
 
 
-def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> Text:
+def _decoded(ids: list[int], tokenizer: Any, marks: frozenset[int]) -> str:
+    """The text of ids; of an image's tokens one, and their number."""
+    texts = []
+    for image, same in itertools.groupby(ids, key=lambda token: token if token in marks else None):
+        run = list(same)
+        text = tokenizer.decode(run[:1] if image is not None else run, clean_up_tokenization_spaces=False)
+        texts.append(f"{text}×{len(run)}" if image is not None and len(run) > 1 else text)
+    return "".join(texts)
+
+
+def _marked(example: dict[str, Any], tokenizer: Any, *, colour: bool) -> Text:
     """The text of an example, trained stretches marked, control characters escaped; of a long one head and tail."""
     ids, labels = example["input_ids"], example["labels"]
+    marks = example["shown"].sight.marks if "shown" in example else frozenset()
     half = _SAMPLE_TOKENS // 2
     parts = [range(len(ids))] if len(ids) <= 2 * half else [range(half), range(len(ids) - half, len(ids))]
     text = Text()
@@ -384,7 +412,7 @@ def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> T
         if part.start:
             text.append("\n…\n")
         for trained, group in itertools.groupby(part, key=lambda place: labels[place] == ids[place]):
-            decoded = tokenizer.decode([ids[place] for place in group], clean_up_tokenization_spaces=False)
+            decoded = _decoded([ids[place] for place in group], tokenizer, marks)
             safe = "\n".join(shown(line, None) for line in decoded.split("\n"))
             text.append(f"«{safe}»" if trained and not colour else safe, style="green" if trained else "dim")
     return text

@@ -11,6 +11,7 @@ from typing import Any
 
 import peft  # noqa: F401  # Trainer would import it later, in the middle of the output
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -204,6 +205,8 @@ class Training:
     """Which prompts may share a batch."""
     order: EpochOrder | None = None
     """Of the rows, where it is no random one."""
+    reference: Tensor | None = None
+    """The base's log-probabilities of the pairs, (pairs, 2), where they were measured before."""
 
     def run(self) -> Fit:
         """Trains from the start of the adapter, or from the checkpoint of `loop`.
@@ -289,7 +292,7 @@ class Training:
             estimates = section.preference.loss_type == "kto"
             rows = LabelledRows(examples, most_tokens(model, config.data.max_length) if estimates else None)
         elif section.preference is not None:
-            rows = PairRows(examples)
+            rows = PairRows(examples, self.reference)
         else:
             rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)

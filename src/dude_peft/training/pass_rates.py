@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -19,22 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dude_peft.answer.cache import AnswerCache, key_of
+from dude_peft.answer.cache import AnswerCache, key_of, shared_cache
 from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.fingerprint import answering_parts
-from dude_peft.artifact.durable import disk_errors
 from dude_peft.config.schema import CurriculumSection, GrpoSection
 from dude_peft.data.answers import same_answer
 from dude_peft.data.batches import Company, grouped
-from dude_peft.data.cache_folder import cache_folder
-from dude_peft.errors import BusyError, DataError, ResourceError
+from dude_peft.errors import DataError, ResourceError
 from dude_peft.folder.state import load_random_state, random_state
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.measure.score import end_of_turn_ids
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.drawn import Drawn, asked_and_answer, draw, text_of
-
-_WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,11 +128,10 @@ class PassRates:
             of.append(numbers[key])
         return asked, of
 
-    @contextmanager
     def _cache(
         self, asked: Sequence[_Asked], say: Callable[[str], None], check: Callable[[], None]
-    ) -> Iterator[AnswerCache]:
-        """Within: what is measured already, and a place for more; another process that measures the same is awaited."""
+    ) -> AbstractContextManager[AnswerCache]:
+        """Within: what is measured already, and a place for more."""
         digest = hashlib.sha256()
         for each in asked:
             digest.update(json.dumps([each.ids, each.answer]).encode("ascii") + b"\n")
@@ -149,24 +143,7 @@ class PassRates:
             sorted(end_of_turn_ids(self.model, self.tokenizer)),
             self._reward,
         )
-        path = cache_folder() / "pass_rates" / f"{key}.jsonl"
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        waited = False
-        while True:
-            try:
-                cache = AnswerCache(path, {"pass_rates": key})
-                break
-            except BusyError:
-                if not waited:
-                    say("pass rates: another run measures the same; this one waits for it")
-                waited = True
-                check()
-                time.sleep(_WAIT_SECONDS)
-        try:
-            yield cache
-        finally:
-            cache.close()
+        return shared_cache("pass rates", key, say, check)
 
     @property
     def _decoding(self) -> Decoding:

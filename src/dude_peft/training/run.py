@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, RunConfig
+from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
@@ -48,7 +48,10 @@ from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dude_peft.data.batches import Company
+    from dude_peft.data.sight import Sight
     from dude_peft.folder.checkpoint import Checkpoint
     from dude_peft.measure.base_weights import WeightOf
     from dude_peft.rewards.judge import Judge
@@ -153,6 +156,10 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.tokenizer: Any = None
+        self.reference: Tensor | None = None
+        """What the base model makes of the pairs, where it was measured before training."""
+        self.sight: Sight | None = None
+        """How the model sees images; None where it has no processor."""
         self.model: Any = None
         self.nature: Any = None
         self.company: Company = "any"
@@ -209,11 +216,13 @@ class _Run:
                 self.warn(note)
             glance(config)
         with self._phase("imports"), quiet_imports():
+            from dude_peft.model.processor import sight_of
             from dude_peft.training.fit import training_arguments
         arguments = training_arguments(config, self.strategy)
         self._check_quantisation(where, arguments.device)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
+            self.sight = sight_of(config.model, where, self.tokenizer)
             if self.scorer is not None:
                 with display.waiting("reading the tasks"):
                     self.scorer.check(self.tokenizer)
@@ -334,16 +343,18 @@ class _Run:
 
     def _read(self, world_size: int) -> RunData:
         from dude_peft.data.clock import moment, set_moment
+        from dude_peft.training.image_rows import check_images
         from dude_peft.training.run_data import read
 
         earlier = self.folder.earlier
         set_moment(processes.from_first(moment() if earlier is None else earlier.moment or moment()))
         with self.display.waiting("reading the rows"):
-            data = read(self.config, self.tokenizer)
+            data = read(self.config, self.tokenizer, self.sight)
+        check_images(self.config, data.images, world_size)
         if earlier is not None:
             earlier.check_data(data.sha256)
             earlier.check_tokens(data.tokens_sha256)
-            earlier.check_tokenizer(self._tokenizer_parts())
+            earlier.check_tokenizer(self._tokenizer_parts(data))
         for warning in data.warnings:
             self.warn(warning)
         if len(data.train) < world_size:
@@ -353,10 +364,11 @@ class _Run:
             )
         return data
 
-    def _tokenizer_parts(self) -> dict[str, str]:
+    def _tokenizer_parts(self, data: RunData) -> dict[str, str]:
+        """Of the processor as well, where rows have images."""
         from dude_peft.data.tokenizer_parts import tokenizer_parts
 
-        return tokenizer_parts(self.tokenizer)
+        return tokenizer_parts(self.tokenizer) | (self.sight.parts if self.sight is not None and data.images else {})
 
     def _finished(self) -> RunReport | None:
         report = self.folder.finished()
@@ -444,6 +456,9 @@ class _Run:
         if drawn is not None:
             with self._phase("pass_rates"):
                 self.curriculum = self._staged(model, data)
+        if isinstance(config.train.preference, DpoSection) and config.train.preference.precompute_ref_log_probs:
+            with self._phase("reference"):
+                self.reference = self._measured_reference(model, data)
         if self.asked is not None:
             with self._phase("budget"):
                 spent = self._spend(model, data, pad_id) if processes.is_first() else self.asked
@@ -515,6 +530,22 @@ class _Run:
         ).measure(
             data.train,
             data.train.source,
+            say=self.display.say,
+            stage=self.display.stage,
+            check=self.stop.raise_if_wanted,
+        )
+        self.stop.after("before training began; nothing is lost")
+        return measured
+
+    def _measured_reference(self, model: Any, data: RunData) -> Any:
+        """What the base model makes of the pairs, before an adapter is on it."""
+        from dude_peft.training.reference import Reference
+
+        evaluation, train = self.config.evaluation, self.config.train
+        self.stop.after("while the reference was measured; what is measured is kept, run the same command again")
+        measured = Reference(model, self.tokenizer, evaluation.batch_size, self.nature.company, train.bf16).measure(
+            data.train,
+            data.tokens_sha256["train"],
             say=self.display.say,
             stage=self.display.stage,
             check=self.stop.raise_if_wanted,
@@ -696,7 +727,7 @@ class _Run:
                 data.sha256,
                 now,
                 tokens=data.tokens_sha256,
-                tokenizer=self._tokenizer_parts(),
+                tokenizer=self._tokenizer_parts(data),
                 asked={} if self.asked is None else self.asked.model_dump(mode="json"),
                 moment=moment(),
                 start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
@@ -749,6 +780,7 @@ class _Run:
                 self.judge,
                 self.company,
                 self.order,
+                self.reference,
             ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
@@ -836,7 +868,7 @@ class _Run:
             texts = self._answers(held_out, advance)
             rewards = self._rewards(held_out, texts)
         answers = tuple(
-            Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
+            Answer(row.prompt[-1].told, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
         loss, preference = found.mean, None
@@ -858,7 +890,7 @@ class _Run:
 
         config = self.config
         state = sharded_state(self.model)
-        self.folder.save_adapter(self.model, self.tokenizer, state)
+        self.folder.save_adapter(self.model, self.tokenizer, state, () if self.sight is None else self.sight.files)
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.watched)] if before else []

@@ -17,7 +17,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import quiet_imports
 
-_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform")
+_LAYERS = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform")
 _FREE = "lora_dropout"
 
 

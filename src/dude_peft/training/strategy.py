@@ -32,6 +32,8 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
             "train.curriculum: pass rates are measured in one process; leave --launch out, or set "
             "train.curriculum.by: length"
         )
+    if config.train.dpo is not None and config.train.dpo.precompute_ref_log_probs:
+        raise ConfigError("train.dpo.precompute_ref_log_probs measures in one process; leave it, or --launch, out")
     if strategy == "ddp":
         return []
     if config.adapter.foreign:
@@ -40,6 +42,10 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         raise ConfigError(
             f"train.orthogonality: it needs whole weights, and {strategy} splits them; use --launch ddp, or leave it "
             "out"
+        )
+    if config.adapter.target_parameters:
+        raise ConfigError(
+            f"adapter.target_parameters: it needs whole weights, and {strategy} splits them; use --launch ddp"
         )
     if scored:
         raise ConfigError(

@@ -1,8 +1,9 @@
 """What target_modules="all-linear" means: every linear layer of the language model that an adapter can do good on.
 
 PEFT's own meaning has every linear layer but the output's. We leave out what a user has to ask for by name: encoders of
-images and sound beside a language model, gates and routers (their choice of an expert jumps, and one output has no
-principal directions to train), and layers smaller than the rank. What is left out is said.
+images and sound beside a language model, what projects their output into it, gates and routers (their choice of an
+expert jumps, and one output has no principal directions to train), and layers smaller than the rank. What is left out
+is said.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dude_peft.tuner.config import DudeConfig
 
 # A name, or the end of one: `gate`, `router.layer`, `shared_expert_gate`; no `gate_proj`.
 _GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
-_UNFIT, _STACKED = "cannot be adapted", "stacked tensors, which cannot be adapted"
+_UNFIT, _STACKED = "cannot be adapted", "stacked tensors"
 _SEES, _CHOOSES = "not used by text", "gate or router"
 _SMALL = "smaller than r="
 
@@ -35,11 +36,12 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
     Returns:
         Names; and what was left out and why, empty where nothing was.
     """
-    towers = _towers(model)
+    towers = dict.fromkeys([*_towers(model), *_projectors(model)])
     kept, small = set(), set()
     left: dict[tuple[str, str], int] = {}
     for name, part in model.named_modules():
-        if name.rpartition(".")[2] == "experts" and any(p.ndim == 3 for p in part.parameters(recurse=False)):
+        stacks = [f"{name}.{last}" for last, p in part.named_parameters(recurse=False) if p.ndim == 3]
+        if name.rpartition(".")[2] == "experts" and any(not _is_named(stack, config) for stack in stacks):
             left["experts", _STACKED] = left.get(("experts", _STACKED), 0) + 1
     for name, layer in layers:
         last, tower = name.rpartition(".")[2], next((t for t in towers if name.startswith(f"{t}.")), None)
@@ -76,9 +78,25 @@ def _towers(model: nn.Module) -> Sequence[str]:
     ]
 
 
+def _projectors(model: nn.Module) -> Sequence[str]:
+    """Names of what stands beside the decoder of a model with towers: what text never passes through."""
+    if not _towers(model) or not isinstance(model, PreTrainedModel):
+        return []
+    names = {id(part): name for name, part in model.named_modules()}
+    decoder = names.get(id(model.get_decoder()), "")
+    whole, _, own = decoder.rpartition(".")
+    output = model.get_output_embeddings()
+    beside = [] if not decoder else [(name, part) for name, part in model.get_submodule(whole).named_children()]
+    return [f"{whole}.{name}".lstrip(".") for name, part in beside if name != own and part is not output]
+
+
 def _is_gate(name: str, layer: nn.Module) -> bool:
     out, in_ = frozen.layer_shape(layer)
     return out < in_ and (_GATE.search(name) is not None or "Router" in type(layer).__name__)
+
+
+def _is_named(stack: str, config: DudeConfig) -> bool:
+    return any(stack == name or stack.endswith(f".{name}") for name in config.target_parameters or ())
 
 
 def _line(left: dict[tuple[str, str], int]) -> str:
@@ -89,6 +107,8 @@ def _line(left: dict[tuple[str, str], int]) -> str:
     ways = []
     if reasons & {_SEES, _CHOOSES}:
         ways.append("list a layer in target_modules to adapt it")
+    if _STACKED in reasons:
+        ways.append("name stacked tensors in target_parameters to adapt them")
     if any(why.startswith(_SMALL) for why in reasons):
         ways.append("give a small layer a smaller r with rank_pattern")
     return "; ".join([f"target_modules='all-linear' leaves out {', '.join(parts)}", *ways])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dude_peft.artifact.fingerprint import TensorPrint, fingerprint
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.tuner import frozen
+from dude_peft.tuner.experts import DudeExperts, innermost, layers_in
 from dude_peft.tuner.layer import DudeLinear
 
 # Of every tensor by its name: where it lies and its version, and the fingerprint taken then.
@@ -55,10 +56,11 @@ def relied_on(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Buffers that no checkpoint holds (the angles of rotary embeddings) follow from the configuration.
     """
     for prefix, module in _own_modules(model):
-        adapted = isinstance(module, DudeLinear)
+        adapted = isinstance(module, DudeLinear) and not isinstance(module, DudeExperts)
         inner = module.get_base_layer() if isinstance(module, DudeLinear) else module
+        changed = {layer.parameter_name for layer in layers_in(module)} or ({"weight"} if adapted else set())
         for name, parameter in inner.named_parameters(prefix, recurse=False):
-            if not (adapted and name == f"{prefix}.weight"):
+            if name.rpartition(".")[2] not in changed:
                 yield name, parameter
         for name, buffer in inner.named_buffers(prefix, recurse=False):
             kept = name.rpartition(".")[2] not in inner._non_persistent_buffers_set
@@ -75,7 +77,7 @@ def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     if isinstance(model, AuxiliaryTrainingWrapper):
         return
     yield prefix, model
-    if isinstance(model, DudeLinear):
+    if isinstance(model, DudeLinear) and not isinstance(model, DudeExperts):
         return
-    for name, child in model.named_children():
+    for name, child in innermost(model).named_children():
         yield from _own_modules(child, f"{prefix}.{name}" if prefix else name)

@@ -113,6 +113,8 @@ class DudeConfig(PeftConfig):
     """Names of the layers (a list of name endings, a regular expression, "all-linear"); None: PEFT's choice."""
     exclude_modules: list[str] | str | None = None
     """Names that are left out though they match target_modules."""
+    target_parameters: list[str] | None = None
+    """Stacks of experts to adapt: names of parameters (experts, out, in), or their endings (mlp.experts.down_proj)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Regular expression of layer names -> r of these layers."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -135,8 +137,6 @@ class DudeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DUDE_TYPE
-        # PEFT hands this attribute to its own tuners only; ours has no parameters to target.
-        self.target_parameters = None
         self._loading: Manifest | None = None
         self._base: BaseRecord | None = None
         self._beside: dict[str, tuple[tuple[int, int], TensorPrint]] = {}
@@ -146,7 +146,7 @@ class DudeConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
+        for name in ("target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, (tuple, range, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
@@ -165,6 +165,11 @@ class DudeConfig(PeftConfig):
         """The method's entry in the table."""
         return METHODS[self.method]
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether its files are a stock LoRA or DoRA; else they are under a type that stock PEFT refuses."""
+        return self.spec.ranked and not self.target_parameters
+
     def rank_and_alpha(self, layer_name: str) -> tuple[int, float]:
         """Rank r and lora_alpha of one layer, its patterns considered."""
         r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer_name), self.r)
@@ -178,8 +183,13 @@ class DudeConfig(PeftConfig):
         into alpha, because some servers ignore its flag.
 
         Raises:
-            ConfigError: the method has no rank, so there is none.
+            ConfigError: the method has no rank, or a magnitude of experts, so there is none.
         """
+        if self.target_parameters and self.spec.normalised:
+            raise ConfigError(
+                f"method {self.method!r} gives experts a magnitude, which stock PEFT's target_parameters have not; use "
+                "--to merged or gguf"
+            )
         if not self.spec.ranked:
             raise ConfigError(
                 f"method {self.method!r} trains whole matrices, which a stock adapter cannot hold; use --to merged or "
@@ -202,6 +212,7 @@ class DudeConfig(PeftConfig):
             lora_alpha=_int_if_whole(lora_alpha),  # type: ignore[arg-type]  # PEFT computes with floats too
             lora_dropout=self.lora_dropout,
             target_modules=_sorted(self.target_modules),
+            target_parameters=self.target_parameters,
             exclude_modules=_sorted(self.exclude_modules),
             rank_pattern=rank_pattern,
             alpha_pattern={name: _int_if_whole(alpha) for name, alpha in alpha_pattern.items()},
@@ -230,7 +241,7 @@ class DudeConfig(PeftConfig):
         Raises:
             ArtifactError: the tensors were written as a pickle, which we neither write nor read.
         """
-        if self.spec.ranked:
+        if self.is_stock:
             self.stock().save_pretrained(save_directory, **kwargs)
         else:  # under a type that stock PEFT does not know, and refuses
             super().save_pretrained(save_directory, **kwargs)
@@ -307,7 +318,10 @@ class DudeConfig(PeftConfig):
     def _manifest_fields(self) -> dict[str, Any]:
         once = {"modules_to_save": _unique(self.modules_to_save)}
         patterns = {name: self._in_any_order(name) for name in _PATTERNS}
-        return {**self.to_dict(), **once, **patterns, "peft_type": DUDE_TYPE.value}
+        fields = {**self.to_dict(), **once, **patterns, "peft_type": DUDE_TYPE.value}
+        if not self.target_parameters:  # a key that versions before it do not know
+            del fields["target_parameters"]
+        return fields
 
     def _in_any_order(self, key: str) -> dict[str, Any]:
         """rank_pattern or alpha_pattern as files keep it."""
@@ -322,13 +336,13 @@ class DudeConfig(PeftConfig):
     def _check_stock(self, found: dict[str, Any], directory: Path) -> None:
         """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
         assert self._loading is not None
-        if self.spec.ranked:
+        if self.is_stock:
             keys = ["r", "lora_alpha", "use_dora"]
             if self._loading.format_version >= FORMAT_VERSION:  # earlier ones wrote patterns in another order
                 keys += _PATTERNS
             wanted = self.stock().to_dict()
         else:
-            keys = ["method", "peft_type"]
+            keys = ["method", "peft_type", "target_parameters"]
             wanted = self.to_dict()
         differing = [key for key in keys if found.get(key) != wanted[key]]
         if differing or self.target_modules is None:
@@ -394,6 +408,11 @@ def _check_kinds(config: DudeConfig) -> None:
     names = config.modules_to_save
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ConfigError(f"modules_to_save={shown(repr(names))}; it must be a list of names, such as ['lm_head']")
+    names = config.target_parameters
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        raise ConfigError(
+            f"target_parameters={shown(repr(names))}; it must be a list of names, such as ['mlp.experts.down_proj']"
+        )
     layers = config.layers_to_transform
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(_is_int(layer) for layer in numbers):
@@ -424,6 +443,8 @@ def _check(config: DudeConfig) -> None:
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r}; it is a probability from 0 to below 1")
     config.norm_gradient = config.spec.gradient_through_norm(config.norm_gradient)
+    if config.target_parameters:
+        _check_stacks(config)
     if config.bias not in ("none", "all", "lora_only"):
         raise ConfigError(f"bias={config.bias!r}; it is 'none', 'all' or 'lora_only'")
     if not _is_number(config.svd_tol) or not 0 <= config.svd_tol < 1:
@@ -437,6 +458,25 @@ def _check(config: DudeConfig) -> None:
         )
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise ConfigError("layers_pattern is set without layers_to_transform; set both or neither")
+
+
+def _check_stacks(config: DudeConfig) -> None:
+    """What a stack of experts cannot have beside it."""
+    if not config.spec.stackable:
+        able = ", ".join(name for name, method in METHODS.items() if method.stackable)
+        raise ConfigError(
+            f"target_parameters: method {config.method!r} has no factors A and B for every expert; choose one of {able}"
+        )
+    for key, value, usual in (
+        ("lora_dropout", config.lora_dropout, 0),
+        ("bias", config.bias, "none"),
+        ("layers_to_transform", config.layers_to_transform, None),
+    ):
+        if value != usual:
+            raise ConfigError(
+                f"{key}={shown(repr(value))} has no meaning for experts (target_parameters); leave it out"
+                + ("" if key != "layers_to_transform" else ", and write the whole names of the parameters")
+            )
 
 
 def _is_int(value: object) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values, xxh3_of
 from dude_peft.core.magnitude import rows_product
 from dude_peft.show import a_
+from dude_peft.tuner import behaviour
 from dude_peft.tuner.behaviour import Behaviour, behaviour_of, has_more_tensors
-from dude_peft.tuner.behaviour import is_transposed as is_transposed
 from dude_peft.tuner.behaviour import layer_shape as layer_shape
+from dude_peft.tuner.stacks import Stack
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A fake tensor has no values and stands for a plain one: `dude plan` runs a step of a model made of them.
 _PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)
 _KNOWN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+Frozen: TypeAlias = nn.Module | Stack
+"""What an adapter can be put on."""
 # Identity rows pushed at a time through an opaque layer to read its weight.
 _PROBE_ROWS = 512
 
@@ -60,8 +63,25 @@ def why_not(layer: nn.Module) -> str | None:
     return None
 
 
-def plain_weight(layer: nn.Module) -> Tensor | None:
-    """The weight as an (out, in) view, or None where the layer is opaque."""
+def shape_of(layer: Frozen) -> tuple[int, ...]:
+    """(out, in) of the layer's weight; (experts, out, in) of a stack."""
+    return layer.shape if isinstance(layer, Stack) else layer_shape(layer)
+
+
+def is_transposed(layer: Frozen) -> bool:
+    """Whether the layer keeps its weight as (in, out)."""
+    return layer.transposed if isinstance(layer, Stack) else behaviour.is_transposed(layer)
+
+
+def as_stored(layer: Frozen, matrix: Tensor) -> Tensor:
+    """An (out, in) matrix, or (experts, out, in) stack, laid out as the layer keeps its weight."""
+    return matrix.mT.contiguous() if is_transposed(layer) else matrix
+
+
+def plain_weight(layer: Frozen) -> Tensor | None:
+    """The weight as an (out, in) view, or None where the layer is opaque; (experts, out, in) of a stack."""
+    if isinstance(layer, Stack):
+        return layer.plain_weight
     if not has_plain_weight(layer):
         return None
     if has_more_tensors(layer):
@@ -89,11 +109,12 @@ def is_dense(layer: nn.Module, x: Tensor) -> bool:
     return not hooked and not torch.is_autocast_enabled(x.device.type)
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight as an (out, in) matrix in float32 (float64 stays), read through the forward where it is opaque."""
+def dense_weight(layer: Frozen) -> Tensor:
+    """The weight as plain_weight has it in float32 (float64 stays), read through the forward where it is opaque."""
     weight = plain_weight(layer)
     if weight is not None:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    assert not isinstance(layer, Stack), "it has a plain weight"
     _, in_ = layer_shape(layer)
     device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
     columns = [
@@ -103,15 +124,16 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return torch.cat(columns).T.contiguous()
 
 
-def product(layer: nn.Module, rows: Tensor) -> Tensor:
-    """`W0 rows^T`, (out, k) in the dtype of `rows`; differentiable in `rows`."""
+def product(layer: Frozen, rows: Tensor) -> Tensor:
+    """`W0 rows^T`, (out, k) in the dtype of `rows`; differentiable in `rows`. Of a stack, each with an axis more."""
     weight = plain_weight(layer)
     if weight is not None:
         return rows_product(weight, rows)
+    assert not isinstance(layer, Stack), "it has a plain weight"
     return _apply_rows(layer, rows).T
 
 
-def compute_dtype(layer: nn.Module) -> torch.dtype:
+def compute_dtype(layer: Frozen) -> torch.dtype:
     """Float dtype in which the layer takes its input."""
     dtype = getattr(layer, "compute_dtype", None)  # bitsandbytes' 4-bit layer
     if isinstance(dtype, torch.dtype):
@@ -123,17 +145,18 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
     return next(floats, torch.float32)
 
 
-def layer_fingerprint(layer: nn.Module) -> TensorPrint:
+def layer_fingerprint(layer: Frozen) -> TensorPrint:
     """Fingerprint of the layer's weight; of all its stored tensors where it is opaque."""
     if plain_weight(layer) is not None:
         return fingerprint(layer.weight)  # type: ignore[arg-type]
+    assert not isinstance(layer, Stack), "it has a plain weight"
     tensors = {name: t for name, t in layer.state_dict().items() if isinstance(t, Tensor) and not name.endswith("bias")}
-    flat = [part for _, tensor in sorted(tensors.items()) for part in _plain_parts(tensor)]
+    flat = [part for _, tensor in sorted(tensors.items()) for part in plain_parts(tensor)]
     out, in_ = layer_shape(layer)
     return {"dtype": f"opaque:{type(layer).__name__}", "shape": [out, in_], "xxh3_128": xxh3_of(flat)}
 
 
-def holds(layer: nn.Module, recorded: TensorPrint) -> bool:
+def holds(layer: Frozen, recorded: TensorPrint) -> bool:
     """Whether the layer is the one whose fingerprint was recorded."""
     if plain_weight(layer) is not None:
         return same_values(layer.weight, recorded)  # type: ignore[arg-type]
@@ -171,12 +194,12 @@ def _probed(layer: nn.Module) -> Iterator[None]:
             layer.bias = bias
 
 
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
+def plain_parts(tensor: Tensor) -> list[Tensor]:
     """A tensor subclass (torchao) as the plain tensors inside it."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return [tensor]
-    return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
+    return [part for name in flatten()[0] for part in plain_parts(getattr(tensor, name))]
 
 
 def is_plain(tensor: Tensor) -> bool:

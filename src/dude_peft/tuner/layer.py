@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dude_peft.artifact.effective import combined_weight, effective_weight, layer_gain, rows_at_once, rows_of
+from dude_peft.artifact.effective import effective_weight, layer_gain, merged_weight
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.stock import LayerTensors, layer_tensors, start_tensors
+from dude_peft.artifact.stacks import first_tensors
+from dude_peft.artifact.stock import LayerTensors, layer_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
 from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm, whole_direction_change
 from dude_peft.core.orthogonality import orthogonality
-from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Delta, Method
 from dude_peft.methods.start import Start
@@ -62,7 +62,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.layer_name = layer_name
-        self.out_features, self.in_features = frozen.layer_shape(base_layer)
+        self.shape = frozen.shape_of(self.target())
+        self.out_features, self.in_features = self.shape[-2:]
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in range(3))
         self.lora_t, self.lora_f = nn.ModuleDict(), nn.ModuleDict()
@@ -86,11 +87,21 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         # and named as an adapter's, so that TRL does not send it to a server as one of the base model's.
         self.lora_unmerged_weight: Any = None
         # An opaque layer may rewrite its stored tensors (bitsandbytes packs them for inference): hashed before its use.
-        opaque = frozen.plain_weight(base_layer) is None and self._base_device().type != "meta"
-        self._opaque_print = frozen.layer_fingerprint(base_layer) if opaque else None
+        opaque = frozen.plain_weight(self.target()) is None and self._base_device().type != "meta"
+        self._opaque_print = frozen.layer_fingerprint(self.target()) if opaque else None
         self._fingerprint: tuple[tuple[int, int, str], TensorPrint] | None = None
 
-    def add(self, adapter_name: str, config: DudeConfig, meta: bool = False, start: Start | None = None) -> None:
+    def target(self) -> frozen.Frozen:
+        """What the adapters change: the frozen layer under them."""
+        return self.get_base_layer()
+
+    def place(self, module_name: str) -> str:
+        """The beginning of the names of the layer's tensors in a file, from its own place in the model."""
+        return module_name
+
+    def add(
+        self, adapter_name: str, config: DudeConfig, meta: bool = False, starts: Sequence[Start] | None = None
+    ) -> None:
         """Add an adapter: take its start out of the base weight, set the deviations to zero.
 
         An adapter that is about to be loaded from a file gets zeros instead of a start (which is the base model too).
@@ -99,7 +110,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             adapter_name: name.
             config: configuration; its patterns decide this layer's rank and alpha.
             meta: leave all tensors on the meta device, for loading with low_cpu_mem_usage.
-            start: the start, where it has been computed (`tuner.starts`); None computes it here.
+            starts: the start, one an expert of a stack, where it has been computed (`tuner.starts`); None computes it
+                here.
 
         Raises:
             ConfigError: the rank does not fit the layer.
@@ -107,17 +119,17 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         r, alpha = config.rank_and_alpha(self.layer_name)
         spec, scaling = config.spec, config.spec.scaling(r, alpha)
-        check_rank(spec, self.layer_name, (self.out_features, self.in_features), r)
-        dtype = torch.promote_types(frozen.compute_dtype(self.get_base_layer()), torch.float32)
+        check_rank(spec, self.layer_name, self.shape, r)
+        dtype = torch.promote_types(frozen.compute_dtype(self.target()), torch.float32)
         device = torch.device("meta") if meta else self._base_device()
 
         if config._loading is None and not meta:
-            start = start or start_of_layer(self, self.layer_name, config)
+            starts = starts or start_of_layer(self, self.layer_name, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = self.own_scaling[adapter_name] = scaling
         self.norm_gradient[adapter_name] = spec.gradient_through_norm(config.norm_gradient)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        tensors = start_tensors(spec, start, r, (self.out_features, self.in_features), dtype, device)
+        tensors = first_tensors(spec, starts, r, self.shape, dtype, device)
         if spec.delta is not None:
             self._deltas[adapter_name] = spec.delta
             self.lora_t[adapter_name] = nn.ParameterDict({name: tensors.pop(name) for name in spec.delta.trained})
@@ -162,7 +174,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """PEFT's name for the change `W' - W0` of one adapter, in the layout of the base layer's weight."""
         change = self.effective_weight([adapter]).sub_(self.effective_weight([]))
-        return change.T if frozen.is_transposed(self.get_base_layer()) else change
+        return frozen.as_stored(self.target(), change)
 
     @property
     @override
@@ -193,8 +205,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 layer, scaling = self.tensors(name), self.scaling[name]
                 g = layer_gain(W0, layer, scaling, self.norm_gradient[name])
                 total = total + (effective_weight(W0, layer, scaling, g) - W0)
-            total = total.to(base.weight.dtype)
-            return total.T.contiguous() if frozen.is_transposed(base) else total
+            return frozen.as_stored(base, total.to(base.weight.dtype))
 
     def gain(self, adapter_name: str) -> Tensor | None:
         """Gain g = m / n of one adapter, (out,), float32 or better; None for methods without a magnitude.
@@ -336,7 +347,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def check_mergeable(self) -> None:
         """Refuse to merge into a weight that is no plain float matrix."""
-        base = self.get_base_layer()
+        base = self.target()
         if frozen.plain_weight(base) is None:
             raise ConfigError(
                 f"'{self.layer_name}' is {a_(type(base).__name__)}, which cannot be merged into; load the base model "
@@ -347,7 +358,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base layer's own weight back, the very tensor it was."""
         if self.lora_unmerged_weight is not None:
-            self.get_base_layer().weight = self.lora_unmerged_weight
+            base: Any = self.target()
+            base.weight = self.lora_unmerged_weight
             self.lora_unmerged_weight = None
         self.merged_adapters = []
 
@@ -362,7 +374,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def _put_merged(self, names: list[str]) -> None:
         """Give the base layer the weight with exactly these adapters merged."""
         self.check_mergeable()
-        base: Any = self.get_base_layer()
+        base: Any = self.target()
         original = base.weight if self.lora_unmerged_weight is None else self.lora_unmerged_weight
         merged = self._combined_weight(names, original.dtype)
         if not bool(torch.isfinite(merged).all()):
@@ -370,10 +382,17 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 f"the merged weight of '{self.layer_name}' overflows {original.dtype}; load the base in "
                 f"float32 to merge"
             )
-        stored = merged.T.contiguous() if frozen.is_transposed(base) else merged
         self.lora_unmerged_weight = original
-        base.weight = nn.Parameter(stored, requires_grad=False)
+        base.weight = nn.Parameter(frozen.as_stored(base, merged), requires_grad=False)
         self.merged_adapters = names
+
+    def put_sum(self, weights: Mapping[str, float]) -> None:
+        """Give the base layer `W0 + sum_i w_i (W'_i - W0)` for good; `weights` are w_i by the adapters' names."""
+        self.check_mergeable()
+        base: Any = self.target()
+        names = self._names(list(weights))
+        merged = self._combined_weight(names, base.weight.dtype, weights)
+        base.weight = nn.Parameter(frozen.as_stored(base, merged), requires_grad=False)
 
     @torch.no_grad()
     def put_factors(self, adapter_name: str, A: Tensor, B: Tensor, dm: Tensor | None) -> None:
@@ -445,7 +464,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """Fingerprint of the base weight (of the unmerged one), computed once while the weight stays the same."""
         if self._opaque_print is not None:
             return self._opaque_print
-        base: Any = self.get_base_layer()
+        base: Any = self.target()
         weight = base.weight if self.lora_unmerged_weight is None else self.lora_unmerged_weight
         if self._fingerprint is not None and frozen.is_sharded(weight):
             return self._fingerprint[1]  # of the whole weight, taken before it was sharded
@@ -503,37 +522,29 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _combined_weight(self, names: list[str], dtype: torch.dtype | None) -> Tensor:
+    def _combined_weight(
+        self, names: list[str], dtype: torch.dtype | None, weights: Mapping[str, float] | None = None
+    ) -> Tensor:
         """`W0 + sum_i (W'_i - W0)`, (out, in); None leaves it in float32 or better, else it is rounded as files are.
 
         It follows from the tensors themselves, not from cached gains, so it is right whoever wrote them; and it is
         computed in the blocks of rows in which `dude merge` computes it, so the bits are the same.
         """
-        changes = [(1.0, self.tensors(name), self.scaling[name]) for name in names]
+        changes = [((weights or {}).get(name, 1.0), self.tensors(name), self.scaling[name]) for name in names]
         with self.unmerged(), torch.autocast(self._base_device().type, enabled=False):
-            base = self.get_base_layer()
+            base = self.target()
             weight = frozen.plain_weight(base)
             weight = frozen.dense_weight(base) if weight is None else weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            out, in_ = weight.shape
-            merged = torch.empty(out, in_, dtype=dtype or wide, device=weight.device)
-            count = out if frozen.is_transposed(base) else rows_at_once(in_)
-            for start in range(0, out, count):
-                rows = slice(start, min(start + count, out))
-                # A copy also where it is wide already: a product's bits depend on how its arguments lie in memory.
-                W0 = weight[rows].to(wide, copy=True, memory_format=torch.contiguous_format)
-                block = combined_weight(W0, [(w, rows_of(layer, rows), s) for w, layer, s in changes])
-                merged[rows] = block if dtype is None else round_weight(block, dtype, start)
-        return merged
+            return merged_weight(weight, changes, dtype, whole=frozen.is_transposed(base))
 
     def _base_weight(self) -> Tensor:
         with self.unmerged(), torch.no_grad():
-            return frozen.dense_weight(self.get_base_layer())
+            return frozen.dense_weight(self.target())
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:
         """Within: the base layer has its own weight, merged or not."""
-        base: Any = self.get_base_layer()
+        base: Any = self.target()
         if self.lora_unmerged_weight is None:
             yield
             return
@@ -550,7 +561,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def _product(self, rows: Tensor) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):
-            base = self.get_base_layer() if self.lora_unmerged_weight is None else self._own_layer()
+            base = self.target() if self.lora_unmerged_weight is None else self._own_layer()
             return frozen.product(base, rows)
 
     def _names(self, names: list[str]) -> list[str]:
@@ -563,7 +574,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 group[adapter_name].train(self.training)
 
     def _base_device(self) -> torch.device:
-        base = self.get_base_layer()
+        base = self.target()
         return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
 
     @override
@@ -619,9 +630,9 @@ def _is_meta(entry: Any) -> bool:
     return any(tensor.is_meta for tensor in tensors)
 
 
-def check_rank(method: Method, layer_name: str, shape: tuple[int, int], r: int) -> None:
-    """Refuse a rank above the layer's smaller side."""
-    out, in_ = shape
+def check_rank(method: Method, layer_name: str, shape: tuple[int, ...], r: int) -> None:
+    """Refuse a rank above the smaller side of (out, in), or of (experts, out, in)."""
+    out, in_ = shape[-2:]
     if method.ranked and r > min(out, in_):
         raise ConfigError(
             f"r={r} is more than layer '{layer_name}' (out {out}, in {in_}) can have; use r <= {min(out, in_)}, or "

@@ -25,7 +25,8 @@ from typing_extensions import override
 
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.artifact.manifest import BaseRecord
-from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, from_stock, layer_tensors, stock_names, to_stock
+from dude_peft.artifact.stacks import from_disk, to_disk
+from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, layer_tensors, stock_names
 from dude_peft.core.finite import first_not_finite, is_finite
 from dude_peft.core.magnitude import row_norm
 from dude_peft.doors import read_json
@@ -38,6 +39,7 @@ from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
+from dude_peft.tuner.experts import DudeExperts, layers_in
 from dude_peft.tuner.heads import (
     embedding_modules,
     enter_head,
@@ -48,6 +50,8 @@ from dude_peft.tuner.heads import (
 )
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
 from dude_peft.tuner.patterns import check_patterns, exactly
+from dude_peft.tuner.stack_targets import check_stacks, patterns_of_stacks, stacks_of
+from dude_peft.tuner.stacks import Stack
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
 from dude_peft.tuner.weighted import plan_sum
@@ -109,20 +113,30 @@ class DudeModel(BaseTuner):
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
         except ValueError as error:
+            if config.target_parameters:
+                raise ConfigError(
+                    f"target_modules is not set, and PEFT has no default for {type(model).__name__}; set it to [] to "
+                    "adapt target_parameters alone"
+                ) from error
             raise ConfigError(
                 f"target_modules is not set, and PEFT has no default for {type(model).__name__}; 'all-linear' adapts "
                 "every linear layer"
             ) from error
-        check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
+        stacks = stacks_of(model, config.target_parameters or ())
+        check_patterns(vars(config), [*(name for name, _ in model.named_modules() if name), *stacks])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
             self._leave_out(model, config)
-        self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, Start]()
+        self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
-            targets = self._check_targets(model, config)
+            targets = [*self._check_targets(model, config, stacks), *stacks.items()]
             if config._loading is None and not self._meta:
                 self._starts = compute_starts(targets, config)
-        with self._places_of(model):
+        elif stacks:
+            raise ConfigError(
+                "target_parameters and a state_dict do not go together; load the adapter with load_adapter"
+            )
+        with self._places_of(model), patterns_of_stacks(config, stacks):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._starts.clear()
         for wrapper in self._wrappers():
@@ -233,9 +247,13 @@ class DudeModel(BaseTuner):
             NumericsError: the weights take a row to zero or to infinity.
         """
         self._check_known(adapters)
+        configs: Any = self.peft_config
+        if stacked := next((name for name in adapters if configs[name].target_parameters), None):
+            raise ConfigError(
+                f"adapter '{stacked}' has stacks of experts, which add_weighted_adapter cannot combine; use dude merge"
+            )
         if adapter_name in self.peft_config:
             raise ConfigError(f"the model already has an adapter {quoted(adapter_name)}; choose another adapter_name")
-        configs: Any = self.peft_config
         total = plan_sum(configs, adapters, weights, combination_type, svd_rank, density, majority_sign_method)
         layers = [layer for layer in self._layers() if any(name in layer.r for name in adapters)]
         with torch.no_grad():
@@ -313,7 +331,9 @@ class DudeModel(BaseTuner):
         if left_out:
             warnings.warn(left_out, stacklevel=2)
 
-    def _check_targets(self, model: nn.Module, config: DudeConfig) -> list[tuple[str, nn.Module]]:
+    def _check_targets(
+        self, model: nn.Module, config: DudeConfig, stacks: Mapping[str, Stack]
+    ) -> list[tuple[str, nn.Module | Stack]]:
         names = [name for name, _ in model.named_modules() if name]
         _check_layers(config, names)
         if not isinstance(config.target_modules, str):
@@ -325,7 +345,7 @@ class DudeModel(BaseTuner):
             for name, module in model.named_modules()
             if name and not set(_INSIDE) & set(name.split(".")) and self._check_target_module_exists(config, name)
         ]
-        if not targets:
+        if not targets and (config.target_modules or not stacks):
             raise ConfigError(_no_target(config, model, names))
         for name, module in targets:
             layer = _base_of(module)
@@ -341,12 +361,39 @@ class DudeModel(BaseTuner):
         _check_saved_modules(config, names)
         _check_output_layer(model, targets)
         whole = trained_whole(model, config)
+        check_stacks(stacks, config, whole)
         if both := next((name for name, _ in targets if name in whole), None):
             raise ConfigError(
                 f"'{both}' is in target_modules and, by its ending, in modules_to_save={config.modules_to_save}, where "
                 "PEFT compares the endings of names; leave it out of one, or write longer names"
             )
-        return targets
+        return [*targets]
+
+    @override
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        names = list(stacks_of(model, peft_config.target_parameters))
+        for name in names:
+            place, _, parameter_name = name.rpartition(".")
+            outer = model.get_submodule(place)
+            layer = next((one for one in layers_in(outer) if one.parameter_name == parameter_name), None)
+            if layer is None:
+                layer = DudeExperts(outer, name, parameter_name)
+                self._put_in_place(layer, adapter_name, peft_config)
+                self._replace_module(model, "", layer, outer)
+                self._places[id(layer)] = self._places[id(outer)]
+            else:
+                layer.add(adapter_name, peft_config, meta=self._meta, starts=self._starts.pop(name, None))
+        return names
+
+    def _put_in_place(self, layer: DudeLinear, adapter_name: str, config: DudeConfig) -> None:
+        """A new layer's first adapter, and the state that the layer under it is in."""
+        layer.train(layer.base_layer.training)
+        layer.set_adapter(self.active_adapters)
+        layer.add(adapter_name, config, meta=self._meta, starts=self._starts.pop(layer.layer_name, None))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
 
     @override
     def _create_and_replace(
@@ -360,14 +407,10 @@ class DudeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, DudeLinear):
-            target.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
+            target.add(adapter_name, peft_config, meta=self._meta, starts=self._starts.pop(current_key, None))
             return
         layer = DudeLinear(target, current_key)
-        layer.train(target.training)
-        layer.set_adapter(self.active_adapters)
-        layer.add(adapter_name, peft_config, meta=self._meta, start=self._starts.pop(current_key, None))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
+        self._put_in_place(layer, adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
@@ -439,7 +482,7 @@ class DudeModel(BaseTuner):
             return
         for layer in self.modules():
             if isinstance(layer, DudeLinear):
-                dtype = frozen.compute_dtype(layer.get_base_layer())
+                dtype = frozen.compute_dtype(layer.target())
                 for group in (getattr(layer, name) for name in TRAINED):
                     if adapter_name in group:
                         group[adapter_name].to(dtype)
@@ -465,8 +508,8 @@ class DudeModel(BaseTuner):
             own = layer.own_scaling[adapter_name]
             state = _from_state_dict(config, layer, module_name, adapter_name, state_dict)
             state = _scaled(state, layer.scaling[adapter_name] / own, config)
-            for name, tensor in to_stock(state, own).items():
-                tensors[f"{module_name}.{name}"] = tensor
+            for name, tensor in to_disk(state, own).items():
+                tensors[f"{layer.place(module_name)}.{name}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
         _refuse_not_finite(tensors, state_dict, adapter_name)
         base_model = _base_model(model)
@@ -475,7 +518,7 @@ class DudeModel(BaseTuner):
         settings = base_settings(getattr(base_model, "config", None))
         config._base = BaseRecord(base, beside, settings, _quantization_of(model))
         config._left_out = tuple(_needless(model, config))
-        if config.spec.ranked:
+        if config.is_stock:
             warn_if_refused(base_model, config.stock(), base)
         tensors.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return tensors
@@ -503,18 +546,13 @@ class DudeModel(BaseTuner):
         for name, module in model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
         for module_name, layer in _adapted_layers(model, adapter_name):
-            keys = {name: f"{module_name}.{name}" for name in stock_names(spec)}
+            keys = {name: f"{layer.place(module_name)}.{name}" for name in stock_names(spec)}
             found = {name: remaining.pop(key) for name, key in keys.items() if key in remaining}
             missing += [key for name, key in keys.items() if name not in found]
             if len(found) < len(keys):
                 continue
-            state = from_stock(
-                found,
-                spec,
-                layer.r[adapter_name],
-                (layer.out_features, layer.in_features),
-                module_name.removeprefix(_PEFT_PREFIX),
-            )
+            where = layer.place(module_name).removeprefix(_PEFT_PREFIX)
+            state = from_disk(found, spec, layer.r[adapter_name], layer.shape, where)
             if config._loading is None:
                 _check_same_base(layer, state)
             for place in places[id(layer)]:
@@ -569,7 +607,7 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
 def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
     """Loading over an adapter that is there (Trainer's resume) brings no fingerprint: the row norms stand in for it."""
     with layer.unmerged():
-        weight = frozen.plain_weight(layer.get_base_layer())
+        weight = frozen.plain_weight(layer.target())
     if state.m0 is None or weight is None or weight.is_meta:
         return
     if not torch.allclose(row_norm(weight).cpu(), state.m0.cpu().double(), rtol=1e-5, atol=0):
@@ -718,8 +756,8 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
     if parameters:
         owner = type(model.get_submodule(parameters[0].rpartition(".")[0])).__name__
         return (
-            f"target_modules: '{wanted}' is a parameter of {owner} ('{parameters[0]}'), not a linear layer; expert "
-            "tensors are not supported: adapt the attention and dense layers instead"
+            f"target_modules: '{wanted}' is a parameter of {owner} ('{parameters[0]}'), not a linear layer; name "
+            "stacks of experts in target_parameters"
         )
     hint = closest(wanted, _last_parts(names))
     return f"target_modules: {quoted(wanted)} is not a module of {type(model).__name__}; {hint}"

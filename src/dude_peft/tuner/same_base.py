@@ -6,8 +6,9 @@ that is wider than the adapter's (float32 for a run in bfloat16) is another func
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,10 @@ from dude_peft.errors import ArtifactError
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import relied_on
+from dude_peft.tuner.experts import innermost, layers_in
 from dude_peft.tuner.heads import newly_initialised
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.stacks import stack_of
 
 _Fault = tuple[str, str]
 """What is wrong, behind the adapter's name, and what to do."""
@@ -95,8 +98,8 @@ def settings_fault(config: Any, recorded: BaseRecord) -> str:
 
 
 def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: str) -> None:
-    modules = dict(base.named_modules())
-    absent = [name for name in recorded if name not in modules or not frozen.is_supported(_base_layer(modules[name]))]
+    targets = _targets(base, recorded)
+    absent = [name for name in recorded if name not in targets]
     if absent:
         raise OtherBaseError(
             f"adapter '{path}' adapts {len(absent)} layers that {type(base).__name__} does not have (first: "
@@ -104,7 +107,7 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
             "load it on the base model it was trained on",
         )
     for name, expected in recorded.items():
-        shape = frozen.layer_shape(_base_layer(modules[name]))
+        shape = frozen.shape_of(_base_layer(targets[name]))
         if sorted(shape) != sorted(expected["shape"]):
             raise OtherBaseError(
                 f"adapter '{path}': layer '{name}' has shape {list(shape)} here, but {expected['shape']} in training",
@@ -117,8 +120,7 @@ class _Weights:
 
     def __init__(self, base: nn.Module, recorded: BaseRecord, pool: ThreadPoolExecutor) -> None:
         self._layers = recorded.layers
-        modules = dict(base.named_modules())
-        self._modules = {name: modules[name] for name in self._layers}
+        self._modules = _targets(base, self._layers)
         held = pool.map(lambda name: _layer_holds(self._modules[name], self._layers[name]), self._layers)
         plain = all(frozen.plain_weight(_base_layer(module)) is not None for module in self._modules.values())
         # Packed layers write into themselves where they are tried, as they are when an adapter is put in.
@@ -155,7 +157,9 @@ class _Beside:
         held: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
         held = {_plain_name(name): tensor for name, tensor in held.items()}
         self._new = newly_initialised(base)
-        self._unknown = [name for name in _not_comparable(base) if name.rpartition(".")[0] not in recorded.layers]
+        self._unknown = [
+            name for name in _not_comparable(base) if not {name, name.rpartition(".")[0]} & recorded.layers.keys()
+        ]
         self._holds = pool.map(lambda name: name in held and _holds(held[name], self._beside[name]), self._beside)
 
     def fault(self) -> _Fault | None:
@@ -192,19 +196,40 @@ def _not_comparable(base: nn.Module) -> list[str]:
 
 
 def _plain_name(name: str) -> str:
-    return name.replace(".original_module.", ".").replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.replace(".original_module.", "."))
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def _targets(base: nn.Module, names: Iterable[str]) -> dict[str, frozen.Frozen]:
+    """Layers and stacks by their names, adapted or not, as far as the model has them."""
+    modules, found = dict(base.named_modules()), dict[str, frozen.Frozen]()
+    for name in names:
+        module = modules.get(name)
+        if module is None:
+            place, _, last = name.rpartition(".")
+            outer = modules.get(place)
+            own = [] if outer is None else [one for one in layers_in(outer) if one.parameter_name == last]
+            stack = own[0] if own else None if outer is None else stack_of(innermost(outer), last)
+            if stack is not None:
+                found[name] = stack
+        elif frozen.is_supported(_base_module(module)):
+            found[name] = module
+    return found
+
+
+def _base_module(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, DudeLinear) else module
 
 
-def _layer_holds(module: nn.Module, expected: TensorPrint) -> bool:
+def _base_layer(module: frozen.Frozen) -> frozen.Frozen:
+    return module.target() if isinstance(module, DudeLinear) else module
+
+
+def _layer_holds(module: frozen.Frozen, expected: TensorPrint) -> bool:
     if isinstance(module, DudeLinear):
         if module.base_fingerprint() == expected:
             return True
         with module.unmerged():
-            return frozen.holds(module.get_base_layer(), expected)
+            return frozen.holds(module.target(), expected)
     return frozen.holds(module, expected)
 
 

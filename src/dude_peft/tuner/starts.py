@@ -25,6 +25,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.methods.start import Start, start_of
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
+from dude_peft.tuner.stacks import Stack
 
 # Every thread holds a float32 copy of its weight: more of them would cost a model's worth of memory.
 _MOST_THREADS = 16
@@ -45,14 +46,16 @@ def started_from(other: OtherWeight) -> Iterator[None]:
         _others.pop()
 
 
-def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig) -> dict[str, Start]:
-    """Start of every target layer, by its name.
+def compute_starts(
+    targets: Sequence[tuple[str, nn.Module | Stack]], config: DudeConfig
+) -> dict[str, tuple[Start, ...]]:
+    """Start of every target layer, by its name; a stack has one an expert.
 
     Methods that draw from torch's global generator are left out, and so are layers whose weight is only to be had
     through their forward: they are computed in order, when the layer is made.
 
     Args:
-        targets: name and layer, adapted by other adapters already or not.
+        targets: name and layer, adapted by other adapters already or not; or a stack.
         config: the new adapter's configuration.
 
     Raises:
@@ -62,11 +65,11 @@ def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig)
         return {}
     by_device: dict[torch.device, list[tuple[str, Any]]] = {}
     for name, module in targets:
-        weight = frozen.plain_weight(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        weight = frozen.plain_weight(_target(module))
         if weight is not None and weight.device.type != "meta":
             by_device.setdefault(weight.device, []).append((name, module))
     with ExitStack() as stack:
-        jobs: dict[Future[Start], str] = {}
+        jobs: dict[Future[tuple[Start, ...]], str] = {}
         for device, layers in by_device.items():
             stack.enter_context(full_precision_products(device))
             most = _MOST_THREADS if device.type == "cpu" else 1
@@ -75,8 +78,8 @@ def compute_starts(targets: Sequence[tuple[str, nn.Module]], config: DudeConfig)
         return {jobs[job]: job.result() for job in _with_bar(jobs)}
 
 
-def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
-    """Start of one layer, adapted already or not.
+def start_of_layer(module: Any, name: str, config: DudeConfig) -> tuple[Start, ...]:
+    """Start of one layer, adapted already or not; of a stack, that of every expert.
 
     Raises:
         NumericsError: NaN or Inf in the base weight.
@@ -85,26 +88,38 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> Start:
     options = config.split_options
     adapted = isinstance(module, BaseTunerLayer)
     with module.unmerged() if adapted else nullcontext(), torch.no_grad():
-        base = module.get_base_layer() if adapted else module
+        base = _target(module)
         weight = frozen.plain_weight(base)
         if weight is not None and weight.is_meta:
             raise ConfigError(
                 f"the weight of '{name}' is not in memory (meta device or offloaded), but the start is computed from "
                 "it; load the model without offloading, or write the start with `dude init`"
             )
-        W0 = frozen.dense_weight(base)
-        if weight is None or weight.dtype != W0.dtype:  # a copy already
-            options = replace(options, overwrite=True)
         scaling = config.spec.scaling(r, alpha)
         with one_thread():
+            if isinstance(base, Stack):
+                # A copy of one expert at a time, which the start may overwrite.
+                wide = torch.promote_types(base.weight.dtype, torch.float32)
+                own = replace(options, overwrite=True)
+                copies = (expert.to(wide, copy=True).contiguous() for expert in base.plain_weight)
+                return tuple(start_of(config.spec, W0, r, scaling, own, f"{name}[{e}]") for e, W0 in enumerate(copies))
+            W0 = frozen.dense_weight(base)
+            if weight is None or weight.dtype != W0.dtype:  # a copy already
+                options = replace(options, overwrite=True)
             if not _others:
-                return start_of(config.spec, W0, r, scaling, options, name)
+                return (start_of(config.spec, W0, r, scaling, options, name),)
             full = _others[-1](name, W0)
             begun = start_of(config.spec, full, r, scaling, replace(options, overwrite=True), name)
-            return begun._replace(m0=row_norm(W0))
+            return (begun._replace(m0=row_norm(W0)),)
 
 
-def _with_bar(jobs: dict[Future[Start], str]) -> Iterator[Future[Start]]:
+def _target(module: Any) -> Any:
+    """What an adapter changes, of a layer that is adapted already or not."""
+    adapted = isinstance(module, BaseTunerLayer)
+    return module.target() if adapted else module
+
+
+def _with_bar(jobs: dict[Future[tuple[Start, ...]], str]) -> Iterator[Future[tuple[Start, ...]]]:
     """The jobs as they are done; the bar is transformers' own (and obeys its switch), and shows up at a terminal."""
     with logging.tqdm(
         total=len(jobs), desc="Initialising", unit="layer", delay=_BAR_AFTER_SECONDS, disable=None
