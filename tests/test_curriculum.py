@@ -470,7 +470,13 @@ def test_bounds_belong_to_the_easier_stage_and_equal_stages_break_ties_by_place(
     section = CurriculumSection(by="length", stages=[4, 9])
     assert [stage.rows.tolist() for stage in staged(section, np.array([9.0, 4, 5, 1])).stages] == [[1, 3], [0, 2]]
     section = CurriculumSection(by="length", stages=2)
-    assert [stage.rows.tolist() for stage in staged(section, np.array([5.0, 5, 5, 5, 4])).stages] == [[0, 1, 4], [2, 3]]
+    found = staged(section, np.array([5.0, 5, 5, 5, 4]))
+    assert [stage.rows.tolist() for stage in found.stages] == [[0, 1, 4], [2, 3]]
+    assert found.doubts() == []
+    (line,) = staged(CurriculumSection(stages=4), np.array([0.5, 0, 0, 0, 0, 0, 0, 0])).doubts()
+    assert "all rows of stages 2 and 3, 3 and 4 have one pass rate" in line
+    (line,) = staged(section, np.array([5.0, 5, 5])).doubts()
+    assert "all rows of stages 1 and 2 have one length" in line
 
 
 @pytest.mark.parametrize(

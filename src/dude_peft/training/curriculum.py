@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,22 @@ class Curriculum:
         if left_out:
             lines.append(f"not trained on, of {len(self.values):,} rows: {', '.join(left_out)}")
         return lines
+
+    def doubts(self) -> list[str]:
+        """A line where stages differ in nothing, so that one is no harder than another."""
+        same = [
+            f"{number} and {number + 1}"
+            for number, (easy, hard) in enumerate(itertools.pairwise(self.stages), 1)
+            if easy.most == easy.least == hard.most == hard.least
+        ]
+        if not same:
+            return []
+        rates = self.settings.by == "pass_rate"
+        one, todo = ("one pass rate", "give bounds, or more samples") if rates else ("one length", "give bounds")
+        return [
+            f"train.curriculum: all rows of stages {', '.join(same)} have {one}, so only their place in the data tells "
+            f"them apart; {todo}, or lower the number of stages"
+        ]
 
     def record(self, bounds: Sequence[int] | None = None) -> dict[str, Any]:
         """What report.json says."""

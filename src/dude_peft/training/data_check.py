@@ -215,6 +215,8 @@ def check_data(
     by_length = None if curriculum is None else _by_length(curriculum, made)
     for line in [] if by_length is None else by_length.told():
         display.say(line)
+    for line in [] if by_length is None else by_length.doubts():
+        display.warn(line)
     if held_out is not None:
         asked = overlap(made, held_out)
         line = f"{asked} of {len(held_out)} held-out examples repeat the question of a training example"

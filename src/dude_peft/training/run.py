@@ -606,6 +606,8 @@ class _Run:
         )
         for line in self.curriculum.told(self.order.bounds):
             self.display.say(line)
+        for line in self.curriculum.doubts():
+            self.warn(line)
 
     def _spend(self, model: Any, data: RunData, pad_id: int) -> AdapterSection:
         """The adapter section with ranks for its budget; by the first process, for all."""
