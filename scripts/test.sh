@@ -9,7 +9,6 @@ ruff check .
 ruff format --check .
 mypy & types=$! # beside the tests, which often wait
 # One thread a process, a process a core: the test models are too small for more.
-# Bytecode is kept, whatever the shell says: the tests start hundreds of processes.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 python -m pytest --numprocesses auto --dist worksteal --durations=10 -m "not slow" "$@"
 wait "$types"

@@ -12,6 +12,11 @@ NIGHT = "DUDE_KILLS" in os.environ
 """Whether sweeps inside a test are whole."""
 
 
+def more_by_night(test: Any) -> Any:
+    """A test that runs by day with a few kills or signals, and by night among the slow ones with many."""
+    return pytest.mark.slow(test) if NIGHT else test
+
+
 def some_by_day(cases: Iterable[Any], day: Sequence[Any]) -> list[Any]:
     """The cases for `parametrize`; those that are not among `day` are slow.
 

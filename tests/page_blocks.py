@@ -19,6 +19,7 @@ from unittest import mock
 
 import yaml
 from models import tokens
+from PIL import Image
 from served import dude
 from tiny import save_tiny, write_rows
 
@@ -45,7 +46,7 @@ def blocks(page: Path, *kinds: str) -> list[tuple[str, str]]:
 
 
 def make_folder(folder: Path) -> Path:
-    """What pages speak of: my-model, run.yaml, mine.jsonl, test.jsonl, questions.jsonl, general.jsonl and .txt."""
+    """What pages speak of: my-model, run.yaml, rows of every kind, pictures/a.png."""
     save_tiny(folder / "my-model")
     write_rows(folder / "mine.jsonl", 40)
     write_rows(folder / "test.jsonl", 4, start=40)
@@ -55,6 +56,8 @@ def make_folder(folder: Path) -> Path:
     questions = [{"prompt": f"say {number}"} for number in range(3)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "pictures" / "a.png")
     return folder
 
 
@@ -82,7 +85,7 @@ def run_page(page: Path, folder: Path) -> None:
             elif kind == "yaml":
                 check_configuration(text)
             elif kind == "json":
-                check_rows(text)
+                check_rows(text, folder)
 
 
 def run_command(line: str, folder: Path) -> None:
@@ -109,13 +112,13 @@ def check_configuration(text: str) -> None:
     load_config(_over(below, asked))
 
 
-def check_rows(text: str) -> None:
-    """Reads each line as a row of data."""
+def check_rows(text: str, folder: Path) -> None:
+    """Reads each line as a row of data in `folder`."""
     from dude_peft.data.formats import Reading
 
     for line in text.splitlines():
         row = json.loads(line)
-        assert Reading(kind="pairs" if "rejected" in row else "answers").row(row, "the page")
+        assert Reading(kind="pairs" if "rejected" in row else "answers", folder=folder).row(row, "the page")
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

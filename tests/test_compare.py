@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dude_peft.comparison.run import compare
 from dude_peft.comparison.statistics import summarise
 from dude_peft.comparison.tuning import stage_one
 from dude_peft.config.reading import load_grid
-from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, NumericsError, ResourceError
 
 COSTS = {"seconds", "seconds_per_step", "start_seconds", "peak_memory"}
 
@@ -279,6 +280,13 @@ def test_a_method_whose_trials_all_failed_is_told_as_not_tested(place, tmp_path,
     assert "1 of 1 │" in said, "runs that were never started did not fail"
     for wrong in ("test runs failed", "stands last", "Two seeds", "next:"):
         assert wrong not in said
+    with pytest.raises(ResourceError, match=r"all 1 runs of the comparison failed.*the first: killed by SIGKILL"):
+        found.check()
+    trials = tuple(replace(trial, failed="diverged: NaN") for trial in found.trials)
+    with pytest.raises(NumericsError, match="the first: diverged"):
+        replace(found, trials=trials).check()
+    replace(found, trials=(*trials, replace(trials[0], failed=None))).check()
+    replace(found, trials=(), finals=()).check()
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ BAD_ROWS = [
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "a"}]},
-        "'messages[0].content' is list, not a string",
+        "'messages[0].content[0].text' is null",
     ),
     (
         {"messages": [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}]},

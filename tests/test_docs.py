@@ -66,6 +66,14 @@ def test_readme_is_one_page():
     assert (ROOT / "docs" / "images" / "quickstart.svg").is_file()
 
 
+def test_the_picture_of_growth_is_of_the_newest_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    growth = importlib.import_module("growth")
+    assert growth.seal() in growth.PICTURE.read_text("utf-8"), "run python scripts/growth.py"
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert all(growth.newest(kind).name in page for kind in ("step-growth-float32", "memory-growth-float32"))
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text("utf-8")
     assert all(page.name in menu for page in DOCS)

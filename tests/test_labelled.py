@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import served
 import torch
@@ -16,12 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dude_peft import check_data, plan
 from dude_peft.config.reading import load_config
+from dude_peft.config.schema import KtoSection
 from dude_peft.data.formats import Reading
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.training import run as training_run
+from dude_peft.training.label_balance import told_of_labels
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.trainer import RunTrainer
 
@@ -330,6 +334,21 @@ def test_data_check_counts_labels_and_tells_a_wrong_balance(places, tmp_path, ca
     assert not check_data(balanced, str(places / "model"), objective="kto").left_out
     (line,) = check_data(balanced, str(places / "model"), objective="kto", test=str(one)).left_out
     assert line.startswith("held-out: all 1 labels are true: the scores do not show")
+
+
+@pytest.mark.parametrize("settings", [{"undesirable_weight": 400}, {"desirable_weight": 400}])
+def test_no_weight_is_named_that_the_key_would_refuse(settings):
+    class Labels(np.ndarray):
+        contradictions = 0
+        labels = property(np.asarray)
+
+    for wanted in (1, 400):
+        examples = (np.arange(500) < wanted).view(Labels)
+        (line,) = told_of_labels(examples, KtoSection(**settings))
+        named = re.search(r"set train\.kto\.(\w+): (\S+)$", line)
+        assert named or line.endswith("no weight makes up for that; add answers with the rarer label")
+        if named:
+            KtoSection(**{**settings, named[1]: float(named[2])})
 
 
 def test_labels_are_part_of_what_a_run_was_trained_on(tmp_path):

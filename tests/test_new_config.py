@@ -11,6 +11,7 @@ from tiny import save_tiny, write_rows
 
 from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError
+from dude_peft.planning.run import plan
 from dude_peft.training.data_section import held_out_share
 from dude_peft.training.new_config import new_config
 
@@ -32,6 +33,43 @@ def test_what_it_writes_trains(model, tmp_path):
     done = dude("train", "run.yaml", *quick, "--set", "evaluation.max_new_tokens=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "my-rows" / "adapter").is_dir()
+
+
+ROWS = {
+    "sft": {"completion": "yes"},
+    "dpo": {"chosen": "yes", "rejected": "no"},
+    "orpo": {"chosen": "yes", "rejected": "no"},
+    "cpo": {"chosen": "yes", "rejected": "no"},
+    "kto": {"completion": "yes", "label": True},
+    "grpo": {"completion": "#### 4"},
+}
+
+
+@pytest.mark.parametrize("objective", ROWS)
+def test_every_objective_is_written_as_a_run_that_can_begin(objective, model, tmp_path):
+    rows = [{"prompt": f"say {number}", **ROWS[objective]} for number in range(24)]
+    if objective == "kto":
+        rows = [{**row, "label": number % 2 == 0} for number, row in enumerate(rows)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new_config(str(file), model, objective=objective, output=tmp_path / "run.yaml")
+    config = load_config(tmp_path / "run.yaml")
+    assert config.train.objective == objective
+    assert plan(config, quiet=True).steps > 0
+
+
+def test_what_the_run_would_not_learn_from_is_told(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = {"prompt": "say", "completion": "yes", "label": True}
+    file.write_text("".join(json.dumps({**row, "prompt": f"say {number}"}) + "\n" for number in range(9)))
+    done = dude("config", "new", "rows.jsonl", "--model", model, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "# left out: label (train.objective: kto learns from it) (9 of 9 rows)"
+    assert yaml.safe_load(done.stdout)["data"]["train"] == "rows.jsonl"
+    told = dude("config", "new", "rows.jsonl", "--model", model, "-o", "run.yaml", cwd=tmp_path)
+    assert "left out: label" in told.stdout
+    refused = dude("config", "new", "rows.jsonl", "--model", model, "--objective", "mol", cwd=tmp_path)
+    assert (refused.returncode, "data.general" in refused.stderr) == (2, True)
 
 
 def test_columns_and_odd_names_are_kept(model, tmp_path):

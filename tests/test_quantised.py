@@ -16,18 +16,21 @@ import transformers
 from models import logits, make
 from night import some_by_day
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import assert_refused, dude
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import nn
 
 from dude_peft import DudeConfig, load_adapter
+from dude_peft.answer.fingerprint import model_fingerprint
 from dude_peft.artifact.manifest import read_manifest
+from dude_peft.config.schema import ModelSection
 from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.exporting.run import merge
 from dude_peft.exporting.verify import verify
 from dude_peft.init import fold as fold_room
 from dude_peft.init.fold import fold
+from dude_peft.model.load import load_model
 from dude_peft.model.quantised import apply_as_trained_
 from dude_peft.tuner import DudeLinear, frozen
 
@@ -222,6 +225,25 @@ def test_another_base_is_refused(bitsandbytes, model, tmp_path):
     )  # fmt: skip
     assert json.loads((allowed.path / "dude_export.json").read_text()) == allowed.record
     assert allowed.record["base_mismatch_allowed"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao:int8_weight_only"])
+def test_the_print_of_a_quantised_model_tells_a_weight_from_its_double(quantization, tmp_path):
+    """The codes of both are the same; answers that are kept belong to one of them."""
+    pytest.importorskip(quantization.partition(":")[0] if ":" in quantization else "bitsandbytes")
+    found = {}
+    for name, factor in (("once", 1), ("again", 1), ("twice", 2)):
+        save_tiny(tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        scaled = {key: value * factor if "_proj" in key else value for key, value in weights.items()}
+        save_file(scaled, tmp_path / name / "model.safetensors", {"format": "pt"})
+        section = ModelSection(name_or_path=str(tmp_path / name), quantization=quantization)
+        model = load_model(section, section.name_or_path)
+        found[name] = model_fingerprint(model)
+        for training in (True, False):
+            model.train(training)(torch.arange(8)[None])
+        assert model_fingerprint(model) == found[name], "a forward changes it"
+    assert found["once"] == found["again"] != found["twice"]
 
 
 def test_adapters_of_plain_bases_say_nothing_of_quantisation(model, tmp_path):

@@ -99,7 +99,7 @@ def by_trl(wanted: dict, answers: list[tuple], folder: Path):
     model = AutoModelForCausalLM.from_pretrained(wanted["model"]["name_or_path"])
     transformers.set_seed(train.seed)
     model = get_peft_model(model, DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM"))
-    ours = ("rewards", "trust_reward_files", "reward_timeout")
+    ours = ("rewards", "trust_reward_files", "reward_timeout", "reward_memory_gib")
     own = {name: value for name, value in section.model_dump().items() if name not in ours and value is not None}
     every = section.num_iterations * train.max_steps * train.per_device_train_batch_size
     trainer = SameAnswers(
@@ -355,6 +355,11 @@ def code(folder: Path, body: str) -> dict:
     return {"rewards": [reward], "trust_reward_files": True, "reward_timeout": 1.0}
 
 
+def judge_of(section: dict) -> Judge:
+    settings = GrpoSection(**section)
+    return Judge(settings.model_copy(update={"rewards": [each.sealed() for each in settings.rewards]}))
+
+
 def test_your_own_reward_gets_what_trl_gives_and_is_part_of_what_the_run_is(places, tmp_path):
     body = (
         "print('noise'); sys.stdin.read()\n"
@@ -385,7 +390,8 @@ def test_your_own_reward_gets_what_trl_gives_and_is_part_of_what_the_run_is(plac
         ("return [0.5]", r"the reward mine gave 1 numbers for 4 answers"),
         ("return 0.5", r"raised it returned float, not a list of numbers"),
         ("return ['right'] * len(completions)", r"the reward mine raised .*ValueError"),
-        ("os._exit(3)", r"the reward mine ended its process"),
+        ("os._exit(3)", r"the reward mine ended its process with status 3, .*; correct it, and start over"),
+        ("os.kill(os.getpid(), 11)", r"ended its process with signal SIGSEGV, .*; correct it, or if it ran out of mem"),
         ("sys.exit(3)", r"the reward mine raised line 4: SystemExit"),
     ],
 )
@@ -397,6 +403,80 @@ def test_a_reward_that_fails_ends_the_run_with_the_prompt_and_the_row(places, tm
     assert str(caught.value).startswith("rows.jsonl:7: ")
     assert r"on the prompt 'How\nmany?'" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LIMITED = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux")
+
+
+@LIMITED
+@pytest.mark.parametrize(
+    "body",
+    [
+        "kept = bytearray(1 << 30)",
+        "kept = []\n    while True: kept.append(bytes(1 << 20))",
+        "while True: completions.append(os.kept.append(bytes(1 << 20)))",  # never given back
+        "text = 'a'\n    while True: text += text",
+        pytest.param("import numpy; numpy.ones(1 << 28)", marks=SLOW),
+        pytest.param("import torch; torch.ones(1 << 28)", marks=SLOW),
+    ],
+)
+def test_a_reward_that_takes_too_much_memory_ends_its_own_process(tmp_path, body):
+    section = code(tmp_path, f"os.kept = getattr(os, 'kept', [])\n    {body}") | {"reward_timeout": 30.0}
+    judge = judge_of(section | {"reward_memory_gib": 0.25 if "torch" not in body else 0.9})
+    process = judge._child.process
+    with pytest.raises(DataError, match=r"the reward mine needs more than 0\.\d+ GiB of memory \(line \d: ") as caught:
+        judge.score(Group("rows.jsonl:7", "How many?", ["one"], [[1]], "1"))
+    assert str(caught.value).startswith("rows.jsonl:7: ")
+    assert "on the prompt 'How many?'; raise train.grpo.reward_memory_gib to resume" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert process.poll() is not None
+
+
+@LIMITED
+def test_a_process_that_a_reward_starts_has_the_same_limit(tmp_path):
+    body = "import subprocess\n    return [subprocess.run([sys.executable, '-c', 'bytearray(1 << 30)']).returncode]"
+    judge = judge_of(code(tmp_path, body) | {"reward_memory_gib": 0.5, "reward_timeout": 30.0})
+    assert judge.score(Group("a:1", "q", ["one"], [[1]], "1")) == [[1.0]]
+    judge.close()
+
+
+@LIMITED
+def test_a_file_that_takes_too_much_memory_when_it_is_read_is_refused(tmp_path):
+    section = code(tmp_path, "return []\n\nkept = bytearray(1 << 30)")
+    with pytest.raises(ConfigError, match=r"mine: line 6: MemoryError.*0\.25 GiB, raise train.grpo.reward_memory_gib"):
+        judge_of(section | {"reward_memory_gib": 0.25})
+
+
+@SLOW
+def test_torch_and_a_tokenizer_work_in_a_reward_under_the_default_limit(places, tmp_path):
+    body = f"""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained({str(places / "model")!r})
+    model = AutoModelForCausalLM.from_pretrained({str(places / "model")!r})
+    ids = torch.tensor([tokenizer(text)["input_ids"] for text in completions])
+    large = torch.ones(2000, 2000).matmul(torch.ones(2000, 1)).max()
+    return model(input_ids=ids, labels=ids).loss.detach().expand(len(ids)) + large"""
+    judge = judge_of(code(tmp_path, body) | {"reward_timeout": 60.0})
+    found = judge.score(Group("a:1", "q", ["one", "two"], [[1]] * 2, "1"))
+    judge.close()
+    assert found[0] == found[1]
+    assert 2000 < found[0][0] < 2010
+
+
+@SLOW
+@LIMITED
+def test_a_run_with_a_hungry_reward_exits_with_3_and_goes_on_with_more_memory(places, tmp_path):
+    section = code(tmp_path, "kept = bytearray(1 << 28)\n    return [float(len(text)) for text in completions]")
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(grpo(places, tmp_path / "out", section=section)))
+    done = served.dude("train", path, "--set", "train.grpo.reward_memory_gib=0.25")
+    assert done.returncode == 3
+    assert "needs more than 0.25 GiB of memory" in done.stderr
+    assert ".jsonl:" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = served.dude("train", path)
+    assert done.returncode == 0, done.stderr
 
 
 @SLOW
@@ -547,7 +627,7 @@ def test_a_reference_that_is_not_the_base_is_refused(places, tmp_path):
 
 
 def test_nothing_to_learn_and_answers_without_end_are_told_after_ten_steps(places, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dude_peft.training.rollouts.only_ends", never_ends(tmp_path))
+    monkeypatch.setattr("dude_peft.training.drawn.only_ends", never_ends(tmp_path))
     section = {"rewards": [{"kind": "format", "pattern": "never this"}]}
     report = start(grpo(places, tmp_path / "out", section=section, train={"max_steps": 11}))
     told = [text for text in report.warnings if "in 10 steps" in text]

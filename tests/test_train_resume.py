@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from night import NIGHT, some_by_day
+from night import NIGHT, more_by_night, some_by_day
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_rows
 
@@ -597,6 +597,7 @@ def newest_step(out: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
+@more_by_night
 @pytest.mark.timeout(3600)
 def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp_path, server):
     kills, runs = int(os.environ.get("DUDE_KILLS", "4")), 0
@@ -643,6 +644,7 @@ def test_a_kill_before_every_call_to_the_disk(places, whole, tmp_path, server):
         shutil.rmtree(out)
 
 
+@more_by_night
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("number", "code"), some_by_day([(15, 143), (2, 130)], [(15, 143)]))
 def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_path, server, number, code):
@@ -690,6 +692,7 @@ def test_a_stop_that_a_library_caught_is_still_a_stop():
         raise OSError("another")
 
 
+@more_by_night
 @pytest.mark.timeout(3600)
 def test_a_second_signal_ends_at_once_and_harms_nothing(places, whole, tmp_path, server):
     chance = random.Random(7)

@@ -85,7 +85,13 @@ def train(
 
 @checked
 def plan(
-    config: RunSource, overrides: Sequence[str] = (), *, device_memory: str | None = None, quiet: bool = True
+    config: RunSource,
+    overrides: Sequence[str] = (),
+    *,
+    device_memory: str | None = None,
+    strategy: str = "ddp",
+    processes: int = 1,
+    quiet: bool = True,
 ) -> Plan:
     """Check a run, and estimate the memory, disk and steps that it will need; no weights are read.
 
@@ -96,6 +102,8 @@ def plan(
         config: a YAML file, a dict of the same shape, or a RunConfig.
         overrides: "train.learning_rate=2e-4", as `--set`.
         device_memory: of the GPU that will train, as "80GiB"; None is this machine's.
+        strategy: of several processes: ddp, fsdp2 or zero3.
+        processes: how many train together, one for each GPU.
         quiet: print nothing.
 
     Raises:
@@ -106,7 +114,14 @@ def plan(
     from dude_peft.evaluation.in_training import TasksOfRun
     from dude_peft.planning.run import plan as made
 
-    return made(settings, device_memory=device_memory, scorer_of=TasksOfRun, quiet=quiet)
+    return made(
+        settings,
+        device_memory=device_memory,
+        strategy=strategy,
+        processes=processes,
+        scorer_of=TasksOfRun,
+        quiet=quiet,
+    )
 
 
 @checked

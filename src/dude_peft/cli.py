@@ -23,7 +23,7 @@ from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another
 from dude_peft.show import shown, shown_lines
-from dude_peft.terminal.numbers import integer, number
+from dude_peft.terminal.numbers import integer, number, numbers
 from dude_peft.terminal.quiet import require_room
 from dude_peft.version import __version__
 
@@ -136,20 +136,39 @@ def plan(
             help="Memory of the GPU that will train, as 80GiB; default: this machine's.",
         ),
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--launch", metavar="ddp|fsdp2|zero3", help="Plan a run in several processes.")
+    ] = None,
+    processes: Annotated[
+        int | None, _whole("--processes", help="Number of processes for --launch; default: one for each GPU.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Check a run, and show the memory, disk and steps that it needs, without loading weights."""
+    """Check a run, and show the memory, disk and steps that it needs, without loading weights.
+
+    With --launch the memory is of each process.
+    """
     from dude_peft.artifact.json_text import json_text
+    from dude_peft.machine.launch import number_of
     from dude_peft.terminal.display import Display
     from dude_peft.terminal.next_steps import tell_next
 
-    made = dude_peft.plan(config, overrides or (), device_memory=device_memory, quiet=as_json)
+    count = number_of(strategy, processes)
+    made = dude_peft.plan(
+        config,
+        overrides or (),
+        device_memory=device_memory,
+        strategy=strategy or "ddp",
+        processes=count,
+        quiet=as_json,
+    )
     if as_json:
         typer.echo(json_text(made.as_dict(), indent=2))
     made.check()
     sets = [word for override in overrides or [] for word in ("--set", override)]
-    tell_next(Display(quiet=as_json), ["train", str(config), *sets])
+    launch = [] if strategy is None else ["--launch", strategy, "--processes", str(count)]
+    tell_next(Display(quiet=as_json), ["train", str(config), *sets, *launch])
 
 
 @app.command(epilog="Example: dude compare grid.yaml --jobs 2")
@@ -196,7 +215,7 @@ def compare(
         )
     try:
         if not (dry_run or print_commands or one):
-            api.compare(
+            found = api.compare(
                 config,
                 output_dir=output_dir,
                 jobs=jobs,
@@ -207,6 +226,7 @@ def compare(
                 collect=collect,
                 quiet=False,
             )
+            found.check()
             return
         grid, run = load_grid(config, {"output_dir": output_dir})
 
@@ -295,6 +315,9 @@ def config_explain(
         typer.echo(f"    {line}")
 
 
+_Objective = Annotated[
+    str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
+]
 _Columns = Annotated[
     list[str] | None,
     typer.Option(
@@ -323,12 +346,14 @@ def config_new(
         str | None, typer.Option("--gguf-file", help="Name of the GGUF file, if the model is one.")
     ] = None,
     columns: _Columns = None,
+    objective: _Objective = "sft",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write the configuration of a run on your rows, after reading them."""
     from dude_peft.training.new_config import new_config
 
-    text = new_config(source, model, gguf_file=gguf_file, columns=_columns(columns), output=output)
+    named = _columns(columns)
+    text = new_config(source, model, gguf_file=gguf_file, columns=named, objective=objective, output=output)
     if output is None:
         typer.echo(text, nl=False)
 
@@ -358,9 +383,13 @@ def data_check(
     special_tokens: Annotated[str, typer.Option(help="text or allow, as data.special_tokens.")] = "text",
     train_on: Annotated[str, typer.Option(help="answers, last_answer or all, as data.train_on.")] = "answers",
     upft: Annotated[int | None, _whole(help="Train this many first tokens of each answer, as data.upft.")] = None,
-    objective: Annotated[
-        str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
-    ] = "sft",
+    objective: _Objective = "sft",
+    stages: Annotated[
+        Any,
+        typer.Option(
+            parser=numbers, metavar="N", help="Show stages by length, as train.curriculum.stages: 3, or 64,128,512."
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""
@@ -368,6 +397,7 @@ def data_check(
     how |= {"columns": _columns(columns), "seed": seed, "max_length": max_length, "upft": upft}
     how["chat_template"] = chat_template
     how["objective"] = objective
+    how["stages"] = stages
     try:
         dude_peft.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:

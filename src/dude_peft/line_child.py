@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from typing import IO
 
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from {module} import main; main()"
+_ENDING_SECONDS = 5.0
 
 
 class LineChild:
@@ -55,6 +57,17 @@ class LineChild:
         if not line:
             raise BrokenPipeError("the process ended")
         return line
+
+    def ending(self) -> str:
+        """How it ended, once it answers no more: `status 3`, `signal SIGSEGV`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it lives, and has closed its end
+            self.process.wait(_ENDING_SECONDS)
+        self.stop()
+        code = self.process.returncode
+        if code >= 0:
+            return f"status {code}"
+        known = {each.value: each.name for each in signal.Signals}
+        return f"signal {known.get(-code, -code)}"
 
     def stop(self) -> None:
         """Ends it, whatever it does."""

@@ -12,16 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dude_peft.artifact.durable import disk_errors, take
 from dude_peft.artifact.sealed import sealed, unsealed
+from dude_peft.data.cache_folder import cache_folder
 from dude_peft.doors import open_file
 from dude_peft.errors import ArtifactError, BusyError
 from dude_peft.machine import processes
 from dude_peft.show import shown
+
+_WAIT_SECONDS = 0.5
 
 
 class AnswerCache:
@@ -131,6 +136,40 @@ class AnswerCache:
         self._file.write(json.dumps(sealed({"of": self._path.stem, "content": line})).encode("ascii") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+@contextmanager
+def shared_cache(kind: str, key: str, say: Callable[[str], None], check: Callable[[], None]) -> Iterator[AnswerCache]:
+    """Within: what all runs of this user keep of `kind` under `key`; another process that fills it is awaited.
+
+    Args:
+        kind: what is kept, in words, and the folder of its files.
+        key: hash of all that it depends on.
+        say: hears of the waiting.
+        check: raises where the run has been told to end.
+
+    Raises:
+        ArtifactError: the file is damaged.
+        ResourceError: it cannot be written.
+    """
+    path = cache_folder() / kind.replace(" ", "_") / f"{key}.jsonl"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    waited = False
+    while True:
+        try:
+            cache = AnswerCache(path, {kind: key})
+            break
+        except BusyError:
+            if not waited:
+                say(f"{kind}: another run measures the same; this one waits for it")
+            waited = True
+            check()
+            time.sleep(_WAIT_SECONDS)
+    try:
+        yield cache
+    finally:
+        cache.close()
 
 
 def key_of(*parts: Any) -> str:

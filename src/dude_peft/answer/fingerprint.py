@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
 from dude_peft.artifact.base_settings import ABOUT_FILES
 from dude_peft.artifact.fingerprint import xxh3_of
 from dude_peft.data.tokenizer_parts import tokenizer_parts
+from dude_peft.machine.environment import versions
+from dude_peft.tuner.frozen import plain_parts
+
+
+def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
+    """All of a model and where it runs that decides what it answers, to hash."""
+    return [
+        model_fingerprint(model),
+        config_fingerprint(model),
+        tokenizer_fingerprint(tokenizer),
+        [str(model.dtype), model.device.type],
+        {**versions(), "tokenizers": metadata.version("tokenizers")},
+    ]
 
 
 def model_fingerprint(model: Any) -> str:
-    """Hexadecimal XXH3 (128 bits) of names, shapes, dtypes and values of all parameters and buffers."""
+    """Hexadecimal XXH3 (128 bits) of names, shapes, dtypes and values of all that a model computes with.
+
+    These are parameters, buffers, and what a quantised layer keeps beside its codes: the scales alone tell a weight
+    from its double.
+    """
     digest = xxhash.xxh3_128()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kept = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tensors = {**kept, **dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {xxh3_of([tensor])}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {xxh3_of(plain_parts(tensor))}\n".encode())
     return str(digest.hexdigest())
 
 

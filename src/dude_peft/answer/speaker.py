@@ -22,10 +22,12 @@ from dude_peft.folder.identity import recorded_config
 from dude_peft.folder.record import ADAPTER
 from dude_peft.folder.record import CONFIG as RUN_CONFIG
 from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate
+from dude_peft.model.processor import PROCESSOR_FILES, sight_of
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company
+    from dude_peft.data.sight import Sight
     from dude_peft.terminal.display import Display
 
 
@@ -45,6 +47,8 @@ class Speaker:
     """The template that its run was configured with; `auto` where nothing tells."""
     special_tokens: str = "text"
     """What a special token is that a text spells, as its run was configured: `text`, or `allow`, the token itself."""
+    sight: Sight | None = None
+    """How it sees images; None where it has no processor."""
     checkpoint_generation: Any = None
     """The checkpoint's own generation config, which answers here do not follow; the field's harness does."""
 
@@ -124,6 +128,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     with notes.waiting("loading the model"):
         where = locate(source)
         tokenizer = _tokenizer(source, where, name, saved)
+        sight = sight_of(source, where, tokenizer, _own_processor(saved))
         model = _model(source, where, saved)
     if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -133,7 +138,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     ends = _only_ends_(model, tokenizer)
     template, special_tokens = ("auto", "text") if saved is None else _writing_of_the_run(saved.folder)
     adapted = saved is not None
-    return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, checkpoint_generation)
+    return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation)
 
 
 def _is_adapter(name: str) -> bool:
@@ -161,6 +166,12 @@ def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter 
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
         return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
     return load_tokenizer(source, where)
+
+
+def _own_processor(saved: SavedAdapter | ForeignAdapter | None) -> Path | None:
+    """The adapter's folder, where it brought its processor along."""
+    has_one = saved is not None and any((saved.folder / name).is_file() for name in PROCESSOR_FILES)
+    return saved.folder if saved is not None and has_one else None
 
 
 def _model(source: ModelSection, where: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:

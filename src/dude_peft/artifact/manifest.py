@@ -48,9 +48,9 @@ _SHARES = 16
 FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 TOKENIZER_FILES = (
     "*token*.json", "chat_template*", "*.jinja", "additional_chat_templates/*", "vocab*", "merges*", "*.model",
-    "*.tiktoken", "*.spm",
+    "*.tiktoken", "*.spm", "*processor_config.json",
 )  # fmt: skip
-"""What transformers may read a tokenizer from."""
+"""What transformers may read a tokenizer from, or a processor of images, of which it is a part."""
 _KEY, _SEAL = "dude", "dude_sha256"
 
 

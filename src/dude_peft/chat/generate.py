@@ -128,6 +128,8 @@ def generate(
     asked = read_prompts(prompts, None if file is None else str(file), limit, columns)
     if keep is not None:
         check_answered(asked)
+    if as_rows and (seen := next((row for row in asked if row.pictures), None)) is not None:
+        raise DataError(f"{seen.source}: --as-rows writes rows of text, and this row has an image; leave --as-rows out")
     rows = [row for row in asked for _ in range(samples)]
     with quiet_imports():
         from dude_peft.answer.decode import decode_all
@@ -148,6 +150,7 @@ def generate(
             vocabulary=speaker.vocabulary,
             positions=speaker.positions,
             new=max_new_tokens,
+            sight=speaker.sight,
         )
         if batch_size > 1 and len(ids) > 1 and speaker.company_note:
             notes.say(f"note: {speaker.company_note}")

@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dude_peft.answer.cache import AnswerCache, key_of
 from dude_peft.artifact.durable import disk_errors
+from dude_peft.data.sight import prints_of
 from dude_peft.errors import BusyError, ConfigError
 from dude_peft.show import shown
 
@@ -68,18 +68,12 @@ def kept(output: Path, command: str, *, overwrite: bool) -> Iterator[AnswerCache
 
 def command_key(speaker: Speaker, ids: Sequence[Sequence[int]], decoding: Decoding, batch_size: int) -> str:
     """The hash of all that decides the completions."""
-    from dude_peft.answer.fingerprint import config_fingerprint, model_fingerprint, tokenizer_fingerprint
-    from dude_peft.machine.environment import versions
+    from dude_peft.answer.fingerprint import answering_parts
 
-    model = speaker.model
     return key_of(
-        model_fingerprint(model),
-        config_fingerprint(model),
-        tokenizer_fingerprint(speaker.tokenizer),
-        [list(each) for each in ids],
+        *answering_parts(speaker.model, speaker.tokenizer),
+        [[list(each), *prints_of(each)] for each in ids],
         asdict(decoding),
         [batch_size, speaker.company if batch_size > 1 else "any"],
         sorted(speaker.ends),
-        [str(model.dtype), model.device.type],
-        {**versions(), "tokenizers": metadata.version("tokenizers")},
     )

@@ -13,6 +13,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.control_tokens import ControlTokens
 from dude_peft.data.encode import Counts, check_ids
 from dude_peft.data.formats import Reading
+from dude_peft.data.sight import Sight
 from dude_peft.doors import open_file
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
@@ -51,7 +52,7 @@ def read_prompts(
 
 def as_json(row: Row) -> Any:
     """The prompt as the output names it: its text, or its messages where there are several, or more than texts."""
-    if [(message.role, message.more) for message in row.prompt] == [("user", "")]:
+    if [(message.role, message.more, message.pictures) for message in row.prompt] == [("user", "", ())]:
         return row.prompt[0].content
     return [message.as_dict() if message.trained else {**message.as_dict(), "weight": 0} for message in row.prompt]
 
@@ -77,8 +78,9 @@ def raw_ids(row: Row, tokenizer: Any, control: ControlTokens) -> list[int]:
     Raises:
         DataError: the prompt is a conversation, or spells a special token that the tokenizer cannot write as text.
     """
-    if len(row.prompt) != 1 or row.tools:
-        what = f"{len(row.prompt)} messages{' and tools' if row.tools else ''}"
+    if len(row.prompt) != 1 or row.tools or row.pictures:
+        more = f"{' and tools' if row.tools else ''}{' and images' if row.pictures else ''}"
+        what = f"{len(row.prompt)} message{'s' * (len(row.prompt) != 1)}{more}"
         raise DataError(f"{row.source}: {what}, but --raw takes one text; leave --raw out")
     ids = control.ids(row.prompt[0].content, (), row.source, framed=True)
     # Some tokenizers close every text with the end token; a prompt goes on.
@@ -93,8 +95,9 @@ def encode_prompts(
     vocabulary: int,
     positions: int | None,
     new: int,
+    sight: Sight | None = None,
 ) -> list[list[int]]:
-    """Token ids of every prompt.
+    """Token ids of every prompt; of one with images, with these.
 
     Args:
         rows: the prompts.
@@ -103,6 +106,7 @@ def encode_prompts(
         vocabulary: number of rows of the model's embedding.
         positions: tokens that the model reads at most; None for no limit.
         new: tokens that are generated behind each.
+        sight: how the model sees images; None where it does not.
 
     Raises:
         DataError: a prompt that is empty, too long, or has a token that the model does not know.
@@ -113,7 +117,7 @@ def encode_prompts(
         if isinstance(template, ControlTokens):
             ids = raw_ids(row, tokenizer, template)
         else:
-            ids = prompt_ids(row, template, tokenizer)
+            ids = prompt_ids(row, template, tokenizer, sight)
         if not ids:
             raise DataError(f"{row.source}: the prompt has no tokens; give it some text")
         check_ids(row.source, ids, tokenizer, vocabulary)

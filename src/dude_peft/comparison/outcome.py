@@ -13,7 +13,7 @@ from typing import Any
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import read_sealed, sealed
-from dude_peft.errors import ArtifactError
+from dude_peft.errors import ArtifactError, NumericsError, ResourceError
 from dude_peft.show import shown
 from dude_peft.terminal.html import table
 
@@ -134,6 +134,18 @@ class Comparison:
         path = folder / NAME
         replace_file(path, (json_text(sealed(asdict(self)), ensure_ascii=False) + "\n").encode("utf-8"))
         return path
+
+    def check(self) -> None:
+        """Raises NumericsError where every run diverged, ResourceError where every run failed, with a reason."""
+        # A test run without a rate was never started.
+        ended: list[Trial | Final] = [*self.trials, *(final for final in self.finals if final.started)]
+        reasons = [one.failed for one in ended if one.failed is not None]
+        if not reasons or len(reasons) < len(ended):
+            return
+        diverged = all(reason.startswith("diverged") for reason in reasons)
+        raise (NumericsError if diverged else ResourceError)(
+            f"all {len(ended)} runs of the comparison failed, so nothing was compared; the first: {reasons[0]}"
+        )
 
     def _repr_html_(self) -> str:
         from dude_peft.comparison.standing import header, standings, summary_of

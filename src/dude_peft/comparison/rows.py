@@ -12,6 +12,7 @@ from dude_peft.config.schema import ShareSection
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.folder.record import RunReport
 from dude_peft.model.load import load_tokenizer, locate
+from dude_peft.model.processor import sight_of
 from dude_peft.training.run_data import RunData, glance, read
 
 if TYPE_CHECKING:
@@ -54,10 +55,12 @@ def read_rows(tune: Cell, test: Cell) -> Rows:
     """
     glance(test.config)
     model, own = tune.config.model, tune.config.data.chat_template
-    tokenizer = load_tokenizer(model, locate(model), own)
-    judged = read(test.config, tokenizer)
+    where = locate(model)
+    tokenizer = load_tokenizer(model, where, own)
+    sight = sight_of(model, where, tokenizer)
+    judged = read(test.config, tokenizer, sight)
     try:
-        tuned = read(tune.config, tokenizer)
+        tuned = read(tune.config, tokenizer, sight)
     except DataError as error:
         if isinstance(tune.config.data.test, ShareSection):
             raise DataError(str(error).replace("data.test: a share", "validation: a share")) from error

@@ -8,6 +8,7 @@ configuration is reported at once; `reading.load_config` turns what pydantic fin
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from typing import Annotated, Any, ClassVar, Literal
@@ -100,9 +101,10 @@ def _quantity(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
-Strength = Annotated[Number, Field(gt=0, le=1000)]
+STRONGEST = 1000
+Strength = Annotated[Number, Field(gt=0, le=STRONGEST)]
 """Of a term in a loss. Far larger ones overflow there, and the learning rate would be blamed."""
-StrengthOrZero = Annotated[Number, Field(ge=0, le=1000)]
+StrengthOrZero = Annotated[Number, Field(ge=0, le=STRONGEST)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -115,7 +117,9 @@ Columns = Annotated[dict[Text, Text], AfterValidator(_known_columns)]
 ChatTemplate = Annotated[Source, AfterValidator(_template_text)]
 Quantity = Annotated[int | str, BeforeValidator(_quantity)]
 # 16 stays the int that PEFT's config is written with; 16.5 stays a float.
-Alpha = Annotated[Positive, PlainSerializer(lambda value: int(value) if value == int(value) else value)]
+_AsWritten = PlainSerializer(lambda value: int(value) if value == int(value) else value)
+Alpha = Annotated[Positive, _AsWritten]
+Bound = Annotated[NonNegative, _AsWritten]
 
 
 JUDGED = ("rewards/accuracies", "rewards/margins")
@@ -513,6 +517,10 @@ class DpoSection(Section):
     """For robust, the share of pairs that are expected to be the wrong way round (0.1 is usual); for exo_pair, its
     epsilon (1e-3 is usual). Other losses have none."""
 
+    precompute_ref_log_probs: bool = False
+    """Measure the base model on all pairs once, before training, instead of in every step. The cache keeps the result
+    for other runs."""
+
     @model_validator(mode="after")
     def _smoothing_of_something(self) -> DpoSection:
         smooth = self.loss_type in ("robust", "exo_pair")
@@ -679,6 +687,10 @@ class GrpoSection(Section):
     reward_timeout: Annotated[Number, Field(gt=0, le=86400)] = 30.0
     """Seconds that a reward may take over the answers to one prompt."""
 
+    reward_memory_gib: Annotated[Number, Field(ge=0.125, le=1_048_576)] = 4.0
+    """GiB of memory that the process of the rewards may take, on Linux. What it maps of files, shares with others or
+    keeps on a GPU does not count."""
+
     num_generations: Annotated[int, Field(ge=2, le=4096)] = 8
     """Answers to a prompt: a group. Each answer is judged against its group."""
 
@@ -734,6 +746,112 @@ class GrpoSection(Section):
         return self
 
 
+class DropSection(Section):
+    """Rows that a curriculum leaves out. What is not written is kept."""
+
+    hopeless: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Leave out rows with at most this pass rate."""
+
+    solved: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Leave out rows with at least this pass rate."""
+
+    @model_validator(mode="after")
+    def _something_between(self) -> DropSection:
+        if self.hopeless is not None and self.solved is not None and self.hopeless >= self.solved:
+            raise ValueError(
+                "keys 'train.curriculum.drop': hopeless is not below solved, which leaves no row; change one"
+            )
+        return self
+
+
+_OF_PASS_RATES: dict[str, Any] = {"samples": 8, "temperature": 1.0, "top_p": 1.0}
+
+
+class CurriculumSection(Section):
+    """Training in stages, from easy rows to hard ones (difficulty-aware staging, arXiv 2504.00829)."""
+
+    by: Literal["pass_rate", "length"] = "pass_rate"
+    """What is difficult. `pass_rate`: few of the base model's own answers are right; they are drawn before training,
+    once. `length`: a row has many tokens."""
+
+    stages: Annotated[int, Field(ge=2, le=1000)] | list[Bound] = 3
+    """How many stages of equal size, or a bound for each stage. Of pass_rate the least rate in it, falling, to 0; of
+    length the most tokens, rising, to data.max_length or more."""
+
+    samples: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    """Of pass_rate: answers to each prompt; null is 8."""
+
+    temperature: Annotated[Number, Field(ge=1e-6, le=1e6)] | None = None
+    """Of pass_rate: of the sampling; null is that of grpo, or 1."""
+
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Of pass_rate: answers are drawn from the likeliest tokens of this probability; null is that of grpo, or 1."""
+
+    max_new_tokens: Count | None = None
+    """Of pass_rate: longest answer, in tokens; null is grpo's max_completion_length, or evaluation.max_new_tokens."""
+
+    reward: Text | None = None
+    """Of pass_rate with grpo: name of the reward that tells whether an answer passes; null is the first of the kinds
+    answer and math. With sft, an answer passes that ended, with the row's final answer."""
+
+    threshold: Number | None = None
+    """Of pass_rate with grpo: an answer passes where that reward is at least this; null is 1."""
+
+    drop: DropSection | None = None
+    """Of pass_rate: rows that are not trained on; null is `{hopeless: 0, solved: 1}` of grpo, which learns nothing from
+    them, and `{solved: 1}` of sft. `{}` keeps all."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> CurriculumSection:
+        if isinstance(self.stages, int):
+            return self
+        key, bounds = "key 'train.curriculum.stages'", self.stages
+        if len(bounds) < 2:
+            raise ValueError(f"{key}: one stage is no curriculum; give two bounds or more, or leave curriculum out")
+        falls = self.by == "pass_rate"
+        if not all(first > then if falls else first < then for first, then in itertools.pairwise(bounds)):
+            way = "fall" if falls else "rise"
+            raise ValueError(f"{key}: bounds of {self.by} go from easy to hard; they have to {way}")
+        if falls and (bounds[0] > 1 or bounds[-1] != 0):
+            raise ValueError(f"{key}: pass rates go from 1 to 0, and the last stage takes what is left; end with 0")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_of_the_measure(self) -> CurriculumSection:
+        if self.by == "length":
+            for key in ("samples", "temperature", "top_p", "max_new_tokens", "reward", "threshold", "drop"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"key 'train.curriculum.{key}' has no effect on by: length; leave it out")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of stages."""
+        return self.stages if isinstance(self.stages, int) else len(self.stages)
+
+    def completed(self, rewarded: GrpoSection | None, max_new_tokens: int) -> CurriculumSection:
+        """The same with every choice that was left open written out.
+
+        Args:
+            rewarded: settings of grpo; None for sft.
+            max_new_tokens: of held-out answers.
+        """
+        if self.by == "length":
+            return self
+        chosen = {**_OF_PASS_RATES, "max_new_tokens": max_new_tokens, "drop": DropSection(solved=1.0)}
+        if rewarded is not None:
+            judges = [each.title for each in rewarded.rewards if each.kind in ("answer", "math")]
+            chosen |= {
+                "temperature": rewarded.temperature,
+                "top_p": rewarded.top_p,
+                "max_new_tokens": rewarded.max_completion_length,
+                "reward": judges[0] if judges else None,
+                "threshold": 1.0,
+                "drop": DropSection(hopeless=0.0, solved=1.0),
+            }
+        return self.model_copy(update={key: value for key, value in chosen.items() if getattr(self, key) is None})
+
+
 Paired = DpoSection | OrpoSection | CpoSection
 """Settings of an objective that learns from pairs."""
 Preference = Paired | KtoSection
@@ -767,6 +885,9 @@ class TrainSection(Section):
 
     grpo: GrpoSection | None = None
     """Settings of `objective: grpo`."""
+
+    curriculum: CurriculumSection | None = None
+    """Of sft and grpo: train in stages, from easy rows to hard ones; null takes all rows in random order."""
 
     orthogonality: NonNegative = 0.0
     """Weight of a penalty, added once a step: how far each group's change of a weight is from orthogonal to the weight
@@ -872,6 +993,28 @@ class TrainSection(Section):
                 raise ValueError(
                     f"key 'train.{name}' has no effect on train.objective: {self.objective}; leave it out, or set "
                     f"train.objective: {name}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_of_answers(self) -> TrainSection:
+        wanted, rewarded = self.curriculum, self.rewarded
+        if wanted is None:
+            return self
+        if self.objective not in ("sft", "grpo"):
+            raise ValueError(
+                f"key 'train.curriculum': stages are of rows with one right answer, and train.objective: "
+                f"{self.objective} learns from others; use sft or grpo, or leave it out"
+            )
+        for key in ("reward", "threshold"):
+            if rewarded is None and getattr(wanted, key) is not None:
+                raise ValueError(f"key 'train.curriculum.{key}' has no effect on train.objective: sft; leave it out")
+        if rewarded is not None and wanted.by == "pass_rate":
+            titles = [each.title for each in rewarded.rewards]
+            if wanted.completed(rewarded, 1).reward not in titles:
+                raise ValueError(
+                    f"key 'train.curriculum.reward': say which reward tells whether an answer passes: "
+                    f"{', '.join(titles)}; or set by: length"
                 )
         return self
 
@@ -1113,6 +1256,43 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_stages_allow(self) -> RunConfig:
+        wanted, data = self.train.curriculum, self.data
+        if wanted is None:
+            return self
+        rates = wanted.by == "pass_rate"
+        bounds = [] if isinstance(wanted.stages, int) else wanted.stages
+        others = {
+            "data.packing": (data.packing, "packed rows have no order of their own; set it to false"),
+            "data.train_on": (
+                rates and data.train_on == "all",
+                "a pass rate is of an answer, and this trains the prompts, too; set it to answers",
+            ),
+            "data.upft": (
+                rates and data.upft is not None,
+                "a pass rate is of a whole answer, and this trains its beginning; leave it out, or set by: length",
+            ),
+            "train.trainer": (self.train.trainer == "trl", "TRL orders rows itself; set it to transformers"),
+            "train.train_sampling_strategy": (
+                self.train.train_sampling_strategy != "random",
+                "it would order the rows by length within a stage; set it to random",
+            ),
+            "data.max_length": (
+                not rates and bool(bounds) and bounds[-1] < data.max_length,
+                f"the last bound of stages, {bounds[-1] if bounds else 0:g}, leaves longer rows without a stage; raise "
+                "it to data.max_length",
+            ),
+            "train.max_steps": (
+                self.train.max_steps is not None and self.train.max_steps < wanted.count,
+                f"{wanted.count} stages need as many steps; raise it, or lower the number of stages",
+            ),
+        }
+        for key, (contradicts, reason) in others.items():
+            if contradicts:
+                raise ValueError(f"keys 'train.curriculum' and '{key}': {reason}")
+        return self
+
+    @model_validator(mode="after")
     def _batches_of_few_shapes(self) -> RunConfig:
         if not self.train.torch_compile:
             return self
@@ -1207,11 +1387,14 @@ class RunConfig(Section):
         return self.model_copy(update={"adapter": adapter, "train": train, "evaluation": self._chosen_metric()})
 
     def _chosen_section(self) -> dict[str, Any]:
-        """The objective's section with its defaults, and the hashes of the files that it names."""
+        """The objective's section with its defaults, and the hashes of the files that it names; the curriculum's."""
         section = self.train.section
         if isinstance(section, GrpoSection):
             section = section.model_copy(update={"rewards": [each.sealed() for each in section.rewards]})
-        return {} if section is None else {self.train.objective: section}
+        found: dict[str, Any] = {} if section is None else {self.train.objective: section}
+        if (stages := self.train.curriculum) is not None:
+            found["curriculum"] = stages.completed(self.train.rewarded, self.evaluation.max_new_tokens)
+        return found
 
     def _chosen_metric(self) -> EvaluationSection:
         """What decides the best adapter, where nobody said: of grpo the reward."""

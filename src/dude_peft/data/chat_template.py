@@ -19,10 +19,13 @@ _MARKS = ("{{", "{%")
 _QUESTION, _ANSWER = "What does a template write?", "This answer."
 _TURNS = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
 _TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
-# A template may insist on a system message, or on tools: the rows tell whether they have what it wants.
+_PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in _TURNS]
+# A template may insist on a system message, on tools, or on contents that are lists, as those of models that read
+# images: the rows tell whether they have what it wants.
 _TRIALS: list[Conversation] = [
     (_TURNS, False, []),
     ([{"role": "system", "content": "Be brief."}, *_TURNS], False, []),
+    (_PARTS, False, []),
     (_TURNS, False, [_TOOL]),
 ]
 _TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}

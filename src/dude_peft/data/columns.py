@@ -18,12 +18,14 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the thoughts before an answer."""
 WEIGHTS = ("weight", "loss_scale", "train", "training", "train_on", "loss")
 """Keys of a message that tell whether it is learned."""
+IMAGES = ("images", "image")
+"""Columns of the images that a row's messages show: a list, or one."""
 PREFERENCE = ("chosen", "rejected", "rejected_response")
 """Columns of preference data: two answers, of which one is better."""
 
 _COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "question", "answer", "text",
-    "system", "history", "tools", "functions", *REASONING[:2], "chosen", "rejected", "label",
+    "system", "history", "tools", "functions", *REASONING[:2], "chosen", "rejected", "label", *IMAGES,
 )  # fmt: skip
 _KEYS = (
     "role", "content", "from", "value", "name", "tool_calls", "function_call", "tool_call_id", *REASONING, *WEIGHTS,

@@ -21,12 +21,17 @@ from typing import Any, NamedTuple
 
 from dude_peft.data.formats import Row
 from dude_peft.data.labels import IGNORE
+from dude_peft.data.pictures import Picture
+from dude_peft.data.sight import Seen, SeenPrompt, Shown, Sight
 from dude_peft.data.template import Pieces, Template
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import quoted
 
 TRAIN_ON = ("answers", "last_answer", "all")
 """What is learned of a conversation: all answers, only the last, or every token, the prompts' too."""
+
+BLIND = "the model has no processor (preprocessor_config.json) and reads text alone"
+"""Why no image is read, where nothing else is said."""
 
 _MOST_NAMES = 12
 _MOST_COUNTED = 200  # rows may have a new name each
@@ -40,6 +45,10 @@ class Example(NamedTuple):
     ids: list[int]
     trained: list[bool]
     """Of each token: whether it has a label. Never the first one's, which nothing predicts."""
+    pictures: tuple[Picture, ...] = ()
+    """The images that stand in it."""
+    image_tokens: int = 0
+    """Tokens in whose places the model puts them."""
 
     @property
     def labels(self) -> list[int]:
@@ -75,6 +84,10 @@ class Counts:
     """Tokens with a label."""
     ended: int = 0
     """Examples that end with a learned end token."""
+    images: int = 0
+    """Images of the examples."""
+    image_tokens: int = 0
+    """Tokens in whose places the model puts these."""
     used: dict[str, int] = field(default_factory=dict)
     """Columns, and keys of messages, with the number of rows that were made of them."""
     left_out: dict[str, int] = field(default_factory=dict)
@@ -140,8 +153,9 @@ class Counts:
 class EncodedSet:
     """Token ids of the rows that fit, unpadded, and what was counted on the way."""
 
-    examples: list[dict[str, list[int]]]
-    """`input_ids`, `attention_mask`, `labels` of each row kept, in order, all of one length a row."""
+    examples: list[dict[str, Any]]
+    """`input_ids`, `attention_mask`, `labels` of each row kept, in order, all of one length a row; `shown`, its images.
+    """
     dropped: int
     """Rows left out because they are longer than max_length."""
     truncated: int
@@ -154,17 +168,24 @@ class EncodedSet:
     """Tokens of the longest row, dropped ones included: the max_length that would keep all."""
 
 
-def prompt_ids(row: Row, template: Template, tokenizer: Any) -> list[int]:
+def prompt_ids(row: Row, template: Template, tokenizer: Any, sight: Sight | None = None) -> list[int]:
     """The ids that generation starts from: the prefix, id for id, of the row's training example.
 
-    Raises DataError for plain text, which asks nothing; ConfigError where the template writes nothing before the
-    answer; and what `Template.pieces` raises.
+    Of a row with images it is a `SeenPrompt`, made by `sight`.
+
+    Raises DataError for plain text, which asks nothing, and for images without `sight`; ConfigError where the template
+    writes nothing before the answer; and what `Template.pieces` and `Sight.seen` raise.
     """
     if row.is_text:
         raise DataError(f"{row.source}: plain text has no question to answer; set evaluation.enabled: false")
     begin = _begin(tokenizer) if template.kind == "plain" else []
-    (pieces,) = _tokenised([row], template.prompts([row]), template, tokenizer)
+    prompts, seen = _seen([row], template.prompts([row]), sight, BLIND)
+    (pieces,) = _tokenised([row], prompts, template, tokenizer)
     ids = [*begin, *itertools.chain.from_iterable(pieces)]
+    if sight is not None:
+        sight.check(row, ids, 0 if seen[0] is None else sum(seen[0].tokens))
+    if sight is not None and seen[0] is not None:
+        ids = SeenPrompt(ids, Shown(row.pictures, sight, row.source))
     if not ids:
         raise ConfigError(
             f"{row.source}: the template writes nothing before the answer, but a model needs at least one token; use "
@@ -183,25 +204,30 @@ def encode(
     upft: int | None = None,
     vocab_size: int | None = None,
     shortens: bool = True,
+    sight: Sight | None = None,
+    blind: str = BLIND,
 ) -> EncodedSet:
     """Token ids and labels, in memory, of the rows that fit into `max_length` tokens.
 
     `vocab_size` is the number of rows of the model's embedding: an id beyond it is refused; None checks nothing.
-    `shortens` keeps the turns that fit of a conversation that is too long.
+    `shortens` keeps the turns that fit of a conversation that is too long. `sight` and `blind` are the encoder's.
 
     Raises:
         DataError: no rows, none that fits, a token the model does not have, and what `Template.pieces` raises.
         ConfigError: a wrong max_length or train_on, or a tokenizer or chat template that cannot be trained with.
     """
-    encoder = Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft, shortens=shortens)
+    how: dict[str, Any] = {"train_on": train_on, "upft": upft, "shortens": shortens, "sight": sight, "blind": blind}
+    encoder = Encoder(template, tokenizer, max_length=max_length, **how)
     if not rows:
         raise DataError("no rows to encode; check the data set and its limit")
-    examples = []
+    examples: list[dict[str, Any]] = []
     for row, made in encoder.examples(rows):
         for example in made:
             check_ids(row.source, example.ids, tokenizer, vocab_size)
             mask = [1] * len(example.ids)
             examples.append({"input_ids": example.ids, "attention_mask": mask, "labels": example.labels})
+            if example.pictures and sight is not None:
+                examples[-1]["shown"] = Shown(example.pictures, sight, row.source)
     counts = encoder.counts
     encoder.check_any(len(examples))
     return EncodedSet(examples, counts.dropped, counts.truncated, counts.tokens, counts.trained_tokens, counts.longest)
@@ -221,6 +247,10 @@ class Encoder:
     upft: int | None = None
     shortens: bool = True
     """Of a conversation that is too long, the turns that fit are kept."""
+    sight: Sight | None = None
+    """How the model sees images; None refuses rows that have some."""
+    blind: str = BLIND
+    """Why there is none, for the message."""
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -245,12 +275,15 @@ class Encoder:
         Raises what `Template.pieces` raises; ConfigError where the tokenizer does not know an end token as one token.
         """
         for batch in _batches(rows):
-            pieces = self.template.pieces(batch)
+            pieces, seen = _seen(batch, self.template.pieces(batch), self.sight, self.blind)
             tokenised = _tokenised(batch, pieces, self.template, self.tokenizer)
-            for row, each, ids in zip(batch, pieces, tokenised, strict=True):
+            for row, each, sights, ids in zip(batch, pieces, seen, tokenised, strict=True):
                 self.counts.spelling += bool(each.spelt)
                 self.counts.spelling_ends += bool(each.spelt and self.template.ends_in(row, row.messages))
-                made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids)
+                if self.sight is not None:
+                    wanted = 0 if sights is None else sum(sights.tokens)
+                    self.sight.check(row, [*itertools.chain.from_iterable(ids)], wanted)
+                made = self._text(row, ids[0]) if row.is_text else self._conversation(row, each, ids, sights)
                 self._count(made)
                 _add(self.counts.used, row.used)
                 self.counts.add_left_out(row, each)
@@ -274,7 +307,7 @@ class Encoder:
                 f"{self.counts.longest} tokens; raise max_length"
             )
 
-    def _conversation(self, row: Row, pieces: Pieces, ids: list[list[int]]) -> list[Example]:
+    def _conversation(self, row: Row, pieces: Pieces, ids: list[list[int]], seen: Seen | None) -> list[Example]:
         self._check_ends(row, ids[1::2])
         if not row.is_learned:
             self.counts.unlearned += 1
@@ -310,7 +343,13 @@ class Encoder:
         trained[0] = False
         if not any(trained):
             raise DataError(f"{row.source}: the answer is empty, so upft has no token to train; remove the row")
-        return [Example([*itertools.chain.from_iterable(ids[:used])][: needed(used)], trained[: needed(used)])]
+        whole = [*itertools.chain.from_iterable(ids[:used])][: needed(used)]
+        trained = trained[: needed(used)]
+        if seen is None:
+            return [Example(whole, trained)]
+        # No image is cut: the pieces that are left out are whole, and only answers, which have none, are shortened.
+        trained = [learn and token not in seen.never_learned for token, learn in zip(whole, trained, strict=True)]
+        return [Example(whole, trained, row.pictures[: sum(seen.images[:used])], sum(seen.tokens[:used]))]
 
     def _learned(self, row: Row, pieces: Pieces, count: int) -> list[bool]:
         """Of each piece whether it is learned, by train_on and by what the row excludes."""
@@ -359,6 +398,8 @@ class Encoder:
             counts.tokens += len(example.ids)
             counts.trained_tokens += sum(example.trained)
             counts.ended += example.ids[-1] in self.ends
+            counts.images += len(example.pictures)
+            counts.image_tokens += example.image_tokens
             counts.largest_id = max(counts.largest_id, *example.ids)
 
     def _check_ends(self, row: Row, answers: Sequence[list[int]]) -> None:
@@ -389,6 +430,18 @@ def _add(counted: dict[str, int], names: Iterable[str]) -> None:
     for name in names:
         if name in counted or len(counted) < _MOST_COUNTED:
             counted[name] = counted.get(name, 0) + 1
+
+
+def _seen(
+    rows: Sequence[Row], pieces: Sequence[Pieces], sight: Sight | None, blind: str
+) -> tuple[list[Pieces], list[Seen | None]]:
+    """The pieces of rows, images as tokens, and what was seen of each row that has some."""
+    seen: list[Seen | None] = []
+    for row, each in zip(rows, pieces, strict=True):
+        if row.pictures and sight is None:
+            raise DataError(f"{row.source}: the row has an image, but {blind}; remove the image")
+        seen.append(sight.seen(row, each) if row.pictures and sight is not None else None)
+    return [each if found is None else found.pieces for each, found in zip(pieces, seen, strict=True)], seen
 
 
 def _tokenised(

@@ -15,7 +15,8 @@ Preference data (`objectives.py`), of which two answers are judged against each 
 
 Beside all but text: `system`, the system message, and `tools`, what a model may call, both of the whole conversation;
 beside pairs also `history`, [[question, answer], ...] before them, and `reasoning_content`, the thoughts before the
-answer. What a message may have beside its text is in message.py.
+answer. `images`, paths of files, fill the places that messages keep for them, or stand before the first question. What
+a message may have beside its text is in message.py.
 
 Each row says by its keys which shape it has; what nobody reads is noted in `Row.left_out`, `text` beside a whole shape
 among it, which tables often hold as the sum of the others. Two whole shapes in one row are refused: which of them is
@@ -24,14 +25,27 @@ trained would be a guess.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from dude_peft.data.columns import PREFERENCE, STANDARD, Columns, Record, is_nothing
-from dude_peft.data.message import PASSAGE, TEXT, Message, json_text, read_message, reasoning, text_of, tools_text
+from dude_peft.data.columns import IMAGES, PREFERENCE, STANDARD, Columns, Record, is_nothing
+from dude_peft.data.message import (
+    PASSAGE,
+    TEXT,
+    Message,
+    image_of,
+    json_text,
+    read_message,
+    reasoning,
+    text_of,
+    tools_text,
+)
 from dude_peft.data.objectives import Kind, objectives_for
 from dude_peft.data.pairs import judged_apart, shared_beginning
+from dude_peft.data.pictures import Picture, found
 from dude_peft.data.suggest import closest, mapping_for, written
 from dude_peft.errors import DataError
 from dude_peft.show import quoted, shown
@@ -90,6 +104,11 @@ class Row:
         return self.messages[-1].content
 
     @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The images of all messages, in order."""
+        return tuple(picture for message in self.messages for picture in message.pictures)
+
+    @property
     def is_text(self) -> bool:
         """Whether the row is plain text, without a question and an answer."""
         return self.messages[-1].role in (TEXT, PASSAGE)
@@ -117,10 +136,13 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 class _Reader:
     """Reads one row: its record, and what was noted on the way."""
 
-    def __init__(self, values: Mapping[str, Any], source: str, columns: Columns, questions: bool) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], source: str, columns: Columns, questions: bool, folder: Path | None
+    ) -> None:
         self.record = Record(values, columns)
         self.source = source
         self.questions = questions
+        self.folder = folder
         self.columns = columns
         self.used: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
@@ -138,10 +160,51 @@ class _Reader:
 
     def message(self, value: Any, name: str, place: int) -> Message:
         record = Record(value if isinstance(value, Mapping) else {}, self.columns, name)
-        message = read_message(value, f"{name}[{place}]", self.source, record, question=self.questions)
+        how: dict[str, Any] = {"question": self.questions, "find": self.find}
+        message = read_message(value, f"{name}[{place}]", self.source, record, **how)
         self.used |= dict.fromkeys(record.used)
         self.left_out |= dict.fromkeys(record.left_out())
         return message
+
+    def find(self, name: str, where: str) -> Picture:
+        picture = found(name, self.folder, where)
+        if picture.animated:
+            self.left_out["all but the first image of an animated file"] = None
+        return picture
+
+    def with_images(self, messages: list[Message]) -> list[Message]:
+        """With the images of the row's own column where messages keep places for them, or before the first question."""
+        ours = next((name for name in IMAGES if not is_nothing(self.record.peek(name))), None)
+        images = [] if ours is None else self._images(ours)
+        places = sum(not picture.is_found for message in messages for picture in message.pictures)
+        if not places and not images:
+            return messages
+        if not places and not any(message.pictures for message in messages):
+            asked = next((place for place, each in enumerate(messages) if each.role == "user"), None)
+            if asked is not None:
+                messages = [*messages]
+                messages[asked] = replace(messages[asked], pictures=tuple(images))
+                return messages
+        if places != len(images):
+            named = "images" if ours is None else self.record.name(ours)
+            raise DataError(
+                f"{self.source}: '{named}' has {len(images)} images, and the messages keep {places} places for them; "
+                'give each image one place, {"type": "image"}'
+            )
+        rest = iter(images)
+        return [
+            replace(
+                message,
+                pictures=tuple(each if each.is_found else replace(next(rest), at=each.at) for each in message.pictures),
+            )
+            for message in messages
+        ]
+
+    def _images(self, ours: str) -> list[Picture]:
+        value, name = self.record.get(ours), self.record.name(ours)
+        if isinstance(value, (list, tuple)):
+            return [image_of(each, f"{name}[{place}]", self.source, self.find) for place, each in enumerate(value)]
+        return [image_of(value, name, self.source, self.find)]
 
     def pair(self, question: str, answer: str) -> list[Message]:
         """A question and its answer, and what came before them."""
@@ -188,7 +251,7 @@ class _Reader:
         return [Message(TEXT, self.text("text"))]
 
     def finished(self, shape: _Shape) -> Row:
-        messages, tools = shape.read(self), ""
+        messages, tools = self.with_images(shape.read(self)), ""
         if shape is not _PLAIN:
             self._check_turns(messages, shape.keys[0])
             messages = self._up_to_the_last_learned(self._with_system(messages), shape.keys[0])
@@ -345,6 +408,8 @@ class Reading:
     """Rows need no answer: they are asked, not learned."""
     kind: Kind = "answers"
     """What rows hold to learn."""
+    folder: Path | None = None
+    """Where the images of the rows are; None of rows that come from no local file."""
 
     def row(self, record: Mapping[str, Any], source: str, unread: Sequence[str] = ()) -> Row:
         """The row that a decoded JSON object (or a data set's record) stands for.
@@ -353,7 +418,9 @@ class Reading:
 
         Raises DataError, beginning with `source`, where the answer or the question is missing, empty or not text.
         """
-        reader = _Reader(record, source, self.columns, self.questions)
+        reader = _Reader(record, source, self.columns, self.questions, self.folder)
+        if self.kind != "answers":
+            self._refuse_images(reader.record, source)
         if self.kind == "pairs":
             row = reader.preferred(self._question_of_pair(reader.record, f"{source}:"))
         elif self.kind == "labels":
@@ -361,6 +428,19 @@ class Reading:
         else:
             row = reader.finished(self._shape(reader.record, source))
         return replace(row, left_out=(*row.left_out, *unread)) if unread else row
+
+    def _refuse_images(self, record: Record, source: str) -> None:
+        """What is judged has no images; neither columns of them, nor parts of messages."""
+        columns = [name for name in IMAGES if not is_nothing(record.peek(name))]
+        lists = [value for value in record.values().values() if isinstance(value, (list, tuple))]
+        turns = [turn for turn in itertools.chain.from_iterable(lists) if isinstance(turn, Mapping)]
+        contents = [turn.get(record.columns.name("content") or "") for turn in turns]
+        parts = itertools.chain.from_iterable(each for each in contents if isinstance(each, (list, tuple)))
+        if columns or any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts):
+            raise DataError(
+                f"{source}: the row has images, which train.objective: sft learns from; preferences are learned of "
+                "text alone: remove them"
+            )
 
     def check_columns(self, names: Sequence[str], where: str) -> None:
         """Raises DataError, beginning with `where`, where a table's columns hold no whole shape of a row."""

@@ -1,6 +1,7 @@
 """A message of a conversation: who speaks, what is said, and what else a data set tells of it.
 
     role, content                 or ShareGPT's from, value; the roles are system, user, assistant and tool
+    content                       text, or a list of parts: {"type": "text", "text"}, {"type": "image", "image": path}
     name, tool_call_id            as they are
     tool_calls                    [{"function": {"name", "arguments"}}, ...]; also function_call, OpenAI's or ShareGPT's
     reasoning_content             the thoughts before an answer; also thinking, reasoning
@@ -11,13 +12,15 @@ What stands beside role and content is for the chat template to write.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dude_peft.data.columns import REASONING, WEIGHTS, Record, is_nothing
+from dude_peft.data.pictures import Picture, name_of, placed
 from dude_peft.data.strict_json import DECODER
 from dude_peft.data.suggest import mapping_for_turn
 from dude_peft.doors import JsonError
@@ -31,6 +34,10 @@ PASSAGE = "passage"
 
 _NUL = re.compile(r"(?<!\\)(\\\\)*\\u0000")
 _DETAIL = "train_detail"
+_PARTS = '{"type": "text", "text": ...} or {"type": "image", "image": path}'
+
+Find = Callable[[str, str], Picture]
+"""The image that a path means, its place in words begins every error (`pictures.found`)."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,39 @@ class Message:
     """What else a chat template may write of it, a JSON object: name, reasoning_content, tool_calls, tool_call_id."""
     trained: bool = True
     """False where the data set excludes it from the loss."""
+    pictures: tuple[Picture, ...] = ()
+    """Images that stand in the text, in order."""
 
     @property
     def fields(self) -> dict[str, Any]:
         """`more` as an object."""
         return json.loads(self.more) if self.more else {}
 
+    @property
+    def segments(self) -> list[str]:
+        """The text, parted where images stand: one text more than there are images."""
+        places = [0, *(picture.at for picture in self.pictures), len(self.content)]
+        return [self.content[start:stop] for start, stop in itertools.pairwise(places)]
+
+    def parts(self, *, named: bool = False) -> list[dict[str, str]]:
+        """The content as a list of texts and images; `named` tells the images' paths."""
+        found: list[dict[str, str]] = []
+        for place, text in enumerate(self.segments):
+            if place:
+                found.append({"type": "image", **({"image": self.pictures[place - 1].name} if named else {})})
+            if text:
+                found.append({"type": "text", "text": text})
+        return found
+
+    @property
+    def told(self) -> str:
+        """The content for people to read, images by their paths."""
+        return "".join(part.get("text") or f"[{part['image']}] " for part in self.parts(named=True)).rstrip()
+
     def as_dict(self) -> dict[str, Any]:
-        """As rows have it, and chat templates take it."""
-        return {"role": self.role, "content": self.content, **self.fields}
+        """As rows have it, and chat templates take it; of images these get the place alone."""
+        content = self.parts(named=True) if self.pictures else self.content
+        return {"role": self.role, "content": content, **self.fields}
 
 
 def text_of(value: Any, key: str, source: str, *, may_be_empty: bool = False) -> str:
@@ -73,7 +104,9 @@ def text_of(value: Any, key: str, source: str, *, may_be_empty: bool = False) ->
     return value
 
 
-def read_message(value: Any, key: str, source: str, record: Record, *, question: bool = False) -> Message:
+def read_message(
+    value: Any, key: str, source: str, record: Record, *, question: bool = False, find: Find | None = None
+) -> Message:
     """The message that `value` stands for; `record` is the object, of which what is read is noted.
 
     Args:
@@ -82,6 +115,7 @@ def read_message(value: Any, key: str, source: str, record: Record, *, question:
         source: of the row.
         record: `value` as a Record.
         question: an empty answer will do.
+        find: finds images; None refuses them.
 
     Raises:
         DataError: a role or a value that cannot be used.
@@ -109,11 +143,48 @@ def read_message(value: Any, key: str, source: str, record: Record, *, question:
         raise DataError(f"{source}: {key} has role {role} but calls a tool; only an assistant's message may do that")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more or (question and role == "assistant")
     content = "" if content is None and may_be_empty and role != "system" else content
-    text = text_of(content, place, source, may_be_empty=may_be_empty)
+    pictures: tuple[Picture, ...] = ()
+    if isinstance(content, (list, tuple)) and any(isinstance(part, Mapping) for part in content):
+        content, pictures = placed(list(_parts(content, place, source, record, find)))
+    if pictures and role == "assistant":
+        raise DataError(f"{source}: {place} has an image, but answers are text; move it into the question")
+    text = text_of(content, place, source, may_be_empty=may_be_empty or bool(pictures))
     trained = _is_trained(record, key, source)
     if trained and role != "assistant" and (flag := next((name for name in WEIGHTS if record.peek(name)), None)):
         record.note_left_out(f"{flag} of a message that is not an answer")
-    return Message(role, text, json_text(more, key, source) if more else "", trained)
+    return Message(role, text, json_text(more, key, source) if more else "", trained, pictures)
+
+
+def _parts(values: Any, place: str, source: str, record: Record, find: Find | None) -> Iterator[str | Picture]:
+    """Texts and images of a content that is a list."""
+    for number, part in enumerate(values):
+        key = f"{place}[{number}]"
+        if not isinstance(part, Mapping):
+            raise DataError(f"{source}: {key} is {type(part).__name__}; write {_PARTS}")
+        there = {name: value for name, value in part.items() if value is not None and name != "type"}
+        kind = part.get("type")
+        if kind == "text":
+            yield text_of(there.pop("text", None), f"{key}.text", source, may_be_empty=True)
+        elif kind == "image":
+            named = next((name for name in ("image", "path", "url") if name in there), None)
+            yield Picture(0, "") if named is None else image_of(there.pop(named), f"{key}.{named}", source, find)
+        else:
+            told = "missing" if kind is None else quoted(kind)
+            raise DataError(f"{source}: {key}.type is {told}, but messages hold texts and images; write {_PARTS}")
+        for name in there:
+            record.note_left_out(f"{record.name('content')}[].{quoted(name)}")
+
+
+def image_of(value: Any, key: str, source: str, find: Find | None) -> Picture:
+    """The image that a value of a row means; DataError, beginning with `source`, where there is none."""
+    name = name_of(value)
+    if name is None:
+        kind = "null" if value is None else "bytes" if isinstance(value, dict) else type(value).__name__
+        raise DataError(f"{source}: {key} is {kind}; save the image beside the data, and give its path")
+    name = text_of(name, key, source)
+    if find is None:
+        raise DataError(f"{source}: {key}: images are no part of such rows; remove it")
+    return find(name, f"{source}: {key}")
 
 
 def _more(record: Record, role: str, key: str, source: str) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 What decides the examples is the key: the bytes of the source, the tokenizer, the template, the limits, the versions. A
 run that starts with the same key maps the files of the first one; a mixture is a choice among its sources' examples, so
-that other weights or another seed tokenise nothing again.
+that other weights or another seed tokenise nothing again. Images belong to the bytes of their source: all of them are
+hashed at every start, and another image is another key.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -20,12 +22,13 @@ from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.cache_folder import cache_folder
 from dude_peft.data.clock import seen_by
 from dude_peft.data.columns import Columns
-from dude_peft.data.encode import Encoder
+from dude_peft.data.encode import BLIND, Encoder
 from dude_peft.data.encode_pairs import PairEncoder, check_whole
 from dude_peft.data.formats import Reading, Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
 from dude_peft.data.objectives import Kind
 from dude_peft.data.rows import data_sha256, local_file, stream_rows
+from dude_peft.data.sight import Sight
 from dude_peft.data.stamp import stamp_of
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import Stored, TokenSet
@@ -34,7 +37,7 @@ from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
-_FORMAT = 5
+_FORMAT = 6
 """Raised whenever the same rows would become other examples, or the files other files."""
 
 _BUSY_SECONDS = 0.2
@@ -53,6 +56,8 @@ def prepare(
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
     kind: Kind = "answers",
+    sight: Sight | None = None,
+    blind: str = BLIND,
     cache: Path | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenSet:
@@ -70,6 +75,8 @@ def prepare(
         seed: of a built-in set, and of what a mixture takes of each source.
         columns: what the source calls its columns (`columns.Columns`); an entry's own stand in their place.
         kind: what rows hold to learn.
+        sight: how the model sees images; None refuses rows that have some.
+        blind: why it is None, for the message.
         cache: the folder of the cache; None is `cache_folder()`.
         advance: called with the number of rows that were just tokenised.
 
@@ -103,10 +110,17 @@ def prepare(
         if kind == "labels":
             check_whole("labelled answers", train_on, upft)
         whole = kind == "labels"  # what is judged is not cut
-        return Encoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft, shortens=not whole)
+        how: dict[str, Any] = {
+            "train_on": train_on,
+            "upft": upft,
+            "shortens": not whole,
+            "sight": sight,
+            "blind": blind,
+        }
+        return Encoder(template, tokenizer, max_length=max_length, **how)
 
     encoder()  # a wrong option is told before anything is read
-    stored = [_stored(part, kind, seed, settings, encoder, root, advance) for part in parts]
+    stored = [_stored(part, kind, seed, settings, encoder, root, advance, sight) for part in parts]
     sizes = [len(each.store) for each in stored]
     return TokenSet(stored, mix(sizes, [part.weight for part in parts], total, seed, [part.source for part in parts]))
 
@@ -119,6 +133,7 @@ def _stored(
     encoder: Callable[[], Encoder | PairEncoder],
     root: Path,
     advance: Callable[[int], None],
+    sight: Sight | None,
 ) -> Stored:
     path = local_file(part.source)
     reading = Reading(Columns(part.columns), kind=kind)
@@ -134,10 +149,12 @@ def _stored(
     else:
         content = [data_sha256(rows())]
     key = {**settings, "content": content, "columns": reading.columns.mapping}
+    if sight is not None and path is not None and (seen := _pictures_sha256(rows())):
+        key["pictures"] = [seen, sight.parts]
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
-        with TokenWriter(folder, labelled=kind == "labels") as writer:
+        with TokenWriter(folder, labelled=kind == "labels", seen="pictures" in key) as writer:
             for row, examples in this.examples(rows()):
                 writer.add(row, examples, this.ends)
                 made += len(examples)
@@ -147,7 +164,18 @@ def _stored(
                 stamp.verify(name)
             writer.finish(key, this.counts)
 
-    return Stored(name, _cached(root / "tokens", key, fill), stamp, reading.columns)
+    store = _cached(root / "tokens", key, fill)
+    return Stored(name, store, stamp, reading.columns, Path() if path is None else path.parent, sight)
+
+
+def _pictures_sha256(rows: Iterator[Row]) -> str:
+    """The hash of the images of all rows, in order; empty where no row has any."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        for picture in row.pictures:
+            digest.update(f"{picture.name}\0{picture.sha256}\0".encode())
+            count += 1
+    return digest.hexdigest() if count else ""
 
 
 def _cached(root: Path, key: dict[str, Any], fill: Callable[[Path], None]) -> TokenStore:

@@ -127,7 +127,8 @@ def stream_rows(
     name = os.fspath(source)
     if name.startswith(_BUILTIN):
         return iter(_builtin(name, split, limit, seed, reading.kind))
-    if local_file(name) is not None:
+    if (path := local_file(name)) is not None:
+        reading = replace(reading, folder=path.parent)
         return _READERS.get(PurePath(name).suffix.lower(), jsonl_rows)(name, limit, reading)
     return _from_hub(name, split, limit, reading)
 
@@ -213,7 +214,8 @@ def data_sha256(rows: Iterable[Row]) -> str:
 def row_bytes(row: Row) -> bytes:
     """All of a row as one line of ASCII JSON, [[role, content], ...]: what is hashed of it.
 
-    A message that has more than a text, or is not learned, has that behind the text; tools stand before all messages.
+    A message that has more than a text, or is not learned, has that behind the text, and images, each as its place and
+    hash, behind that; tools stand before all messages.
     Of a pair a second line follows, of the conversation that is worse; of a labelled answer, its label.
     """
     sides = ([_turn(message, message.trained) for message in messages] for messages in (row.messages, row.rejected))
@@ -229,6 +231,8 @@ def asked_bytes(row: Row) -> bytes:
 
 def _turn(message: Message, trained: bool) -> list[Any]:
     turn: list[Any] = [message.role, message.content]
+    if message.pictures:
+        return [*turn, message.more, trained, [[picture.at, picture.sha256] for picture in message.pictures]]
     return turn if trained and not message.more else [*turn, message.more, trained]
 
 

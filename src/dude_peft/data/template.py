@@ -149,6 +149,18 @@ class Template:
         return found
 
     @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template reads contents as lists of parts, and writes nothing of texts."""
+        row = Row((Message("user", "q"), Message("assistant", _PROBE)), "probe")
+        said = [_conversation(row, row.messages, False, parts=parts) for parts in (False, True)]
+        try:
+            texts = try_render(self.source, self._tokenizer.special_tokens_map, said)
+        except RenderError:
+            return False  # the first real row tells what is wrong
+        as_text, as_parts = (text is not None and _PROBE in text for text in texts)
+        return as_parts and not as_text
+
+    @cached_property
     def _repeats(self) -> bool:
         """Whether the chat template writes an answer more than once."""
         row = Row((Message("user", "q"), Message("assistant", _PROBE)), "probe")
@@ -219,7 +231,8 @@ class Template:
         if self.kind == "plain":
             return ["".join(_HEADINGS[each.role] + each.content for each in row.messages) for row in rows]
         try:
-            conversations = [_conversation(row, row.messages, generate) for row in rows]
+            parts = bool(rows) and self._takes_parts
+            conversations = [_conversation(row, row.messages, generate, parts=parts) for row in rows]
             return try_render(self.source, self._tokenizer.special_tokens_map, conversations) if rows else []
         except RenderError as error:
             raise self._failed(rows[error.index], error) from error
@@ -266,7 +279,8 @@ class Template:
 
     def _refuse_made(self, row: Row, wanted: _Wanted, text: str) -> None:
         """A template that takes something out of a message, or puts in, might make a token of what spelt none."""
-        if self.control.allowed or all(message.content.strip() in text for message in wanted[1]):
+        said = (segment.strip() for message in wanted[1] for segment in message.segments)
+        if self.control.allowed or all(segment in text for segment in said):
             return
         broken = self.control.broken(row)
         if broken == row:
@@ -351,7 +365,8 @@ class Template:
         return written
 
     def _rendered(self, wanted: Sequence[_Wanted]) -> list[str]:
-        conversations = [_conversation(*each) for each in wanted]
+        parts = bool(wanted) and self._takes_parts
+        conversations = [_conversation(*each, parts=parts) for each in wanted]
         try:
             return render(self.source, self._tokenizer.special_tokens_map, conversations) if wanted else []
         except RenderError as error:
@@ -391,12 +406,14 @@ class Template:
         return [end for end in {self._eos, self.turn_end} if any(end in text for text in texts)]
 
 
-def _conversation(row: Row, messages: Sequence[Message], generate: bool) -> Conversation:
-    return [_turn(message) for message in messages], generate, json.loads(row.tools) if row.tools else []
+def _conversation(row: Row, messages: Sequence[Message], generate: bool, *, parts: bool = False) -> Conversation:
+    """`parts`: every content is a list, as in conversations with images."""
+    turns = [_turn(message, parts or bool(message.pictures)) for message in messages]
+    return turns, generate, json.loads(row.tools) if row.tools else []
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    turn = message.as_dict()
+def _turn(message: Message, parts: bool) -> dict[str, Any]:
+    turn = {**message.as_dict(), "content": message.parts() if parts else message.content}
     # gpt-oss's template knows the thoughts under this name; newer versions of transformers add it themselves.
     return {"thinking": turn["reasoning_content"], **turn} if "reasoning_content" in turn else turn
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from dude_peft.data.columns import STANDARD, Columns
 from dude_peft.data.encode import Counts
+from dude_peft.data.sight import Shown, Sight
 from dude_peft.data.stamp import Stamp
 from dude_peft.data.token_store import TokenStore
 
@@ -29,12 +31,17 @@ class Stored:
     """Of a local file."""
     columns: Columns = STANDARD
     """What it calls its columns."""
+    folder: Path = Path()
+    """Of the local file, in which its images are."""
+    sight: Sight | None = None
+    """Who sees these."""
 
 
-class TokenSet(Sequence[dict[str, list[int]]]):
+class TokenSet(Sequence[dict[str, Any]]):
     """Examples as Trainer takes them, read from disk when asked for: {"input_ids", "labels"} of each.
 
-    Of a pair these are of the better conversation, "rejected_input_ids" and "rejected_labels" of the worse one.
+    An example with images has these as "shown", of which `batches.pad_right` makes tensors. Of a pair these are of the
+    better conversation, "rejected_input_ids" and "rejected_labels" of the worse one.
     """
 
     lengths: NDArray[np.int64]
@@ -63,16 +70,19 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         return len(self._index)
 
     @overload
-    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> list[dict[str, list[int]]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, list[int]] | list[dict[str, list[int]]]:
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         """One example as lists; labels are IGNORE where a token is not trained."""
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         source, place = self._place(index)
         example = source.store.example(place)
-        found = {"input_ids": example.ids, "labels": example.labels}
+        found: dict[str, Any] = {"input_ids": example.ids, "labels": example.labels}
+        pictures = source.store.pictures(place, source.folder)
+        if pictures and source.sight is not None:
+            found["shown"] = Shown(pictures, source.sight, self.source(index))
         if source.store.sides == 2:
             worse = source.store.example(place, 1)
             found |= {"rejected_input_ids": worse.ids, "rejected_labels": worse.labels}
@@ -88,6 +98,11 @@ class TokenSet(Sequence[dict[str, list[int]]]):
         """Where an example comes from: `file.jsonl:12`."""
         source, place = self._place(index)
         return f"{source.name}:{source.store.columns['places'][place]}"
+
+    @property
+    def images(self) -> NDArray[np.int64]:
+        """Images of each example."""
+        return self._gathered("shown")
 
     @property
     def longest(self) -> int:
@@ -162,6 +177,8 @@ class TokenSet(Sequence[dict[str, list[int]]]):
             tokens=int(self.lengths.sum()),
             trained_tokens=int(self._gathered("learned").sum()),
             ended=int(self._gathered("ended").sum()),
+            images=int(self.images.sum()),
+            image_tokens=int(self._gathered("image_tokens").sum()),
         )
 
     def _mixed_sha256(self, of: str) -> str:
@@ -181,6 +198,8 @@ def _column(store: TokenStore, name: str) -> NDArray[Any]:
     if name == "margins":
         judged = np.add.reduceat(np.append(store.columns["trained"], False), starts[:-1], dtype=np.int64)
         return np.asarray(judged[::2] - judged[1::2])
+    if name in ("shown", "image_tokens") and name not in store.columns:
+        return np.zeros(len(store), np.int64)
     return store.columns[name]
 
 

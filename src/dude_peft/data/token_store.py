@@ -9,6 +9,13 @@
     learned    int32      number of trained tokens
     ended      bool       whether a learned end token closes it
 
+Where rows show images there are four more, of which the third and the fourth are counts:
+
+    pictures         bytes    of each example a line of JSON, [[path, sha256], ...] in the order of its text
+    picture_starts   int64    where each line begins, and the end
+    shown            int32    images of the example
+    image_tokens     int32    tokens in whose places the model puts them
+
 Of pairs (`Row.rejected`) both conversations are kept, the better one first: `starts` has two entries a pair, every
 other column one. Of labelled answers (`Row.label`) there is also `label`, bool.
 
@@ -20,6 +27,7 @@ expected every few thousand sets.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import struct
 from dataclasses import asdict, dataclass
@@ -37,6 +45,7 @@ from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.encode import Counts, Example
 from dude_peft.data.formats import Row
+from dude_peft.data.pictures import Picture
 from dude_peft.data.rows import asked_bytes, row_bytes
 from dude_peft.doors import open_file, read_json
 
@@ -53,6 +62,7 @@ _COLUMNS = {
     "ended": "?",
 }
 _LABELLED = {**_COLUMNS, "label": "?"}
+_SEEN = {**_COLUMNS, "pictures": "|u1", "picture_starts": "<i8", "shown": "<i4", "image_tokens": "<i4"}
 _PLACE = re.compile(r"[0-9]+$")
 _LONG = struct.Struct("<q")
 _INT = struct.Struct("<i")
@@ -90,17 +100,25 @@ class TokenStore:
         start, stop = (int(place) for place in self.columns["starts"][first : first + 2])
         return Example(self.columns["ids"][start:stop].tolist(), self.columns["trained"][start:stop].tolist())
 
+    def pictures(self, index: int, folder: Path) -> tuple[Picture, ...]:
+        """The images of one example, in `folder` and below it."""
+        if "shown" not in self.columns or not self.columns["shown"][index]:
+            return ()
+        start, stop = (int(place) for place in self.columns["picture_starts"][index : index + 2])
+        found = json.loads(self.columns["pictures"][start:stop].tobytes())
+        return tuple(Picture(0, name, digest, str(folder / name)) for name, digest in found)
+
 
 class TokenWriter:
     """Writes a store into an empty folder, example by example; `finish` makes it one."""
 
-    def __init__(self, folder: Path, *, labelled: bool = False) -> None:
+    def __init__(self, folder: Path, *, labelled: bool = False, seen: bool = False) -> None:
         self._folder = folder
-        self._columns = _LABELLED if labelled else _COLUMNS
+        self._columns = _LABELLED if labelled else _SEEN if seen else _COLUMNS
         self._files: dict[str, BufferedWriter] = {}
         self._hashes = {name: xxhash.xxh3_128() for name in self._columns}
         self._sizes = dict.fromkeys(self._columns, 0)
-        self._at = 0
+        self._at = self._pictures_at = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> TokenWriter:
@@ -123,8 +141,11 @@ class TokenWriter:
             both = [self._tokens(example) for example in sides]
             ids = b"".join(both) if len(both) == 1 else json_text([part.hex() for part in both]).encode("ascii")
             self._write("places", _LONG.pack(place))
+            pictures = b""
+            if "shown" in self._columns:
+                pictures = self._shown(sides[0])
             self._write("prompts", _hash(ids if row.is_text else asked_bytes(row)))
-            self._write("contents", _hash(ids))
+            self._write("contents", _hash(ids + pictures))
             self._write("learned", _INT.pack(sum(sum(example.trained) for example in sides)))
             self._write("ended", bytes([all(example.ids[-1] in ends for example in sides)]))
             if "label" in self._columns:
@@ -138,9 +159,21 @@ class TokenWriter:
         self._at += len(example.ids)
         return ids
 
+    def _shown(self, example: Example) -> bytes:
+        """Writes the images of an example; their hashes, for that of its contents."""
+        line = json_text([[each.name, each.sha256] for each in example.pictures]).encode("ascii") + b"\n"
+        self._write("picture_starts", _LONG.pack(self._pictures_at))
+        self._write("pictures", line)
+        self._write("shown", _INT.pack(len(example.pictures)))
+        self._write("image_tokens", _INT.pack(example.image_tokens))
+        self._pictures_at += len(line)
+        return "".join(each.sha256 for each in example.pictures).encode("ascii")
+
     def finish(self, key: dict[str, Any], counts: Counts) -> None:
         """Writes the manifest; `key` is what the store was made from."""
         self._write("starts", _LONG.pack(self._at))
+        if "shown" in self._columns:
+            self._write("picture_starts", _LONG.pack(self._pictures_at))
         for file in self._files.values():
             file.close()
         files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
@@ -163,8 +196,8 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
     try:
         manifest = read_json(folder / MANIFEST)
         body = manifest["body"]
-        labelled = key.get("kind") == "labels"
-        kinds = _LABELLED if labelled else _COLUMNS
+        labelled, seen = key.get("kind") == "labels", "pictures" in key
+        kinds = _LABELLED if labelled else _SEEN if seen else _COLUMNS
         if manifest["sha256"] != content_sha256(body) or body["key"] != key or body["files"].keys() != kinds.keys():
             raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
         for name, (size, digest) in body["files"].items():
@@ -173,7 +206,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
         columns: dict[str, NDArray[Any]] = {
             name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in kinds.items()
         }
-        hashed = ("ids", "trained", "starts", *(["label"] if labelled else []))
+        hashed = ("ids", "trained", "starts", *(["label"] if labelled else []), *(["pictures"] if seen else []))
         tokens = content_sha256({name: body["files"][name] for name in hashed})
         return TokenStore(columns, Counts(**body["counts"]), body["sha256"], tokens)
     except FileNotFoundError:

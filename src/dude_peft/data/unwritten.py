@@ -23,15 +23,19 @@ def altered(messages: Sequence[Message], text: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
     at = 0
     for message in messages:
-        said = message.content.strip()
-        if message.role == "system" and said not in text:  # some templates write it behind the first questions
+        said = [segment.strip() for segment in message.segments]
+        # Some templates write the system's words behind the first questions.
+        if message.role == "system" and not all(segment in text for segment in said):
             found[ALTERED.format("system")] = None
         elif message.role == "user":
-            place = text.find(said, at)
+            for segment in said:
+                place = text.find(segment, at)
+                at = place + len(segment)
+                if place < 0:
+                    break
             if place < 0:
                 found[ALTERED.format("messages[] of role user")] = None
                 break
-            at = place + len(said)
     return tuple(found)
 
 

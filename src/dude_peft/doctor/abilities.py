@@ -29,6 +29,7 @@ def abilities(devices: Sequence[Seen]) -> list[Ability]:
         _of_package("quantised bases (torchao)", "torchao", "quant"),
         _of_package("GGUF bases", "gguf", "gguf"),
         _of_package("hub data sets", "datasets", "train"),
+        _of_package("rows with images", "PIL", "vision"),
         _of_package("TRL's trainers", "trl", "trl"),
         _of_package("comparisons on a Ray cluster", "ray", "ray"),
         _deepspeed(gpu),

@@ -37,7 +37,7 @@ _PREFIX = "base_model.model."
 _TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 }  # fmt: skip
 
 

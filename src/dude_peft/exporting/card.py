@@ -146,7 +146,8 @@ def model_card(
     template = environment.from_string(_TEMPLATE)
     settings = _mapping(report.get("config"))
     model = _mapping(settings.get("model"))
-    python, commands = usage(adapter, str(adapter.folder) if place is None else place, model, export)
+    architecture = str(_mapping(report.get("model")).get("class", ""))
+    python, commands = usage(adapter, str(adapter.folder) if place is None else place, model, export, architecture)
     body = template.render(
         python=python,
         commands=commands,

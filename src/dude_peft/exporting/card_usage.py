@@ -22,10 +22,15 @@ _BITSANDBYTES = (
     "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant",
 )  # fmt: skip
 _CAUSAL = "AutoModelForCausalLM"
+_SEES = "AutoModelForImageTextToText"
 
 
 def usage(
-    adapter: SavedAdapter, place: str, model: Mapping[str, Any], export: Mapping[str, Any] | None
+    adapter: SavedAdapter,
+    place: str,
+    model: Mapping[str, Any],
+    export: Mapping[str, Any] | None,
+    architecture: str = "",
 ) -> tuple[str, list[str]]:
     """Lines of Python that load it, and of a shell that talk to it; empty where there are none.
 
@@ -34,15 +39,17 @@ def usage(
         place: folder or hub id where readers find it.
         model: section `model` of the run's configuration, as far as it is known.
         export: what was exported, as in dude_export.json; None for the adapter itself.
+        architecture: class of the base model, as far as it is known.
     """
     kind = str(export.get("to", "")) if export is not None else ""
-    automatic = _AUTOMATIC.get(str(adapter.config.task_type), _CAUSAL)
+    automatic = _AUTOMATIC.get(str(adapter.config.task_type), _seeing(architecture) or _CAUSAL)
+    speaks = automatic in (_CAUSAL, _SEES)
     code = bool(model.get("trust_remote_code"))
     if kind.startswith("gguf"):
         return "", []
     if kind == "merged":
         lines = [f"from transformers import {automatic}", "", f"model = {automatic}.from_pretrained({place!a})"]
-        return "\n".join(lines), _commands(place, []) if automatic == _CAUSAL else []
+        return "\n".join(lines), _commands(place, []) if speaks else []
     imports = [f"from transformers import {automatic}"]
     name = adapter.config.base_model_name_or_path or "BASE_MODEL"
     where = ascii(name)
@@ -77,8 +84,20 @@ def usage(
         f"model = load_adapter(base, {place!a})",
         *([without] if adapter.config.is_stock else []),
     ]
-    commands = [] if code or automatic != _CAUSAL else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
+    commands = [] if code or not speaks else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
     return "\n".join(lines), commands
+
+
+def _seeing(architecture: str) -> str | None:
+    """The automatic class of a model that reads images beside text, and that no other class of text makes."""
+    from transformers.models.auto import modeling_auto as known
+
+    causal = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return (
+        _SEES
+        if architecture in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() and (architecture not in causal)
+        else None
+    )
 
 
 def _quantised(adapter: SavedAdapter, model: Mapping[str, Any]) -> tuple[list[str], str] | None:

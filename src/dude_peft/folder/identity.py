@@ -26,6 +26,7 @@ FORMAT_VERSION = 2  # 1: without a seal
 _FREE = {
     "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit",
     "train.report_to", "train.movement_steps", "train.grpo.reward_timeout",
+    "train.grpo.reward_memory_gib",
 }  # fmt: skip
 # What the run is scored on; where that does not choose the adapter, it may change.
 _SCORING = {
@@ -55,6 +56,8 @@ class Identity:
     """When it began: the date that its chat template writes."""
     start: dict[str, Any] = field(default_factory=dict)
     """Of adapter.start: its sha256, and whether it is the base model; empty without one."""
+    stages: str = ""
+    """sha256 of curriculum.jsonl, which says in which stage every row is; empty without train.curriculum."""
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
@@ -112,6 +115,15 @@ class Identity:
                 f"{_cut(sha256)} now); restore it, choose another output_dir, or add --overwrite"
             )
 
+    def check_stages(self, sha256: str) -> None:
+        """Raises DataError where a curriculum has put the rows into other stages than when the run began."""
+        if self.stages != sha256:
+            raise DataError(
+                "train.curriculum: the rows are in other stages than when this run started (sha256 "
+                f"{_cut(self.stages)} then, {_cut(sha256)} now): the base model or this machine gives other pass "
+                "rates; restore them, choose another output_dir, or add --overwrite"
+            )
+
     def differences(self, now: dict[str, Any]) -> list[str]:
         """What of the environment is not as it was."""
         before, after = _flat(self.environment), _flat(now)
@@ -142,7 +154,7 @@ def read_identity(folder: Path) -> Identity | None:
                     *(found.config, found.data, found.environment, found.tokens, found.tokenizer),
                     *(found.asked, found.start),
                 )
-            ):
+            ) and isinstance(found.stages, str):
                 _ = datetime.fromisoformat(found.moment) if found.moment else None
                 return found
     except (ValueError, TypeError, KeyError) as error:

@@ -14,7 +14,7 @@ from dude_peft.terminal.html import table
 ADAPTER, CHECKPOINTS, RECOVERED, BEFORE = "adapter", "checkpoints", "recovered", "before.json"
 SCORES = "scores"
 CONFIG, METRICS, PICTURE, REPORT = "config.yaml", "metrics.jsonl", "loss.png", "report.json"
-ROLLOUTS = "rollouts.jsonl"
+ROLLOUTS, STAGES = "rollouts.jsonl", "curriculum.jsonl"
 RANKS = "ranks.png"
 PAGE = "page.html"
 
@@ -97,6 +97,8 @@ class RunReport:
     """sha256 of what else the run wrote beside its adapter, by name."""
     budget: dict[str, Any] | None = None
     """adapter.budget as the run was asked for it; `config` has the ranks that came of it."""
+    curriculum: dict[str, Any] | None = None
+    """Of train.curriculum: `stages`, each with its rows, its bounds, its mean and its steps, and what was left out."""
 
     @property
     def adapter(self) -> Path:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from dude_peft.artifact.durable import hidden_name, output_dir_errors, replace_file, sync, whole_folder
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import file_sha256, read_sealed, sealed
+from dude_peft.doors import read_file
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.folder.checkpoint import Checkpoints
 from dude_peft.folder.identity import NAME as RUN
@@ -34,6 +36,7 @@ from dude_peft.folder.record import (
     REPORT,
     ROLLOUTS,
     SCORES,
+    STAGES,
     RunReport,
     Score,
     score_from,
@@ -42,6 +45,7 @@ from dude_peft.show import shown
 
 _TEMPORARY = re.compile(r"\.dude-[0-9a-f]{16}")  # `durable.hidden_name`
 _START = ".dude-start"
+_LARGEST_STAGES_BYTES = 4 << 30
 
 
 def check_output_dir(path: Path, *, overwrite: bool = False) -> None:
@@ -141,7 +145,7 @@ class RunFolder:
             if start is not None:
                 start.rename(self._free(RECOVERED))
             # report.json first: beside the other files it tells of the same, finished run.
-            for stale in (REPORT, PAGE, RUN, METRICS, ROLLOUTS, BEFORE, Path(SCORES) / "results.json"):
+            for stale in (REPORT, PAGE, RUN, METRICS, ROLLOUTS, STAGES, BEFORE, Path(SCORES) / "results.json"):
                 (self.path / stale).unlink(missing_ok=True)
             if not identity.asked:
                 (self.path / RANKS).unlink(missing_ok=True)
@@ -228,6 +232,25 @@ class RunFolder:
             tell(f"{shown(path, 300)} is damaged; its measurements are repeated")
             return None
 
+    def read_stages(self, sha256: str, tell: Callable[[str], None]) -> str | None:
+        """What curriculum.jsonl says, where it is as it was written; None where it has to be made again.
+
+        Args:
+            sha256: of what was written; empty where nothing was.
+            tell: hears of a damaged file.
+        """
+        path = self.path / STAGES
+        if not sha256 or path.is_symlink() or not path.exists():
+            return None
+        try:
+            content = read_file(path, _LARGEST_STAGES_BYTES)
+        except (OSError, ValueError):
+            content = b""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            tell(f"{shown(path, 300)} is damaged; it is made again")
+            return None
+        return content.decode("utf-8")
+
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes one file whole: a reader sees the old one or the new one, never a part.
 
@@ -241,17 +264,21 @@ class RunFolder:
             replace_file(self.path / name, raw)
         return self.path / name
 
-    def save_adapter(self, model: Any, tokenizer: Any, state: dict[str, Any] | None = None) -> Path:
-        """Saves the adapter of a PEFT model, and the tokenizer it was trained with, under adapter/, complete or not.
+    def save_adapter(
+        self, model: Any, tokenizer: Any, state: dict[str, Any] | None = None, processor: Sequence[Path] = ()
+    ) -> Path:
+        """Saves the adapter of a PEFT model, and what read the rows of its training, under adapter/, complete or not.
 
         Args:
             model: the PEFT model.
             tokenizer: of its training.
             state: the trained tensors, where the model holds only a shard of each.
+            processor: files of the processor of images, which are copied.
 
         Raises:
             ResourceError: the disk or a permission does not allow it.
         """
+        from dude_peft.artifact.companions import copy_files
         from dude_peft.artifact.manifest import cover_tokenizer, tokenizer_files
 
         target = self.path / ADAPTER
@@ -263,6 +290,8 @@ class RunFolder:
             try:
                 save_adapter(model, temporary, state, card=True)
                 tokenizer.save_pretrained(str(temporary))
+                for file in processor:
+                    copy_files(file.parent, temporary, [file.name])
                 cover_tokenizer(temporary)
                 for file in temporary.rglob("*"):
                     sync(file)
@@ -293,7 +322,7 @@ class RunFolder:
 
     def listed(self) -> dict[str, str]:
         """sha256 of the files beside the adapter, for the report."""
-        there = [self.path / name for name in (CONFIG, METRICS, ROLLOUTS, PICTURE, RANKS)]
+        there = [self.path / name for name in (CONFIG, METRICS, ROLLOUTS, STAGES, PICTURE, RANKS)]
         return {path.name: file_sha256(path) for path in there if path.is_file()}
 
     @contextlib.contextmanager

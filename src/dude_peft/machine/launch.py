@@ -43,12 +43,31 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
     Raises:
         ConfigError: an unknown strategy, a missing package, a number that makes no sense.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"--launch {shown(strategy)}: choose {', '.join(STRATEGIES)}")
+    check_known(strategy)
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--launch zero3 needs DeepSpeed: pip install deepspeed")
     if "RANK" in os.environ:
         return
+    sys.exit(launch(sys.argv[1:], number_of(strategy, processes)))
+
+
+def check_known(strategy: str) -> None:
+    """Raises ConfigError where `strategy` is none of STRATEGIES."""
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"--launch {shown(strategy)}: choose {', '.join(STRATEGIES)}")
+
+
+def number_of(strategy: str | None, processes: int | None) -> int:
+    """How many processes `--launch STRATEGY --processes N` means; without `--launch` one.
+
+    Raises:
+        ConfigError: an unknown strategy, a number that makes no sense or goes with none, no GPU to count.
+    """
+    if strategy is None:
+        if processes is not None:
+            raise ConfigError("--processes goes with --launch; add --launch ddp")
+        return 1
+    check_known(strategy)
     if processes is None:
         import torch
 
@@ -57,7 +76,7 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
             raise ConfigError("--launch: no GPU found; give --processes N to use the CPU")
     if processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")
-    sys.exit(launch(sys.argv[1:], processes))
+    return processes
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -88,13 +88,17 @@ def split(model: Any, device: torch.device) -> None:
     model.get_base_model()._is_distributed_loading_by_transformers = True
 
 
+def blocks(model: Any, base: Any) -> list[nn.Module]:
+    """The modules of `model` that are gathered as wholes, one after the other: those that its `base` names."""
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def _wrap(model: Any, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    blocks = set(getattr(model.get_base_model(), "_no_split_modules", None) or ())
-    for module in model.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
+    for module in blocks(model, model.get_base_model()):
+        fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
 

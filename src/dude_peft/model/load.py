@@ -17,6 +17,7 @@ from dude_peft.config.schema import ModelSection
 from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.model.gguf_header import check_gguf_file
+from dude_peft.model.gguf_once import forget, parsed_once
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
@@ -109,9 +110,9 @@ def load_tokenizer(section: ModelSection, where: str, chat_template: str | None 
     """
     from transformers import AutoTokenizer
 
-    with _loading("tokenizer", section, where):
+    with loading("tokenizer", section, where):
         tokenizer = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+            where, trust_remote_code=section.trust_remote_code, **source_options(section, where)
         )
     if tokenizer.pad_token_id is None:
         # Padding is masked in attention and labels, so any token serves, and none has to be added to the vocabulary.
@@ -134,13 +135,13 @@ def load_settings(section: ModelSection, where: str) -> PretrainedConfig:
     from dude_peft.model.weights import check_weights
 
     checkpoint = check_weights(Path(where)) if os.path.isabs(where) and section.gguf_file is None else None
-    with _loading("configuration of model", section, where):
+    with loading("configuration of model", section, where):
         if not os.path.isabs(where) and section.gguf_file is None:
             # From the hub: fetched, and looked at before it is believed.
-            config = cached_file(where, "config.json", **_source_options(section, where))
+            config = cached_file(where, "config.json", **source_options(section, where))
             check_folder(Path(str(config)).parent)
         settings: PretrainedConfig = AutoConfig.from_pretrained(
-            where, trust_remote_code=section.trust_remote_code, **_source_options(section, where)
+            where, trust_remote_code=section.trust_remote_code, **source_options(section, where)
         )
     quantised = getattr(settings, "quantization_config", None)
     if checkpoint is not None and isinstance(quantised, Mapping):
@@ -201,7 +202,7 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     asked = asked_of(section)
     if quantization is None and asked is not None:
         quantization = quantization_of(asked, dtype_of(section, settings, where))
-    options = _source_options(section, where)
+    options = source_options(section, where)
     dtype: Any = section.dtype
     if section.gguf_file is not None:
         options |= _dequantised()
@@ -216,7 +217,7 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
         options["attn_implementation"] = section.attn_implementation
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     automatic = automatic_class(settings)
-    with _loading("model", section, where):
+    with loading("model", section, where):
         loaded: Any = automatic.from_pretrained(
             where,
             trust_remote_code=section.trust_remote_code,
@@ -224,16 +225,17 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
             ignore_mismatched_sizes=True,  # so that they are named, below
             **options,
         )
+    forget()  # the header of a GGUF file: the weights are the last that is read of it
     model: PreTrainedModel
-    model, loading = loaded
-    if mismatched := sorted(loading["mismatched_keys"]):
+    model, found = loaded
+    if mismatched := sorted(found["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
         raise ArtifactError(
             f"model {shown(section.name_or_path)}: tensor {shown(name)} has shape {tuple(stored)} in the checkpoint, "
             f"but {tuple(wanted)} in its configuration{more}; use files of the same model"
         )
-    if missing := sorted(loading["missing_keys"]):
+    if missing := sorted(found["missing_keys"]):
         # transformers fills these at random and goes on.
         raise ArtifactError(
             f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "
@@ -300,12 +302,13 @@ def _quantised(section: ModelSection, config: dict[str, Any], *, stored: bool) -
     check_installed(method_of(config))
     options: dict[str, Any] = {"device_map": {"": "cpu"}}
     if not stored:
-        with _loading("quantisation of model", section, section.name_or_path):
+        with loading("quantisation of model", section, section.name_or_path):
             options["quantization_config"] = AutoQuantizationConfig.from_dict(config)
     return options
 
 
-def _source_options(section: ModelSection, where: str) -> dict[str, Any]:
+def source_options(section: ModelSection, where: str) -> dict[str, Any]:
+    """What every loader of transformers is told of where a model comes from."""
     options: dict[str, Any] = {}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
@@ -334,14 +337,15 @@ def hub_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def _loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
+def loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
     """Turns what loading raises into one line that says which model, why, and what else works."""
     from dude_peft.machine.out_of_memory import is_out_of_memory
     from dude_peft.model.architecture import code_refusal
 
+    gguf = contextlib.nullcontext() if section.gguf_file is None else parsed_once()
     try:
         # Loading from the disk draws several bars, one of them (GGUF's) beyond any option; a download's bar is welcome.
-        with contextlib.redirect_stderr(io.StringIO()) if os.path.isabs(where) else contextlib.nullcontext():
+        with gguf, contextlib.redirect_stderr(io.StringIO()) if os.path.isabs(where) else contextlib.nullcontext():
             yield
     except DudeError:
         raise

@@ -1,9 +1,9 @@
-"""The peak memory of a training step, as a bill: what lives at the moment at which the most does."""
+"""The peak memory of a training step, as a bill: what lives in a process at the moment at which the most does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dude_peft.planning.layers import shorten
 from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
 from dude_peft.planning.packed import PackedLinear
+from dude_peft.planning.spread import ALONE, Exchange, Spread, exchange_of
 from dude_peft.show import shown
 from dude_peft.tuner import DudeLinear
 
@@ -30,11 +31,11 @@ class Static:
     trainable_parameters: int
     total_parameters: int
     weights: int
-    """Bytes of the frozen model."""
+    """Bytes of the frozen model in one process."""
     adapter_frozen: int
     """Bytes of A0, B0, m0 and what is cached of them."""
     trained: tuple[Tensor, ...]
-    """The trained parameters, on the meta device."""
+    """What one process has of the trained parameters, on the meta device."""
     packed_parameters: int
     """Those of quantised layers."""
     dtype: torch.dtype
@@ -58,6 +59,8 @@ class Bill:
     """Elsewhere: what the layer, or the optimizer, makes for a moment."""
     runtime: int
     """Libraries and the device's own; assumed, not computed."""
+    exchanged: int = 0
+    """Of several processes: blocks gathered from all of them, or gradients as they are sent."""
 
     @property
     def total(self) -> int:
@@ -75,6 +78,8 @@ class Cost:
     """The part of the step in which the most lives."""
     flops: int
     """Of the matrix products of one forward and backward pass."""
+    exchange: Exchange
+    """What the processes of the run send one another."""
     uncounted: str = ""
     """Why the step could not be run without weights, where it could not; then the bill has no activations."""
 
@@ -85,14 +90,24 @@ class _Moment:
     activations: int
     gradients: int
     working: int
+    exchanged: int = 0
 
     @property
     def total(self) -> int:
-        return self.activations + self.gradients + self.working
+        return self.activations + self.gradients + self.working + self.exchanged
 
 
-def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool, whole: bool = False) -> Cost:
-    """The bill of a run's training step.
+def cost(
+    config: RunConfig,
+    settings: Any,
+    where: str,
+    length: int,
+    *,
+    gpu: bool,
+    whole: bool = False,
+    spread: Spread = ALONE,
+) -> Cost:
+    """The bill of a run's training step in one process.
 
     Args:
         config: the resolved run.
@@ -101,6 +116,7 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
         length: tokens of the longest row; the batch is filled with such rows.
         gpu: whether a GPU trains.
         whole: run all layers instead of one of each kind; slower, and the same.
+        spread: the processes that train together.
 
     Raises:
         ConfigError: whatever the real run would refuse.
@@ -110,7 +126,8 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
         return adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
 
     model, train = adapted(), config.train
-    static = _static(model)
+    static = _static(model, spread)
+    exchange = exchange_of(model, spread, train.gradient_accumulation_steps)
     order = [] if whole else shorten(model)
     kinds = len(set(order))
     rows, checkpointing, uncounted = rows_of_batch(train), train.gradient_checkpointing, ""
@@ -123,11 +140,14 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
         step, order = DryStep(), []
         uncounted = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
     trained = sum(parameter.nbytes for parameter in static.trained)
-    moments = _moments(step, order)
-    if train.gradient_accumulation_steps > 1:  # from the second pass on, all gradients are there
-        moments = [_Moment(m.where, m.activations, trained, m.working) for m in moments]
+    # From the second pass on all gradients are there, and whole: they are sent with the last pass.
+    held = exchange.trained if train.gradient_accumulation_steps > 1 else None
+    moments = [
+        replace(moment, gradients=spread.share(moment.gradients) if held is None else held)
+        for moment in _moments(step, order, exchange)
+    ]
     at_once = step_bytes(train.optim, static.trained, gpu=gpu)
-    moments.append(_Moment("the optimizer's step", 0, trained, at_once))
+    moments.append(_Moment("the optimizer's step", 0, trained, at_once, exchange.kept))
     peak = max(moments, key=lambda moment: moment.total)
     in_head = peak.where == _HEAD
     bill = Bill(
@@ -140,8 +160,9 @@ def cost(config: RunConfig, settings: Any, where: str, length: int, *, gpu: bool
         logits_and_loss=peak.working if in_head else 0,
         working=0 if in_head else peak.working,
         runtime=RUNTIME_BYTES,
+        exchanged=peak.exchanged,
     )
-    return Cost(static, bill, peak.where, _flops(step, order), uncounted)
+    return Cost(static, bill, peak.where, _flops(step, order), exchange, uncounted)
 
 
 def rows_of_batch(train: TrainSection) -> int:
@@ -149,7 +170,7 @@ def rows_of_batch(train: TrainSection) -> int:
     return train.per_device_train_batch_size * train.sides
 
 
-def _static(model: nn.Module) -> Static:
+def _static(model: nn.Module, spread: Spread) -> Static:
     frozen_parts = {
         id(buffer)
         for layer in model.modules()
@@ -158,17 +179,18 @@ def _static(model: nn.Module) -> Static:
         if not name.startswith("base_layer.")
     }
     parameters = list(model.parameters())
-    trained = tuple(p.detach() for p in parameters if p.requires_grad)
+    trained = [p.detach() for p in parameters if p.requires_grad]
     buffers = list(model.buffers())
     packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     return Static(
         trainable_parameters=sum(p.numel() for p in trained),
         total_parameters=sum(p.numel() for p in parameters) + sum(p.numbers - p.weight.numel() for p in packed),
         weights=_bytes(
-            [p for p in parameters if not p.requires_grad] + [b for b in buffers if id(b) not in frozen_parts]
+            [spread.kept(p) for p in parameters if not p.requires_grad]
+            + [b for b in buffers if id(b) not in frozen_parts]
         ),
         adapter_frozen=_bytes([b for b in buffers if id(b) in frozen_parts]),
-        trained=trained,
+        trained=tuple(spread.kept(parameter) for parameter in trained),
         packed_parameters=sum(layer.numbers for layer in packed),
         dtype=next((p.dtype for p in parameters if p.is_floating_point() and not p.requires_grad), torch.float32),
     )
@@ -177,19 +199,20 @@ def _static(model: nn.Module) -> Static:
 _HEAD = "the loss"
 
 
-def _moments(step: DryStep, order: list[int]) -> list[_Moment]:
+def _moments(step: DryStep, order: list[int], exchange: Exchange) -> list[_Moment]:
     """The memory of the whole model's step at its parts, put together from one layer of each kind.
 
     Layers of one kind leave behind the same and need the same, so a sum over the layers is exact.
     """
-    parts = [("the embeddings", step.before)]
-    parts += [(f"the forward of layer {index}", step.forward[kind]) for index, kind in enumerate(order)]
-    parts.append((_HEAD, step.head))
-    parts += [(f"the backward of layer {i}", step.backward[order[i]]) for i in reversed(range(len(order)))]
+    forward, backward = exchange.in_forward, exchange.in_backward
+    parts = [("the embeddings", step.before, forward)]
+    parts += [(f"the forward of layer {index}", step.forward[kind], forward) for index, kind in enumerate(order)]
+    parts.append((_HEAD, step.head, exchange.in_loss if order else max(forward, backward)))
+    parts += [(f"the backward of layer {i}", step.backward[order[i]], backward) for i in reversed(range(len(order)))]
     moments = []
     live = gradients = 0
-    for where, stretch in parts:
-        moments.append(_Moment(where, live, gradients, stretch.peak))
+    for where, stretch, exchanged in parts:
+        moments.append(_Moment(where, live, gradients, stretch.peak, exchanged))
         live += stretch.net
         gradients += stretch.gradients
     return moments

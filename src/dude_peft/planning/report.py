@@ -16,6 +16,7 @@ from dude_peft.planning.disk import Disk
 from dude_peft.planning.remedies import Remedy
 from dude_peft.planning.rows import Rows, optimizer_steps
 from dude_peft.planning.speed import products_per_second
+from dude_peft.planning.spread import ALONE, Spread
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
@@ -33,6 +34,7 @@ _PARTS = {
     "logits_and_loss": "logits and loss",
     "working": "one layer's or the optimizer's work",
     "runtime": "libraries and device (assumed)",
+    "exchanged": "gathered blocks, or gradients as they are sent",
 }
 
 
@@ -49,6 +51,8 @@ class Plan:
     disk: Disk
     remedies: list[Remedy] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    spread: Spread = ALONE
+    """The processes that train together; the bill is of one of them."""
     budget: Spent | None = None
     """adapter.budget as ranks, which `config` has too."""
     speed: float | None = None
@@ -65,43 +69,66 @@ class Plan:
         train = self.config.train
         if self.rows is None:
             return train.max_steps
-        return optimizer_steps(train, self.rows.rows)
+        return optimizer_steps(train, self.rows.rows, self.spread.processes)
 
     @property
     def flops_per_step(self) -> float:
-        """Of one optimizer step, with rows of the mean length."""
+        """Of one optimizer step in all processes, with rows of the mean length."""
         sides = self.config.train.sides
         mean = self.rows.tokens_per_row / (self.length * sides) if self.rows else 1.0
-        return self.cost.flops * mean * self.config.train.gradient_accumulation_steps
+        return self.cost.flops * mean * self.config.train.gradient_accumulation_steps * self.spread.processes
 
     @property
     def least_seconds(self) -> float | None:
         """Seconds of training if all of it ran at the speed of the products; real runs take longer."""
         if self.speed is None or self.steps is None:
             return None
-        return self.steps * self.flops_per_step / self.speed
+        devices = self.spread.processes if self.device.gpu else 1
+        return self.steps * self.flops_per_step / (self.speed * devices)
 
     @property
     def tokens_per_step(self) -> float:
         """Tokens of one optimizer step, padding not counted."""
         train = self.config.train
-        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * self.spread.processes
         sides = train.sides
         return rows * (self.rows.tokens_per_row if self.rows else self.length * sides)
 
     @property
+    def drawn_answers(self) -> int | None:
+        """Answers that the base model gives before training, for pass rates; None where none, or rows not counted."""
+        wanted = self.config.train.curriculum
+        if wanted is None or wanted.samples is None or self.rows is None:
+            return None
+        return self.rows.rows * wanted.samples
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the run needs of the device: of a GPU for one process, of a machine for all of them."""
+        return self.cost.bill.total * (1 if self.device.gpu else self.spread.processes)
+
+    @property
+    def host_memory(self) -> int | None:
+        """Bytes of the machine at most, while the model is read; None where the machine itself trains."""
+        if not self.device.gpu:
+            return None
+        readers = 1 if self.spread.cuts else self.spread.processes
+        return readers * self.cost.exchange.whole + self.spread.processes * self.cost.bill.runtime
+
+    @property
     def fits(self) -> bool:
         """Whether memory and disk suffice."""
-        return self.cost.bill.total <= self.device.memory and self.disk.adapter <= self.disk.free
+        return self.memory <= self.device.memory and self.disk.adapter <= self.disk.free
 
     def check(self) -> None:
         """Raises ResourceError where memory or disk does not suffice, with what would fit."""
-        need, have = self.cost.bill.total, self.device.memory
+        need, have = self.memory, self.device.memory
         if need > have:
             changes = " or ".join(f"{remedy} ({size(remedy.total)})" for remedy in self.remedies)
             todo = f"fits with {changes}" if changes else "a smaller model or a larger device is needed"
             raise ResourceError(
-                f"training needs {size(need)} of memory, but {self.device.name} has {size(have)}; {todo}"
+                f"training needs {size(need)} of memory{self._of_whom()}, but {self.device.name} has {size(have)}; "
+                f"{todo}"
             )
         if self.disk.adapter > self.disk.free:
             raise ResourceError(
@@ -128,13 +155,21 @@ class Plan:
                 "total": cost.bill.total,
                 "available": self.device.memory,
                 "device": self.device.name,
-                "fits": cost.bill.total <= self.device.memory,
+                "fits": self.memory <= self.device.memory,
                 "peak_in": cost.peak_in,
+            },
+            "processes": {
+                "number": self.spread.processes,
+                "strategy": None if self.spread.processes == 1 else self.spread.strategy,
+                "memory": self.memory,
+                "host_memory": self.host_memory,
+                "sent_per_step": cost.exchange.sent,
             },
             "remedies": [{"set": remedy.settings, "total": remedy.total} for remedy in self.remedies],
             "disk": asdict(self.disk),
             "data": asdict(self.rows) if self.rows else None,
             "steps": self.steps,
+            "pass_rates": self._pass_rates(),
             "tokens_per_step": round(self.tokens_per_step, 1),
             "flops_per_step": self.flops_per_step,
             "flops_per_second_of_products": self.speed,
@@ -151,8 +186,13 @@ class Plan:
         for text in self.warnings:
             display.warn(text)
 
+    def _of_whom(self) -> str:
+        if self.spread.processes == 1:
+            return ""
+        return " in each process" if self.device.gpu else f" in {self.spread.processes} processes"
+
     def __repr__(self) -> str:
-        need, fits = size(self.cost.bill.total), "fits" if self.fits else "does not fit"
+        need, fits = size(self.memory), "fits" if self.fits else "does not fit"
         return f"Plan({self.config.adapter.method}, {self.steps} steps, {need} of memory: {fits})"
 
     def _repr_html_(self) -> str:
@@ -165,8 +205,12 @@ class Plan:
         cost, bill = self.cost, asdict(self.cost.bill)
         batch = rows_of_batch(self.config.train)
         parts = [(words, size(bill[part])) for part, words in _PARTS.items() if bill[part]]
-        whole = [("total", size(cost.bill.total)), (f"available, {self.device.name}", size(self.device.memory))]
-        yield f"peak memory of a step, {batch} rows of {self.length} tokens; in {cost.peak_in}", parts + whole
+        whole = [("total", size(cost.bill.total))]
+        if self.memory != cost.bill.total:
+            whole.append((f"of all {self.spread.processes} processes", size(self.memory)))
+        whole.append((f"available, {self.device.name}", size(self.device.memory)))
+        step = "a step" if self.spread.processes == 1 else "a step in each process"
+        yield f"peak memory of {step}, {batch} rows of {self.length} tokens; in {cost.peak_in}", parts + whole
         yield "the run", self._facts()
         if self.remedies:
             yield "changes that would fit", [(str(each), size(each.total)) for each in self.remedies]
@@ -189,6 +233,14 @@ class Plan:
             if train.rewarded is not None:
                 seen /= train.rewarded.num_generations * train.rewarded.num_iterations
             facts.append(("epochs", f"{train.num_train_epochs or seen / self.rows.rows:.2g}"))
+        if (drawn := self._pass_rates()) is not None:
+            told = f"{drawn['answers']:,} answers of the base model, {drawn['most_tokens']:,} tokens at most"
+            facts.append(("pass rates, measured once", f"{told}; not counted in the time"))
+        if self.spread.processes > 1:
+            sent = size(self.cost.exchange.sent)
+            facts.append(("processes", f"{self.spread.processes}, {self.spread.strategy}; each sends {sent} a step"))
+        if self.host_memory is not None:
+            facts.append(("host memory at the start", f"at most {size(self.host_memory)}"))
         disk = self.disk
         facts.append(("adapter on disk", f"{size(disk.adapter)}, with optimizer {size(disk.checkpoint)}"))
         facts.append(("free there", size(disk.free)))
@@ -198,6 +250,13 @@ class Plan:
                 ("training takes at least", f"{duration(self.least_seconds)}; {basis}, evaluation not counted")
             )
         return facts
+
+    def _pass_rates(self) -> dict[str, int] | None:
+        """What the pass rates of a curriculum cost, if nobody has measured them yet."""
+        wanted, answers = self.config.train.curriculum, self.drawn_answers
+        if wanted is None or wanted.max_new_tokens is None or answers is None:
+            return None
+        return {"answers": answers, "most_tokens": answers * wanted.max_new_tokens}
 
 
 def size(number: float) -> str:

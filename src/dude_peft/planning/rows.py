@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
@@ -20,6 +22,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.training.model_checks import check_answers_fit
 
 _MOST_ROWS = 4000  # tokenised in a second or two
+_MOST_WITH_IMAGES = 200  # which are decoded and scaled
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Rows:
     """Of pairs, both conversations."""
     counted: int
     """Rows whose tokens were counted; the other figures follow in proportion."""
+    images: bool = False
+    """Whether rows have images, whose tokens are counted like others."""
 
 
 def count_rows(
@@ -44,6 +49,7 @@ def count_rows(
     held_out: bool = False,
     kind: Kind = "answers",
     answers: int | None = None,
+    eyes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Rows:
     """Reads the training rows and counts tokens, of evenly spaced ones where there are many.
 
@@ -54,6 +60,7 @@ def count_rows(
         held_out: read the held-out rows instead.
         kind: what rows hold to learn.
         answers: tokens of the longest answer of the model's own, where these are learned in place of the rows'.
+        eyes: who sees images, by `run_data.seeing`.
 
     Raises:
         DataError: rows that the run would refuse.
@@ -65,7 +72,8 @@ def count_rows(
         source, split, limit, taken = data.test, data.test_split, data.test_rows, 0.0
     reading = Reading(Columns(data.columns), kind=kind)
     rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=reading)
-    sample = rows[:: max(1, math.ceil(len(rows) / _MOST_ROWS))]
+    images = any(row.pictures for row in rows)
+    sample = rows[:: max(1, math.ceil(len(rows) / (_MOST_WITH_IMAGES if images else _MOST_ROWS)))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template, data.special_tokens)
     if kind == "pairs":
@@ -81,13 +89,14 @@ def count_rows(
             upft=None if held_out else data.upft,
             vocab_size=vocabulary,
             shortens=kind != "labels",
+            **eyes,
         )
         lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
         if answers is not None:
             lengths = conversations = [each["labels"].count(IGNORE) + answers for each in encoded.examples]
     if answers is not None:
         check_answers_fit(model, max(conversations) - answers, answers, "train.grpo.max_completion_length")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max(conversations) > positions:
         raise ConfigError(
             f"data.max_length: the longest row has {max(conversations)} tokens, but the model can read only "
@@ -98,7 +107,7 @@ def count_rows(
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
     longest = max(conversations) if len(sample) == len(rows) else data.max_length + (answers or 0)
-    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample))
+    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images)
 
 
 def _pairs(rows: list[Row], template: Template, tokenizer: Any, max_length: int, vocabulary: int) -> list[list[int]]:
@@ -112,14 +121,14 @@ def _pairs(rows: list[Row], template: Template, tokenizer: Any, max_length: int,
     return found
 
 
-def optimizer_steps(train: TrainSection, rows: int) -> int:
-    """Optimizer steps that Trainer takes over so many rows."""
+def optimizer_steps(train: TrainSection, rows: int, processes: int = 1) -> int:
+    """Optimizer steps that Trainer takes over so many rows, in one process or several."""
     if train.max_steps is not None:
         return train.max_steps
     if (rewarded := train.rewarded) is not None:
         prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps // rewarded.num_generations
         return math.ceil((train.num_train_epochs or 1.0) * math.ceil(rows / prompts) * rewarded.num_iterations)
-    batches = math.ceil(rows / train.per_device_train_batch_size)
+    batches = math.ceil(math.ceil(rows / train.per_device_train_batch_size) / processes)
     return math.ceil((train.num_train_epochs or 1.0) * max(math.ceil(batches / train.gradient_accumulation_steps), 1))
 
 

@@ -9,16 +9,19 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.config.schema import KtoSection, RunConfig, ShareSection
+from dude_peft.config.schema import DpoSection, KtoSection, RunConfig, ShareSection
 from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
+from dude_peft.machine.launch import number_of
 from dude_peft.model.load import code_note, load_settings, load_tokenizer, locate, with_only_gguf
 from dude_peft.rewards.notes import reward_notes
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
-from dude_peft.training.run_data import glance
+from dude_peft.training.image_rows import check_images
+from dude_peft.training.run_data import glance, seeing
 from dude_peft.training.start import with_start
+from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, scorer_for
 
 if TYPE_CHECKING:
@@ -26,12 +29,15 @@ if TYPE_CHECKING:
     from dude_peft.planning.device import Device
     from dude_peft.planning.report import Plan
     from dude_peft.planning.rows import Rows
+    from dude_peft.planning.spread import Spread
 
 
 def plan(
     config: RunConfig,
     *,
     device_memory: str | None = None,
+    strategy: str = "ddp",
+    processes: int = 1,
     scorer_of: ScorerOf | None = None,
     quiet: bool = False,
 ) -> Plan:
@@ -39,7 +45,9 @@ def plan(
 
     Args:
         config: the run, for example from `load_config`.
-        device_memory: of the GPU that will train ("80GiB"); default: this machine's.
+        device_memory: of the GPU that will train ("80GiB"), of each where there are several; default: this machine's.
+        strategy: of several processes: ddp, fsdp2 or zero3.
+        processes: how many train together.
         scorer_of: who would score evaluation.tasks, as for the run itself.
         quiet: print nothing.
 
@@ -50,6 +58,7 @@ def plan(
     display = Display(quiet=quiet)
     warnings: list[str] = []
     with gathered_warnings(warnings.append):
+        number_of(strategy, processes)
         config, _ = with_start(config)
         config = config.model_copy(update={"model": with_only_gguf(config.model)})
         where = locate(config.model)
@@ -61,9 +70,11 @@ def plan(
         if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
         scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
+        warnings += check_strategy(config, strategy, processes, scored=scorer is not None)
         with display.waiting("imports"), quiet_imports():
             import dude_peft.planning.bill  # noqa: F401  # what takes seconds, in one place
             from dude_peft.planning.device import device
+            from dude_peft.planning.spread import Spread
             from dude_peft.training.extra_arguments import handed_on
             from dude_peft.training.fit import check_trackers
         check_trackers(config.train)
@@ -72,13 +83,22 @@ def plan(
         if scorer is not None:
             with display.waiting("tasks"):
                 scorer.check(tokenizer)
-        made = _made(config.resolved(), where, tokenizer, device(device_memory), warnings, display)
+        spread = Spread(strategy, processes)
+        made = _made(config.resolved(), where, tokenizer, device(device_memory), spread, warnings, display)
     if not quiet:
         made.show(display)
     return made
 
 
-def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warnings: list[str], display: Display) -> Plan:
+def _made(
+    config: RunConfig,
+    where: str,
+    tokenizer: Any,
+    device: Device,
+    spread: Spread,
+    warnings: list[str],
+    display: Display,
+) -> Plan:
     from dude_peft.methods import METHODS
     from dude_peft.methods.learning_rate import learning_rate_warning
     from dude_peft.model.load import dtype_of
@@ -86,6 +106,7 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     from dude_peft.planning.adapted import adapted_model
     from dude_peft.planning.bill import cost
     from dude_peft.planning.disk import disk
+    from dude_peft.planning.optimizers import state_bytes
     from dude_peft.planning.remedies import remedies
     from dude_peft.planning.report import Plan
 
@@ -117,9 +138,16 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
             "time, of which they are the largest part, nor in the memory"
         )
     elif train.preference is not None and train.preference.has_base:
+        once = isinstance(train.preference, DpoSection) and train.preference.precompute_ref_log_probs
+        longer = "" if once else ", which it makes about a third longer"
         warnings.append(
-            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time, "
-            "which it makes about a third longer; it needs no memory beyond the step's"
+            f"train.objective: {train.objective}: the base model's pass over every pair is not counted in the time"
+            f"{longer}; it needs no memory beyond the step's"
+        )
+    if train.curriculum is not None:
+        warnings.append(
+            "train.curriculum: steps are counted of all rows; rows that are left out make them fewer, whole steps for "
+            "each stage a few more"
         )
     if "optim_args" in train.extra_arguments:
         warnings.append("train.extra_arguments.optim_args: what the optimizer keeps because of it is not counted")
@@ -131,30 +159,42 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
             from dude_peft.training.full_precision import FullPrecision
 
             FullPrecision(config, settings)
-        asked = asked_of(config.model)
-        if asked is not None and stored_config(settings) is None:
+        asked, stored = asked_of(config.model), stored_config(settings)
+        if asked is not None or stored is not None:
+            check_dense(spread.strategy, spread.processes)
+        if asked is not None and stored is None:
             check_installed(asked.method)
             if device.here:
                 check_runs(asked, dtype_of(config.model, settings, where), "cuda" if device.gpu else "cpu")
         # Adapting writes into the configuration.
         model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
     with display.waiting("rows"):
-        rows = _rows(config, tokenizer, model)
-    positions = getattr(settings, "max_position_embeddings", None) or config.data.max_length
+        rows = _rows(config, where, tokenizer, model)
+    if rows is not None and rows.images:
+        check_images(config, 1, spread.processes)
+        warnings.append(
+            "rows with images: their tokens are counted; the memory and the time of the vision tower, which reads the "
+            "pixels, are not"
+        )
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None) or config.data.max_length
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
     def evaluate(changed: RunConfig, tokens: int) -> Cost:
-        return cost(changed, settings, where, tokens, gpu=device.gpu)
+        return cost(changed, settings, where, tokens, gpu=device.gpu, spread=spread)
 
     with display.waiting("dry step"):
         found = evaluate(config, length)
-    made = Plan(config, device, found, rows, length, disk(model, method, found.bill.optimizer, config.output_dir))
-    made.warnings, made.budget = warnings, spent
+    states = state_bytes(train.optim, [p for p in model.parameters() if p.requires_grad])
+    made = Plan(config, device, found, rows, length, disk(model, method, states, config.output_dir))
+    made.warnings, made.budget, made.spread = warnings, spent, spread
     if found.uncounted:
         warnings.append(f"activations are not counted, because the step cannot run without weights: {found.uncounted}")
-    if found.bill.total > device.memory and not found.uncounted:
+    if spread.strategy == "zero3" and spread.processes > 1:
+        warnings.append("zero3 is counted as fsdp2; DeepSpeed's own buffers are not counted")
+    if made.memory > device.memory and not found.uncounted:
         with display.waiting("changes that would make it fit"):
-            tried = remedies(config, found, length, device.memory, evaluate)
+            share = device.memory if device.gpu else device.memory // spread.processes
+            tried = remedies(config, found, length, share, evaluate)
             # Of a run with a budget r says the scaling alone.
             made.remedies = [each for each in tried if spent is None or "adapter.r" not in each.settings]
     if device.here and rows is not None:
@@ -162,13 +202,15 @@ def _made(config: RunConfig, where: str, tokenizer: Any, device: Device, warning
     return made
 
 
-def _rows(config: RunConfig, tokenizer: Any, model: Any) -> Rows | None:
+def _rows(config: RunConfig, where: str, tokenizer: Any, model: Any) -> Rows | None:
+    from dude_peft.model.processor import sight_of
     from dude_peft.planning.rows import count_rows, is_local
 
     data, kind = config.data, KINDS[config.train.objective]
+    eyes = seeing(config.train.objective, sight_of(config.model, where, tokenizer))
     held_out = None if isinstance(data.test, ShareSection) else data.test
     if config.evaluation.enabled and held_out is not None and is_local(held_out):
-        count_rows(data, tokenizer, model, held_out=True, kind=kind)  # for its errors
+        count_rows(data, tokenizer, model, held_out=True, kind=kind, eyes=eyes)  # for its errors
     rewarded = config.train.rewarded
     answers = None if rewarded is None else rewarded.max_completion_length
-    return count_rows(data, tokenizer, model, kind=kind, answers=answers) if is_local(data.train) else None
+    return count_rows(data, tokenizer, model, kind=kind, answers=answers, eyes=eyes) if is_local(data.train) else None

@@ -15,7 +15,7 @@ from dude_peft.artifact.sealed import file_sha256
 from dude_peft.config.schema import RunConfig
 from dude_peft.doors import open_file, parse_json, read_file
 from dude_peft.errors import ArtifactError
-from dude_peft.folder.record import ADAPTER, METRICS, REPORT, ROLLOUTS, RunReport, Score
+from dude_peft.folder.record import ADAPTER, METRICS, REPORT, ROLLOUTS, STAGES, RunReport, Score
 from dude_peft.measure.base_weights import WeightOf
 from dude_peft.measure.intervals import Comparison, compare
 from dude_peft.reporting.adapted import Adapted, AdaptedLayer, adapted
@@ -67,6 +67,7 @@ def document_of_run(folder: Path, weight_of: WeightOf | None = None) -> Document
         Section("Before and after", tuple(_before_after(report))),
         Section("Answers side by side", tuple(_samples(report))),
         Section("Training", tuple(_curves(metrics, unit))),
+        Section("Curriculum", tuple(_stages(report))),
         Section("Answers in training", tuple(_rollouts(folder, report))),
         Section("What moved in the weights", tuple(_moved(layers))),
         Section("What was forgotten", tuple(_forgotten(report, metrics))),
@@ -221,6 +222,31 @@ def _rollouts(folder: Path, report: RunReport) -> Iterator[Block]:
     ]  # fmt: skip
     yield table("The first answers and the last", ("step", "prompt", "answer", "reward", "advantage"), rows)
     yield Text(f"{ROLLOUTS} has all answers, with each of their rewards.")
+
+
+def _stages(report: RunReport) -> Iterator[Block]:
+    """The stages of train.curriculum, and what was left out."""
+    found = report.curriculum
+    if not found:
+        return
+    rates = found["by"] == "pass_rate"
+    measure = "pass rate" if rates else "tokens"
+    rows: list[tuple[Cell, ...]] = [
+        (
+            number(place), number(stage["rows"], ","), number(stage["least"], ".4g"), number(stage["most"], ".4g"),
+            number(stage["mean"], ".4g"), number(stage["first_step"], ","), number(stage["last_step"], ","),
+        )
+        for place, stage in enumerate(found["stages"], 1)
+    ]  # fmt: skip
+    header = ("stage", "rows", f"least {measure}", f"most {measure}", f"mean {measure}", "first step", "last step")
+    yield table("Stages, from easy to hard", header, rows)
+    if rates:
+        left_out = ", ".join(f"{count:,} {name}" for name, count in found["dropped"].items())
+        yield Text(
+            f"The base model gave {found['samples']} answers to each of {found['rows']:,} rows; the mean pass rate is "
+            f"{found['mean']:.3f}. Not trained on: {left_out}."
+        )
+    yield Text(f"{STAGES} has the {measure} and the stage of every row.")
 
 
 def _metrics(folder: Path, report: RunReport) -> Iterator[dict[str, Any]]:

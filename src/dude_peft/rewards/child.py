@@ -19,8 +19,10 @@ from typing import Any
 
 from typing_extensions import override
 
+from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.parents import fits
 from dude_peft.rewards.builtin import Reward, builtin
+from dude_peft.rewards.memory import limit_memory, spare_memory
 
 _SPARE_SECONDS = 10
 
@@ -28,15 +30,16 @@ _SPARE_SECONDS = 10
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    The first line is {"rewards", "longest", "seconds"}; it is answered by {} or {"fault", "reward"}. Each one that
-    follows is {"reward": its number, "of": {"prompts", "completions", "completion_ids", "answer"}}, answered by
-    {"scores"} or {"fault"}.
+    The first line is {"rewards", "longest", "seconds", "gib"}; it is answered by {} or {"fault", "reward", "memory"}.
+    Each one that follows is {"reward": its number, "of": {"prompts", "completions", "completion_ids", "answer"}},
+    answered by {"scores"} or {"fault", "memory"}: whether the fault is that memory is out.
     """
     requests, answers = os.fdopen(os.dup(0), encoding="ascii"), os.fdopen(os.dup(1), "w", encoding="ascii")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     first = json.loads(requests.readline())
+    limit_memory(first["gib"])
     rewards: list[Reward] = []
     fault: dict[str, Any] = {}
     for settings in first["rewards"]:
@@ -44,7 +47,7 @@ def main() -> None:
             own = settings["kind"] == "function"
             rewards.append(_own(settings) if own else builtin(settings, first["longest"]))
         except BaseException as error:  # code of the user's, which may raise anything
-            fault = {"fault": _told(error, settings.get("file")), "reward": len(rewards)}
+            fault = _fault(error, settings.get("file")) | {"reward": len(rewards)}
             break
     print(json.dumps(fault), file=answers, flush=True)
     files = [settings.get("file") for settings in first["rewards"]]
@@ -65,7 +68,7 @@ def _scores(reward: Reward, of: dict[str, Any], file: str | None) -> str:
         values = [None if each is None else float(each) for each in found]
         return json.dumps({"scores": values})
     except BaseException as error:
-        return json.dumps({"fault": _told(error, file)})
+        return json.dumps(_fault(error, file))
 
 
 @fits()
@@ -105,6 +108,13 @@ def _wanted(reward: Reward, of: dict[str, Any]) -> dict[str, Any]:
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return of
     return {name: value for name, value in of.items() if name in parameters}
+
+
+def _fault(error: BaseException, file: str | None) -> dict[str, Any]:
+    if not comes_of_memory(error):
+        return {"fault": _told(error, file)}
+    spare_memory()
+    return {"fault": _told(error, file), "memory": True}
 
 
 def _told(error: BaseException, file: str | None) -> str:

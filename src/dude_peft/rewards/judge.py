@@ -1,4 +1,4 @@
-"""Rewards of a run, asked for in a process of their own with a limit on its time.
+"""Rewards of a run, asked for in a process of their own with limits on its time and memory.
 
 A regular expression may take hours, math-verify reads what a model wrote, and a function of the user's may do anything:
 none of them can be stopped in the same process. A fault of any of them ends the run, with the prompt that it was about:
@@ -24,6 +24,7 @@ from dude_peft.show import shown
 _START_SECONDS = 120.0
 _LARGEST = 1e30
 """Beyond it, squares of rewards leave float64's range in sums."""
+_CORRECT = "correct it, and start over (--overwrite)"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Judge:
             ResourceError: no process can be started.
         """
         self.names = [reward.title for reward in settings.rewards]
-        self._timeout = settings.reward_timeout
+        self._timeout, self._gib = settings.reward_timeout, settings.reward_memory_gib
         rewards = []
         for each in settings.rewards:
             if each.kind == "math" and importlib.util.find_spec("math_verify") is None:
@@ -61,20 +62,27 @@ class Judge:
             rewards.append(own)
         self._child = LineChild("dude_peft.rewards.child")
         try:
-            first = {"rewards": rewards, "longest": settings.max_completion_length, "seconds": self._timeout}
+            first = {
+                "rewards": rewards,
+                "longest": settings.max_completion_length,
+                "seconds": self._timeout,
+                "gib": self._gib,
+            }
             found = self._ask(first, _START_SECONDS)
         except (OSError, queue.Empty) as error:
             self.close()
             raise ResourceError("the process for rewards does not start; look at what their files import") from error
         if "fault" in found:
             self.close()
-            raise ConfigError(f"train.grpo.rewards: {self.names[found['reward']]}: {shown(found['fault'], 400)}")
+            name, fault = self.names[found["reward"]], shown(found["fault"], 400)
+            more = f"; it may take {self._gib:g} GiB, raise train.grpo.reward_memory_gib" if "memory" in found else ""
+            raise ConfigError(f"train.grpo.rewards: {name}: {fault}{more}")
 
     def score(self, group: Group) -> list[list[float]]:
         """Of each answer what each reward gives it, in their order.
 
         Raises:
-            DataError: a reward raises, hangs, or gives other than one finite number an answer.
+            DataError: a reward raises, hangs, takes too much memory, or gives other than one finite number an answer.
         """
         count = len(group.completions)
         asked = {
@@ -99,8 +107,15 @@ class Judge:
             todo = "raise train.grpo.reward_timeout to resume, or correct it and start over (--overwrite)"
             raise self._fault(number, f"took longer than {self._timeout:g} s", group, todo) from None
         except OSError as error:
+            ending = self._child.ending()
+            todo = "correct it, or if it ran out of memory raise train.grpo.reward_memory_gib, and start over"
+            todo = f"{todo} (--overwrite)" if ending.startswith("signal") or ending == "status 1" else _CORRECT
+            raise self._fault(number, f"ended its process with {ending}", group, todo) from error
+        if "memory" in found:
             self.close()
-            raise self._fault(number, "ended its process", group) from error
+            todo = "raise train.grpo.reward_memory_gib to resume, or correct it and start over (--overwrite)"
+            what = f"needs more than {self._gib:g} GiB of memory ({shown(found['fault'], 200)})"
+            raise self._fault(number, what, group, todo)
         if "fault" in found:
             raise self._fault(number, f"raised {shown(found['fault'], 400)}", group)
         values = found["scores"]
@@ -112,9 +127,7 @@ class Judge:
                 raise self._fault(number, f"gave {given} for the answer {shown(repr(completion), 80)}", group)
         return [float(value) for value in values]
 
-    def _fault(
-        self, number: int, what: str, group: Group, todo: str = "correct it, and start over (--overwrite)"
-    ) -> DataError:
+    def _fault(self, number: int, what: str, group: Group, todo: str = _CORRECT) -> DataError:
         return DataError(
             f"{group.place}: the reward {self.names[number]} {what}, on the prompt {shown(repr(group.prompt), 120)}; "
             f"{todo}"

@@ -25,6 +25,13 @@ def integer(text: str | int) -> int:
     return int(text)
 
 
+def numbers(text: str | int | list[float]) -> int | list[float]:
+    """One whole number, or decimal numbers with commas between them."""
+    if isinstance(text, str) and "," in text:
+        return [number(part) for part in text.split(",")]
+    return text if isinstance(text, list) else integer(text)
+
+
 def number(text: str | float) -> float:
     """A decimal number as it is typed; typer.BadParameter for anything else."""
     if isinstance(text, str) and not _NUMBER.fullmatch(text):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import ValidationError
 from rich.text import Text
 
-from dude_peft.config.schema import KtoSection, ModelSection
+from dude_peft.config.schema import CurriculumSection, KtoSection, ModelSection
 from dude_peft.data.chat_template import chat_template as own_template
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
@@ -26,6 +27,7 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.errors import ConfigError
 from dude_peft.kinds import checked
 from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
+from dude_peft.model.processor import sight_of
 from dude_peft.show import quoted, shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -34,6 +36,10 @@ from dude_peft.terminal.numbers import number
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.data_section import data_section
 from dude_peft.training.label_balance import told_of_held_out, told_of_labels
+from dude_peft.training.run_data import seeing
+
+if TYPE_CHECKING:
+    from dude_peft.training.curriculum import Curriculum
 
 _SHAPE_ROWS = 1000
 _SAMPLES = 3
@@ -76,6 +82,12 @@ class DataReport:
     """Pairs left out because their two answers are the same."""
     wanted: int | None = None
     """Of labelled answers, how many have the label true."""
+    stages: dict[str, Any] | None = None
+    """Of `stages`, what a curriculum by length would make of the examples, as in report.json."""
+    images: int = 0
+    """Images of the examples."""
+    image_tokens: int = 0
+    """Tokens in whose places the model puts these."""
 
     def _repr_html_(self) -> str:
         least, middle, high, most = self.lengths
@@ -93,6 +105,8 @@ class DataReport:
             facts.append(("chosen answers are longer by", f"{low} to {top} tokens, median {usual}"))
         if self.wanted is not None:
             facts.append(("labels", f"{self.wanted:,} true, {self.examples - self.wanted:,} false"))
+        if self.images:
+            facts.append(("images; their tokens", f"{self.images:,}; {self.image_tokens:,}"))
         if self.held_out is not None:
             facts.append(("held-out", f"{self.held_out:,} examples, {self.overlap:,} with a question of training"))
         return table("data", facts) + table("examples", [(sample,) for sample in self.samples])
@@ -114,6 +128,7 @@ def check_data(
     train_on: str = "answers",
     upft: int | None = None,
     objective: str = "sft",
+    stages: int | Sequence[float] | None = None,
     quiet: bool = True,
 ) -> DataReport:
     """Show what a run would learn from a data set: examples with the trained tokens marked, and what is left out.
@@ -136,6 +151,7 @@ def check_data(
         upft: tokens of each answer that are trained, as data.upft.
         objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo, answers with a
             label for kto.
+        stages: stages by length, as train.curriculum.stages: a number, or the most tokens of each.
         quiet: print nothing.
 
     Raises:
@@ -151,6 +167,7 @@ def check_data(
     if objective not in KINDS:
         raise ConfigError(f"--objective {quoted(objective)}: choose {', '.join(KINDS)}")
     kind = KINDS[objective]
+    curriculum = None if stages is None else _curriculum(stages, objective, max_length)
     if not 0 <= seed < 2**32:
         raise ConfigError(f"--seed {seed}: give a whole number from 0 to 2**32 - 1")
     display = Display(quiet=quiet)
@@ -162,9 +179,10 @@ def check_data(
     shapes = _shapes(source, names, kind)
     with quiet_imports():
         tokenizer = load_tokenizer(section, where, own)
+        sight = sight_of(section, where, tokenizer)
     written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
-    options["kind"] = kind
+    options |= {"kind": kind, **seeing(objective, sight)}
     held_out = None
     with display.waiting("reading"):
         made = prepare(source, written, tokenizer, upft=upft, **options)
@@ -194,6 +212,9 @@ def check_data(
         left_out += [f"held-out: {line}" for line in lines]
     for line in left_out:
         display.warn(line)
+    by_length = None if curriculum is None else _by_length(curriculum, made)
+    for line in [] if by_length is None else by_length.told():
+        display.say(line)
     if held_out is not None:
         asked = overlap(made, held_out)
         line = f"{asked} of {len(held_out)} held-out examples repeat the question of a training example"
@@ -209,7 +230,7 @@ def check_data(
     settings["chat_template"] = chat_template
     display.say("\nfor CONFIG.yaml:")
     asks = _questions(made)
-    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective))
+    display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective, stages))
     tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
     return DataReport(
         formats=tuple(shapes),
@@ -232,7 +253,35 @@ def check_data(
         margins=margins,
         identical=made.counts.identical,
         wanted=wanted,
+        stages=None if by_length is None else by_length.record(),
+        images=made.counts.images,
+        image_tokens=made.counts.image_tokens,
     )
+
+
+def _curriculum(stages: int | Sequence[float], objective: str, max_length: int) -> CurriculumSection:
+    """The section that these stages would be of. ConfigError where there is none."""
+    if objective not in ("sft", "grpo"):
+        raise ConfigError(f"--stages: train.curriculum is for sft and grpo, not {objective}; leave it out")
+    try:
+        section = CurriculumSection(by="length", stages=stages if isinstance(stages, int) else list(stages))
+    except ValidationError as error:
+        first = error.errors()[0]["msg"].removeprefix("Value error, ").partition(": ")
+        raise ConfigError(f"--stages: {first[2] or first[0]}") from error
+    if not isinstance(section.stages, int) and section.stages[-1] < max_length:
+        raise ConfigError(
+            f"--stages: the last bound, {section.stages[-1]:g}, leaves longer rows without a stage; raise it to "
+            f"--max-length {max_length}"
+        )
+    return section
+
+
+def _by_length(section: CurriculumSection, made: TokenSet) -> Curriculum:
+    import numpy as np
+
+    from dude_peft.training.curriculum import staged
+
+    return staged(section, made.lengths.astype(np.float64))
 
 
 def _own_template(given: str, kind: str) -> str:
@@ -292,7 +341,7 @@ def _margins(made: TokenSet) -> tuple[int, int, int]:
     return least, middle, most
 
 
-def _sides(example: dict[str, list[int]]) -> list[tuple[str, dict[str, list[int]]]]:
+def _sides(example: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What is shown of an example: itself, or the two conversations of a pair."""
     if "rejected_labels" not in example:
         return [("example", example)]
@@ -311,6 +360,12 @@ def _numbers(
         f"{most} (median {middle}, 95 % have at most {high}); max_length is {max_length}",
         f"answers with a trained end: {counts.ended:,} of {len(made):,} examples",
     ]
+    if counts.images:
+        seen = int((made.images > 0).sum())
+        lines.append(
+            f"images: {counts.images:,} in {seen:,} of {len(made):,} examples, {counts.image_tokens:,} of the tokens, "
+            "none of them trained"
+        )
     if margins is not None:
         low, usual, top = margins
         longer = int((made.margins > 0).sum())
@@ -334,9 +389,20 @@ def _legend(display: Display) -> str:
     return "trained tokens are green" if _coloured(display) else "trained tokens are between « and »"
 
 
-def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> Text:
+def _decoded(ids: list[int], tokenizer: Any, marks: frozenset[int]) -> str:
+    """The text of ids; of an image's tokens one, and their number."""
+    texts = []
+    for image, same in itertools.groupby(ids, key=lambda token: token if token in marks else None):
+        run = list(same)
+        text = tokenizer.decode(run[:1] if image is not None else run, clean_up_tokenization_spaces=False)
+        texts.append(f"{text}×{len(run)}" if image is not None and len(run) > 1 else text)
+    return "".join(texts)
+
+
+def _marked(example: dict[str, Any], tokenizer: Any, *, colour: bool) -> Text:
     """The text of an example, trained stretches marked, control characters escaped; of a long one head and tail."""
     ids, labels = example["input_ids"], example["labels"]
+    marks = example["shown"].sight.marks if "shown" in example else frozenset()
     half = _SAMPLE_TOKENS // 2
     parts = [range(len(ids))] if len(ids) <= 2 * half else [range(half), range(len(ids) - half, len(ids))]
     text = Text()
@@ -344,7 +410,7 @@ def _marked(example: dict[str, list[int]], tokenizer: Any, *, colour: bool) -> T
         if part.start:
             text.append("\n…\n")
         for trained, group in itertools.groupby(part, key=lambda place: labels[place] == ids[place]):
-            decoded = tokenizer.decode([ids[place] for place in group], clean_up_tokenization_spaces=False)
+            decoded = _decoded([ids[place] for place in group], tokenizer, marks)
             safe = "\n".join(shown(line, None) for line in decoded.split("\n"))
             text.append(f"«{safe}»" if trained and not colour else safe, style="green" if trained else "dim")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dude_peft.config.schema import DataSection, TrainSection
@@ -20,13 +21,16 @@ def held_out_share(questions: int) -> float | None:
     return 0.2 if questions < _FEW else 0.1
 
 
-def data_section(settings: dict[str, Any], questions: int, objective: str = "sft") -> str:
+def data_section(
+    settings: dict[str, Any], questions: int, objective: str = "sft", stages: int | Sequence[float] | None = None
+) -> str:
     """YAML of the section, keys that say what is so anyway left out.
 
     Args:
         settings: keys of `DataSection`; where there is no `test`, one that works is chosen.
         questions: number of different ones that the training rows ask.
         objective: train.objective.
+        stages: by length, of train.curriculum.
     """
     import yaml
 
@@ -40,6 +44,9 @@ def data_section(settings: dict[str, Any], questions: int, objective: str = "sft
         sections["evaluation"] = {"enabled": False}
     if objective != TrainSection.model_fields["objective"].default:
         sections["train"] = {"objective": objective}
+    if stages is not None:
+        own = stages if isinstance(stages, int) else [int(each) if each == int(each) else each for each in stages]
+        sections["train"] = {**sections.get("train", {}), "curriculum": {"by": "length", "stages": own}}
     order = [name for name in DataSection.model_fields if name in chosen]
     sections["data"] = {name: chosen[name] for name in order}
     return str(yaml.safe_dump(sections, sort_keys=False, width=10**6)).rstrip()

@@ -11,6 +11,7 @@ from typing import Any
 
 import peft  # noqa: F401  # Trainer would import it later, in the middle of the output
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -202,6 +203,10 @@ class Training:
     """Of the model's own answers, where the objective needs one."""
     company: Company = "any"
     """Which prompts may share a batch."""
+    order: EpochOrder | None = None
+    """Of the rows, where it is no random one."""
+    reference: Tensor | None = None
+    """The base's log-probabilities of the pairs, (pairs, 2), where they were measured before."""
 
     def run(self) -> Fit:
         """Trains from the start of the adapter, or from the checkpoint of `loop`.
@@ -287,7 +292,7 @@ class Training:
             estimates = section.preference.loss_type == "kto"
             rows = LabelledRows(examples, most_tokens(model, config.data.max_length) if estimates else None)
         elif section.preference is not None:
-            rows = PairRows(examples)
+            rows = PairRows(examples, self.reference)
         else:
             rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)
@@ -295,7 +300,7 @@ class Training:
             ours["rollouts"] = self._rollouts(loss)
         trainer = RunTrainer(
             **ours,
-            order_of=lambda rows: _order_of(rows.lengths, rows.domain, section, step_rows),
+            order_of=lambda rows: self.order or _order_of(rows.lengths, rows.domain, section, step_rows),
             model=model,
             args=arguments,
             train_dataset=rows,

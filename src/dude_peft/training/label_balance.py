@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dude_peft.config.schema import KtoSection
+from dude_peft.config.schema import STRONGEST, KtoSection
 from dude_peft.data.token_set import TokenSet
 from dude_peft.errors import DataError
 
@@ -22,19 +22,24 @@ def told_of_labels(examples: TokenSet, settings: KtoSection) -> list[str]:
     if not lines:
         share = settings.desirable_weight * wanted / (settings.undesirable_weight * unwanted)
         if not 1 - _NEAR <= share <= _MOST + _NEAR:
-            # One unit of weight more for the label that lacks it, the other weight as it is.
-            remedy = (
-                f"desirable_weight: {settings.undesirable_weight * unwanted / wanted:.3g}"
-                if share < 1
-                else f"undesirable_weight: {settings.desirable_weight * wanted / unwanted:.3g}"
-            )
             lines.append(
-                f"{wanted} wanted and {unwanted} unwanted answers weigh {share:.2f} to 1; 1 to 1.33 is advised: set "
-                f"train.kto.{remedy}"
+                f"{wanted} wanted and {unwanted} unwanted answers weigh {share:.2f} to 1; 1 to 1.33 is advised: "
+                f"{_remedy(wanted, unwanted, share, settings)}"
             )
     if found := examples.contradictions:
         lines.append(f"{found} answers to the same question are labelled both true and false; keep one label")
     return lines
+
+
+def _remedy(wanted: int, unwanted: int, share: float, settings: KtoSection) -> str:
+    """The weight that makes up for a label that weighs too little, the other weight as it is."""
+    if share < 1:
+        name, weight = "desirable_weight", settings.undesirable_weight * unwanted / wanted
+    else:
+        name, weight = "undesirable_weight", settings.desirable_weight * wanted / unwanted
+    if weight > STRONGEST:
+        return "no weight makes up for that; add answers with the rarer label"
+    return f"set train.kto.{name}: {weight:.3g}"
 
 
 def told_of_held_out(examples: TokenSet) -> list[str]:

@@ -73,6 +73,8 @@ class Loop(TrainerCallback):
     """`loss`, and of pairs what else is measured of them, by its name."""
     task_scores: Callable[[], Mapping[str, TaskScore]] | None = None
     movement_steps: int | None = None
+    stage_of: Callable[[int], int] | None = None
+    """An optimizer step -> its stage of train.curriculum."""
     behind_seconds: float = 0.0
     """What the evaluation behind the last step is expected to take."""
 
@@ -176,6 +178,10 @@ class Loop(TrainerCallback):
     @override
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.batches.clear()
+        if self.stage_of is not None and not self.display.live:
+            step = int(state.global_step)
+            if (stage := self.stage_of(step + 1)) != self.stage_of(max(step, 1)) or step == 0:
+                self.display.say(f"step {step + 1}  stage {stage} begins")
 
     @override
     def on_step_end(
@@ -211,6 +217,7 @@ class Loop(TrainerCallback):
             "learning_rate": float(logs["learning_rate"]),
             "grad_norm": float(logs["grad_norm"]),
             "epoch": round(float(state.epoch or 0), 4),
+            **({} if self.stage_of is None else {"stage": self.stage_of(int(state.global_step))}),
             "tokens": tokens,
             "tokens_per_second": round((tokens - self._tokens) / max(now - self._mark, 1e-9), 1),
             "memory_bytes": memory_bytes(),

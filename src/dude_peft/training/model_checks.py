@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dude_peft.artifact.fingerprint import xxh3_of
 from dude_peft.config.schema import RunConfig
-from dude_peft.data.batches import pad_right
+from dude_peft.data.batches import head, pad_right
 from dude_peft.data.packing import packs_apart
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DataError, NumericsError
@@ -59,7 +59,7 @@ def most_tokens(model: Any, max_length: int) -> int:
 
 
 def _positions(model: Any) -> int | None:
-    found: int | None = getattr(model.config, "max_position_embeddings", None)
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found
 
 
@@ -169,8 +169,7 @@ def probe(
     Raises:
         NumericsError: they are not finite.
     """
-    first = [examples[row] for row in range(min(_ROWS, len(examples)))]
-    cut = [{name: ids[:_TOKENS] for name, ids in example.items()} for example in first]
+    cut = [head(examples[row], _TOKENS) for row in range(min(_ROWS, len(examples)))]
     batch = {name: tensor.to(model.device) for name, tensor in pad_right(cut, pad_id).items() if name != "labels"}
     model.eval()
     logits: Tensor = model(**batch, use_cache=False).logits

@@ -18,7 +18,7 @@ _BUILTIN = "builtin:word-problems"  # has rows of its own to hold out
 _EPOCHS, _BATCH, _ACCUMULATION = 3, 4, 2
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _TEXT = """\
-# {title}
+# {title}{left_out}
 # Every key: dude config explain. What the run needs: dude plan {file}
 
 model:
@@ -33,7 +33,7 @@ data:
   train: {source}{columns}{test}
   max_length: {max_length}            # tokens; {lengths}
 
-train:
+train:{objective}
   num_train_epochs: {epochs}
   per_device_train_batch_size: {batch}
   gradient_accumulation_steps: {accumulation}
@@ -52,15 +52,17 @@ def new_config(
     *,
     gguf_file: str | None = None,
     columns: Mapping[str, str] | None = None,
+    objective: str = "sft",
     output: Path | None = None,
 ) -> str:
-    """The YAML of a run, and a file of it.
+    """The YAML of a run, and a file of it. What of the rows it would leave out is told.
 
     Args:
         source: the rows, as for `check_data`.
         model: as in a run's configuration.
         gguf_file: the GGUF file in it, where it is one.
         columns: what the data calls its columns.
+        objective: what the run learns from them, as train.objective; `mol` needs general rows, which are not looked at.
         output: file that is written, where there is none yet.
 
     Raises:
@@ -72,15 +74,21 @@ def new_config(
             raise ConfigError(f"output {shown(output, 300)}: no such folder; create it, or choose another name")
         if output.exists() or output.is_symlink():
             raise _taken(output)
-    looked = check_data(source, model, gguf_file=gguf_file, columns=columns, max_length=_LENGTHS[-1])
-    text = _written(source, model, gguf_file, columns, output, looked)
+    if objective == "mol":
+        raise ConfigError("--objective mol: write it for sft, then add train.objective: mol and data.general")
+    looked = check_data(
+        source, model, gguf_file=gguf_file, columns=columns, objective=objective, max_length=_LENGTHS[-1]
+    )
+    text = _written(source, model, gguf_file, columns, objective, output, looked)
     if output is not None:
+        display = Display()
+        for line in looked.left_out:
+            display.warn(line)
         with disk_errors(output):
             try:
                 replace_file(output, text.encode("utf-8"), new=True)
             except FileExistsError:
                 raise _taken(output) from None
-        display = Display()
         display.say(f"written: {shown(output, 300)}")
         tell_next(display, ["plan", str(output)], ["train", str(output)])
     return text
@@ -95,6 +103,7 @@ def _written(
     model: str,
     gguf_file: str | None,
     columns: Mapping[str, str] | None,
+    objective: str,
     output: Path | None,
     looked: DataReport,
 ) -> str:
@@ -117,6 +126,8 @@ def _written(
         columns=f"\n  columns:{names}" if names else "",
         test=test,
         evaluation=evaluation,
+        objective=_objective(objective, longest),
+        left_out="".join(f"\n# {line}" for line in looked.left_out),
         epochs=_EPOCHS,
         batch=_BATCH,
         accumulation=_ACCUMULATION,
@@ -125,6 +136,19 @@ def _written(
         lengths=f"the longest example has {longest}, 95 % have at most {looked.lengths[2]}",
         output_dir=_yaml(f"runs/{_name(source)}"),
     )
+
+
+def _objective(name: str, longest: int) -> str:
+    """Lines of the section `train`; nothing of the usual objective."""
+    if name == "sft":
+        return ""
+    lines = f"\n  objective: {name}"
+    if name == "grpo":
+        most = next((length for length in _LENGTHS if length >= 2 * longest), _LENGTHS[-1])
+        lines += (
+            f"\n  grpo:\n    max_completion_length: {most}  # tokens of an answer; right final answers are rewarded"
+        )
+    return lines
 
 
 def _save_steps(rows: float) -> int:

@@ -49,7 +49,8 @@ class PreferenceLoss(JudgedLoss):
     def look(self, model: Any, inputs: dict[str, Any]) -> None:
         """Notes what the loss that is asked for next needs of a micro-batch: of dpo, the base's log-probabilities."""
         self._labels = imitated(inputs, self._settings)
-        if not self._settings.has_base:
+        self._base = inputs.pop("base", None)
+        if self._base is not None or not self._settings.has_base:
             return
         with torch.no_grad(), as_base(model):
             self._base = logps_of(model, inputs)

@@ -12,32 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
-from dude_peft.answer.decode import Finite
 from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.merged import merged_if_equal
 from dude_peft.config.schema import GrpoSection
-from dude_peft.data.batches import Company, grouped, pad_left, pad_right
+from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.data.labels import IGNORE
 from dude_peft.folder.state import load_random_state, random_state
-from dude_peft.measure.score import only_ends
 from dude_peft.measure.token_logps import token_logps
 from dude_peft.rewards.judge import Group, Judge
+from dude_peft.training.drawn import Drawn, asked_and_answer, draw, text_of
 from dude_peft.training.group_losses import advantages
 from dude_peft.training.rewarded import kept_logits
 from dude_peft.tuner.untouched import as_base
 
 _PATIENCE = 10
 """Steps after which it is told that nothing is learned."""
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    ids: list[int]
-    """With the token that ends it, if one does."""
-    text: str
-    ended: bool
 
 
 @dataclass
@@ -131,11 +121,9 @@ class Rollouts:
 
     def _prompt(self, row: int) -> list[int]:
         """What is asked: all before the answer."""
-        example = self.examples[row]
-        first = next(place for place, label in enumerate(example["labels"]) if label != IGNORE)
-        return example["input_ids"][:first]
+        return asked_and_answer(self.examples[row], self.tokenizer)[0]
 
-    def _group(self, row: int, prompts: Mapping[int, list[int]], drawn: Sequence[_Drawn]) -> Group:
+    def _group(self, row: int, prompts: Mapping[int, list[int]], drawn: Sequence[Drawn]) -> Group:
         return Group(
             self.name_of(row),
             self._text(prompts[row]),
@@ -145,41 +133,24 @@ class Rollouts:
         )
 
     def _answer(self, row: int) -> str:
-        return self._text([label for label in self.examples[row]["labels"] if label != IGNORE]).strip()
+        return asked_and_answer(self.examples[row], self.tokenizer)[1]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return text_of(self.tokenizer, ids)
 
-    @torch.no_grad()  # not inference_mode: the first forward of a model makes the buffers that training writes
-    def _draw(self, prompts: list[list[int]], step: int) -> list[_Drawn]:
-        settings, device = self.settings, self.model.device
+    def _draw(self, prompts: list[list[int]], step: int) -> list[Drawn]:
+        settings = self.settings
         decoding = Decoding(settings.max_completion_length, settings.temperature, settings.top_p, self.seed)
-        finite = LogitsProcessorList([Finite("the tuned model")])
-        found: dict[int, _Drawn] = {}
+        batches = grouped([len(prompt) for prompt in prompts], len(prompts), self.company)
         before = random_state()
         decoding.start(step)
-        with (
-            merged_if_equal(self.model, not self.bf16, lambda model: _last_logits(model, prompts[0])),
-            only_ends(self.model, self.tokenizer) as ends,
-            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
-        ):
-            for indices in grouped([len(prompt) for prompt in prompts], len(prompts), self.company):
-                batch = pad_left([prompts[index] for index in indices], int(self.tokenizer.pad_token_id))
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                out = self.model.generate(
-                    **batch,
-                    generation_config=decoding.settings(settings.max_completion_length),
-                    logits_processor=finite,
-                )
-                for index, row in zip(indices, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                    stop = next((place for place, token in enumerate(row) if token in ends), None)
-                    ids = row if stop is None else row[: stop + 1]
-                    found[index] = _Drawn(ids, self._text(ids if stop is None else ids[:-1]), stop is not None)
+        with merged_if_equal(self.model, not self.bf16, lambda model: _last_logits(model, prompts[0])):
+            found = draw(self.model, self.tokenizer, prompts, batches, decoding, name="the tuned model", bf16=self.bf16)
         load_random_state(*before)
-        return [found[index] for index in range(len(prompts))]
+        return found
 
     def _batch(
-        self, rows: list[int], prompts: Mapping[int, list[int]], drawn: Sequence[_Drawn], gained: Tensor
+        self, rows: list[int], prompts: Mapping[int, list[int]], drawn: Sequence[Drawn], gained: Tensor
     ) -> dict[str, Tensor]:
         examples = []
         for row, each in zip(rows, drawn, strict=True):
@@ -210,7 +181,7 @@ class Rollouts:
         logits = self.model(**rows, **kept_logits(batch), use_cache=False).logits
         return token_logps(logits, batch["labels"], self.settings.temperature)[0]
 
-    def _tell(self, by_reward: Tensor, rewards: Tensor, drawn: Sequence[_Drawn]) -> None:
+    def _tell(self, by_reward: Tensor, rewards: Tensor, drawn: Sequence[Drawn]) -> None:
         settings = self.settings
         spreads = rewards.view(-1, settings.num_generations).std(1)
         same = torch.isclose(spreads, torch.zeros_like(spreads))
@@ -244,7 +215,7 @@ class Rollouts:
         step: int,
         rows: list[int],
         prompts: Mapping[int, list[int]],
-        drawn: Sequence[_Drawn],
+        drawn: Sequence[Drawn],
         scores: list[list[float]],
         rewards: Tensor,
         gained: Tensor,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import AdapterSection, KtoSection, ModelSection, RunConfig
-from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
+from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, ModelSection, RunConfig
+from dude_peft.errors import ArtifactError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import (
@@ -29,6 +29,7 @@ from dude_peft.folder.record import (
     RANKS,
     ROLLOUTS,
     SCORES,
+    STAGES,
     Answer,
     RunReport,
     Score,
@@ -42,15 +43,21 @@ from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
 from dude_peft.training.start import Start, put_on, with_start
+from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dude_peft.data.batches import Company
+    from dude_peft.data.sight import Sight
     from dude_peft.folder.checkpoint import Checkpoint
     from dude_peft.measure.base_weights import WeightOf
     from dude_peft.rewards.judge import Judge
     from dude_peft.training.budget import Spent
+    from dude_peft.training.curriculum import Curriculum
+    from dude_peft.training.curriculum_order import CurriculumOrder
     from dude_peft.training.fit import Fit
     from dude_peft.training.label_scores import LabelMeter
     from dude_peft.training.pair_scores import PairMeter
@@ -149,6 +156,10 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.tokenizer: Any = None
+        self.reference: Tensor | None = None
+        """What the base model makes of the pairs, where it was measured before training."""
+        self.sight: Sight | None = None
+        """How the model sees images; None where it has no processor."""
         self.model: Any = None
         self.nature: Any = None
         self.company: Company = "any"
@@ -168,6 +179,12 @@ class _Run:
         """Whether this process loads the model."""
         self.judge: Judge | None = None
         """Of the model's own answers, where the objective rewards them."""
+        self.curriculum: Curriculum | None = None
+        """The stages of the training rows, where there are any."""
+        self.stages_text = ""
+        """curriculum.jsonl of them."""
+        self.order: CurriculumOrder | None = None
+        """Of its rows."""
 
     @contextmanager
     def judging(self) -> Iterator[None]:
@@ -195,14 +212,17 @@ class _Run:
                 self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
-            self._check_strategy()
+            for note in check_strategy(config, self.strategy, processes.count(), scored=self.scorer is not None):
+                self.warn(note)
             glance(config)
         with self._phase("imports"), quiet_imports():
+            from dude_peft.model.processor import sight_of
             from dude_peft.training.fit import training_arguments
         arguments = training_arguments(config, self.strategy)
         self._check_quantisation(where, arguments.device)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
+            self.sight = sight_of(config.model, where, self.tokenizer)
             if self.scorer is not None:
                 with display.waiting("reading the tasks"):
                     self.scorer.check(self.tokenizer)
@@ -210,12 +230,18 @@ class _Run:
         if (finished := processes.from_first(self._finished())) is not None:
             return finished
         self._find_checkpoint()
+        stages = config.train.curriculum
+        if stages is not None and stages.by == "length":
+            self.curriculum = self._staged(None, data)
+            self._put_in_order(arguments)
         if (rewarded := config.train.rewarded) is not None:
             from dude_peft.rewards.judge import Judge
 
             with display.waiting("starting the rewards"):
                 self.judge = Judge(rewarded)
         self._load(where, data, arguments.device)
+        if self.order is None:
+            self._put_in_order(arguments)
         self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
 
@@ -317,16 +343,18 @@ class _Run:
 
     def _read(self, world_size: int) -> RunData:
         from dude_peft.data.clock import moment, set_moment
+        from dude_peft.training.image_rows import check_images
         from dude_peft.training.run_data import read
 
         earlier = self.folder.earlier
         set_moment(processes.from_first(moment() if earlier is None else earlier.moment or moment()))
         with self.display.waiting("reading the rows"):
-            data = read(self.config, self.tokenizer)
+            data = read(self.config, self.tokenizer, self.sight)
+        check_images(self.config, data.images, world_size)
         if earlier is not None:
             earlier.check_data(data.sha256)
             earlier.check_tokens(data.tokens_sha256)
-            earlier.check_tokenizer(self._tokenizer_parts())
+            earlier.check_tokenizer(self._tokenizer_parts(data))
         for warning in data.warnings:
             self.warn(warning)
         if len(data.train) < world_size:
@@ -336,10 +364,11 @@ class _Run:
             )
         return data
 
-    def _tokenizer_parts(self) -> dict[str, str]:
+    def _tokenizer_parts(self, data: RunData) -> dict[str, str]:
+        """Of the processor as well, where rows have images."""
         from dude_peft.data.tokenizer_parts import tokenizer_parts
 
-        return tokenizer_parts(self.tokenizer)
+        return tokenizer_parts(self.tokenizer) | (self.sight.parts if self.sight is not None and data.images else {})
 
     def _finished(self) -> RunReport | None:
         report = self.folder.finished()
@@ -398,6 +427,9 @@ class _Run:
             if (rewarded := config.train.rewarded) is not None:
                 asked, key = int(data.train.asked.max()), "train.grpo.max_completion_length"
                 check_answers_fit(model, asked, rewarded.max_completion_length, key)
+            drawn = None if config.train.curriculum is None else config.train.curriculum.max_new_tokens
+            if drawn is not None:
+                check_answers_fit(model, int(data.train.asked.max()), drawn, "train.curriculum.max_new_tokens")
             if self.is_split:
                 model.generation_config = processes.from_first(model.generation_config)
             else:
@@ -411,7 +443,8 @@ class _Run:
             notes = self.nature.notes(config.train.objective)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
-            if rewarded is not None or (data.held_out is not None and config.evaluation.batch_size > 1):
+            answers = rewarded is not None or drawn is not None
+            if answers or (data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
@@ -420,6 +453,12 @@ class _Run:
                 check_packs(model)
         for note in [*filter(None, notes), *([_GGUF_NOTE] if config.model.gguf_file else [])]:
             display.say(f"note: {note}")
+        if drawn is not None:
+            with self._phase("pass_rates"):
+                self.curriculum = self._staged(model, data)
+        if isinstance(config.train.preference, DpoSection) and config.train.preference.precompute_ref_log_probs:
+            with self._phase("reference"):
+                self.reference = self._measured_reference(model, data)
         if self.asked is not None:
             with self._phase("budget"):
                 spent = self._spend(model, data, pad_id) if processes.is_first() else self.asked
@@ -447,6 +486,91 @@ class _Run:
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
             f"examples of {data.train.counts.tokens:,} tokens; " + begun
         )
+
+    def _staged(self, model: Any, data: RunData) -> Curriculum:
+        """The stages of the training rows; pass rates are measured on the base model, or read where they were kept.
+
+        By length no model is needed.
+        """
+        import numpy as np
+
+        from dude_peft.training.curriculum import sha256_of, staged, values_in
+
+        settings, earlier = self.config.train.curriculum, self.folder.earlier
+        assert settings is not None
+        text = None if earlier is None else self.folder.read_stages(earlier.stages, self.warn)
+        if settings.by == "length":
+            values = data.train.lengths.astype(np.float64)
+        elif text is not None:
+            values = values_in(text, settings)
+        else:
+            values = self._pass_rates(model, data)
+        found = staged(settings, values)
+        self.stages_text = found.text(data.train.source)
+        if earlier is not None:
+            earlier.check_stages(sha256_of(self.stages_text))
+        return found
+
+    def _pass_rates(self, model: Any, data: RunData) -> Any:
+        from dude_peft.training.pass_rates import PassRates
+
+        config = self.config
+        assert config.train.curriculum is not None
+        self.stop.after("while pass rates were measured; what is measured is kept, run the same command again")
+        measured = PassRates(
+            model,
+            self.tokenizer,
+            config.train.curriculum,
+            seed=config.data.seed,
+            batch_size=config.evaluation.batch_size,
+            company=self.company,
+            bf16=config.train.bf16,
+            rewarded=config.train.rewarded,
+            judge=self.judge,
+        ).measure(
+            data.train,
+            data.train.source,
+            say=self.display.say,
+            stage=self.display.stage,
+            check=self.stop.raise_if_wanted,
+        )
+        self.stop.after("before training began; nothing is lost")
+        return measured
+
+    def _measured_reference(self, model: Any, data: RunData) -> Any:
+        """What the base model makes of the pairs, before an adapter is on it."""
+        from dude_peft.training.reference import Reference
+
+        evaluation, train = self.config.evaluation, self.config.train
+        self.stop.after("while the reference was measured; what is measured is kept, run the same command again")
+        measured = Reference(model, self.tokenizer, evaluation.batch_size, self.nature.company, train.bf16).measure(
+            data.train,
+            data.tokens_sha256["train"],
+            say=self.display.say,
+            stage=self.display.stage,
+            check=self.stop.raise_if_wanted,
+        )
+        self.stop.after("before training began; nothing is lost")
+        return measured
+
+    def _put_in_order(self, arguments: Any) -> None:
+        """Says in which steps each stage is trained on."""
+        if self.curriculum is None:
+            return
+        from dude_peft.training.curriculum_order import CurriculumOrder
+        from dude_peft.training.fit import trainer_steps
+
+        train, rewarded = self.config.train, self.config.train.rewarded
+        self.order = CurriculumOrder(
+            [stage.rows.tolist() for stage in self.curriculum.stages],
+            train.seed,
+            answers=1 if rewarded is None else rewarded.num_generations,
+            step=train.per_device_train_batch_size * train.gradient_accumulation_steps * arguments.world_size,
+            iterations=1 if rewarded is None else rewarded.num_iterations,
+            steps_of=lambda places: trainer_steps(arguments, places),
+        )
+        for line in self.curriculum.told(self.order.bounds):
+            self.display.say(line)
 
     def _spend(self, model: Any, data: RunData, pad_id: int) -> AdapterSection:
         """The adapter section with ranks for its budget; by the first process, for all."""
@@ -581,42 +705,17 @@ class _Run:
         settings = load_settings(self.config.model, where)
         check_as_stored(self.config.model, settings)
         asked, stored = asked_of(self.config.model), stored_config(settings)
-        if (asked or stored) and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(f"--launch {self.strategy}: a quantised base model cannot be split; use --launch ddp")
+        if asked or stored:
+            check_dense(self.strategy, processes.count())
         if self.asked is not None or self.config.adapter.foreign:
             check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
-    def _check_strategy(self) -> None:
-        if self.config.train.torch_compile and processes.count() > 1:
-            raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
-        if self.config.adapter.foreign and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(f"{self.strategy} does not split {self.config.adapter.method}; choose ddp")
-        if self.strategy == "zero3" and processes.count() > 1:
-            self.warn(
-                "zero3 writes no checkpoints, because DeepSpeed does not share its optimizer state; fsdp2 writes them"
-            )
-        if self.config.train.orthogonality and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(
-                f"train.orthogonality: it needs whole weights, and {self.strategy} splits them; use --launch ddp, or "
-                "leave it out"
-            )
-        if self.config.adapter.target_parameters and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(
-                f"adapter.target_parameters: it needs whole weights, and {self.strategy} splits them; use --launch ddp"
-            )
-        if self.config.train.rewarded is not None and processes.count() > 1:
-            raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
-        if self.scorer is not None and self.strategy != "ddp" and processes.count() > 1:
-            raise ConfigError(
-                f"evaluation.tasks: a model split by {self.strategy} cannot be scored during the run; leave it out, "
-                "and use dude eval --processes on the adapter"
-            )
-
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""
         from dude_peft.data.clock import moment
+        from dude_peft.training.curriculum import sha256_of
 
         self.folder.checkpoints.keep = self.config.train.save_total_limit
         now = environment(self.model.device, world_size, self.strategy)
@@ -626,10 +725,11 @@ class _Run:
                 data.sha256,
                 now,
                 tokens=data.tokens_sha256,
-                tokenizer=self._tokenizer_parts(),
+                tokenizer=self._tokenizer_parts(data),
                 asked={} if self.asked is None else self.asked.model_dump(mode="json"),
                 moment=moment(),
                 start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
+                stages="" if self.curriculum is None else sha256_of(self.stages_text),
             )
             self.folder.begin(identity, self.start)
             if self.spent is not None:
@@ -637,6 +737,8 @@ class _Run:
         elif self.folder.earlier is not None and (changes := self.folder.earlier.differences(now)):
             told = ", ".join(changes)
             self.warn(f"the run started in another environment ({told}): results may differ in the last bits")
+        if self.curriculum is not None:
+            self.folder.write(STAGES, self.stages_text)
 
     def _train(self, data: RunData, arguments: Any, behind_seconds: float) -> Fit:
         from dude_peft.folder.state import load_trained_state
@@ -655,6 +757,7 @@ class _Run:
             open_rollouts=lambda kept: self.folder.lines(ROLLOUTS, kept) if writes and self.judge else nullcontext(),
             warn=self.warn,
             watched="loss" if self.judge is None else "reward",
+            stage_of=None if self.order is None else self.order.stage_of,
             resumed=self.resumed,
             held_out_scores=None if held_out is None else lambda: self._held_out_scores(held_out),
             movement_steps=self.config.train.movement_steps,
@@ -674,6 +777,8 @@ class _Run:
                 loop,
                 self.judge,
                 self.company,
+                self.order,
+                self.reference,
             ).run()
         self.seconds["training"] = round(fitted.seconds, 2)
         best = fitted.best_step
@@ -761,7 +866,7 @@ class _Run:
             texts = self._answers(held_out, advance)
             rewards = self._rewards(held_out, texts)
         answers = tuple(
-            Answer(row.prompt[-1].content, expected_answer(row), text, is_match(text, row))
+            Answer(row.prompt[-1].told, expected_answer(row), text, is_match(text, row))
             for row, text in zip(held_out.asked, texts, strict=True)
         )
         loss, preference = found.mean, None
@@ -783,7 +888,7 @@ class _Run:
 
         config = self.config
         state = sharded_state(self.model)
-        self.folder.save_adapter(self.model, self.tokenizer, state)
+        self.folder.save_adapter(self.model, self.tokenizer, state, () if self.sight is None else self.sight.files)
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.watched)] if before else []
@@ -845,6 +950,9 @@ class _Run:
             budget=None
             if self.asked is None or self.asked.budget is None
             else self.asked.budget.model_dump(mode="json"),
+            curriculum=None
+            if self.curriculum is None or self.order is None
+            else self.curriculum.record(self.order.bounds),
         )
 
     def _tell_next(self, report: RunReport, *, paged: bool) -> None:

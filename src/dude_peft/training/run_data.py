@@ -17,6 +17,7 @@ from dude_peft.data.held_out import first, held_out_questions, part_of
 from dude_peft.data.objectives import KINDS, Kind
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows, local_file, reading_of, stream_rows
+from dude_peft.data.sight import Sight
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.data.token_store import question_hash
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _GENERAL_SPLIT, _GENERAL_TEST_SPLIT = "train", "test"
 _USUAL_SPLITS = ("train", "test")  # what the keys hold where nobody set them
+_GENERAL_IS_TEXT = {"blind": "general rows are text alone"}
 _ALL = "all"  # general rows are judged token by token, whatever is trained of the domain's
 
 
@@ -67,6 +69,11 @@ class RunData:
         if self.held_out is not None:
             found["questions"] = hashlib.sha256(json.dumps(self.held_out.prompts).encode("ascii")).hexdigest()
         return found
+
+    @property
+    def images(self) -> int:
+        """Images of all examples."""
+        return sum(each.counts.images for each in self._sets)
 
     @property
     def longest(self) -> int:
@@ -121,8 +128,13 @@ def glance(config: RunConfig) -> None:
                 next(iter(stream_rows(name, split=own, limit=1, seed=data.seed, reading=names)), None)
 
 
-def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lambda rows: None) -> RunData:
-    """All rows, tokenised now or found in the cache.
+def read(
+    config: RunConfig,
+    tokenizer: Any,
+    sight: Sight | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> RunData:
+    """All rows, tokenised now or found in the cache; `sight` is how the model sees images, None where it sees none.
 
     Raises:
         DataError: rows that cannot be trained on.
@@ -133,10 +145,12 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     template = Template(tokenizer, data.template, data.special_tokens)
     kind, preference = KINDS[config.train.objective], config.train.preference
     labels = preference if isinstance(preference, KtoSection) else None
-    asks = config.train.rewarded is not None
+    asks, curriculum = config.train.rewarded is not None, config.train.curriculum
+    judged = curriculum is not None and curriculum.by == "pass_rate"
     learned = "last_answer" if asks else data.train_on
     record: dict[str, Any] = {"template": template.kind, "train_on": learned}
     warnings: list[str] = []
+    eyes = seeing(config.train.objective, sight)
 
     def tokens(
         source: Any,
@@ -147,6 +161,7 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         upft: int | None = None,
         columns: Mapping[str, str] | None = None,
         kind: Kind = "answers",
+        general: bool = False,
     ) -> TokenSet:
         return prepare(
             source,
@@ -161,14 +176,21 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
             columns=columns,
             kind=kind,
             advance=advance,
+            **(_GENERAL_IS_TEXT if general else eyes),
         )
 
     def told(name: str, found: TokenSet, *, warn: bool = True) -> TokenSet:
         hashes = {"sha256": found.sha256, "tokens_sha256": found.tokens_sha256}
         told = {"examples": len(found), "duplicates": found.duplicates}
-        if asks and name in ("train", "test") and int(found.asked.min()) <= 1:
+        if int(found.asked.min()) <= 1 and ((asks and name in ("train", "test")) or (judged and name == "train")):
             place = found.source(int(found.asked.argmin()))
-            raise DataError(f"{place}: plain text asks nothing; train.objective: grpo needs questions with answers")
+            what = "train.objective: grpo" if asks else "train.curriculum: by pass_rate"
+            raise DataError(f"{place}: plain text asks nothing; {what} needs questions with answers")
+        if name == "train" and curriculum is not None and len(found) < curriculum.count:
+            raise DataError(
+                f"train.curriculum: {len(found)} rows are too few for {curriculum.count} stages; lower "
+                "train.curriculum.stages, or add rows"
+            )
         if labels is not None and name in ("train", "test"):
             told["wanted"] = int(found.labels.sum())
             check_enough(found, f"data.{name}", labels)
@@ -195,9 +217,10 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
         warnings += told_of_labels(domain, labels)
     general = general_test = None
     if data.general is not None:
-        general = told("general", tokens(data.general, _GENERAL_SPLIT, None, train_on=_ALL))
+        general = told("general", tokens(data.general, _GENERAL_SPLIT, None, train_on=_ALL, general=True))
     if evaluation.enabled and data.general_test is not None:
-        examples = told("general_test", tokens(data.general_test, _GENERAL_TEST_SPLIT, None, train_on=_ALL))
+        rows_of = tokens(data.general_test, _GENERAL_TEST_SPLIT, None, train_on=_ALL, general=True)
+        examples = told("general_test", rows_of)
         general_test = GeneralTest(examples)
         record["general_test"]["measured"] = general_test.measured
         if general is not None and (leaked := overlap(general, examples)):
@@ -224,8 +247,15 @@ def read(config: RunConfig, tokenizer: Any, advance: Callable[[int], None] = lam
     asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
     if asks and not asked:
         raise DataError("data.test: no row has an answer to reward; set evaluation.enabled: false, or add such rows")
-    prompts = [prompt_ids(row, template, tokenizer) for row in asked]
+    prompts = [prompt_ids(row, template, tokenizer, sight) for row in asked]
     return RunData(train, HeldOut(test, asked, prompts), record, warnings)
+
+
+def seeing(objective: str, sight: Sight | None) -> dict[str, Any]:
+    """Who sees the images of a run's rows, and why nobody does, as `prepare` and `encode` take it."""
+    if objective != "sft":
+        return {"blind": f"train.objective: {objective} learns from text alone (sft learns from images)"}
+    return {} if sight is None else {"sight": sight}
 
 
 def _reading(config: RunConfig) -> Reading:

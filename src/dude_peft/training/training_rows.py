@@ -61,6 +61,16 @@ class Rows(Dataset[list[dict[str, Any]]]):
 class PairRows(Rows):
     """One pair a place; a batch holds the better conversations, then the worse ones in the same order."""
 
+    def __init__(self, examples: TrainingSet, reference: Tensor | None = None) -> None:
+        """`reference`: the base's log-probabilities (pairs, 2) of better and worse answers, where they are known."""
+        super().__init__(examples)
+        self._reference = reference
+
+    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
+        """Places -> the model's arguments, `rows`, and `base`, the reference in the order of the conversations."""
+        batch = super().batch(places, pad_id)
+        return batch if self._reference is None else {**batch, "base": self._reference[batch["rows"]].T.flatten()}
+
     def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
         worse = [{name: each[f"rejected_{name}"] for name in ("input_ids", "labels")} for each in examples]
         return pad_right([*examples, *worse], pad_id)

@@ -1,8 +1,9 @@
 """What target_modules="all-linear" means: every linear layer of the language model that an adapter can do good on.
 
 PEFT's own meaning has every linear layer but the output's. We leave out what a user has to ask for by name: encoders of
-images and sound beside a language model, gates and routers (their choice of an expert jumps, and one output has no
-principal directions to train), and layers smaller than the rank. What is left out is said.
+images and sound beside a language model, what projects their output into it, gates and routers (their choice of an
+expert jumps, and one output has no principal directions to train), and layers smaller than the rank. What is left out
+is said.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
     Returns:
         Names; and what was left out and why, empty where nothing was.
     """
-    towers = _towers(model)
+    towers = dict.fromkeys([*_towers(model), *_projectors(model)])
     kept, small = set(), set()
     left: dict[tuple[str, str], int] = {}
     for name, part in model.named_modules():
@@ -75,6 +76,18 @@ def _towers(model: nn.Module) -> Sequence[str]:
         and "text" not in part.input_modalities
         and type(part.config) is not type(model.config)
     ]
+
+
+def _projectors(model: nn.Module) -> Sequence[str]:
+    """Names of what stands beside the decoder of a model with towers: what text never passes through."""
+    if not _towers(model) or not isinstance(model, PreTrainedModel):
+        return []
+    names = {id(part): name for name, part in model.named_modules()}
+    decoder = names.get(id(model.get_decoder()), "")
+    whole, _, own = decoder.rpartition(".")
+    output = model.get_output_embeddings()
+    beside = [] if not decoder else [(name, part) for name, part in model.get_submodule(whole).named_children()]
+    return [f"{whole}.{name}".lstrip(".") for name, part in beside if name != own and part is not output]
 
 
 def _is_gate(name: str, layer: nn.Module) -> bool:

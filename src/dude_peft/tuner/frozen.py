@@ -165,7 +165,7 @@ def layer_fingerprint(layer: Frozen) -> TensorPrint:
         return fingerprint(layer.weight)  # type: ignore[arg-type]
     assert not isinstance(layer, Stack), "it has a plain weight"
     tensors = {name: t for name, t in layer.state_dict().items() if isinstance(t, Tensor) and not name.endswith("bias")}
-    flat = [part for _, tensor in sorted(tensors.items()) for part in _plain_parts(tensor)]
+    flat = [part for _, tensor in sorted(tensors.items()) for part in plain_parts(tensor)]
     out, in_ = layer_shape(layer)
     return {"dtype": f"opaque:{type(layer).__name__}", "shape": [out, in_], "xxh3_128": xxh3_of(flat)}
 
@@ -208,12 +208,12 @@ def _probed(layer: nn.Module) -> Iterator[None]:
             layer.bias = bias
 
 
-def _plain_parts(tensor: Tensor) -> list[Tensor]:
+def plain_parts(tensor: Tensor) -> list[Tensor]:
     """A tensor subclass (torchao) as the plain tensors inside it."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return [tensor]
-    return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
+    return [part for name in flatten()[0] for part in plain_parts(getattr(tensor, name))]
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,0 +1,63 @@
+"""What a run in several processes cannot do, told before it starts; `dude plan` asks the same."""
+
+from __future__ import annotations
+
+from dude_peft.config.schema import RunConfig
+from dude_peft.errors import ConfigError
+
+
+def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: bool) -> list[str]:
+    """Refuses what several processes cannot do together.
+
+    Args:
+        config: of the run.
+        strategy: ddp, fsdp2 or zero3.
+        processes: how many; one can do everything.
+        scored: whether evaluation.tasks are scored during the run.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ConfigError: a setting that needs one process, or a whole model in each.
+    """
+    if processes == 1:
+        return []
+    if config.train.torch_compile:
+        raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
+    if config.train.rewarded is not None:
+        raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
+    if config.train.curriculum is not None and config.train.curriculum.by == "pass_rate":
+        raise ConfigError(
+            "train.curriculum: pass rates are measured in one process; leave --launch out, or set "
+            "train.curriculum.by: length"
+        )
+    if config.train.dpo is not None and config.train.dpo.precompute_ref_log_probs:
+        raise ConfigError("train.dpo.precompute_ref_log_probs measures in one process; leave it, or --launch, out")
+    if strategy == "ddp":
+        return []
+    if config.adapter.foreign:
+        raise ConfigError(f"{strategy} does not split {config.adapter.method}; choose ddp")
+    if config.train.orthogonality:
+        raise ConfigError(
+            f"train.orthogonality: it needs whole weights, and {strategy} splits them; use --launch ddp, or leave it "
+            "out"
+        )
+    if config.adapter.target_parameters:
+        raise ConfigError(
+            f"adapter.target_parameters: it needs whole weights, and {strategy} splits them; use --launch ddp"
+        )
+    if scored:
+        raise ConfigError(
+            f"evaluation.tasks: a model split by {strategy} cannot be scored during the run; leave it out, and use "
+            "dude eval --processes on the adapter"
+        )
+    if strategy == "zero3":
+        return ["zero3 writes no checkpoints, because DeepSpeed does not share its optimizer state; fsdp2 writes them"]
+    return []
+
+
+def check_dense(strategy: str, processes: int) -> None:
+    """Raises ConfigError where a quantised base would be split."""
+    if strategy != "ddp" and processes > 1:
+        raise ConfigError(f"--launch {strategy}: a quantised base model cannot be split; use --launch ddp")
