@@ -18,6 +18,7 @@ from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.maps import scale_of
 
 
+@fits()
 class _Mapped(DudeLinear):
     def _on_top(self, name: str, u: Tensor, left: Tensor, base: Tensor, factor: float, again: Any) -> Tensor:
         """`y = g (base + s factor u L^T) + bias`, (*, out).
