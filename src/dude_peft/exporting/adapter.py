@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dude_peft.artifact.companions import TEMPLATES
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.form import EMBEDDING_A, MATRIX, Form
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
 from dude_peft.artifact.manifest import (
     CONFIG_FILE,
@@ -77,14 +79,14 @@ class SavedAdapter:
             NumericsError: NaN or Inf.
         """
         spec, (r, _) = self.config.spec, self.config.rank_and_alpha(layer)
-        names = stock_names(spec)
-        absent = [name for name in names if self._key(layer, name) not in self.tensors]
+        names, form = stock_names(spec), self._form(layer)
+        absent = [name for name in names if self._key(layer, form.name(name)) not in self.tensors]
         if absent:
             raise ArtifactError(
                 f"'{self.folder / WEIGHTS_FILE}': layer '{shown(layer)}' has no {absent[0]}; save the adapter again"
             )
-        found = {name: read_tensor(self.tensors[self._key(layer, name)]) for name in names}
-        return from_disk(found, spec, r, shape, layer)
+        found = {name: read_tensor(self.tensors[self._key(layer, form.name(name))]) for name in names}
+        return from_disk(form.read(found), spec, r, shape, layer)
 
     @property
     def stacks(self) -> list[str]:
@@ -100,9 +102,11 @@ class SavedAdapter:
         left, right = STOCK_B, STOCK_A
         if delta is not None and not self.config.spec.ranked:
             left = right = EXTRA_TRAINED + next(name for name, own in delta.trained.items() if own == ("out", "in"))
-        stored = [self.tensors.get(self._key(layer, name)) for name in (left, right)]
+        form = self._form(layer)
+        stored = [self.tensors.get(self._key(layer, form.name(name))) for name in (left, right)]
         out, in_ = (
-            one.shape[side] if one is not None and len(one.shape) == 2 else 0 for side, one in enumerate(stored)
+            (one.shape[0] if side == 0 else math.prod(one.shape[1:])) if one is not None and len(one.shape) > 1 else 0
+            for side, one in enumerate(stored)
         )
         return (self.base[layer]["shape"][0], out, in_) if layer in self.stacks else (out, in_)
 
@@ -110,7 +114,7 @@ class SavedAdapter:
         """Tensors that were trained whole (biases, modules_to_save), by their names in the base model."""
         spec = self.config.spec
         names = stock_names(spec)
-        own = {self._key(layer, name) for layer in self.base for name in names}
+        own = {self._key(layer, self._form(layer).name(name)) for layer in self.base for name in names}
         for key, stored in self.tensors.items():
             if key not in own:
                 yield key.removeprefix(_PREFIX).replace(".base_layer.", "."), stored
@@ -121,6 +125,21 @@ class SavedAdapter:
         if self.vouched is not None:
             return [name for name in found if name in self.vouched]
         return [name for name in found if name in _TOKENIZER or name.startswith(TEMPLATES)]
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the layers whose weight is no matrix, which are merged in memory: experts and convolutions."""
+        return [name for name, seen in self.base.items() if len(seen["shape"]) > 2]
+
+    def is_other(self, layer: str) -> bool:
+        """Whether a layer is no linear layer: experts, an embedding, a convolution."""
+        return layer in self.loaded or self._form(layer).embedding
+
+    def _form(self, layer: str) -> Form:
+        right = self.tensors.get(self._key(layer, STOCK_A))
+        if self._key(layer, EMBEDDING_A) in self.tensors:
+            return Form(embedding=True)
+        return Form(kernel=right.shape[1:]) if right is not None and len(right.shape) > 2 else MATRIX
 
     @staticmethod
     def _key(layer: str, name: str) -> str:

@@ -171,7 +171,12 @@ def model_card(
             (escaped(key), escaped(value)) for key, value in settings_of(settings, _mapping(report.get("budget")))
         ],
         programs=PROGRAMS,
-        serving=serving_matrix(config.spec, ranks or {config.r}, stacks=bool(adapter.stacks)),
+        serving=serving_matrix(
+            config.spec,
+            ranks or {config.r},
+            stacks=bool(adapter.stacks),
+            others=any(map(adapter.is_other, adapter.base)),
+        ),
     )
     return f"---\n{front.to_yaml()}\n---\n\n{body}"
 

@@ -140,7 +140,7 @@ def write_merge(
 
 
 def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
-    """Every adapted layer by its name, its weight found in the base's checkpoint; stacks of experts are not looked for.
+    """Every adapted layer by its name, its weight found in the base's checkpoint; not those that are merged in memory.
 
     Raises:
         ArtifactError: the base has no such layer, or its weight is no plain matrix.
@@ -149,7 +149,7 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for weighted in adapters:
         adapter = weighted.adapter
-        stacks = adapter.stacks
+        stacks, loaded = adapter.stacks, adapter.loaded
         absent = [name for name in stacks if stack_of(base.model, name) is None]
         absent += [
             name
@@ -162,7 +162,7 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
                 f"(first: '{shown(absent[0])}'); give the base model it was trained on with --base"
             )
         for name in adapter.base:
-            if name in stacks:
+            if name in loaded:
                 continue
             if name not in layers:
                 module = modules[name]

@@ -309,17 +309,19 @@ class _Export:
 
     def _check_stacks(self, target: Target) -> None:
         """What cannot be done with experts."""
-        self.has_stacks = any(weighted.adapter.stacks for weighted in self.weighted)
-        if not self.has_stacks:
-            return
-        if target.kind == "lora":
+        self.is_loaded = any(weighted.adapter.loaded for weighted in self.weighted)
+        others = [name for w in self.weighted for name in w.adapter.base if w.adapter.is_other(name)]
+        if target.kind == "lora" and others:
             raise ConfigError(
-                "--to lora: no program serves a LoRA of experts (target_parameters) that we know; use --to merged"
+                f"--to lora: '{shown(others[0], 200)}' is no linear layer, and no program serves a LoRA of it that we "
+                "know; use --to merged"
             )
+        if not self.is_loaded:
+            return
         if self.settings.dtype != "keep" or not self.combination.by_rows:
             raise ConfigError(
-                "experts (target_parameters) are merged as they are stored, and added up; leave --dtype "
-                "and other combinations out"
+                "experts and convolutions are merged as they are stored, and added up; leave --dtype and other "
+                "combinations out"
             )
 
     def _check_base(self, base: Base) -> None:
@@ -341,7 +343,7 @@ class _Export:
         from dude_peft.artifact.companions import own_code
         from dude_peft.exporting.merge import plan_merge, write_merge
 
-        if self.has_stacks:
+        if self.is_loaded:
             from dude_peft.exporting.in_memory import write_in_memory
 
             allowed = self.settings.allow_base_mismatch
@@ -460,7 +462,7 @@ class _Export:
         elif limit is None:
             stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
             stored |= {
-                getattr(torch, w.adapter.base[name]["dtype"]) for w in self.weighted for name in w.adapter.stacks
+                getattr(torch, w.adapter.base[name]["dtype"]) for w in self.weighted for name in w.adapter.loaded
             }
             dtypes = stored if self.dtype is None else {*stored, self.dtype}
             dtypes |= set() if live is None else {getattr(torch, live)}

@@ -22,7 +22,9 @@ class Serving:
     answers: tuple[str, ...]
 
 
-def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True, stacks: bool = False) -> list[Serving]:
+def serving_matrix(
+    method: Method, ranks: set[int], *, loads: bool = True, stacks: bool = False, others: bool = False
+) -> list[Serving]:
     """The matrix of one adapter.
 
     Args:
@@ -30,6 +32,7 @@ def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True, stack
         ranks: of its stock tensors, over all layers.
         loads: whether stock PEFT loads adapters on these layers of this model.
         stacks: whether it adapts stacks of experts, which need a stock adapter of their own form.
+        others: whether it adapts embeddings or convolutions, which servers were not looked at for.
     """
     if stacks:
         return _of_stacks(method)
@@ -38,8 +41,11 @@ def serving_matrix(method: Method, ranks: set[int], *, loads: bool = True, stack
     else:
         adapter = _adapter(method, max(ranks))
     lora: tuple[str, ...] = ("approximate", "approximate", "approximate", "approximate, once converted")
+    if others:
+        adapter = (adapter[0], *(told if told.startswith("refused") else "not tried" for told in adapter[1:]))
+        lora = ("no",) * len(PROGRAMS)
     if not loads:
-        adapter, lora = (("refused", *answers[1:]) for answers in (adapter, lora))
+        adapter, lora = (("refused" if answers[0] != "no" else "no", *answers[1:]) for answers in (adapter, lora))
     return [
         Serving("the adapter, --to peft", adapter),
         Serving("--to merged", ("exact", "exact", "exact", "after conversion")),

@@ -124,7 +124,15 @@ def verify(
         saved_whole=tuple(whole),
         base_compared=compare,
         stock_refusal=refusal,
-        serving=tuple(serving_matrix(config.spec, ranks, loads=not refusal, stacks=bool(opened.stacks))),
+        serving=tuple(
+            serving_matrix(
+                config.spec,
+                ranks,
+                loads=not refusal,
+                stacks=bool(opened.stacks),
+                others=any(map(opened.is_other, opened.base)),
+            )
+        ),
         warnings=tuple(warnings),
     )
     for line in found.facts():

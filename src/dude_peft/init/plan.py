@@ -89,6 +89,11 @@ def make_plan(
         if not isinstance(module, DudeLinear):
             continue
         base: Any = module.get_base_layer()
+        if frozen.is_map(base):
+            raise ConfigError(
+                f"target '{module.layer_name}' is {a_(type(base).__name__)}, and dude init writes the start of linear "
+                "layers alone; leave it out with --exclude-modules, or initialise in memory with get_peft_model"
+            )
         if frozen.plain_weight(base) is None:
             raise ConfigError(
                 f"target '{module.layer_name}' is {a_(type(base).__name__)}, which has no plain weight matrix; leave "

@@ -95,8 +95,8 @@ def _beside_base(adapter: SavedAdapter, gguf_file: str | None) -> list[AdaptedLa
     if folder_of(source.name_or_path) is None and not _is_cached(source.name_or_path, source.revision):
         raise ConfigError(f"the base model {shown(source.name_or_path, 300)} is not on this machine")
     with tempfile.TemporaryDirectory() as scratch, open_base(source, Path(scratch), [adapter]) as base:
-        if adapter.stacks:
-            raise ConfigError("the weights of experts are read only during a run")
+        if adapter.loaded:
+            raise ConfigError("the weights of experts and convolutions are read only during a run")
         layers = layers_of(base, [Weighted(adapter, 1.0)])
         if (problem := check_base(base, layers)) is not None:
             raise problem
@@ -180,7 +180,7 @@ def _read(weight: Layer) -> Tensor:
 def _tensors(adapter: SavedAdapter, name: str, W0: Tensor | None) -> LayerTensors:
     if W0 is not None:
         return adapter.layer(name, tuple(W0.shape))
-    if name in adapter.stacks:
+    if adapter.is_other(name):
         return adapter.layer(name, adapter.shape(name))
     out, in_ = adapter.base[name]["shape"]
     try:

@@ -132,10 +132,13 @@ def targets(model: Any, section: AdapterSection) -> dict[str, nn.Module]:
     found = {
         layer.layer_name: layer.get_base_layer() for layer in tuner.model.modules() if isinstance(layer, DudeLinear)
     }
+    other = next((name for name, layer in found.items() if frozen.is_map(layer)), None)
     tuner.unload()
     vars(model).pop("peft_config", None)  # early releases of PEFT leave it
     for parameter, trained in wanted:
         parameter.requires_grad_(trained)
+    if other is not None:
+        raise ConfigError(f"adapter.budget: '{other}' is no linear layer, and has no price; leave it out")
     return found
 
 

@@ -22,7 +22,8 @@ from dude_peft.core.magnitude import rows_product
 from dude_peft.show import a_
 from dude_peft.tuner import behaviour
 from dude_peft.tuner.behaviour import Behaviour, behaviour_of, has_more_tensors
-from dude_peft.tuner.behaviour import layer_shape as layer_shape
+from dude_peft.tuner.maps import as_matrix, as_weight, map_shape, why_no_map
+from dude_peft.tuner.maps import is_map as is_map
 from dude_peft.tuner.stacks import Stack
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +47,8 @@ def why_not(layer: nn.Module) -> str | None:
     The output projection inside nn.MultiheadAttention is refused: its forward is never called, and stock PEFT, which
     the adapter has to be right in as well, would leave it out silently.
     """
+    if is_map(layer):
+        return why_no_map(layer, _PLAIN_DTYPES)
     kind = type(layer).__name__
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return f"is {a_(kind)}, which nn.MultiheadAttention never calls, so stock PEFT drops its change"
@@ -63,6 +66,11 @@ def why_not(layer: nn.Module) -> str | None:
     return None
 
 
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of the layer's weight as a matrix."""
+    return map_shape(layer) if is_map(layer) else behaviour.layer_shape(layer)
+
+
 def shape_of(layer: Frozen) -> tuple[int, ...]:
     """(out, in) of the layer's weight; (experts, out, in) of a stack."""
     return layer.shape if isinstance(layer, Stack) else layer_shape(layer)
@@ -70,11 +78,15 @@ def shape_of(layer: Frozen) -> tuple[int, ...]:
 
 def is_transposed(layer: Frozen) -> bool:
     """Whether the layer keeps its weight as (in, out)."""
-    return layer.transposed if isinstance(layer, Stack) else behaviour.is_transposed(layer)
+    if isinstance(layer, Stack):
+        return layer.transposed
+    return isinstance(layer, nn.Embedding) or behaviour.is_transposed(layer)
 
 
 def as_stored(layer: Frozen, matrix: Tensor) -> Tensor:
     """An (out, in) matrix, or (experts, out, in) stack, laid out as the layer keeps its weight."""
+    if is_map(layer):
+        return as_weight(layer, matrix)
     return matrix.mT.contiguous() if is_transposed(layer) else matrix
 
 
@@ -82,6 +94,8 @@ def plain_weight(layer: Frozen) -> Tensor | None:
     """The weight as an (out, in) view, or None where the layer is opaque; (experts, out, in) of a stack."""
     if isinstance(layer, Stack):
         return layer.plain_weight
+    if is_map(layer):
+        return as_matrix(layer, layer.weight.detach())
     if not has_plain_weight(layer):
         return None
     if has_more_tensors(layer):

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from dude_peft.artifact.effective import effective_weight, layer_gain, merged_weight
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.form import Form
 from dude_peft.artifact.stacks import first_tensors
 from dude_peft.artifact.stock import LayerTensors, layer_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
@@ -27,6 +28,7 @@ from dude_peft.parents import fits
 from dude_peft.show import a_
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
+from dude_peft.tuner.maps import stock_kernel
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
 from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
@@ -94,6 +96,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def target(self) -> frozen.Frozen:
         """What the adapters change: the frozen layer under them."""
         return self.get_base_layer()
+
+    @property
+    def form(self) -> Form:
+        """How a file has its factors."""
+        base = self.get_base_layer()
+        return Form(isinstance(base, nn.Embedding), stock_kernel(base))
 
     def place(self, module_name: str) -> str:
         """The beginning of the names of the layer's tensors in a file, from its own place in the model."""

@@ -34,7 +34,7 @@ from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.methods import Delta
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.parents import fits, require
-from dude_peft.show import quoted, shown
+from dude_peft.show import a_, quoted, shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose
 from dude_peft.tuner.beside import prints_beside
@@ -49,6 +49,8 @@ from dude_peft.tuner.heads import (
     warn_of_drawn,
 )
 from dude_peft.tuner.layer import FROZEN, TRAINED, DudeLinear, check_rank
+from dude_peft.tuner.mapped import DudeConv, DudeEmbedding
+from dude_peft.tuner.maps import is_map
 from dude_peft.tuner.patterns import check_patterns, exactly
 from dude_peft.tuner.stack_targets import check_stacks, patterns_of_stacks, stacks_of
 from dude_peft.tuner.stacks import Stack
@@ -354,12 +356,18 @@ class DudeModel(BaseTuner):
                     f"target '{name}' {reason}; adapt linear layers, and train others in full with "
                     f"modules_to_save=[{name.rpartition('.')[2]!r}]"
                 )
+            if is_map(layer) and not config.spec.ranked:
+                raise ConfigError(
+                    f"target '{name}' is {a_(type(layer).__name__)}, which method {config.method!r} does not adapt; "
+                    "choose a method with a rank, or leave the layer out"
+                )
             check_rank(config.spec, name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
             weight = frozen.plain_weight(layer)
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
         _check_saved_modules(config, names)
         _check_output_layer(model, targets)
+        _check_tied(model, targets)
         whole = trained_whole(model, config)
         check_stacks(stacks, config, whole)
         if both := next((name for name, _ in targets if name in whole), None):
@@ -409,7 +417,8 @@ class DudeModel(BaseTuner):
         if isinstance(target, DudeLinear):
             target.add(adapter_name, peft_config, meta=self._meta, starts=self._starts.pop(current_key, None))
             return
-        layer = DudeLinear(target, current_key)
+        kind = DudeEmbedding if isinstance(target, nn.Embedding) else DudeConv if is_map(target) else DudeLinear
+        layer = kind(target, current_key)
         self._put_in_place(layer, adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -508,7 +517,7 @@ class DudeModel(BaseTuner):
             own = layer.own_scaling[adapter_name]
             state = _from_state_dict(config, layer, module_name, adapter_name, state_dict)
             state = _scaled(state, layer.scaling[adapter_name] / own, config)
-            for name, tensor in to_disk(state, own).items():
+            for name, tensor in layer.form.written(to_disk(state, own)).items():
                 tensors[f"{layer.place(module_name)}.{name}"] = tensor
             base[layer.layer_name] = layer.base_fingerprint()
         _refuse_not_finite(tensors, state_dict, adapter_name)
@@ -546,13 +555,13 @@ class DudeModel(BaseTuner):
         for name, module in model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
         for module_name, layer in _adapted_layers(model, adapter_name):
-            keys = {name: f"{layer.place(module_name)}.{name}" for name in stock_names(spec)}
+            keys = {name: f"{layer.place(module_name)}.{layer.form.name(name)}" for name in stock_names(spec)}
             found = {name: remaining.pop(key) for name, key in keys.items() if key in remaining}
             missing += [key for name, key in keys.items() if name not in found]
             if len(found) < len(keys):
                 continue
             where = layer.place(module_name).removeprefix(_PEFT_PREFIX)
-            state = from_disk(found, spec, layer.r[adapter_name], layer.shape, where)
+            state = from_disk(layer.form.read(found), spec, layer.r[adapter_name], layer.shape, where)
             if config._loading is None:
                 _check_same_base(layer, state)
             for place in places[id(layer)]:
@@ -752,13 +761,14 @@ def _names_message(missing: list[str], extra: list[str]) -> str:
 
 
 def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
-    parameters = [n for n, _ in model.named_parameters() if n == wanted or n.endswith(f".{wanted}")]
+    parameters = [(n, p) for n, p in model.named_parameters() if n == wanted or n.endswith(f".{wanted}")]
     if parameters:
-        owner = type(model.get_submodule(parameters[0].rpartition(".")[0])).__name__
-        return (
-            f"target_modules: '{wanted}' is a parameter of {owner} ('{parameters[0]}'), not a linear layer; name "
-            "stacks of experts in target_parameters"
-        )
+        name, parameter = parameters[0]
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        remedy = "name stacks of experts in target_parameters"
+        if parameter.ndim != 3:
+            remedy = "leave it out, or train its module whole with modules_to_save"
+        return f"target_modules: '{wanted}' is a parameter of {owner} ('{name}'), not a linear layer; {remedy}"
     hint = closest(wanted, _last_parts(names))
     return f"target_modules: {quoted(wanted)} is not a module of {type(model).__name__}; {hint}"
 
@@ -834,6 +844,22 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
             f"target '{adapted}' was resized from {before} to {now} tokens, but no file has the new rows; save and "
             "reload the resized model, then adapt it, or train the layer in full with modules_to_save"
         )
+
+
+def _check_tied(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
+    """An embedding that shares its weight with another layer would be taken apart from it by its own adapter."""
+    for name, module in targets:
+        embedding = _base_of(module)
+        if not isinstance(embedding, nn.Embedding):
+            continue
+        for other, layer in model.named_modules():
+            layer = _base_of(layer)
+            if layer is not embedding and getattr(layer, "_parameters", {}).get("weight") is embedding.weight:
+                raise ConfigError(
+                    f"target '{name}' shares its weight with '{other}' (tied embeddings), and an adapter would change "
+                    "one of the two; load the model with tie_word_embeddings=False, or train both whole with "
+                    f"modules_to_save=[{name.rpartition('.')[2]!r}, {other.rpartition('.')[2]!r}]"
+                )
 
 
 def _told_apart(wanted: Iterable[str], model: nn.Module, adapters: Iterable[str]) -> list[str]:

@@ -107,7 +107,8 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
             "load it on the base model it was trained on",
         )
     for name, expected in recorded.items():
-        shape = frozen.shape_of(_base_layer(targets[name]))
+        layer: Any = _base_layer(targets[name])
+        shape = tuple(layer.weight.shape) if frozen.plain_weight(layer) is not None else frozen.shape_of(layer)
         if sorted(shape) != sorted(expected["shape"]):
             raise OtherBaseError(
                 f"adapter '{path}': layer '{name}' has shape {list(shape)} here, but {expected['shape']} in training",

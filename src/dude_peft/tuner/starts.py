@@ -106,7 +106,7 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> tuple[Start, .
             W0 = frozen.dense_weight(base)
             if weight is None or weight.dtype != W0.dtype:  # a copy already
                 options = replace(options, overwrite=True)
-            if not _others:
+            if not _others or frozen.is_map(base):  # those are never quantised
                 return (start_of(config.spec, W0, r, scaling, options, name),)
             full = _others[-1](name, W0)
             begun = start_of(config.spec, full, r, scaling, replace(options, overwrite=True), name)

@@ -1,0 +1,103 @@
+"""A run that adapts the embedding beside linear layers, through the commands that take its adapter up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from tiny import save_tiny, write_rows
+
+import dude_peft
+from dude_peft.config.schema import RunConfig
+from dude_peft.errors import ConfigError
+from dude_peft.training import run as run_module
+from dude_peft.training import trainer as trainer_module
+from dude_peft.training.run import run
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("maps")
+    save_tiny(folder / "model")
+    save_tiny(folder / "tied", tie_word_embeddings=True)
+    write_rows(folder / "train.jsonl", 16)
+    write_rows(folder / "test.jsonl", 2, start=100)
+    return folder
+
+
+def settings(places: Path, out: Path, model: str = "model", **adapter: object) -> dict:
+    return {
+        "model": {"name_or_path": str(places / model)},
+        "adapter": {"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "embed_tokens"], **adapter},
+        "data": {"train": str(places / "train.jsonl"), "test": str(places / "test.jsonl"), "template": "plain"},
+        "train": {"learning_rate": 0.01, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 1},
+        "evaluation": {"rows": 1, "max_new_tokens": 2},
+        "output_dir": str(out),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(places) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "loss_curve", lambda *_: b"")
+        found = run(RunConfig(**settings(places, places / "whole")), quiet=True)
+    assert found.after.loss < found.before.loss - 0.3
+    return places / "whole"
+
+
+class _CutError(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(places, trained, tmp_path, monkeypatch):
+    original = trainer_module.RunTrainer._save_checkpoint
+
+    def save(self, *args):
+        original(self, *args)
+        if self.state.global_step == 3:
+            raise _CutError
+
+    monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
+    monkeypatch.setattr(trainer_module.RunTrainer, "_save_checkpoint", save)
+    wanted = RunConfig(**settings(places, tmp_path / "out"))
+    with pytest.raises(_CutError):
+        run(wanted, quiet=True)
+    monkeypatch.setattr(trainer_module.RunTrainer, "_save_checkpoint", original)
+    run(wanted, quiet=True)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_the_plan_and_the_checks_know_the_embedding(places, trained):
+    report = json.loads((trained / "report.json").read_text())
+    planned = dude_peft.plan(settings(places, places / "planned"))
+    assert planned.cost.static.trainable_parameters == report["trainable_parameters"]
+    assert not planned.cost.uncounted
+    found = dude_peft.verify(trained / "adapter", base=str(places / "model"))
+    assert (found.layers, found.stock_refusal, found.saved_whole) == (3, "", ())
+    page = dude_peft.report(trained, trained / "again.html").path.read_text()
+    assert "embed_tokens" in page
+
+
+def test_what_cannot_be_done_with_an_embedding_is_refused(places, trained, tmp_path):
+    with pytest.raises(ConfigError, match=r"'model\.embed_tokens' is no linear layer, and no program serves"):
+        dude_peft.export(trained / "adapter", "lora:8", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"shares its weight with 'lm_head'"):
+        run(RunConfig(**settings(places, tmp_path / "run", "tied")), quiet=True)
+    with pytest.raises(ConfigError, match=r"adapter\.budget: 'model\.embed_tokens' is no linear layer"):
+        run(RunConfig(**settings(places, tmp_path / "run", budget={"parameters": 2000})), quiet=True)
+
+
+@pytest.mark.slow
+def test_merged_and_stock_exports_are_the_live_adapter(places, trained, tmp_path):
+    for target in ("merged", "peft"):
+        made = dude_peft.export(trained / "adapter", target, tmp_path / target)
+        assert made.record["difference"]["kl_tuned_export"] <= 1e-9
+        assert made.record["difference"]["kl_tuned_base"] >= 1e-4
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    live = dude_peft.load_adapter(hf.AutoModelForCausalLM.from_pretrained(places / "model"), trained / "adapter")
+    weight = live.base_model.model.model.embed_tokens.effective_weight()
+    assert torch.equal(model.model.embed_tokens.weight, weight.T)
