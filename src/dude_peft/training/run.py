@@ -33,6 +33,7 @@ from dude_peft.folder.record import (
     Answer,
     RunReport,
     Score,
+    score_from,
 )
 from dude_peft.folder.run_folder import RunFolder, save_adapter
 from dude_peft.machine import processes
@@ -69,6 +70,8 @@ CardOf = Callable[[Path, dict[str, Any]], str]
 PageOf = Callable[[Path, "WeightOf | None"], Path]
 """Writes the page about a finished run's folder, with the base weights in memory, and tells where."""
 
+_JUDGING = ("test", "questions")
+"""Sets that held-out scores are of."""
 _GGUF_NOTE = "the base weights come from a GGUF file, dequantised"
 
 
@@ -158,6 +161,8 @@ class _Run:
         self.tokenizer: Any = None
         self.reference: Tensor | None = None
         """What the base model makes of the pairs, where it was measured before training."""
+        self.base_parts: list[Any] | None = None
+        """What the scores of the base model depend on, where other runs may know them."""
         self.sight: Sight | None = None
         """How the model sees images; None where it has no processor."""
         self.model: Any = None
@@ -245,7 +250,7 @@ class _Run:
         self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
 
-        before, behind_seconds = self._before(data.held_out)
+        before, behind_seconds = self._before(data)
         # From here on autocast may wrap the model: the base of held-out pairs is then to be measured under it, too.
         self.meter = None
         self.stop.raise_if_wanted()
@@ -313,21 +318,48 @@ class _Run:
     def _settle(self, adapter: AdapterSection) -> None:
         self.config = self.config.model_copy(update={"adapter": adapter})
 
-    def _before(self, held_out: HeldOut | None) -> tuple[Score | None, float]:
+    def _before(self, data: RunData) -> tuple[Score | None, float]:
         """What the model that the run begins with knows of the held-out rows, and the seconds that finding out took."""
         found = None if self.resumed is None else self.folder.read_before(self.warn)
         kept = processes.from_first(found)
         if kept is not None:
             return kept
-        if self.resumed is not None and not self.from_base and held_out is not None:
+        if self.resumed is not None and not self.from_base and data.held_out is not None:
             self.warn("the scores from before training are lost, and the model that they were of is not there any more")
             return None, 0.0
-        with self.model.disable_adapter() if self.from_base else nullcontext():
-            before = self._score("before", held_out)
+        before = self._measured_before(data)
         seconds = self.seconds.get("evaluation_before", 0.0)
         if before is not None:
             self.folder.write_before(before, seconds)
         return before, seconds
+
+    def _measured_before(self, data: RunData) -> Score | None:
+        """Measured now, or by an earlier run of the same base model, rows and settings on this machine."""
+
+        def measure() -> Score | None:
+            with self.model.disable_adapter() if self.from_base else nullcontext():
+                return self._score("before", data.held_out)
+
+        if self.base_parts is None or not self.from_base:
+            return measure()
+        from dude_peft.answer.cache import key_of, shared_cache
+
+        settings = self.config.evaluation
+        how = [settings.batch_size, settings.max_new_tokens, self.nature.company, self.company]
+        hashes = (data.sha256, data.tokens_sha256)
+        rows = [{name: part for name, part in each.items() if name in _JUDGING} for each in hashes]
+        key = key_of(*self.base_parts, rows, self._tokenizer_parts(data), how, hardware(self.model.device))
+        with shared_cache("base scores", key, self.display.say, self.stop.raise_if_wanted) as cache:
+            if "score" not in cache:
+                found = measure()
+                cache.add({"score": None if found is None else asdict(found)})
+                return found
+            try:
+                known = score_from(cache["score"])
+            except (TypeError, KeyError, ValueError) as error:
+                raise cache.damaged() from error
+            self.display.say("held-out rows, before: known from an earlier run of this base model")
+            return known
 
     def _check_rate(self) -> None:
         from dude_peft.methods import METHODS
@@ -400,6 +432,7 @@ class _Run:
         Of a split model the first process does all of that, as the only process of a run would, and hands out the
         shares; on its CPU, since the model may be larger than its device.
         """
+        from dude_peft.answer.fingerprint import answering_parts
         from dude_peft.model.load import load_empty, load_model
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains, method_of, stored_config
@@ -448,6 +481,8 @@ class _Run:
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
+            if data.held_out is not None and config.train.section is None and processes.count() == 1:
+                self.base_parts = answering_parts(model, self.tokenizer)
             base = probe(model, data.train, pad_id) if self.has_whole else None
             if config.data.packing and self.has_whole:
                 check_packs(model)

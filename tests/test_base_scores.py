@@ -1,0 +1,122 @@
+"""What the base model knows of held-out rows is measured once: other runs on it and on the same rows find it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+from served import dude
+from test_train_resume import result
+from tiny import save_tiny, write_rows
+
+from dude_peft.config.schema import RunConfig
+from dude_peft.errors import ArtifactError
+from dude_peft.measure import score
+from dude_peft.training.run import run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("known")
+    save_tiny(folder / "model")
+    write_rows(folder / "train.jsonl", 24)
+    write_rows(folder / "test.jsonl", 6, start=100)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "base_scores"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    found = []
+    plain = score.item_losses
+
+    def counted(*given, **named):
+        found.append(1)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(score, "item_losses", counted)
+    return found
+
+
+def settings(place, out, **sections):
+    wanted = {
+        "model": {"name_or_path": str(place / "model")},
+        "adapter": {"r": 4, "lora_dropout": 0.1},
+        "data": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl")},
+        "train": {"learning_rate": 0.01, "max_steps": 3},
+        "evaluation": {"rows": 3, "max_new_tokens": 4},
+        "output_dir": str(out),
+    }
+    return {key: value | sections.get(key, {}) if isinstance(value, dict) else value for key, value in wanted.items()}
+
+
+def start(place, out, **sections):
+    return run(RunConfig(**settings(place, out, **sections)), quiet=True)
+
+
+def test_a_run_that_finds_them_is_bit_for_bit_the_run_that_measured_them(place, tmp_path, measured):
+    first = start(place, tmp_path / "first")
+    assert len(measured) == 2  # before and after
+    second = start(place, tmp_path / "second")
+    assert len(measured) == 3
+    assert second.before == first.before
+    assert result(tmp_path / "second") == result(tmp_path / "first")
+
+
+def test_a_method_or_rate_more_measures_nothing(place, tmp_path, measured):
+    wanted = start(place, tmp_path / "first").before
+    for number, changes in enumerate(
+        [{"adapter": {"method": "lora"}}, {"train": {"learning_rate": 0.1}}, {"data": {"train_rows": 12}}]
+    ):
+        assert start(place, tmp_path / str(number), **changes).before == wanted
+    assert len(measured) == 5
+
+
+@pytest.mark.slow
+def test_what_they_depend_on_is_measured_again(place, tmp_path, measured):
+    start(place, tmp_path / "first")
+    write_rows(tmp_path / "other.jsonl", 6, start=200)
+    save_tiny(tmp_path / "other", seed=1)
+    changes = [
+        {"data": {"test": str(tmp_path / "other.jsonl")}},
+        {"model": {"name_or_path": str(tmp_path / "other")}},
+        {"model": {"dtype": "bfloat16"}},
+        {"model": {"quantization": "int8"}},
+        {"evaluation": {"rows": 2}},
+        {"evaluation": {"max_new_tokens": 3}},
+        {"evaluation": {"batch_size": 2}},
+        {"data": {"template": "plain"}},
+    ]
+    for number, change in enumerate(changes):
+        count = len(measured)
+        start(place, tmp_path / str(number), **change)
+        assert len(measured) == count + 2, change
+    assert len(list((tmp_path / "cache/base_scores").iterdir())) == len(changes) + 1
+
+
+def test_a_damaged_file_is_refused_with_what_to_do(place, tmp_path, cache):
+    start(place, tmp_path / "first")
+    (file,) = cache.glob("*.jsonl")
+    file.write_bytes(file.read_bytes().replace(b'"loss": ', b'"loss":1', 1))
+    with pytest.raises(ArtifactError, match="is damaged; remove it"):
+        start(place, tmp_path / "second")
+
+
+@pytest.mark.slow
+def test_the_command_says_so(place, tmp_path):
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings(place, tmp_path / name)))
+        done = dude("train", path, DUDE_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+    assert "held-out rows, before: known from an earlier run of this base model" in done.stdout
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", "second")]
+    assert reports[0]["before"] == reports[1]["before"]
+    shutil.rmtree(tmp_path / "cache")
