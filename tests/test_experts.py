@@ -32,6 +32,9 @@ slow = pytest.mark.slow
 each_method = pytest.mark.parametrize(
     "method", [pytest.param(name, marks=() if name in KINDS else slow) for name in STACKABLE]
 )
+two_methods = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in ("dude", "lora") else slow) for name in STACKABLE]
+)
 # (experts, out, in) of a family without biases; (experts, in, out) of one with them.
 each_layout = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name in ("qwen3-moe", "gpt-oss") else slow) for name in STACKED]
@@ -88,7 +91,7 @@ def textbook(layer, gradient="detached"):
 @each_method
 @each_layout
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16), pytest.param(torch.float16, marks=slow)]
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=slow), pytest.param(torch.float16, marks=slow)]
 )
 def test_the_start_is_the_base_model_bit_by_bit(method, family, dtype):
     base = make(family, dtype)
@@ -124,7 +127,7 @@ def test_every_expert_computes_the_textbook(method, family):
             assert (one - other).norm() <= 1e-11 * other.norm()
 
 
-@pytest.mark.parametrize("family", STACKED)
+@each_layout
 def test_a_magnitude_belongs_to_an_output_feature_of_one_expert(family):
     """Doubling one magnitude doubles one feature of what one expert makes of its rows, in the family's own code."""
     model = adapted(family=family, moved=False)
@@ -144,7 +147,7 @@ def test_a_magnitude_belongs_to_an_output_feature_of_one_expert(family):
     assert own.abs().max() > 1e-3
 
 
-@each_method
+@two_methods
 @each_layout
 def test_merge_is_the_adapter_and_unmerge_restores_every_bit(method, family):
     for dtype in (torch.float32, torch.bfloat16):
@@ -172,7 +175,7 @@ def test_merge_is_the_adapter_and_unmerge_restores_every_bit(method, family):
             assert (logits(plain) - expected).norm() <= 2e-6 * expected.norm()
 
 
-@each_method
+@two_methods
 @each_layout
 def test_save_and_load_are_bit_equal(method, family, tmp_path):
     settings = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 9}}
@@ -188,7 +191,7 @@ def test_save_and_load_are_bit_equal(method, family, tmp_path):
         load_adapter(make(family, seed=1), tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["detached", "exact"])
+@pytest.mark.parametrize("mode", ["detached", pytest.param("exact", marks=slow)])
 def test_training_goes_on_from_a_file_bit_by_bit(mode, tmp_path):
     model = peft.get_peft_model(make("qwen3-moe"), config(norm_gradient=mode))
     optimizer = optimizer_of(model)
@@ -270,7 +273,7 @@ def test_several_adapters_of_different_stacks(tmp_path):
     assert torch.equal(logits(model), second)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=slow), False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant):
     gradients = []
     for checkpointed in (False, True):

@@ -154,7 +154,7 @@ def test_what_a_run_cannot_have_is_refused_before_it_begins(places, tmp_path, ad
 
 def test_an_adapter_of_experts_has_no_lora(trained, tmp_path):
     for target, words in {
-        "lora:8": "no program serves a LoRA of experts",
+        "lora:8": "is no linear layer, and no program serves a LoRA of it",
         "peft": "gives experts a magnitude, which stock PEFT's target_parameters have not",
     }.items():
         with pytest.raises(ConfigError, match=words):

@@ -28,6 +28,9 @@ slow = pytest.mark.slow
 each_method = pytest.mark.parametrize(
     "method", [pytest.param(name, marks=() if name in KINDS else slow) for name in RANKED]
 )
+two_methods = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in ("dude", "lora") else slow) for name in RANKED]
+)
 # What PEFT computes with, and what it does not: its low-rank convolution has no dilation and other groups.
 GEOMETRIES = {
     "plain": {},
@@ -141,7 +144,7 @@ def test_a_convolution_computes_the_textbook(method, dim, geometry):
     check_textbook(behind, wanted, [x, *learned])
 
 
-@each_method
+@two_methods
 @each_geometry
 def test_a_convolution_merges_and_comes_back(method, dim, geometry):
     x = images(dim)
@@ -160,7 +163,7 @@ def test_a_convolution_merges_and_comes_back(method, dim, geometry):
     assert plain.state_dict().keys() == net(dim, geometry).state_dict().keys()
 
 
-@each_method
+@two_methods
 @each_geometry
 def test_stock_peft_computes_a_saved_convolution_or_refuses_it(method, dim, geometry, tmp_path):
     x = images(dim)
@@ -206,6 +209,7 @@ def test_a_small_gain_of_a_channel_arrives_in_bfloat16():
         assert 0.9 <= delivered <= 1.1, eps
 
 
+@slow
 def test_vision_models_train_their_convolutions(tmp_path):
     config = hf.ConvNextConfig(num_channels=3, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_labels=3)
 
@@ -284,7 +288,7 @@ def test_an_embedding_computes_the_textbook(method):
     assert gradient[:, 5].any()
 
 
-@each_method
+@two_methods
 def test_an_embedding_merges_and_is_a_stock_adapter(method, tmp_path):
     model = embedded(method)
     expected = logits(model)
@@ -299,6 +303,7 @@ def test_an_embedding_merges_and_is_a_stock_adapter(method, tmp_path):
     assert (logits(stock) - expected).norm() <= 1e-5 * expected.norm()
 
 
+@slow
 def test_a_scaled_embedding_is_adapted_with_its_scale(tmp_path):
     config = hf.Gemma3TextConfig(
         vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
@@ -320,7 +325,7 @@ def test_a_scaled_embedding_is_adapted_with_its_scale(tmp_path):
     assert torch.equal(logits(load_adapter(fresh(), tmp_path)), expected)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=slow), False])
 def test_gradient_checkpointing_changes_nothing_behind_an_embedding(use_reentrant):
     gradients = []
     for checkpointed in (False, True):
