@@ -189,6 +189,10 @@ def tinystories() -> str:
     return _compared("2026-11-29-compare-tinystories-656k")
 
 
+def boolq() -> str:
+    return _compared("2026-11-29-compare-smollm2-boolq")
+
+
 def _compared(name: str) -> str:
     found = _record(name)["results"]
     rows = []
@@ -389,6 +393,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "family": family,
     "stories": stories,
     "tinystories": tinystories,
+    "boolq": boolq,
     "method-costs": method_costs,
     "budget": budget,
     "step-model": step_model,
