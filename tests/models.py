@@ -115,12 +115,20 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.3)
-            elif parameter.ndim == 3:  # Llama 4's start at zero
-                parameter.normal_(std=0.1)
     for module in model.modules():  # the adapter's own dropout is what the tests are about
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model.to(dtype).eval()
+
+
+def make_stacked(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """`make` with experts that matter: transformers' are small, and Llama 4's zero."""
+    model = make(name, torch.float32, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 3:
+                parameter.normal_(std=0.1)
+    return model.to(dtype)
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:

@@ -13,7 +13,8 @@ import peft
 import pytest
 import torch
 from method_rows import KINDS
-from models import STACKED, logits, make, perturb, tokens
+from models import STACKED, logits, perturb, tokens
+from models import make_stacked as make
 from torch import nn
 
 from dude_peft import DudeConfig, load_adapter

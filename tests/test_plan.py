@@ -384,7 +384,7 @@ def planned(place: Path, settings: dict[str, Any], memory: str | None = None) ->
         ({"adapter.r": 1000}, "r=1000"),
         ({"adapter.r": 40, "adapter.target_modules": ["k_proj"]}, "k_proj"),  # grouped queries: 32 rows
         ({"adapter.target_modules": ["q_prj"]}, "closest: 'q_proj'"),
-        ({"adapter.target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"adapter.target_modules": ["norm"]}, "RMSNorm"),
         ({"adapter.target_modules": "(q_proj"}, "not a valid regular expression"),
         ({"adapter.method": "dud"}, "closest: 'dude'"),
         ({"model.name_or_path": "/nowhere"}, "no folder"),

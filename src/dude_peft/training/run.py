@@ -327,18 +327,18 @@ class _Run:
         if self.resumed is not None and not self.from_base and data.held_out is not None:
             self.warn("the scores from before training are lost, and the model that they were of is not there any more")
             return None, 0.0
-        before = self._measured_before(data)
-        seconds = self.seconds.get("evaluation_before", 0.0)
+        before, seconds = self._measured_before(data)
         if before is not None:
             self.folder.write_before(before, seconds)
         return before, seconds
 
-    def _measured_before(self, data: RunData) -> Score | None:
-        """Measured now, or by an earlier run of the same base model, rows and settings on this machine."""
+    def _measured_before(self, data: RunData) -> tuple[Score | None, float]:
+        """Measured now, or by an earlier run of the same base model, rows and settings here; and how long that took."""
 
-        def measure() -> Score | None:
+        def measure() -> tuple[Score | None, float]:
             with self.model.disable_adapter() if self.from_base else nullcontext():
-                return self._score("before", data.held_out)
+                found = self._score("before", data.held_out)
+            return found, self.seconds.get("evaluation_before", 0.0)
 
         if self.base_parts is None or not self.from_base:
             return measure()
@@ -351,11 +351,11 @@ class _Run:
         key = key_of(*self.base_parts, rows, self._tokenizer_parts(data), how, hardware(self.model.device))
         with shared_cache("base scores", key, self.display.say, self.stop.raise_if_wanted) as cache:
             if "score" not in cache:
-                found = measure()
-                cache.add({"score": None if found is None else asdict(found)})
-                return found
+                found, seconds = measure()
+                cache.add({"score": None if found is None else asdict(found), "seconds": seconds})
+                return found, seconds
             try:
-                known = score_from(cache["score"])
+                known = score_from(cache["score"]), float(cache["seconds"])
             except (TypeError, KeyError, ValueError) as error:
                 raise cache.damaged() from error
             self.display.say("held-out rows, before: known from an earlier run of this base model")
