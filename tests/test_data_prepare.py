@@ -148,6 +148,7 @@ def test_nothing_is_left_of_a_set_that_cannot_be_made(tmp_path, ready):
         ready(tmp_path / "tt.jsonl")
 
 
+@pytest.mark.slow
 def test_two_processes_make_a_set_once(tmp_path, ready):
     path = write(tmp_path / "t.jsonl", [(f"q{i}", "a") for i in range(3000)])
     code = (

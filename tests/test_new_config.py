@@ -30,7 +30,7 @@ def test_what_it_writes_trains(model, tmp_path):
     assert config.data.max_length == 128
     assert config.output_dir == "runs/my-rows"
     quick = ["--set", "train.num_train_epochs=0.1", "--set", "evaluation.rows=2", "--set", "adapter.r=4"]
-    done = dude("train", "run.yaml", *quick, "--set", "evaluation.max_new_tokens=2", cwd=tmp_path)
+    done = dude("train", "run.yaml", "--no-page", *quick, "--set", "evaluation.max_new_tokens=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "my-rows" / "adapter").is_dir()
 
