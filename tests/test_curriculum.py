@@ -354,12 +354,12 @@ def test_a_second_run_waits_for_the_first_ones_measurement(places, tmp_path, mon
         return original(self, *arguments)
 
     monkeypatch.setattr(PassRates, "_scored", noted)
-    monkeypatch.setattr("dude_peft.training.pass_rates._WAIT_SECONDS", 0.02)
+    monkeypatch.setattr("dude_peft.answer.cache._WAIT_SECONDS", 0.02)
     start(sft(places, tmp_path / "first", train={"max_steps": 2}))
     (path,) = (own_cache / "pass_rates").iterdir()
     batches = len(scored)
     path.unlink()
-    cache = AnswerCache(path, {"pass_rates": path.stem})  # another process holds it, and ends a second later
+    cache = AnswerCache(path, {"pass rates": path.stem})  # another process holds it, and ends a second later
     threading.Timer(4.0, cache.close).start()
     begun = time.monotonic()
     start(sft(places, tmp_path / "second", train={"max_steps": 2}))
