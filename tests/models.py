@@ -150,3 +150,17 @@ def perturb(model: torch.nn.Module, scale: float = 0.1, seed: int = 2) -> None:
             if parameter.requires_grad and ".lora_" in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.add_((scale * noise).to(parameter))
+
+
+def optimizer_of(model: torch.nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
+    """AdamW on what is trained."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """The loss of one training step on `tokens`."""
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from method_rows import KINDS
-from models import STACKED, logits, perturb, tokens
+from models import STACKED, logits, optimizer_of, perturb, step, tokens
 from models import make_stacked as make
 from torch import nn
 
@@ -56,18 +56,6 @@ def adapted(method="dude", family="qwen3-moe", dtype=torch.float32, moved=True, 
 
 def stacks(model):
     return [module for module in model.modules() if isinstance(module, DudeExperts)]
-
-
-def step(model, optimizer):
-    loss = model(input_ids=tokens(), labels=tokens()).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def optimizer_of(model, lr=1e-2):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def textbook(layer, gradient="detached"):

@@ -11,13 +11,13 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 from served import dude
+from test_train_resume import _CutError, cut_at
 from tiny import tiny_tokenizer, write_rows
 
 import dude_peft
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.training import run as run_module
-from dude_peft.training import trainer as trainer_module
 from dude_peft.training.run import run
 
 STEPS = 6
@@ -78,24 +78,13 @@ def trained(places) -> Path:
     return out
 
 
-class _CutError(Exception):
-    pass
-
-
 def test_an_interrupted_run_goes_on_to_the_same_bits(places, trained, tmp_path, monkeypatch):
-    original = trainer_module.RunTrainer._save_checkpoint
-
-    def save(self, *args):
-        original(self, *args)
-        if self.state.global_step == 3:
-            raise _CutError
-
     monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
-    monkeypatch.setattr(trainer_module.RunTrainer, "_save_checkpoint", save)
     wanted = RunConfig(**settings(places, tmp_path / "out"))
-    with pytest.raises(_CutError):
-        run(wanted, quiet=True)
-    monkeypatch.setattr(trainer_module.RunTrainer, "_save_checkpoint", original)
+    with monkeypatch.context() as patch:
+        cut_at(3, patch)
+        with pytest.raises(_CutError):
+            run(wanted, quiet=True)
     run(wanted, quiet=True)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()

@@ -11,7 +11,7 @@ import io
 import pytest
 import torch
 from method_rows import each_kind, each_kind_with_an_open_norm, every_method, the_others
-from models import ARCHITECTURES, logits, make, perturb, tokens
+from models import ARCHITECTURES, logits, make, optimizer_of, perturb, step, tokens
 from peft import PeftModel, get_peft_model
 from tiny import tiny_llama
 
@@ -44,18 +44,6 @@ def layers_of(model):
 
 def relative_error(value, expected):
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def step(model, optimizer):
-    loss = model(input_ids=tokens(), labels=tokens()).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def optimizer_of(model, lr=1e-2):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 @the_others

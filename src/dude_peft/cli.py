@@ -99,11 +99,12 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune a language model, and measure it before and after. The same command again resumes."""
-    if processes is not None and strategy is None:
-        raise ConfigError("--processes goes with --launch; add --launch ddp")
-    if strategy is not None:
+    from dude_peft.machine.launch import launch_if_first, number_of
+
+    if strategy is None:
+        number_of(strategy, processes)
+    else:
         from dude_peft.config.reading import load_config
-        from dude_peft.machine.launch import launch_if_first
 
         # A mistake is told before processes start.
         load_config(config, overrides, {"output_dir": output_dir, "train.trainer": trainer})
