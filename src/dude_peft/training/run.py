@@ -481,7 +481,8 @@ class _Run:
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
-            if data.held_out is not None and config.train.section is None and processes.count() == 1:
+            scores = data.held_out is not None and config.train.section is None
+            if scores and self.resumed is None and processes.count() == 1:  # a resumed run has its own
                 self.base_parts = answering_parts(model, self.tokenizer)
             base = probe(model, data.train, pad_id) if self.has_whole else None
             if config.data.packing and self.has_whole:
