@@ -16,6 +16,21 @@ from dude_peft.errors import ArtifactError
 from dude_peft.measure import score
 from dude_peft.training.run import run
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_scores"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits * {factor}
+        return found
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -99,6 +114,34 @@ def test_what_they_depend_on_is_measured_again(place, tmp_path, measured):
         start(place, tmp_path / str(number), **change)
         assert len(measured) == count + 2, change
     assert len(list((tmp_path / "cache/base_scores").iterdir())) == len(changes) + 1
+
+
+def test_other_ends_of_answers_are_measured_again(place, tmp_path, measured):
+    """Which tokens end an answer, generation_config.json alone may say."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    found = start(place, tmp_path / "first", model={"name_or_path": str(model)}).before
+    assert any(answer.text for answer in found.answers)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(261))}))
+    found = start(place, tmp_path / "second", model={"name_or_path": str(model)}).before
+    assert not any(answer.text for answer in found.answers)
+    assert len(measured) == 4
+
+
+def test_other_code_of_a_model_is_another_model(place, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree(place / "model", tmp_path / "own")
+    config = json.loads((model / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own_scores", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    (model / "config.json").write_text(json.dumps(config))
+
+    def loss(name, factor):
+        (model / "own.py").write_text(OWN_CODE.format(factor=factor))
+        own = {"name_or_path": str(model), "trust_remote_code": True}
+        return start(place, tmp_path / name, model=own).before.loss
+
+    assert loss("first", 1.0) != loss("second", 2.0)
 
 
 def test_a_damaged_file_is_refused_with_what_to_do(place, tmp_path, cache):

@@ -208,6 +208,26 @@ def test_rates_are_measured_once_and_again_where_anything_that_decides_them_diff
         assert measured() == 2 + number, changes
 
 
+@SLOW
+def test_what_a_reward_imports_from_beside_it_decides_rates_as_well(places, tmp_path, own_cache):
+    helper = tmp_path / "code/helper.py"
+    helper.parent.mkdir()
+    code = "import helper\n\ndef f(completions):\n    return [helper.X] * len(completions)\n"
+    (helper.parent / "mine.py").write_text(code)
+    mine = {"kind": "function", "file": str(helper.parent / "mine.py"), "function": "f", "name": "letters"}
+    section = {"rewards": [mine], "trust_reward_files": True}
+
+    def rates(name: str, gives: str) -> set[float]:
+        helper.write_text(f"X = {gives}\n")
+        start(staged_grpo(places, tmp_path / name, section=section, train={"max_steps": 2}))
+        return {row["pass_rate"] for row in kept(tmp_path / name)}
+
+    assert rates("first", "1.0") == {1.0}
+    assert rates("second", "0.00") == {0.0}
+    assert rates("third", "0.00") == {0.0}
+    assert len(list((own_cache / "pass_rates").iterdir())) == 2
+
+
 def test_solved_and_hopeless_rows_are_left_out_and_told(places, tmp_path, seen, capsys):
     wanted = sft(places, tmp_path / "out", {"drop": {"hopeless": 0.0, "solved": 0.2}, "stages": 2})
     report = run(RunConfig(**wanted))

@@ -12,6 +12,7 @@ import json
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from method_rows import KINDS
 from models import STACKED, logits, optimizer_of, perturb, step, tokens
 from models import make_stacked as make
@@ -326,6 +327,31 @@ def test_code_that_reads_a_stack_finds_the_effective_one():
         assert outer.gate_up_proj is outer.get_base_layer().gate_up_proj
     with pytest.raises(AttributeError, match="no_such"):
         outer.no_such  # noqa: B018
+
+
+def test_other_methods_of_the_module_compute_the_adapter():
+    model = adapted()
+    outer, x = stacks(model)[0], torch.ones(1, 48)
+    inner = outer
+    while isinstance(inner, DudeExperts):
+        inner = inner.base_layer
+
+    class Own(type(inner)):
+        def first(self, x):
+            return x @ self.gate_up_proj[0].T
+
+    inner.__class__ = Own
+    assert torch.equal(outer.first(x), x @ outer.gate_up_proj[0].T)
+    assert not torch.equal(outer.first(x), inner.first(x))
+    with model.disable_adapter():
+        assert torch.equal(outer.first(x), inner.first(x))
+
+
+def test_a_base_that_is_offloaded_is_told(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base = cpu_offload(make("qwen3-moe"), execution_device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"not in memory.*load the model without offloading"):
+        load_adapter(base, tmp_path)
 
 
 def test_other_dtypes_and_empty_models(tmp_path):

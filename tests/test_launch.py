@@ -115,6 +115,29 @@ def test_two_processes_train_as_one(places, tmp_path, strategy, dtype):
 
 @pytest.mark.slow
 @FSDP2
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_what_stands_outside_of_blocks_trains_split_as_in_one_process(places, tmp_path, adapter):
+    for name, rows, arguments in (("one", 4, []), ("two", 2, ["--launch", "fsdp2", "--processes", "2"])):
+        config = write_config(places, tmp_path / name, per_device_train_batch_size=rows)
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps({**settings, "adapter": {"r": 4, **adapter}}))
+        done = dude(config, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    found, wanted = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.slow
+@FSDP2
 @pytest.mark.parametrize(("kind", "processes"), [("tied", 2), ("plain", 2), ("tied", 3), ("bfloat16", 3)])
 def test_the_others_are_sent_what_the_first_process_has(tmp_path, kind, processes):
     """Two processes, since no smaller number can: every share, buffer and plain tensor, and what is tied."""

@@ -16,6 +16,7 @@ from method_rows import KINDS, RANKED
 from models import logits, make, perturb, tokens
 from torch import nn
 from torch.nn.functional import embedding, relu
+from torch.utils.flop_counter import FlopCounterMode
 
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.core.reference import reference_direction, reference_weight
@@ -209,6 +210,22 @@ def test_a_small_gain_of_a_channel_arrives_in_bfloat16():
         assert 0.9 <= delivered <= 1.1, eps
 
 
+def test_many_groups_cost_no_multiple_of_the_base():
+    """As in Mamba and conformers each channel is a group: r low-rank channels of each would be r times the layer."""
+    conv = nn.Sequential(nn.Conv1d(256, 256, 4, groups=256))
+    x = torch.randn(1, 256, 64)
+
+    def operations(model):
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    base = operations(copy.deepcopy(conv))
+    model = peft.get_peft_model(conv, DudeConfig(r=4, target_modules=["0"]))
+    perturb(model)
+    assert operations(model) <= 3 * base
+
+
 @slow
 def test_vision_models_train_their_convolutions(tmp_path):
     config = hf.ConvNextConfig(num_channels=3, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_labels=3)
@@ -239,6 +256,24 @@ def test_vision_models_train_their_convolutions(tmp_path):
     assert torch.equal(copy.deepcopy(model)(x).logits, model(x).logits)
     with pytest.raises(ArtifactError, match=r"different base weights|shape"):
         load_adapter(hf.ConvNextForImageClassification(config), tmp_path)
+
+
+def test_a_model_may_ask_an_adapted_layer_for_its_geometry():
+    """Whisper asks for the strides of its convolutions in every forward, FSMT for the width of its embedding."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8}
+    ids = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    whisper = hf.WhisperModel(hf.WhisperConfig(**sizes, **ids, max_source_positions=10)).eval()
+    x, said = torch.randn(1, 8, 20), torch.tensor([[1, 4]])
+    expected = whisper(x, decoder_input_ids=said).last_hidden_state
+    model = peft.get_peft_model(whisper, DudeConfig(r=4, target_modules=["conv1", "conv2"]))
+    assert torch.equal(model(x, decoder_input_ids=said).last_hidden_state, expected)
+    perturb(model)
+    assert not torch.equal(model(x, decoder_input_ids=said).last_hidden_state, expected)
+    layer = layers(embedded())[0]
+    assert (layer.embedding_dim, layer.num_embeddings, layer.padding_idx) == (48, 96, 0)
+    with pytest.raises(AttributeError, match="kernel_size"):
+        layer.kernel_size  # noqa: B018
 
 
 # --- embeddings ----------------------------------------------------------------------------------------------------

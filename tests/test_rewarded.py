@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import served
 import torch
@@ -438,6 +440,25 @@ def test_a_process_that_a_reward_starts_has_the_same_limit(tmp_path):
     judge = judge_of(code(tmp_path, body) | {"reward_memory_gib": 0.5, "reward_timeout": 30.0})
     assert judge.score(Group("a:1", "q", ["one"], [[1]], "1")) == [[1.0]]
     judge.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="groups of processes")
+def test_what_a_reward_has_started_ends_with_it(tmp_path):
+    body = (
+        "import subprocess\n    other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(other.pid))\n    other.wait()"
+    )
+    judge = judge_of(code(tmp_path, body))
+    with pytest.raises(DataError, match="took longer than 1 s"):
+        judge.score(Group("a:1", "q", ["one"], [[1]], "1"))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        other = psutil.Process(int((tmp_path / "pid").read_text()))
+        for _ in range(100):
+            if other.status() == psutil.STATUS_ZOMBIE:
+                return
+            time.sleep(0.05)
+        other.kill()
+        pytest.fail("it goes on")
 
 
 @LIMITED

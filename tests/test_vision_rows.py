@@ -15,7 +15,7 @@ from tiny import save_tiny, tiny_tokenizer
 from tiny_vision import BY_DAY, COLOURS, FAMILIES, picture, row, save_seeing, write_seen
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from dude_peft.config.schema import ModelSection
+from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.data.chat_template import chat_template
 from dude_peft.data.encode import Encoder, encode
 from dude_peft.data.formats import Reading
@@ -27,6 +27,7 @@ from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.model.load import load_tokenizer
 from dude_peft.model.processor import sight_of
 from dude_peft.training.data_check import check_data
+from dude_peft.training.run_data import read
 
 WHICH = "Which colour?"
 
@@ -202,6 +203,9 @@ def _files(data: Path) -> None:
     (data / "pics/page.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (data / "pics/script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     Image.new("1", (12_000, 12_000)).save(data / "pics/large.png")
+    levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32)  # white or black, once they are cut to 8 bits
+    Image.fromarray(levels.astype(np.uint16)).save(data / "pics/depth.png")
+    Image.fromarray((levels / 65535).astype(np.float32)).save(data / "pics/fractions.tiff")
     picture(data.parent / "outside.png", "red")
     os.symlink(data.parent / "outside.png", data / "pics/link.png")
     os.symlink(data.parent, data / "up")
@@ -231,6 +235,8 @@ BAD = {
     "text": (_of("pics/text.png"), "is no image, or damaged; save it as PNG"),
     "SVG": (_of("pics/page.svg"), "is no image"),
     "PostScript": (_of("pics/script.eps"), "is no image"),
+    "16 bits": (_of("pics/depth.png"), "depth.png' has more than 8 bits a pixel .*save it with 8 bits"),
+    "fractions": (_of("pics/fractions.tiff"), r"has more than 8 bits a pixel \(Pillow's mode F\)"),
     "a bomb": (_of("pics/large.png"), "has 12000 x 12000 pixels, more than"),
     "in an answer": (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "image", "image": "pics/red.png"}]}]},  # noqa: E501
@@ -273,10 +279,9 @@ def test_an_image_may_lie_below_or_have_an_absolute_path(llava, data):
 
 
 def test_all_kinds_of_pixels_become_rgb(llava, data):
-    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):
-        suffix = "tiff" if mode in ("CMYK", "I;16") else "png"
-        image = Image.new(mode, (32, 32))
-        image.save(data / f"pics/{mode.replace(';', '')}.{suffix}")
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+        suffix = "tiff" if mode == "CMYK" else "png"
+        Image.new(mode, (32, 32)).save(data / f"pics/{mode}.{suffix}")
     frames = [Image.new("RGB", (32, 32), colour) for colour in COLOURS.values()]
     frames[0].save(data / "pics/many.gif", save_all=True, append_images=frames[1:])
     turned = Image.new("RGB", (20, 40))
@@ -412,6 +417,20 @@ def test_the_check_counts_images_and_their_tokens(saved, data, capsys):
     assert "images: 3 in 2 of 3 examples, 12 of the tokens, none of them trained" in said
     assert "<image>×8" in said.replace("\n", "") or "<image>×4" in said
     assert json.dumps(found.left_out) == "[]"
+
+
+def test_an_image_of_training_among_the_held_out_rows_is_told(saved, data, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "cache"))
+    train = write_seen(data / "rows.jsonl", [row("red", "pics/red.png"), row("none")])
+    other = row("yes", "pics/red.png", question="Is it red?")
+    test = write_seen(data / "test.jsonl", [other, row("blue", "pics/blue.png"), row("nothing", question="Hm?")])
+    check_data(str(train), str(saved["LLaVA"]), test=str(test), quiet=False)
+    told = "1 of 3 held-out examples show an image of a training example"
+    assert told in " ".join(capsys.readouterr().out.split())
+    eyes = Eyes(saved["LLaVA"])
+    wanted = {"model": {"name_or_path": str(saved["LLaVA"])}, "data": {"train": str(train), "test": str(test)}}
+    found = read(RunConfig(**wanted, output_dir=str(tmp_path / "out")), eyes.tokenizer, eyes.sight)
+    assert [line for line in found.warnings if line.startswith(told)]
 
 
 def test_the_processor_is_the_one_of_the_family_with_pillow(saved):

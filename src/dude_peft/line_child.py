@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import subprocess
@@ -70,7 +71,10 @@ class LineChild:
         return f"signal {known.get(-code, -code)}"
 
     def stop(self) -> None:
-        """Ends it, whatever it does."""
+        """Ends it, whatever it does, and all that it has started."""
+        if self.process.poll() is None and hasattr(os, "killpg"):
+            with contextlib.suppress(OSError):  # it has just ended
+                os.killpg(self.process.pid, signal.SIGKILL)  # of its own session, above
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError):  # what was not sent any more

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
+import sys
 from importlib import metadata
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -13,7 +17,13 @@ from dude_peft.artifact.base_settings import ABOUT_FILES
 from dude_peft.artifact.fingerprint import xxh3_of
 from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.machine.environment import versions
+from dude_peft.measure.score import end_of_turn_ids
 from dude_peft.tuner.frozen import plain_parts
+
+_PACKAGES = ("torch", "transformers", "peft", "dude_peft")
+"""Whose code goes by their versions."""
+_BROUGHT_ALONG = "transformers_modules."
+"""Begins the names that transformers gives to modules of a model's own."""
 
 
 def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
@@ -22,9 +32,30 @@ def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
         model_fingerprint(model),
         config_fingerprint(model),
         tokenizer_fingerprint(tokenizer),
-        [str(model.dtype), model.device.type],
+        sorted(end_of_turn_ids(model, tokenizer)),
+        [str(model.dtype), model.device.type, torch.backends.cuda.matmul.fp32_precision],
         {**versions(), "tokenizers": metadata.version("tokenizers")},
+        own_code(model),
     ]
+
+
+def own_code(model: Any) -> dict[str, str]:
+    """sha256 of each Python module that a model's classes are from, or that lies beside one, by its name.
+
+    A model may bring its code along (`trust_remote_code`): other code under the same names is another model.
+    """
+    names = {type(each).__module__ for each in model.modules()}
+    others = {name for name in names if name.partition(".")[0] not in _PACKAGES}
+    places = tuple(f"{name.rpartition('.')[0]}." for name in others if name.startswith(_BROUGHT_ALONG))
+    beside = {name for name in sys.modules if name.startswith(places)}
+    return {name: hashlib.sha256(_source(name).encode()).hexdigest() for name in sorted(others | beside)}
+
+
+def _source(name: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[name])
+    except (OSError, TypeError, KeyError):  # made in memory, or compiled
+        return ""
 
 
 def model_fingerprint(model: Any) -> str:

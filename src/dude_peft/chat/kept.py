@@ -75,5 +75,4 @@ def command_key(speaker: Speaker, ids: Sequence[Sequence[int]], decoding: Decodi
         [[list(each), *prints_of(each)] for each in ids],
         asdict(decoding),
         [batch_size, speaker.company if batch_size > 1 else "any"],
-        sorted(speaker.ends),
     )

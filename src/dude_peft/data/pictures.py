@@ -32,6 +32,8 @@ LARGEST_BYTES = 64 * 2**20
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _INSTALL = "images need Pillow, which is not installed: pip install 'dude-peft[vision]'"
+_WIDE = ("I", "F")
+"""Beginnings of Pillow's modes of 16 and 32 bits, whole numbers and fractions: as RGB they are cut, not scaled."""
 _KNOWN = 2**16
 
 
@@ -193,6 +195,11 @@ def _header(data: bytes) -> Image:
     width, height = image.size
     if width * height > most:
         raise DataError(f"has {width} x {height} pixels, more than {most:,}; scale it down")
+    if image.mode.startswith(_WIDE):
+        raise DataError(
+            f"has more than 8 bits a pixel (Pillow's mode {image.mode}), of which readers of images for models keep "
+            "only the darkest 256 levels; save it with 8 bits"
+        )
     return image
 
 

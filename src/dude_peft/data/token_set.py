@@ -104,6 +104,12 @@ class TokenSet(Sequence[dict[str, Any]]):
         """Images of each example."""
         return self._gathered("shown")
 
+    def image_hashes(self) -> list[tuple[str, ...]]:
+        """sha256 of the images of each example that has some."""
+        places = np.flatnonzero(self.images)
+        each = (self._place(int(place)) for place in places)
+        return [tuple(one.sha256 for one in source.store.pictures(place, source.folder)) for source, place in each]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row that a model reads of them: of a pair, one conversation."""
@@ -206,3 +212,25 @@ def _column(store: TokenStore, name: str) -> NDArray[Any]:
 def overlap(train: TokenSet, test: TokenSet) -> int:
     """The number of test examples that ask what a training example asks: leaked questions."""
     return int(np.isin(test.prompts(), train.prompts()).sum())
+
+
+def shared_images(train: TokenSet, test: TokenSet) -> int:
+    """The number of test examples that show an image that a training example shows, whatever they ask of it."""
+    seen = {digest for hashes in train.image_hashes() for digest in hashes}
+    return sum(not seen.isdisjoint(hashes) for hashes in test.image_hashes())
+
+
+def told_of_leaks(train: TokenSet, test: TokenSet) -> list[str]:
+    """A line for each way in which a held-out example is one of training."""
+    lines = []
+    if leaked := overlap(train, test):
+        lines.append(
+            f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
+            "measures memory"
+        )
+    if known := shared_images(train, test):
+        lines.append(
+            f"{known} of {len(test)} held-out examples show an image of a training example, so the score is not that "
+            "of new images"
+        )
+    return lines

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.errors import ArtifactError
+from dude_peft.machine.sharding import cut_again
 from dude_peft.tuner import frozen
 
 
@@ -130,6 +131,7 @@ def trained_state(model: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_trained_state(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Puts back what `trained_state` gave."""
+    cut_again(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -88,6 +88,21 @@ def split(model: Any, device: torch.device) -> None:
     model.get_base_model()._is_distributed_loading_by_transformers = True
 
 
+def cut_again(model: Any) -> None:
+    """Gives a split model its shares back, of which a forward without a backward keeps some gathered.
+
+    Whoever takes parameters for good, or writes to them, needs the shares: what FSDP2 has gathered is gone with the
+    next backward, and all that stands outside of blocks (embedding, head) is kept so.
+    """
+    if count() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def blocks(model: Any, base: Any) -> list[nn.Module]:
     """The modules of `model` that are gathered as wholes, one after the other: those that its `base` names."""
     names = set(getattr(base, "_no_split_modules", None) or ())

@@ -19,6 +19,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from dude_peft.artifact.sealed import file_sha256
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.parents import fits
 from dude_peft.rewards.builtin import Reward, builtin
@@ -30,7 +31,8 @@ _SPARE_SECONDS = 10
 def main() -> None:
     """Answers requests from standard input until it ends.
 
-    The first line is {"rewards", "longest", "seconds", "gib"}; it is answered by {} or {"fault", "reward", "memory"}.
+    The first line is {"rewards", "longest", "seconds", "gib"}; it is answered by {"beside"} (`_beside`), or by
+    {"fault", "reward", "memory"}.
     Each one that follows is {"reward": its number, "of": {"prompts", "completions", "completion_ids", "answer"}},
     answered by {"scores"} or {"fault", "memory"}: whether the fault is that memory is out.
     """
@@ -49,8 +51,8 @@ def main() -> None:
         except BaseException as error:  # code of the user's, which may raise anything
             fault = _fault(error, settings.get("file")) | {"reward": len(rewards)}
             break
-    print(json.dumps(fault), file=answers, flush=True)
     files = [settings.get("file") for settings in first["rewards"]]
+    print(json.dumps(fault or {"beside": _beside(files)}), file=answers, flush=True)
     for line in requests:
         request = json.loads(line)
         # Where the parent is gone, nobody else ends a reward that hangs; this needs no turn of the interpreter.
@@ -100,6 +102,14 @@ def _own(settings: dict[str, Any]) -> Reward:
     if not callable(found):
         raise TypeError(f"{settings['function']} is {type(found).__name__}, not a function")
     return found  # type: ignore[no-any-return]
+
+
+def _beside(files: Sequence[str | None]) -> dict[str, str]:
+    """sha256 of each Python file that lies beside these, or below, and was imported."""
+    folders = tuple(f"{Path(file).absolute().parent}{os.sep}" for file in files if file is not None)
+    imported = {str(path) for module in [*sys.modules.values()] if (path := getattr(module, "__file__", None))}
+    own = sorted(path for path in imported if path.startswith(folders) and os.path.isfile(path))
+    return {path: file_sha256(Path(path)) for path in own}
 
 
 def _wanted(reward: Reward, of: dict[str, Any]) -> dict[str, Any]:

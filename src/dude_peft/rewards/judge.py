@@ -77,6 +77,8 @@ class Judge:
             name, fault = self.names[found["reward"]], shown(found["fault"], 400)
             more = f"; it may take {self._gib:g} GiB, raise train.grpo.reward_memory_gib" if "memory" in found else ""
             raise ConfigError(f"train.grpo.rewards: {name}: {fault}{more}")
+        self.beside: dict[str, str] = found["beside"]
+        """sha256 of each file that the files of `settings` have imported from their own folders."""
 
     def score(self, group: Group) -> list[list[float]]:
         """Of each answer what each reward gives it, in their order.

@@ -23,7 +23,7 @@ from dude_peft.data.objectives import KINDS, Kind
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
-from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.data.token_set import TokenSet, overlap, shared_images
 from dude_peft.errors import ConfigError
 from dude_peft.kinds import checked
 from dude_peft.model.load import load_tokenizer, locate, with_only_gguf
@@ -221,6 +221,8 @@ def check_data(
         asked = overlap(made, held_out)
         line = f"{asked} of {len(held_out)} held-out examples repeat the question of a training example"
         (display.warn if asked else display.say)(line)
+        if known := shared_images(made, held_out):
+            display.warn(f"{known} of {len(held_out)} held-out examples show an image of a training example")
     shown_examples = sorted({0, len(made) // 2, len(made) - 1})[:_SAMPLES]
     for index in shown_examples:
         for name, side in _sides(made[index]):

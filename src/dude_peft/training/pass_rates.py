@@ -27,7 +27,6 @@ from dude_peft.data.batches import Company, grouped
 from dude_peft.errors import DataError, ResourceError
 from dude_peft.folder.state import load_random_state, random_state
 from dude_peft.machine.out_of_memory import is_out_of_memory
-from dude_peft.measure.score import end_of_turn_ids
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.drawn import Drawn, asked_and_answer, draw, text_of
 
@@ -140,7 +139,6 @@ class PassRates:
             digest.hexdigest(),
             [self._decoding.max_new_tokens, self._decoding.temperature, self._decoding.top_p, self.seed],
             [self.settings.samples, self.batch_size, self.company, self.bf16],
-            sorted(end_of_turn_ids(self.model, self.tokenizer)),
             self._reward,
         )
         return shared_cache("pass rates", key, say, check)
@@ -159,7 +157,8 @@ class PassRates:
         (chosen,) = (each for each in self.rewarded.rewards if each.title == self.settings.reward)
         own = chosen.model_dump(mode="json", exclude={"name", "weight", "file"})
         verifier = {"math-verify": metadata.version("math-verify")} if chosen.kind == "math" else {}
-        return own | {"longest": self.rewarded.max_completion_length} | verifier
+        helpers = {"beside": self.judge.beside} if chosen.kind == "function" and self.judge is not None else {}
+        return own | {"longest": self.rewarded.max_completion_length} | verifier | helpers
 
     def _scored(self, asked: Sequence[_Asked], indices: Sequence[int], number: int) -> dict[str, list[float]]:
         """Scores of the answers to some prompts, by the prompts' numbers."""

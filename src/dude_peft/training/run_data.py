@@ -19,7 +19,7 @@ from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows, local_file, reading_of, stream_rows
 from dude_peft.data.sight import Sight
 from dude_peft.data.template import Template
-from dude_peft.data.token_set import TokenSet, overlap
+from dude_peft.data.token_set import TokenSet, overlap, told_of_leaks
 from dude_peft.data.token_store import question_hash
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
@@ -238,11 +238,7 @@ def read(
     if labels is not None:
         check_margin(test, evaluation.metric_for_best_model)
         warnings += [f"data.test: {line}" for line in told_of_held_out(test)]
-    if leaked := overlap(domain, test):
-        warnings.append(
-            f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
-            "measures memory"
-        )
+    warnings += told_of_leaks(domain, test)
     rows = _first_rows(config) if questions is None else _of(config, questions)
     asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
     if asks and not asked:

@@ -25,6 +25,7 @@ from dude_peft.folder.state import (
     whole,
 )
 from dude_peft.machine.processes import gathered, summed
+from dude_peft.machine.sharding import cut_again
 from dude_peft.parents import fits, newer
 from dude_peft.training.compiled import one_graph_a_shape
 from dude_peft.training.general import GeneralMeter
@@ -101,6 +102,7 @@ class RunTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
+            cut_again(trained)  # the model has been measured
             groups = parameter_groups(trained, self.section, set(self.get_decay_parameter_names(trained)))
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = kind(groups, **settings)

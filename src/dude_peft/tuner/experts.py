@@ -12,6 +12,7 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -56,8 +57,11 @@ class DudeExperts(DudeLinear):
 
         Compiled code calls it as it is.
         """
-        stacks = {layer.parameter_name: stack for layer in layers_in(self) if (stack := layer.in_use()) is not None}
-        return _called(innermost(self), stacks, args, kwargs)
+        return _called(innermost(self), self._in_use(), args, kwargs)
+
+    def _in_use(self) -> dict[str, Tensor]:
+        """The stacks to compute with that are not those in the module, by their names."""
+        return {layer.parameter_name: stack for layer in layers_in(self) if (stack := layer.in_use()) is not None}
 
     def in_use(self) -> Tensor | None:
         """The stack to compute with, as it is stored; None where it is the one in the module."""
@@ -82,9 +86,15 @@ class DudeExperts(DudeLinear):
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name.startswith("__"):
                 raise
-            # Code outside of the module may read its stacks, and asks it for sizes.
+            # Code outside of the module may read its stacks, asks it for sizes, and calls methods of its own.
             layer = next((one for one in layers_in(self) if one.parameter_name == name), None)
-            return getattr(innermost(base), name) if layer is None else layer._read()
+            if layer is not None:
+                return layer._read()
+            inner = innermost(base)
+            found = getattr(inner, name)
+            if isinstance(found, MethodType) and found.__self__ is inner and (stacks := self._in_use()):
+                return MethodType(found.__func__, _twin(inner, stacks))
+            return found
 
     def _read(self) -> Tensor:
         stack = self.in_use()
@@ -150,9 +160,13 @@ def _called(module: Any, stacks: Mapping[str, Tensor], args: Any, kwargs: Any) -
     if "forward" in module.__dict__:  # accelerate's, which knows this object alone
         with _swapped(module, stacks):
             return module(*args, **kwargs)
+    return _twin(module, stacks)(*args, **kwargs)
+
+
+def _twin(module: Any, stacks: Mapping[str, Tensor]) -> Any:
     twin = copy.copy(module)
     twin._parameters = {**module._parameters, **stacks}
-    return twin(*args, **kwargs)
+    return twin
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import adapted_linear
+from dude_peft.core.rounding import content_thresholds, is_half, round_dithered_
 from dude_peft.parents import fits
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.maps import scale_of
@@ -20,6 +21,16 @@ from dude_peft.tuner.maps import scale_of
 
 @fits()
 class _Mapped(DudeLinear):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Models ask such a layer for its stride, its padding token or its sizes.
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if name not in getattr(base, "__constants__", ()):
+                raise
+            return getattr(base, name)
+
     def _on_top(self, name: str, u: Tensor, left: Tensor, base: Tensor, factor: float, again: Any) -> Tensor:
         """`y = g (base + s factor u L^T) + bias`, (*, out).
 
@@ -31,16 +42,20 @@ class _Mapped(DudeLinear):
             factor: of the change beside s.
             again: the frozen layer's rows (tokens, out) once more, without its bias.
         """
-        layer = self.tensors(name)
-        g = dm = slope = bias = None
-        if layer.m0 is not None:
-            bias = getattr(self.get_base_layer(), "bias", None)
-            if self._differentiates_norm(name):
-                g = self._exact_gain(name, layer)
-            else:
-                dm, (g, slope) = layer.dm, self._gain_and_slope(name, layer)
+        g, bias, dm, slope = self._gained(name)
         factors = (None, left, None, None, g, bias, factor * self.scaling[name], dm, slope)
         return adapted_linear(base, u, *factors, True, again)
+
+    def _gained(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gain and bias of an adapter with a magnitude; dm and the gain's slope where the gain is a known value."""
+        layer = self.tensors(name)
+        if layer.m0 is None:
+            return None, None, None, None
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if self._differentiates_norm(name):
+            return self._exact_gain(name, layer), bias, None, None
+        g, slope = self._gain_and_slope(name, layer)
+        return g, bias, layer.dm, slope
 
 
 @fits()
@@ -76,9 +91,6 @@ class DudeConv(_Mapped):
         assert base_out is not None, "only a plain linear layer's product is taken inside"
         base: Any = self.get_base_layer()
         left, right = _stacked(self.tensors(name))
-        if base.groups > 1:  # every group sees its own channels, by the same A
-            left = torch.block_diag(*left.view(base.groups, -1, left.shape[1]))
-            right = right.repeat(base.groups, 1)
         channels = -base.weight.ndim + 1
 
         def rows_of(output: Tensor) -> Tensor:
@@ -89,11 +101,35 @@ class DudeConv(_Mapped):
             with torch.no_grad():
                 return rows_of(own._conv_forward(x, own.weight, None)).reshape(-1, self.out_features)
 
-        kernel = right.view(-1, *base.weight.shape[1:]).to(x.dtype)
-        u = rows_of(base._conv_forward(self.lora_dropout[name](x), kernel, None))
-        y = self._on_top(name, u, left, rows_of(base_out), 1.0, again)
+        seen = self.lora_dropout[name](x)
+        if base.groups > 1:
+            # Every group sees its own channels, by the same A: u would have r channels of each. The change's own kernel
+            # is as small as the weight.
+            kernel = (left @ right).view(base.weight.shape).to(x.dtype)
+            y = self._beside(name, rows_of(base_out), rows_of(base._conv_forward(seen, kernel, None)))
+        else:
+            kernel = right.view(-1, *base.weight.shape[1:]).to(x.dtype)
+            y = self._on_top(name, rows_of(base._conv_forward(seen, kernel, None)), left, rows_of(base_out), 1.0, again)
         # Its own memory in the layout of convolutions, which the code behind may change in place.
         return y.movedim(-1, channels).clone(memory_format=torch.contiguous_format)
+
+    def _beside(self, name: str, base: Tensor, change: Tensor) -> Tensor:
+        """`y = g (base + s change) + (1 - g) bias`, (*, out), with one rounding; by torch's own operations."""
+        dtype, wide = base.dtype, torch.promote_types(base.dtype, torch.float32)
+        y = torch.add(base.to(wide), change.to(wide), alpha=self.scaling[name])
+        g, bias, dm, slope = self._gained(name)
+        if g is not None:
+            if dm is not None and slope is not None:
+                g = g + slope * (dm - dm.detach())  # its value stays, to the bit
+            y = g.to(wide) * y
+            if bias is not None:
+                y = y + (1 - g.to(wide)) * bias.to(wide)
+        if is_half(dtype):  # rounded as everywhere, with the gradient of what is rounded
+            rows = base.detach().to(wide).reshape(-1, base.shape[-1])
+            threshold = content_thresholds(rows, dtype, torch.empty_like(rows, dtype=torch.int32))
+            rounded = round_dithered_(y.detach().reshape(rows.shape).clone(), threshold, dtype)
+            y = y + (rounded.view(y.shape) - y.detach())
+        return y.to(dtype)
 
 
 def _stacked(layer: LayerTensors) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dude_peft.artifact.base_settings import base_settings, other_settings
 from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.core.threads import single_threaded_pool
-from dude_peft.errors import ArtifactError
+from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import relied_on
@@ -98,6 +98,12 @@ def settings_fault(config: Any, recorded: BaseRecord) -> str:
 
 
 def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: str) -> None:
+    if away := next((name for name, module in base.named_modules() if _is_offloaded(module)), None):
+        raise ConfigError(
+            f"adapter '{path}': the weights of '{shown(away, 200)}' are not in memory (offloaded by device_map), and "
+            "an adapter's base is compared and computed with; load the model without offloading, or merge the adapter "
+            "with `dude merge`"
+        )
     targets = _targets(base, recorded)
     absent = [name for name in recorded if name not in targets]
     if absent:
@@ -114,6 +120,13 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
                 f"adapter '{path}': layer '{name}' has shape {list(shape)} here, but {expected['shape']} in training",
                 "load it on the base model it was trained on",
             )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's weights in for a forward alone."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    each = getattr(hook, "hooks", (hook,))
+    return any(getattr(one, "offload", False) for one in each)
 
 
 class _Weights:
