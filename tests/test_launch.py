@@ -120,7 +120,7 @@ def test_two_processes_train_as_one(places, tmp_path, strategy, dtype):
     [
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},  # odd numbers of rows
     ],
 )
 def test_what_stands_outside_of_blocks_trains_split_as_in_one_process(places, tmp_path, adapter):

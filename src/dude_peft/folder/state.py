@@ -124,6 +124,7 @@ def load_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) ->
 
 def trained_state(model: Any) -> dict[str, Tensor]:
     """Every trained tensor by its name in the model, whole, on the CPU; every process has to ask for it."""
+    cut_again(model)  # what is gathered already lies in a buffer of torch's, with more around it
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained}
 
@@ -159,7 +160,11 @@ def whole(tensor: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    if gather is None:
+        return tensor
+    # Of rows that do not divide evenly it is a view of more, which safetensors does not write.
+    found: Tensor = gather().clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def held(tensor: Tensor) -> Tensor:

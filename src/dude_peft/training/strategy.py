@@ -47,6 +47,11 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         raise ConfigError(
             f"adapter.target_parameters: it needs whole weights, and {strategy} splits them; use --launch ddp"
         )
+    if config.train.movement_steps is not None:
+        raise ConfigError(
+            f"train.movement_steps: it needs whole weights, and {strategy} splits them; use --launch ddp, or leave it "
+            "out (dude report has the movement of a finished run)"
+        )
     if scored:
         raise ConfigError(
             f"evaluation.tasks: a model split by {strategy} cannot be scored during the run; leave it out, and use "
