@@ -23,6 +23,7 @@ from dude_peft.data.token_set import TokenSet, overlap
 from dude_peft.data.token_store import question_hash
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.training.label_balance import check_enough, check_margin, told_of_held_out, told_of_labels
 from dude_peft.training.training_set import GeneralTest, TrainingSet
 
@@ -243,7 +244,9 @@ def read(
             f"{leaked} of {len(test)} held-out examples repeat the question of a training example, so the score "
             "measures memory"
         )
-    rows = _first_rows(config) if questions is None else _of(config, questions)
+    rows = []
+    if config.train.task_type == CAUSAL:
+        rows = _first_rows(config) if questions is None else _of(config, questions)
     asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
     if asks and not asked:
         raise DataError("data.test: no row has an answer to reward; set evaluation.enabled: false, or add such rows")
