@@ -146,8 +146,8 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
 def _refuse_scorer(saved: SavedAdapter | ForeignAdapter) -> None:
     if saved.config.task_type == SCORES:
         raise ConfigError(
-            f"adapter {shown(saved.folder, 300)} is a reward model, which gives scores and writes nothing; in Python, "
-            "load it with load_adapter on AutoModelForSequenceClassification"
+            f"adapter {shown(saved.folder, 300)} is for {SCORES}: it gives scores, as a reward model does, and writes "
+            "nothing; in Python, load it with load_adapter on AutoModelForSequenceClassification"
         )
 
 

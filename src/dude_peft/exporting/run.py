@@ -204,10 +204,10 @@ def _check_task(adapter: SavedAdapter, target: Target) -> None:
             f"--to {target.kind}: adapter {shown(adapter.folder, 300)} is a reward model, and what reads {target.kind} "
             "files runs language models alone; use --to merged or --to peft"
         )
-    if task == SCORES and (labels := _labels(adapter)) != 1:
+    if task == SCORES and _labels(adapter) != 1:
         raise ConfigError(
-            f"adapter {shown(adapter.folder, 300)} is for {shown(task)} of {labels} labels, but merge and export write "
-            "reward models, which have one; in Python, use load_adapter(model, adapter).merge_and_unload()"
+            f"adapter {shown(adapter.folder, 300)} is for {shown(task)} without a head 'score' of one label, which "
+            "reward models have; in Python, use load_adapter(model, adapter).merge_and_unload()"
         )
     if task not in (None, CAUSAL, SCORES):
         raise ConfigError(
