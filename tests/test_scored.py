@@ -11,6 +11,7 @@ import peft
 import pytest
 import served
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 from test_preference import lines, start
 from test_preference import settings as of_pairs
@@ -251,11 +252,45 @@ def test_a_merged_folder_gives_the_scores_of_the_live_adapter(places, trained, t
     )
 
 
+def trains_and_agrees(places: Path, folder: Path, rows: Path, **sections: dict) -> None:
+    """A few steps on the model in a folder; stock PEFT and the merged model give the scores of the run."""
+    model = {"name_or_path": str(folder / "model"), **sections.pop("model", {})}
+    wanted = settings(places, folder / "out", model=model, **sections)
+    report = start(wanted)
+    assert report.after.preference["rewards/margins"] != report.before.preference["rewards/margins"]
+    loads = {"num_labels": 1, "pad_token_id": 257, "dtype": "auto"}
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "model", **loads)
+    stock = scores(peft.PeftModel.from_pretrained(base, folder / "out/adapter"), rows)
+    made = merge(folder / "out/adapter", folder / "merged", verify=False)
+    merged = scores(AutoModelForSequenceClassification.from_pretrained(made.path, dtype="auto"), rows)
+    near = 1e-4 if base.dtype == torch.float32 else 0.03
+    margin = float((stock["chosen"] - stock["rejected"]).float().mean())
+    assert margin == pytest.approx(report.after.preference["rewards/margins"], abs=near)
+    for side in stock:
+        assert torch.allclose(stock[side].float(), merged[side].float(), atol=near)
+
+
+def test_a_base_in_bfloat16(places, tmp_path):
+    save_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    train = {"max_steps": 4, "bf16": True, "gradient_checkpointing": True}
+    trains_and_agrees(places, tmp_path, places / "test.jsonl", train=train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mistral", "Mixtral", "Qwen3", "Gemma 2", "GPT-2", "GPT-NeoX"])
+def test_other_families(places, tmp_path, family):
+    torch.manual_seed(0)
+    FAMILIES[family].make().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    adapter = {"target_modules": "all-linear"}
+    trains_and_agrees(places, tmp_path, places / "test.jsonl", adapter=adapter, train={"max_steps": 3})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["merged", "peft"])
 def test_an_export_is_proved_in_a_process_of_its_own(trained, tmp_path, to):
     out, _ = trained
-    made = export(out / "adapter", tmp_path / "made", to=to)
+    made = export(out / "adapter", to, tmp_path / "made")
     assert made.record["verified"]
     assert made.record["difference"]["score"] < 1e-4
     card = (made.path / "README.md").read_text()
@@ -277,9 +312,9 @@ def test_what_reads_the_adapter_says_that_it_scores(trained, tmp_path):
     assert said in done.stderr
     for to in ("gguf", "lora:8"):
         with pytest.raises(ConfigError, match=f"--to {to[:4]}.*is a reward model"):
-            export(out / "adapter", tmp_path / "made", to=to)
+            export(out / "adapter", to, tmp_path / "made")
     with pytest.raises(ConfigError, match="--max-kl compares next tokens"):
-        export(out / "adapter", tmp_path / "made", to="peft", max_kl=0.1)
+        export(out / "adapter", "peft", tmp_path / "made", max_kl=0.1)
     assert report.model["head"]["drawn_with_seed"] == 0
     assert not (tmp_path / "made").exists()
 

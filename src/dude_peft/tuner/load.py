@@ -75,10 +75,11 @@ def load_adapter(
         config.lora_dropout = lora_dropout
     assert config._loading is not None
     recorded = config._loading.record
-    _pad_as_trained(model, recorded, str(path))
     if not isinstance(model, PeftModel):
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **hub_options}
-        return _load_first(model, str(path), config, recorded, allow_base_mismatch, options)
+        loaded = _load_first(model, str(path), config, recorded, allow_base_mismatch, options)
+        _pad_as_trained(loaded, recorded, str(path))
+        return loaded
     check_base(model.get_base_model(), recorded, str(path), allow_base_mismatch)
     model.add_adapter(adapter_name, config)
     try:
@@ -88,6 +89,7 @@ def load_adapter(
         raise
     if is_trainable:
         model.set_requires_grad(adapter_name)
+    _pad_as_trained(model, recorded, str(path))
     return model
 
 
