@@ -25,6 +25,7 @@ from dude_peft.config.schema import RunConfig
 from dude_peft.data.formats import Reading
 from dude_peft.data.rows import load_rows
 from dude_peft.errors import ConfigError, DataError
+from dude_peft.training.strategy import check_strategy
 from dude_peft.training.trainer import RunTrainer
 
 SLOW = pytest.mark.slow
@@ -393,6 +394,33 @@ def test_a_killed_process_goes_on_bit_by_bit(places, tmp_path):
     assert not (tmp_path / "out/report.json").exists()
     assert process("out").wait() == 0
     assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo as on POSIX")
+def test_two_processes_train_as_one(places, tmp_path):
+    found, rows = {}, str(write_pairs(tmp_path / "train.jsonl", 24, margin=True))
+    for name, size, arguments in (("one", 4, []), ("two", 2, ["--launch", "ddp", "--processes", "2"])):
+        train = {"per_device_train_batch_size": size, "max_steps": 4, "learning_rate": 0.003}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(settings(places, tmp_path / name, train=train, data={"train": rows})))
+        done = served.dude("train", path, *arguments)
+        assert done.returncode == 0, done.stderr
+        found[name] = [
+            {key: line[key] for key in line if "loss" in key or "/" in key} for line in lines(tmp_path / name)
+        ]
+    for one, two in zip(*found.values(), strict=True):
+        assert two == pytest.approx(one, abs=2e-5)
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_processes_that_share_one_model_are_refused(places, tmp_path):
+    config = RunConfig(**settings(places, tmp_path / "out"))
+    assert check_strategy(config, "ddp", 2, scored=False) == []
+    for strategy in ("fsdp2", "zero3"):
+        with pytest.raises(ConfigError, match=f"reward: {strategy} does not split its head; choose ddp"):
+            check_strategy(config, strategy, 2, scored=False)
 
 
 # --- rows, refused ------------------------------------------------------------------------------------------------
