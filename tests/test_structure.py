@@ -26,6 +26,7 @@ ROOMS = [
     "line_child",
     "peft_file",
     "reward_file",
+    "task_types",
     "core",
     "methods",
     "artifact",

@@ -317,7 +317,7 @@ def config_explain(
 
 
 _Objective = Annotated[
-    str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo; for labels kto.")
+    str, typer.Option(help="As train.objective: sft, grpo; for pairs dpo, orpo, cpo, reward; for labels kto.")
 ]
 _Columns = Annotated[
     list[str] | None,

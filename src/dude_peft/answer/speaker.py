@@ -24,6 +24,7 @@ from dude_peft.folder.record import CONFIG as RUN_CONFIG
 from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate
 from dude_peft.model.processor import PROCESSOR_FILES, sight_of
 from dude_peft.show import shown
+from dude_peft.task_types import SCORES
 
 if TYPE_CHECKING:
     from dude_peft.data.batches import Company
@@ -120,6 +121,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     saved: SavedAdapter | ForeignAdapter | None = None
     if _is_adapter(name):
         saved = open_foreign(name) or open_adapter(name)
+        _refuse_scorer(saved)
         source = source_of(saved, base, gguf_file)
     elif base is not None:
         raise ConfigError(f"--base needs an adapter; {shown(name, 300)} has no {CONFIG_FILE}")
@@ -139,6 +141,14 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     template, special_tokens = ("auto", "text") if saved is None else _writing_of_the_run(saved.folder)
     adapted = saved is not None
     return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation)
+
+
+def _refuse_scorer(saved: SavedAdapter | ForeignAdapter) -> None:
+    if saved.config.task_type == SCORES:
+        raise ConfigError(
+            f"adapter {shown(saved.folder, 300)} is for {SCORES}: it gives scores, as a reward model does, and writes "
+            "nothing; in Python, load it with load_adapter on AutoModelForSequenceClassification"
+        )
 
 
 def _is_adapter(name: str) -> bool:

@@ -34,19 +34,22 @@ _BESIDE_THE_POINT = {
 _READ_OF_ALL = {"is_causal": True}
 """What transformers' shared code reads of any configuration, declared or not -> what it takes where it is missing."""
 _VERSION = "transformers_version"
+PADDING = "pad_token_id"
 _FLOAT32 = 1e-7  # what a number loses on its way through a GGUF file
 
 
-def base_settings(config: Any) -> dict[str, Any] | None:
+def base_settings(config: Any, *, scores: bool = False) -> dict[str, Any] | None:
     """The settings of a model that decide what it computes, as plain JSON; None of a model without transformers' own.
 
     Args:
         config: of the model; with `to_dict`, as transformers' are.
+        scores: the model reads a score at a row's last token that is not the padding token, which counts then, too.
     """
     if not hasattr(config, "to_dict"):
         return None
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
-    return {**_that_count(plain), _VERSION: plain.get(_VERSION)}
+    padding = {PADDING: config.get_text_config().pad_token_id} if scores else {}
+    return {**_that_count(plain), **padding, _VERSION: plain.get(_VERSION)}
 
 
 def other_settings(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ def check_adapters(grid: Grid) -> None:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the run says them
-                    wanted = DudeConfig(**adapter.settings(), task_type="CAUSAL_LM")
+                    wanted = DudeConfig(**adapter.settings(), task_type=config.train.task_type)
                     peft.inject_adapter_in_model(wanted, model, low_cpu_mem_usage=True)
             except ConfigError as error:
                 raise ConfigError(f"key 'methods': {shown(each.name)}: {error}") from error

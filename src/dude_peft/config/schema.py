@@ -32,6 +32,7 @@ from dude_peft.errors import ConfigError
 from dude_peft.peft_file import PREFIX, checked_settings, is_foreign, read_peft_file
 from dude_peft.reward_file import sealed_file
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL, SCORES, TaskType
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
 """A number as everybody reads it: in ASCII, without leading zeros, which some take for octal."""
@@ -586,6 +587,17 @@ class CpoSection(Section):
         return self.cpo_alpha
 
 
+class RewardModelSection(Section):
+    """A reward model: a head that gives a conversation one number, in the words of TRL's RewardConfig."""
+
+    center_rewards_coefficient: Strength | None = None
+    """Weight of the squared sum of a pair's two rewards, which keeps rewards around 0 (arXiv 2312.09244); 0.01 is
+    usual. null leaves it out."""
+
+    has_base: ClassVar[bool] = False
+    sides: ClassVar[int] = 2
+
+
 class KtoSection(Section):
     """Kahneman-Tversky optimisation (arXiv 2402.01306) of answers with a label, in the words of TRL's KTOConfig."""
 
@@ -854,7 +866,7 @@ class CurriculumSection(Section):
 
 Paired = DpoSection | OrpoSection | CpoSection
 """Settings of an objective that learns from pairs."""
-Preference = Paired | KtoSection
+Preference = Paired | KtoSection | RewardModelSection
 """Settings of an objective that learns from preferences, paired or not."""
 
 
@@ -865,11 +877,12 @@ RATIOS = (("loraplus_lr_ratio", "dB", "B"), ("magnitude_lr_ratio", "dm", "magnit
 class TrainSection(Section):
     """The optimisation, in the words of `transformers.TrainingArguments`."""
 
-    objective: Literal["sft", "mol", "dpo", "orpo", "cpo", "kto", "grpo"] = "sft"
+    objective: Literal["sft", "mol", "dpo", "orpo", "cpo", "kto", "reward", "grpo"] = "sft"
     """`sft` is cross-entropy on the training rows; `mol` adds KL to the untouched base model on data.general, to keep
     general ability (mixture of losses, arXiv 2505.12043). `dpo`, `orpo` and `cpo` learn from pairs of answers of which
     one is better, `kto` from single answers with a label, `grpo` from rewards of the model's own answers; for dpo, kto
-    and grpo the base model is the reference."""
+    and grpo the base model is the reference. `reward` trains a reward model on pairs: it gives a conversation a number,
+    and writes nothing."""
 
     dpo: DpoSection | None = None
     """Settings of `objective: dpo`."""
@@ -883,6 +896,9 @@ class TrainSection(Section):
     kto: KtoSection | None = None
     """Settings of `objective: kto`."""
 
+    reward: RewardModelSection | None = None
+    """Settings of `objective: reward`."""
+
     grpo: GrpoSection | None = None
     """Settings of `objective: grpo`."""
 
@@ -894,7 +910,8 @@ class TrainSection(Section):
     and to the other groups' (PEGO, arXiv 2407.15085)."""
 
     learning_rate: Positive | None = None
-    """Peak learning rate. The default is the method's own, and a twentieth of it for preferences and rewards."""
+    """Peak learning rate. The default is the method's own, and a twentieth of it for preferences and rewards. A reward
+    model takes the method's own: its head is new."""
 
     max_steps: Count | None = None
     """Optimizer steps. Set this or num_train_epochs, not both."""
@@ -1047,6 +1064,16 @@ class TrainSection(Section):
         """Conversations that a row brings into the forward pass that is trained: 2 of a pair."""
         return 1 if self.preference is None else self.preference.sides
 
+    @property
+    def from_rows(self) -> bool:
+        """Whether the rate is one for rows of answers: the method's own."""
+        return self.section is None or self.task_type == SCORES
+
+    @property
+    def task_type(self) -> TaskType:
+        """PEFT's, of the adapter: which head the model has."""
+        return SCORES if self.objective == "reward" else CAUSAL
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.max_steps is not None and self.num_train_epochs is not None:
@@ -1059,6 +1086,7 @@ SECTIONS: dict[str, type[Preference] | type[GrpoSection]] = {
     "orpo": OrpoSection,
     "cpo": CpoSection,
     "kto": KtoSection,
+    "reward": RewardModelSection,
     "grpo": GrpoSection,
 }
 """The section of each objective that has one; all but the last learn from preferences."""
@@ -1210,10 +1238,24 @@ class RunConfig(Section):
                 f"its gradients are those of {first}; choose uniform or spectrum",
             ),
         }
+        if self.train.task_type == SCORES:
+            others |= self._what_a_reward_model_has_not()
         for key, (contradicts, reason) in others.items():
             if contradicts:
                 raise ValueError(f"keys 'train.objective' and '{key}': {objective}: {reason}")
         return self
+
+    def _what_a_reward_model_has_not(self) -> dict[str, tuple[bool, str]]:
+        """Keys -> whether they are set, and why they cannot be."""
+        evaluation = self.evaluation
+        return {
+            "adapter.method": (self.adapter.foreign, "its head needs a method of dude methods; choose one"),
+            "adapter.start": (self.adapter.start is not None, "a start has no head; leave it out"),
+            "data.general_test": (self.data.general_test is not None, "it writes no text to compare; leave it out"),
+            "evaluation.tasks": (bool(evaluation.tasks), "it gives scores and writes no answers; leave it out"),
+            "evaluation.tasks_text": (evaluation.tasks_text is not None, "it writes no text; leave it out"),
+            "model.trust_remote_code": (self.model.trust_remote_code, "its head is transformers' own; set it to false"),
+        }
 
     @model_validator(mode="after")
     def _what_rewards_allow(self) -> RunConfig:
@@ -1378,7 +1420,7 @@ class RunConfig(Section):
         train = self.train
         choices: dict[str, Any] = self._chosen_section()
         if train.learning_rate is None:
-            choices["learning_rate"] = default_rate(method, from_rows=train.section is None)
+            choices["learning_rate"] = default_rate(method, from_rows=train.from_rows)
         if train.max_steps is None and train.num_train_epochs is None:
             choices["num_train_epochs"] = 1.0
         return self._with(adapter, train.model_copy(update=choices))

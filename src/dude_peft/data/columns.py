@@ -25,7 +25,7 @@ PREFERENCE = ("chosen", "rejected", "rejected_response")
 
 _COLUMNS = (
     "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "question", "answer", "text",
-    "system", "history", "tools", "functions", *REASONING[:2], "chosen", "rejected", "label", *IMAGES,
+    "system", "history", "tools", "functions", *REASONING[:2], "chosen", "rejected", "label", "margin", *IMAGES,
 )  # fmt: skip
 _KEYS = (
     "role", "content", "from", "value", "name", "tool_calls", "function_call", "tool_call_id", *REASONING, *WEIGHTS,

@@ -404,7 +404,8 @@ class Encoder:
 
     def _check_ends(self, row: Row, answers: Sequence[list[int]]) -> None:
         ends = [*[self.template.turn_end] * (len(answers) - 1), self.tokenizer.eos_token]
-        for answer, end in zip(answers, ends, strict=True):
+        told = ends if self.template.closes else ends[:-1]
+        for answer, end in zip(answers, told, strict=self.template.closes):
             token = self.tokenizer.convert_tokens_to_ids(end)
             if not answer or answer[-1] != token:
                 raise ConfigError(

@@ -43,7 +43,7 @@ from dude_peft.data.message import (
     text_of,
     tools_text,
 )
-from dude_peft.data.objectives import Kind, objectives_for
+from dude_peft.data.objectives import PAIRED, Kind, objectives_for
 from dude_peft.data.pairs import judged_apart, shared_beginning
 from dude_peft.data.pictures import Picture, found
 from dude_peft.data.suggest import closest, mapping_for, written
@@ -60,6 +60,8 @@ LABELS_HINT = "use prompt + completion + label (true or false), or name yours in
 _MARK = "<image>"
 """What data sets of other tools write into a text where an image of the row stands."""
 _ONE_TO_JUDGE = f"a label needs one question and one answer to judge; {LABELS_HINT}"
+_LARGEST_MARGIN = 1e6
+"""Far above the rewards that a model gives, far below where float32 loses their differences."""
 PAIRS_HINT = "use prompt + chosen + rejected, or chosen + rejected as lists of messages, or name yours in data.columns"
 
 
@@ -85,6 +87,8 @@ class Row:
     """Of a pair the worse conversation, as a whole."""
     label: bool | None = None
     """Of a labelled answer whether it is wanted; None for other rows."""
+    margin: float | None = None
+    """Of a pair to be scored, by how much the better score should be above the other; None where the row has none."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -290,8 +294,11 @@ class _Reader:
         row = self.finished(shape)
         return replace(row, label=label, shape=f"{row.shape} + {name}")
 
-    def preferred(self, question: str | None) -> Row:
-        """A pair; `question` is the column that asks, None where both conversations are whole."""
+    def preferred(self, question: str | None, *, scored: bool = False) -> Row:
+        """A pair; `question` is the column that asks, None where both conversations are whole.
+
+        `scored` reads its margin, too.
+        """
         asked = [] if question is None else self._asked_once(question)
         names = (self.record.name("chosen"), self.record.name("rejected"))
         first, second = (self._side(ours, asked, question) for ours in ("chosen", "rejected"))
@@ -299,6 +306,8 @@ class _Reader:
             self._check_turns(messages, ours)
         chosen, rejected = judged_apart(self._with_system(first), self._with_system(second), self.source, names)
         keys = ("chosen", "rejected") if question is None else (question, "chosen", "rejected")
+        margin = self._margin() if scored and "margin" in self.record else None
+        keys = keys if margin is None else (*keys, "margin")
         return Row(
             chosen,
             self.source,
@@ -307,7 +316,20 @@ class _Reader:
             (*self.record.used, *self.used),
             (*self.record.left_out(), *self.left_out),
             rejected,
+            margin=margin,
         )
+
+    def _margin(self) -> float | None:
+        """By how much the better score should be above the other; null is none."""
+        value, name = self.record.get("margin"), self.record.name("margin")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_MARGIN:
+            raise DataError(
+                f"{self.source}: '{name}' is {quoted(value) if isinstance(value, str) else shown(value, 60)}; write a "
+                f"number from -{_LARGEST_MARGIN:g} to {_LARGEST_MARGIN:g}, by which the chosen score should be higher"
+            )
+        return float(value)
 
     def _asked_once(self, question: str) -> list[Message]:
         if _is_list(self.record.peek(question)):
@@ -428,8 +450,9 @@ class Reading:
         reader = _Reader(record, source, self.columns, self.questions, self.folder)
         if self.kind != "answers":
             self._refuse_images(reader.record, source)
-        if self.kind == "pairs":
-            row = reader.preferred(self._question_of_pair(reader.record, f"{source}:"))
+        if self.kind in PAIRED:
+            question = self._question_of_pair(reader.record, f"{source}:")
+            row = reader.preferred(question, scored=self.kind == "scores")
         elif self.kind == "labels":
             row = reader.labelled(self._shape_with_label(reader.record, source))
         else:
@@ -452,7 +475,7 @@ class Reading:
     def check_columns(self, names: Sequence[str], where: str) -> None:
         """Raises DataError, beginning with `where`, where a table's columns hold no whole shape of a row."""
         record = Record(dict.fromkeys(names), self.columns)
-        if self.kind == "pairs":
+        if self.kind in PAIRED:
             self._question_of_pair(record, where)
         elif self.kind == "labels":
             self._check_label(record, where)

@@ -26,7 +26,7 @@ from dude_peft.data.encode import BLIND, Encoder
 from dude_peft.data.encode_pairs import PairEncoder, check_whole
 from dude_peft.data.formats import Reading, Row
 from dude_peft.data.mixture import Entry, Part, entries_of, mix
-from dude_peft.data.objectives import Kind
+from dude_peft.data.objectives import PAIRED, Kind
 from dude_peft.data.rows import data_sha256, local_file, stream_rows
 from dude_peft.data.sight import Sight
 from dude_peft.data.stamp import stamp_of
@@ -93,6 +93,8 @@ def prepare(
         ]
         total = limit
     root = cache or cache_folder()
+    if kind == "scores":
+        template = template.unclosed()
     settings = {
         "format": _FORMAT,
         "tokenizer": _tokenizer_sha256(tokenizer),
@@ -105,7 +107,7 @@ def prepare(
     }
 
     def encoder() -> Encoder | PairEncoder:
-        if kind == "pairs":
+        if kind in PAIRED:
             return PairEncoder(template, tokenizer, max_length=max_length, train_on=train_on, upft=upft)
         if kind == "labels":
             check_whole("labelled answers", train_on, upft)
@@ -154,7 +156,7 @@ def _stored(
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
-        with TokenWriter(folder, labelled=kind == "labels", seen="pictures" in key) as writer:
+        with TokenWriter(folder, kind, seen="pictures" in key) as writer:
             for row, examples in this.examples(rows()):
                 writer.add(row, examples, this.ends)
                 made += len(examples)

@@ -15,7 +15,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.formats import Message, Reading, Row, parse_row
 from dude_peft.data.jsonl import json_rows, jsonl_rows
 from dude_peft.data.mixture import Entry, entries_of, mix
-from dude_peft.data.objectives import Kind, objectives_for
+from dude_peft.data.objectives import PAIRED, Kind, objectives_for
 from dude_peft.data.parquet import parquet_rows
 from dude_peft.data.preferences import NAME as PREFERENCES
 from dude_peft.data.preferences import UNPAIRED, preferences, unpaired
@@ -162,7 +162,7 @@ def _builtin(name: str, split: str, limit: int | None, seed: int, wanted: Kind) 
         known = ", ".join(_BUILTIN + builtin for builtin in _BUILTINS)
         raise ConfigError(f"no built-in data set {quoted(name)}; choose {known}")
     kind, make = _BUILTINS[name.removeprefix(_BUILTIN)]
-    if kind != wanted:
+    if kind != wanted and not (kind in PAIRED and wanted in PAIRED):
         raise DataError(f"{name}: its rows fit {objectives_for(kind)}; set that, or choose other rows")
     return make(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
 
@@ -216,12 +216,14 @@ def row_bytes(row: Row) -> bytes:
 
     A message that has more than a text, or is not learned, has that behind the text, and images, each as its place and
     hash, behind that; tools stand before all messages.
-    Of a pair a second line follows, of the conversation that is worse; of a labelled answer, its label.
+    Of a pair a second line follows, of the conversation that is worse, and its margin; of a labelled answer, its label.
     """
     sides = ([_turn(message, message.trained) for message in messages] for messages in (row.messages, row.rejected))
     chosen, rejected = sides
     label = b"" if row.label is None else _json_bytes("", [["label", row.label]])
-    return _json_bytes(row.tools, chosen) + (_json_bytes("", [["rejected"], *rejected]) if row.rejected else label)
+    margin = [] if row.margin is None else [["margin", row.margin]]
+    other = _json_bytes("", [["rejected"], *margin, *rejected]) if row.rejected else label
+    return _json_bytes(row.tools, chosen) + other
 
 
 def asked_bytes(row: Row) -> bytes:

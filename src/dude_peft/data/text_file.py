@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from dude_peft.data.file_lines import decode, lines, opened, refuse_magic
 from dude_peft.data.formats import PASSAGE, TEXT, Message, Reading, Row
-from dude_peft.data.objectives import objectives_for
+from dude_peft.data.objectives import PAIRED, objectives_for
 from dude_peft.errors import DataError
 from dude_peft.show import shown
 
@@ -27,7 +27,8 @@ def text_rows(path: str | os.PathLike[str], limit: int | None = None, reading: R
     ResourceError where it cannot be read.
     """
     if reading is not None and reading.kind != "answers":
-        raise DataError(f"{shown(path, 300)}: text has no {reading.kind}; it fits {objectives_for('answers')}")
+        wanted = "pairs" if reading.kind in PAIRED else reading.kind
+        raise DataError(f"{shown(path, 300)}: text has no {wanted}; it fits {objectives_for('answers')}")
     with opened(path) as (stream, name):
         refuse_magic(stream.peek(8), name)
         passages = _passages((n, decode(raw, n, at, name)) for n, at, raw in lines(stream, name))

@@ -126,6 +126,11 @@ class TokenSet(Sequence[dict[str, Any]]):
         return self._gathered("margins")
 
     @property
+    def wanted_margins(self) -> NDArray[np.float32]:
+        """Of each pair to be scored, its row's margin; 0 where it has none."""
+        return self._gathered("margin")
+
+    @property
     def labels(self) -> NDArray[np.bool_]:
         """Of each labelled answer, whether it is wanted."""
         return self._gathered("label")

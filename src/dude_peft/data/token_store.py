@@ -17,7 +17,8 @@ Where rows show images there are four more, of which the third and the fourth ar
     image_tokens     int32    tokens in whose places the model puts them
 
 Of pairs (`Row.rejected`) both conversations are kept, the better one first: `starts` has two entries a pair, every
-other column one. Of labelled answers (`Row.label`) there is also `label`, bool.
+other column one. Of labelled answers (`Row.label`) there is also `label`, bool; of pairs to be scored `margin`,
+float32, 0 where the row has none.
 
 All little-endian. `manifest.json`, written last, has their sizes and hashes, what was counted, and its own hash: files
 that do not agree with it are never used. 64-bit hashes find repetitions; among 10^8 examples one false one is to be
@@ -62,10 +63,12 @@ _COLUMNS = {
     "ended": "?",
 }
 _LABELLED = {**_COLUMNS, "label": "?"}
+_SCORED = {**_COLUMNS, "margin": "<f4"}
 _SEEN = {**_COLUMNS, "pictures": "|u1", "picture_starts": "<i8", "shown": "<i4", "image_tokens": "<i4"}
 _PLACE = re.compile(r"[0-9]+$")
 _LONG = struct.Struct("<q")
 _INT = struct.Struct("<i")
+_FLOAT = struct.Struct("<f")
 _READ_BYTES = 2**20
 
 
@@ -112,9 +115,9 @@ class TokenStore:
 class TokenWriter:
     """Writes a store into an empty folder, example by example; `finish` makes it one."""
 
-    def __init__(self, folder: Path, *, labelled: bool = False, seen: bool = False) -> None:
+    def __init__(self, folder: Path, kind: str = "answers", *, seen: bool = False) -> None:
         self._folder = folder
-        self._columns = _LABELLED if labelled else _SEEN if seen else _COLUMNS
+        self._columns = _columns_of(kind, seen=seen)
         self._files: dict[str, BufferedWriter] = {}
         self._hashes = {name: xxhash.xxh3_128() for name in self._columns}
         self._sizes = dict.fromkeys(self._columns, 0)
@@ -150,6 +153,8 @@ class TokenWriter:
             self._write("ended", bytes([all(example.ids[-1] in ends for example in sides)]))
             if "label" in self._columns:
                 self._write("label", bytes([bool(row.label)]))
+            if "margin" in self._columns:
+                self._write("margin", _FLOAT.pack(row.margin or 0.0))
 
     def _tokens(self, example: Example) -> bytes:
         ids = np.array(example.ids, "<i4").tobytes()
@@ -186,6 +191,11 @@ class TokenWriter:
         self._sizes[name] += len(data)
 
 
+def _columns_of(kind: str, *, seen: bool) -> dict[str, str]:
+    """The files of a store, by the kind of its rows, and whether these show images."""
+    return {"labels": _LABELLED, "scores": _SCORED}.get(kind, _SEEN if seen else _COLUMNS)
+
+
 def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
     """The store in a folder.
 
@@ -196,8 +206,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
     try:
         manifest = read_json(folder / MANIFEST)
         body = manifest["body"]
-        labelled, seen = key.get("kind") == "labels", "pictures" in key
-        kinds = _LABELLED if labelled else _SEEN if seen else _COLUMNS
+        kinds = _columns_of(key.get("kind", "answers"), seen="pictures" in key)
         if manifest["sha256"] != content_sha256(body) or body["key"] != key or body["files"].keys() != kinds.keys():
             raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
         for name, (size, digest) in body["files"].items():
@@ -206,7 +215,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
         columns: dict[str, NDArray[Any]] = {
             name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in kinds.items()
         }
-        hashed = ("ids", "trained", "starts", *(["label"] if labelled else []), *(["pictures"] if seen else []))
+        hashed = ("ids", "trained", "starts", *(name for name in ("label", "margin", "pictures") if name in kinds))
         tokens = content_sha256({name: body["files"][name] for name in hashed})
         return TokenStore(columns, Counts(**body["counts"]), body["sha256"], tokens)
     except FileNotFoundError:

@@ -24,6 +24,7 @@ from dude_peft.model.layout import Layout, layout_of
 from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate, with_only_gguf
 from dude_peft.model.weights import WeightFiles, open_weights
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL, SCORES, TaskType
 from dude_peft.tuner.same_base import check_base
 
 _DTYPES = get_args(ModelSection.model_fields["dtype"].annotation)
@@ -47,6 +48,8 @@ class Base:
     """How the model is quantised in use; the checkpoint then is its dense equal, compared before it was written."""
     problem: ArtifactError | None = None
     """What that comparison found."""
+    task_type: TaskType = CAUSAL
+    """Which head the model has."""
 
     @property
     def dtype(self) -> str | None:
@@ -92,21 +95,22 @@ def open_base(
         ArtifactError: its files are damaged.
     """
     where = locate(source)
+    task_type = task_type_of(adapters[0])
     quantization = next((adapter.quantization for adapter in adapters if adapter.quantization is not None), None)
     folder = scratch / "base"
     if source.gguf_file is None:
         original = Path(where) if Path(where).is_dir() else fetch_checkpoint(where, source.revision)
         if quantization is None:
-            opened, trained_on = _opened(source, original), adapters[0].record
+            opened, trained_on = _opened(source, original, task_type), adapters[0].record
             narrower = narrower_dtype(opened.layout, trained_on) if rounded else None
             if narrower is not None:
                 folder.mkdir()
                 write_rounded(original, opened.checkpoint, opened.layout, trained_on, narrower, folder)
-                opened = _opened(source, folder)
+                opened = _opened(source, folder, task_type)
             yield opened
             return
     try:
-        model = load_model(source, where, quantization)
+        model = load_model(source, where, quantization, task_type=task_type)
         problem = None
         if quantization is not None:
             problem = _compare(model, adapters)
@@ -118,7 +122,7 @@ def open_base(
         else:
             load_tokenizer(source, where).save_pretrained(folder)
         del model
-        yield replace(_opened(source, folder), quantization=quantization, problem=problem)
+        yield replace(_opened(source, folder, task_type), quantization=quantization, problem=problem)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -133,7 +137,13 @@ def _compare(model: nn.Module, adapters: Sequence[SavedAdapter]) -> ArtifactErro
     return None
 
 
-def _opened(source: ModelSection, folder: Path) -> Base:
+def task_type_of(adapter: SavedAdapter) -> TaskType:
+    """Which head its base model has."""
+    return SCORES if adapter.config.task_type == SCORES else CAUSAL
+
+
+def _opened(source: ModelSection, folder: Path, task_type: TaskType) -> Base:
     checkpoint = open_weights(folder)
-    model = empty_model(source.name_or_path, folder, checkpoint.dtype)
-    return Base(source, folder, checkpoint, model, parameter_names(model), layout_of(model, checkpoint))
+    model = empty_model(source.name_or_path, folder, checkpoint.dtype, task_type=task_type)
+    layout = layout_of(model, checkpoint)
+    return Base(source, folder, checkpoint, model, parameter_names(model), layout, task_type=task_type)

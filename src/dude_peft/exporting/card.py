@@ -24,6 +24,7 @@ from dude_peft.exporting.serving import PROGRAMS, serving_matrix
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.record import REPORT
 from dude_peft.show import shown
+from dude_peft.task_types import SCORES
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.version import __version__
 
@@ -98,6 +99,8 @@ Made by dude-peft {{ version }}.
 {% endfor %}
 {% endif %}
 
+{% if serving %}
+
 ## Where it runs
 
 | file | {{ programs | join(" | ") }} |
@@ -105,6 +108,7 @@ Made by dude-peft {{ version }}.
 
 {% for row in serving %}| {{ row.file }} | {{ row.answers | join(" | ") }} |
 {% endfor %}
+{% endif %}
 """
 
 
@@ -171,7 +175,9 @@ def model_card(
             (escaped(key), escaped(value)) for key, value in settings_of(settings, _mapping(report.get("budget")))
         ],
         programs=PROGRAMS,
-        serving=serving_matrix(
+        serving=[]
+        if config.task_type == SCORES  # programs that serve language models
+        else serving_matrix(
             config.spec,
             ranks or {config.r},
             stacks=bool(adapter.stacks),
@@ -227,11 +233,21 @@ def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         rows.append(("rank", escaped(export["rank"])))
     difference = export.get("difference")
     if isinstance(difference, Mapping):
+        rows += _proved(difference)
+    else:
+        rows.append(("verified", "no"))
+    return rows
+
+
+def _proved(difference: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How near the export is to the live adapter."""
+    rows = []
+    if "score" in difference:
+        rows.append(("largest difference of scores, relative", f"{difference['score']:.1e}"))
+    else:
         rows.append(("mean KL(tuned || export)", f"{difference['kl_tuned_export']:.1e} nats a token"))
         rows.append(("mean KL(tuned || base)", f"{difference['kl_tuned_base']:.1e} nats a token"))
         rows.append(("largest logit difference, relative", f"{difference['logits']:.1e}"))
-    else:
-        rows.append(("verified", "no"))
     return rows
 
 
@@ -240,6 +256,19 @@ def _scores(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if not all(pair):
         return []
     losses = [f"{float(score['loss']):.3f}" for score in pair]
+    judged = [_mapping(score.get("preference")) for score in pair]
+    if all("pairs" in found for found in judged):
+        shares = [
+            f"{found['right']} of {found['pairs']} ({100 * found['interval'][0]:.1f} to "
+            f"{100 * found['interval'][1]:.1f} %)"
+            for found in judged
+        ]
+        margins = [f"{float(found['rewards/margins']):.3f}" for found in judged]
+        return [
+            ("held-out loss, a pair", escaped(losses[0]), escaped(losses[1])),
+            ("pairs ranked right, 95 % interval", escaped(shares[0]), escaped(shares[1])),
+            ("mean margin of the rewards", escaped(margins[0]), escaped(margins[1])),
+        ]
     right = [
         f"{score['right']} of {score['rows']} ({100 * score['interval'][0]:.1f} to {100 * score['interval'][1]:.1f} %)"
         for score in pair

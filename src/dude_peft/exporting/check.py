@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
+from dude_peft.exporting.scores import ScoreDifference, compare_scores
 from dude_peft.measure.divergence import divergence
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL, SCORES, TaskType
 
 PROMPTS = (
     "The history of the city begins in the twelfth century, when merchants from the north built a bridge across the",
@@ -78,6 +80,7 @@ class Live:
     file: Path
     count: int
     tokenizer: str | None
+    task_type: TaskType = CAUSAL
 
 
 def run_live(
@@ -87,6 +90,7 @@ def run_live(
     allow_base_mismatch: bool,
     scratch: Path,
     quantization: dict[str, Any] | None = None,
+    task_type: TaskType = CAUSAL,
 ) -> Live:
     """Run the prompts through the base model with the adapters, in a process of its own.
 
@@ -97,6 +101,7 @@ def run_live(
         allow_base_mismatch: take a base with other weights.
         scratch: folder for the outputs.
         quantization: how the base is quantised, if it is.
+        task_type: which head the model has.
     """
     file = scratch / "live.safetensors"
     request = {
@@ -105,14 +110,17 @@ def run_live(
         "tokenizer": tokenizer,
         "allow_base_mismatch": allow_base_mismatch,
         "quantization": quantization,
+        "task_type": task_type,
         "prompts": PROMPTS,
         "output": str(file),
     }
     _run([sys.executable, "-m", "dude_peft.exporting.live"], request, "the live adapter")
-    return Live(file, len(PROMPTS), tokenizer)
+    return Live(file, len(PROMPTS), tokenizer, task_type)
 
 
-def run_consumer(kind: str, export: Path, live: Live, base: dict[str, Any], scratch: Path) -> Difference:
+def run_consumer(
+    kind: str, export: Path, live: Live, base: dict[str, Any], scratch: Path
+) -> Difference | ScoreDifference:
     """Load an export in a fresh process as its consumer does, without our package, and compare.
 
     Args:
@@ -131,6 +139,7 @@ def run_consumer(kind: str, export: Path, live: Live, base: dict[str, Any], scra
         "kind": kind,
         "export": str(export),
         "base": base,
+        "scores": live.task_type == SCORES,
         "ids": str(live.file),
         "count": live.count,
         "prompts": PROMPTS,
@@ -138,7 +147,8 @@ def run_consumer(kind: str, export: Path, live: Live, base: dict[str, Any], scra
         "output": str(file),
     }
     _run([sys.executable, str(Path(__file__).with_name("consumer.py"))], request, f"the export ({kind})")
-    return compare(safetensors.torch.load_file(live.file), safetensors.torch.load_file(file), live.count)
+    found = compare_scores if live.task_type == SCORES else compare
+    return found(safetensors.torch.load_file(live.file), safetensors.torch.load_file(file), live.count)
 
 
 def compare(live: dict[str, Tensor], export: dict[str, Tensor], count: int) -> Difference:
@@ -172,8 +182,10 @@ def compare(live: dict[str, Tensor], export: dict[str, Tensor], count: int) -> D
     return Difference(difference / largest, kl / tokens, worst, agreeing / tokens, kl_base / tokens, tokens)
 
 
-def summary(difference: Difference) -> str:
+def summary(difference: Difference | ScoreDifference) -> str:
     """One line for people."""
+    if isinstance(difference, ScoreDifference):
+        return difference.summary()
     return (
         f"{difference.tokens} tokens: largest logit difference {difference.logits:.1e} of the largest logit, "
         f"KL(tuned || export) {difference.kl_tuned_export:.1e} nats a token (worst "
@@ -182,7 +194,7 @@ def summary(difference: Difference) -> str:
     )
 
 
-def record(difference: Difference) -> dict[str, float]:
+def record(difference: Difference | ScoreDifference) -> dict[str, float]:
     """The same as plain numbers."""
     return asdict(difference)
 

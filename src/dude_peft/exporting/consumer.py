@@ -40,14 +40,14 @@ def main() -> None:
         outputs = _gguf(request, ids)
     else:
         if kind == "merged":
-            model: Any = _automatic(request["export"]).from_pretrained(
+            model: Any = _automatic(request["export"], scores=request["scores"]).from_pretrained(
                 request["export"], trust_remote_code=False, dtype="auto"
             )
             ids = _own_ids(request, model.config.get_text_config()) or ids
         else:
             import peft
 
-            model = peft.PeftModel.from_pretrained(_base(request["base"]), request["export"])
+            model = peft.PeftModel.from_pretrained(_base(request["base"], request["scores"]), request["export"])
         model.eval()
         for module in model.modules():
             # As dense.py has it: what bitsandbytes rounds in evaluation on CPUs is not in the export.
@@ -72,7 +72,7 @@ def _own_ids(request: dict[str, Any], config: Any) -> list[list[int]]:
     return [reader(prompt)["input_ids"][:limit] for prompt in request["prompts"]]
 
 
-def _base(base: dict[str, Any]) -> Any:
+def _base(base: dict[str, Any], scores: bool) -> Any:
     import torch
     import transformers
 
@@ -91,13 +91,19 @@ def _base(base: dict[str, Any]) -> Any:
         )
         if getattr(stored, "quantization_config", None) is None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization["config"])
-    return _automatic(base["where"], **source).from_pretrained(base["where"], trust_remote_code=False, **options)
+    if scores:
+        options |= {"num_labels": 1, "pad_token_id": base["pad_token_id"]}
+    return _automatic(base["where"], scores=scores, **source).from_pretrained(
+        base["where"], trust_remote_code=False, **options
+    )
 
 
-def _automatic(where: str, **options: Any) -> Any:
+def _automatic(where: str, *, scores: bool = False, **options: Any) -> Any:
     """As `init.architecture.automatic_class` has it, which is not for us to import."""
     import transformers
 
+    if scores:
+        return transformers.AutoModelForSequenceClassification
     kind = type(transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options))
     sees = kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if sees and kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:

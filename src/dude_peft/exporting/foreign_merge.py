@@ -14,7 +14,7 @@ from dude_peft.artifact.json_text import json_text
 from dude_peft.core.finite import first_not_finite
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.exporting.base import source_of
-from dude_peft.exporting.check import record, run_consumer, run_live, summary, tolerance
+from dude_peft.exporting.check import Difference, record, run_consumer, run_live, summary, tolerance
 from dude_peft.exporting.foreign import ForeignAdapter
 from dude_peft.model.architecture import fetch_checkpoint
 from dude_peft.model.load import load_model, locate
@@ -63,6 +63,7 @@ def merge_foreign(
                 live = run_live(source.model_dump(), parts, tokenizer, False, scratch)
                 found = run_consumer("merged", folder, live, {}, scratch)
             display.say(summary(found))
+            assert isinstance(found, Difference), "a model that writes"
             limit = tolerance({dtype}, found.kl_tuned_base)
             if found.kl_tuned_export > limit:
                 raise NumericsError(

@@ -42,7 +42,7 @@ def write_in_memory(base: Base, adapters: Sequence[Weighted], folder: Path, *, a
         NumericsError: a merged weight overflows its dtype.
     """
     source = base.source.model_copy(update={"name_or_path": str(base.folder), "gguf_file": None, "revision": None})
-    model: Any = load_model(source, str(base.folder))
+    model: Any = load_model(source, str(base.folder), task_type=base.task_type)
     # The dense equal of a quantised base has been compared before it was written.
     allowed = allow_base_mismatch or base.quantization is not None
     with with_remedy("give the base model it was trained on with --base"):

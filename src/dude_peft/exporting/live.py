@@ -25,7 +25,7 @@ def main() -> None:
         from dude_peft.config.schema import ModelSection
         from dude_peft.model.load import load_model, locate
     source = ModelSection(**request["source"])
-    model: Any = load_model(source, locate(source), request["quantization"])
+    model: Any = load_model(source, locate(source), request["quantization"], task_type=request["task_type"])
     ids = _token_ids(request["tokenizer"], request["prompts"], model.config.get_text_config())
     tensors = {f"ids.{i}": torch.tensor(row) for i, row in enumerate(ids)}
     tensors |= {f"base.{i}": _logits(model, row) for i, row in enumerate(ids)}
@@ -47,7 +47,7 @@ def _token_ids(tokenizer: str | None, prompts: list[str], config: Any) -> list[l
 
 
 def _logits(model: nn.Module, ids: list[int]) -> torch.Tensor:
-    """(tokens, vocabulary) float32."""
+    """(tokens, vocabulary) float32; of a model that scores, (1,)."""
     model.eval()
     with torch.inference_mode():
         found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0].float()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.artifact.base_settings import PADDING
 from dude_peft.artifact.companions import companions, copy_files
 from dude_peft.artifact.durable import check_space, replace_file
 from dude_peft.artifact.effective import combined_weight, rows_at_once, rows_of
@@ -29,6 +30,7 @@ from dude_peft.exporting.base import Base
 from dude_peft.model.stream import NAMES, Piece, stored_piece, write_checkpoint
 from dude_peft.model.weights import is_plain, loads_as
 from dude_peft.show import shown
+from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.combine import Combination
 from dude_peft.tuner.same_base import settings_fault
@@ -98,7 +100,12 @@ def plan_merge(
         output = Piece(key, NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
         written[key] = Path(layer.stored.file).name, output
         shared |= {base.layout.key(other): layer.stored for other in layer.names if len(layer.names) > 1}
+    last = list(base.checkpoint.files)[-1]
     for name, trained, folder in _trained_whole(adapters):
+        if _is_new(base, name):
+            key = base.layout.key(name)
+            written[key] = last, stored_piece(key, trained, dtype or base.model.dtype)
+            continue
         stored, names = _parameter(base, name)
         if stored.shape != trained.shape:
             raise ArtifactError(
@@ -109,8 +116,9 @@ def plan_merge(
         written[key] = Path(stored.file).name, stored_piece(key, trained, dtype or DTYPES.get(stored.dtype))
         shared |= {base.layout.key(other): stored for other in names if len(names) > 1}
     untied = [key for key in shared if key not in written]
+    idle = _idle(base)
     for key, stored in {**tensors, **{key: shared[key] for key in untied}}.items():
-        if key not in written:
+        if key not in written and key not in idle:
             written[key] = Path(stored.file).name, stored_piece(key, stored, dtype)
     files: dict[str, list[Piece]] = {file: [] for file in base.checkpoint.files}
     for file, output in written.values():
@@ -136,7 +144,8 @@ def write_merge(
     check_space(folder, plan.size, folder.parent)
     write_checkpoint(folder, plan.files, done)
     _copy_companions(base.folder, folder, adapters)
-    _write_config(base.folder / "config.json", folder / "config.json", dtype, plan.untied)
+    scores = _scoring(base, adapters[0].adapter) if base.task_type == SCORES else {}
+    _write_config(base.folder / "config.json", folder / "config.json", dtype, plan.untied, scores)
 
 
 def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
@@ -236,6 +245,26 @@ def _trained_whole(adapters: Sequence[Weighted]) -> Iterator[tuple[str, StoredTe
             yield name, trained, folder
 
 
+def _is_new(base: Base, name: str) -> bool:
+    """Whether it is the head of a model that scores, which the base's checkpoint has not."""
+    return base.task_type == SCORES and name not in base.layout.places and name in base.model.state_dict()
+
+
+def _idle(base: Base) -> set[str]:
+    """Names of stored tensors that a model which scores does not read: the output layer over the vocabulary."""
+    if base.task_type != SCORES:
+        return set()
+    known = base.model.state_dict()
+    return {stored.name for name, stored in base.layout.places.items() if name not in known}
+
+
+def _scoring(base: Base, adapter: SavedAdapter) -> dict[str, Any]:
+    """What config.json says of a model that scores, so that transformers makes it, and reads the score where it did."""
+    padding = (adapter.record.settings or {}).get(PADDING)
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": [type(base.model).__name__], **labels, PADDING: padding}
+
+
 def _parameter(base: Base, name: str) -> tuple[StoredTensor, list[str]]:
     parameters = dict(base.model.named_parameters(remove_duplicate=False))
     if name not in parameters:
@@ -297,8 +326,8 @@ def _copy_companions(base: Path, folder: Path, adapters: Sequence[Weighted]) -> 
         copy_files(own.folder, folder, own.tokenizer())
 
 
-def _write_config(source: Path, target: Path, dtype: torch.dtype | None, untied: bool) -> None:
-    config = read_json(source)
+def _write_config(source: Path, target: Path, dtype: torch.dtype | None, untied: bool, scores: dict[str, Any]) -> None:
+    config = {**read_json(source), **scores}
     for key in ("auto_map", "quantization_config"):
         config.pop(key, None)
     if dtype is not None:

@@ -19,6 +19,7 @@ from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.kinds import checked
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL, SCORES
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
 from dude_peft.terminal.quiet import quiet_imports
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dude_peft.exporting.adapter import SavedAdapter
     from dude_peft.exporting.base import Base
     from dude_peft.exporting.check import Difference, Live
+    from dude_peft.exporting.scores import ScoreDifference
     from dude_peft.tuner.combine import Combination
 
 _DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -194,14 +196,29 @@ def merge(
     return _Export(settings, list(map(str, adapters)), weights, base, gguf_file).run(Target("merged"), how)
 
 
-def _check_task(adapter: SavedAdapter) -> None:
-    """The command reads and proves causal language models; a head of another task is merged in memory."""
+def _check_task(adapter: SavedAdapter, target: Target) -> None:
+    """The command reads and proves language models and reward models; a head of another task is merged in memory."""
     task = adapter.config.task_type
-    if task not in (None, "CAUSAL_LM"):
+    if task == SCORES and target.kind in ("gguf", "lora"):
+        raise ConfigError(
+            f"--to {target.kind}: adapter {shown(adapter.folder, 300)} is a reward model, and what reads {target.kind} "
+            "files runs language models alone; use --to merged or --to peft"
+        )
+    if task == SCORES and _labels(adapter) != 1:
+        raise ConfigError(
+            f"adapter {shown(adapter.folder, 300)} is for {shown(task)} without a head 'score' of one label, which "
+            "reward models have; in Python, use load_adapter(model, adapter).merge_and_unload()"
+        )
+    if task not in (None, CAUSAL, SCORES):
         raise ConfigError(
             f"adapter {shown(adapter.folder, 300)} is for {shown(task)}, but merge and export write causal language "
-            "models; in Python, use load_adapter(model, adapter).merge_and_unload()"
+            "models and reward models; in Python, use load_adapter(model, adapter).merge_and_unload()"
         )
+
+
+def _labels(adapter: SavedAdapter) -> int:
+    """Numbers that its head gives: rows of its last matrix; 0 where it has none."""
+    return next((stored.shape[0] for name, stored in adapter.whole() if name.endswith("score.weight")), 0)
 
 
 @dataclass(frozen=True)
@@ -249,7 +266,9 @@ class _Export:
             )
         opened = [open_adapter(path) for path in self.adapters]
         for adapter in opened:
-            _check_task(adapter)
+            _check_task(adapter, target)
+            if adapter.config.task_type == SCORES and self.settings.max_kl is not None:
+                raise ConfigError("--max-kl compares next tokens, and a reward model gives scores; leave it out")
         self.weighted = [Weighted(adapter, w) for adapter, w in zip(opened, self.weights, strict=True)]
         source = source_of(opened[0], self.base_name, self.gguf_file)
         if target.kind == "gguf":
@@ -418,6 +437,7 @@ class _Export:
         own = None if source.dtype == "auto" else source.dtype
         origin["dtype"] = base.dtype or own or (None if source.gguf_file is None else "float32")
         origin["quantization"] = base.quantization
+        origin["pad_token_id"] = (self.weighted[0].adapter.record.settings or {}).get("pad_token_id")
         with self.display.waiting("running the export in a fresh process"):
             found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)
         self.display.say(summary(found))
@@ -442,37 +462,45 @@ class _Export:
                     self.settings.allow_base_mismatch,
                     scratch,
                     base.quantization,
+                    base.task_type,
                 )
         return self.live
 
-    def _judge(self, kind: str, found: Difference, quantisation: str, live: str | None) -> None:
-        import torch
-
-        from dude_peft.artifact.header import DTYPES
+    def _judge(self, kind: str, found: Difference | ScoreDifference, quantisation: str, live: str | None) -> None:
         from dude_peft.exporting.check import tolerance
+        from dude_peft.exporting.scores import ScoreDifference
 
         if not self.combination.by_rows:
             self.display.warn(
                 f"{self.combination.kind} cannot be run live: the numbers compare the export with the base model"
             )
             return
+        if isinstance(found, ScoreDifference):
+            found.check(self._dtypes(live))
+            return
         limit, what = self.settings.max_kl, "above --max-kl"
         if limit is None and kind == "lora":
             limit, what = found.kl_tuned_base, "no nearer to the adapter than the base model is"
         elif limit is None:
-            stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
-            stored |= {
-                getattr(torch, w.adapter.base[name]["dtype"]) for w in self.weighted for name in w.adapter.loaded
-            }
-            dtypes = stored if self.dtype is None else {*stored, self.dtype}
-            dtypes |= set() if live is None else {getattr(torch, live)}
-            limit, what = tolerance(dtypes, found.kl_tuned_base, quantisation), "more than rounding can explain"
+            limit = tolerance(self._dtypes(live), found.kl_tuned_base, quantisation)
+            what = "more than rounding can explain"
         if found.kl_tuned_export > limit:
             hint = "choose a larger rank" if kind == "lora" else "choose a wider --dtype or type"
             raise NumericsError(
                 f"the export's mean KL(tuned || export) is {found.kl_tuned_export:.1e} nats a token, {what} "
                 f"({limit:.1e}); {hint}"
             )
+
+    def _dtypes(self, live: str | None) -> set[Any]:
+        """Those of the computation and of the stored weights."""
+        import torch
+
+        from dude_peft.artifact.header import DTYPES
+
+        stored = {DTYPES[layer.stored.dtype] for layer in self.layers.values()}
+        stored |= {getattr(torch, w.adapter.base[name]["dtype"]) for w in self.weighted for name in w.adapter.loaded}
+        stored |= set() if self.dtype is None else {self.dtype}
+        return stored | (set() if live is None else {getattr(torch, live)})
 
     def _record(self, target: Target, base: Base, folder: Path, made: dict[str, Any]) -> dict[str, Any]:
         """What was done, beside the files: people and the model card read it."""

@@ -16,6 +16,7 @@ from dude_peft.exporting.serving import PROGRAMS, Serving, serving_matrix
 from dude_peft.kinds import checked
 from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
+from dude_peft.task_types import SCORES
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
 from dude_peft.terminal.quiet import quiet_imports
@@ -124,7 +125,9 @@ def verify(
         saved_whole=tuple(whole),
         base_compared=compare,
         stock_refusal=refusal,
-        serving=tuple(
+        serving=()
+        if config.task_type == SCORES  # programs that serve language models
+        else tuple(
             serving_matrix(
                 config.spec,
                 ranks,
@@ -139,6 +142,8 @@ def verify(
         display.say(line)
     for line in warnings:
         display.warn(line)
+    if not found.serving:
+        return found
     shape = Table(title="what runs where", title_justify="left")
     for column in ("file", *PROGRAMS):
         shape.add_column(column)
@@ -188,7 +193,7 @@ def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None
     """Why stock PEFT does not load it, empty where it does; None where nothing is known of the base model."""
     import torch
 
-    from dude_peft.exporting.base import source_of
+    from dude_peft.exporting.base import source_of, task_type_of
     from dude_peft.model.architecture import model_of
     from dude_peft.model.load import load_settings, locate
     from dude_peft.tuner.stock_loading import stock_refusal
@@ -201,7 +206,7 @@ def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None
         source = source_of(opened, base, gguf_file)
         settings = load_settings(source, locate(source))
         settings.quantization_config = None  # the names are those of the plain model
-        model = model_of(settings, source.name_or_path, torch.float32)
+        model = model_of(settings, source.name_or_path, torch.float32, task_type=task_type_of(opened))
     except ConfigError:
         return None
     return stock_refusal(model, opened.config.stock(), opened.base)

@@ -21,6 +21,7 @@ from dude_peft.doors import read_json
 from dude_peft.errors import ConfigError
 from dude_peft.init.run import checkpoint_folder
 from dude_peft.show import a_, shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
@@ -97,7 +98,7 @@ def fold(
         check_format(form)
         folder = checkpoint_folder(model)
         checkpoint = open_weights(folder)
-        config = DudeConfig(**settings, task_type="CAUSAL_LM")
+        config = DudeConfig(**settings, task_type=CAUSAL)
         if config.method not in _FOLDED:
             raise ConfigError(
                 f"--quantize folds the principal factors of dude and pissa, not {config.method}; choose one of "

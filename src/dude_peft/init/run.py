@@ -15,6 +15,7 @@ from dude_peft.artifact.sealed import content_sha256
 from dude_peft.doors import check_folder
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.version import __version__
@@ -85,7 +86,7 @@ def initialise(
 
     with display.waiting("reading the model"), gathered_warnings(display.warn):
         checkpoint = open_weights(folder)
-        config = DudeConfig(**settings, task_type="CAUSAL_LM")
+        config = DudeConfig(**settings, task_type=CAUSAL)
         plan = make_plan(model, folder, checkpoint, config, dtype, seed)
     parts = Parts(output, _settings_hash(plan, checkpoint.identity, dtype, seed))
     with disk_errors(output):

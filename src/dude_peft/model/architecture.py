@@ -13,6 +13,7 @@ from torch import nn
 from dude_peft.doors import check_folder
 from dude_peft.errors import ConfigError, DudeError
 from dude_peft.show import a_, shown
+from dude_peft.task_types import CAUSAL, SCORES, TaskType
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
@@ -34,14 +35,17 @@ def fetch_checkpoint(model: str, revision: str | None = None) -> Path:
     return folder
 
 
-def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype: str = "auto") -> Any:
-    """The causal language model of a folder's config.json, all parameters on the meta device.
+def empty_model(
+    model_name: str, folder: Path, stored_dtype: torch.dtype, dtype: str = "auto", task_type: TaskType = CAUSAL
+) -> Any:
+    """The model of a folder's config.json, all parameters on the meta device.
 
     Args:
         model_name: as the user gave it; recorded as the model's name.
         folder: with config.json.
         stored_dtype: of the checkpoint, where config.json is silent.
         dtype: auto (config.json's, or the checkpoint's own), float32, bfloat16, float16.
+        task_type: which head it has.
 
     Raises:
         ConfigError: it is quantised, or no causal language model.
@@ -53,7 +57,7 @@ def empty_model(model_name: str, folder: Path, stored_dtype: torch.dtype, dtype:
             raise refusal from error
         raise ConfigError(f"model {shown(model_name, 300)}: config.json cannot be used ({_first(error)})") from error
     wanted = (getattr(settings, "dtype", None) or stored_dtype) if dtype == "auto" else getattr(torch, dtype)
-    return model_of(settings, model_name, wanted)
+    return model_of(settings, model_name, wanted, task_type=task_type)
 
 
 def code_refusal(model: str, error: Exception) -> ConfigError | None:
@@ -71,14 +75,22 @@ def code_refusal(model: str, error: Exception) -> ConfigError | None:
     )
 
 
-def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a configuration that is read already, all parameters on the meta device.
+def model_of(
+    settings: Any,
+    model_name: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    *,
+    task_type: TaskType = CAUSAL,
+) -> Any:
+    """The model of a configuration that is read already, all parameters on the meta device.
 
     Args:
         settings: transformers' configuration of the model.
         model_name: as the user gave it; recorded as the model's name.
         dtype: of the parameters.
         trust_remote_code: whether the model's own Python code may run.
+        task_type: which head it has.
 
     Raises:
         ConfigError: it is quantised, or no causal language model.
@@ -98,7 +110,7 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_co
         )
     try:
         with torch.device("meta"):
-            automatic: Any = automatic_class(settings)
+            automatic: Any = automatic_class(settings, task_type)
             model: nn.Module = automatic.from_config(settings, trust_remote_code=trust_remote_code, dtype=dtype)
     except DudeError:
         raise
@@ -112,8 +124,21 @@ def model_of(settings: Any, model_name: str, dtype: torch.dtype, trust_remote_co
     return model
 
 
-def automatic_class(settings: Any) -> Any:
-    """The class of transformers that makes the language model of a configuration; some read images beside text."""
+def automatic_class(settings: Any, task_type: TaskType = CAUSAL) -> Any:
+    """The class of transformers that makes the language model of a configuration; some read images beside text.
+
+    Raises:
+        ConfigError: a model that scores is asked for, and transformers has none of this family.
+    """
+    if task_type == SCORES:
+        known = type(settings) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if not known or type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ConfigError(
+                f"a reward model: transformers has no sequence classification for {a_(type(settings).__name__)}; use a "
+                "model of another family, such as Llama, Qwen or Gemma"
+            )
+        settings.num_labels = 1
+        return transformers.AutoModelForSequenceClassification
     if type(settings) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     if type(settings) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -18,7 +18,8 @@ from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.model.gguf_once import forget, parsed_once
-from dude_peft.show import shown
+from dude_peft.show import a_, shown
+from dude_peft.task_types import CAUSAL, SCORES, TaskType
 
 if TYPE_CHECKING:
     import torch
@@ -171,14 +172,23 @@ def dtype_of(section: ModelSection, settings: Any, where: str) -> torch.dtype:
         return torch.float32
 
 
-def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """The causal language model at `where`, frozen weights in the configured dtype, in evaluation mode.
+def load_model(
+    section: ModelSection,
+    where: str,
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    task_type: TaskType = CAUSAL,
+    head_seed: int = 0,
+) -> PreTrainedModel:
+    """The model at `where`, frozen weights in the configured dtype, in evaluation mode.
 
     Args:
         section: what the configuration says.
         where: from `locate`.
         quantization: as an adapter's manifest has it: quantised so, in that dtype, unless it is stored quantised. The
             default is `section.quantization`.
+        task_type: which head it has. One that scores is drawn by transformers where the checkpoint has none.
+        head_seed: of all random numbers, which transformers draws that head with.
 
     Raises:
         ConfigError: it cannot be found, is no causal language model, or is stored quantised otherwise.
@@ -216,7 +226,19 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
-    automatic = automatic_class(settings)
+    named = next(iter(getattr(settings, "architectures", None) or ()), "")
+    if task_type == CAUSAL and named.endswith("ForSequenceClassification"):
+        # With tied embeddings transformers would go on without a word.
+        raise ConfigError(
+            f"model {shown(section.name_or_path)} is {a_(shown(named))}, which gives scores and writes nothing; use a "
+            "language model"
+        )
+    automatic = automatic_class(settings, task_type)
+    if task_type == SCORES:
+        import transformers
+
+        options["num_labels"] = 1
+        transformers.set_seed(head_seed)
     with loading("model", section, where):
         loaded: Any = automatic.from_pretrained(
             where,
@@ -235,7 +257,13 @@ def load_model(section: ModelSection, where: str, quantization: Mapping[str, Any
             f"model {shown(section.name_or_path)}: tensor {shown(name)} has shape {tuple(stored)} in the checkpoint, "
             f"but {tuple(wanted)} in its configuration{more}; use files of the same model"
         )
-    if missing := sorted(found["missing_keys"]):
+    missing = sorted(found["missing_keys"])
+    if task_type == SCORES:
+        from dude_peft.tuner.heads import behind_backbone
+
+        head = tuple(f"{name}." for name in behind_backbone(model))
+        missing = [name for name in missing if not name.startswith(head)]
+    if missing:
         # transformers fills these at random and goes on.
         raise ArtifactError(
             f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "

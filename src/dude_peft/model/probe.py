@@ -23,6 +23,7 @@ from dude_peft.data.labels import IGNORE
 from dude_peft.data.trial import distance, text_ids, traceless, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DudeError
 from dude_peft.machine.out_of_memory import is_out_of_memory
+from dude_peft.model.outputs import is_scorer, of_each_token
 from dude_peft.show import shown
 
 _FACTOR = 4
@@ -67,7 +68,7 @@ class Nature:
 
 
 def nature_of(model: Any, pad_id: int) -> Nature:
-    """Tries a language model on token ids, three short forwards; it and all random numbers stay as they are.
+    """Tries a model on token ids, three short forwards; it and all random numbers stay as they are.
 
     Raises:
         ConfigError: it does not run on token ids alone, or rewrites its own weights.
@@ -75,7 +76,7 @@ def nature_of(model: Any, pad_id: int) -> Nature:
     versions = [weight._version for weight in model.parameters()]
     with traceless(model), _refused(model, "does not run with token ids as its only input"):
         causal, right_padding = _direction(model, _known(model, pad_id))
-        own, router = _loss(model)
+        own, router = (False, 0.0) if is_scorer(model) else _loss(model)
     if versions != [weight._version for weight in model.parameters()]:
         raise ConfigError(
             f"model {_name(model)} changes its own weights while it runs, so an adapter cannot rely on them; use "
@@ -189,11 +190,10 @@ def _others(tokens: Sequence[int], ids: Sequence[int]) -> list[int]:
 
 
 def _logits(model: Any, rows: Sequence[list[int]], pad_id: int) -> Tensor:
-    """(rows, tokens, vocabulary), float32; as training and evaluation ask for them."""
+    """(rows, tokens, vocabulary), float32, as training and evaluation ask for them; states of a model that scores."""
     batch = pad_right([{"input_ids": row, "labels": row} for row in rows], pad_id)
     del batch["labels"]
-    logits: Tensor = model(**_on(model, batch), use_cache=False).logits
-    return logits.float()
+    return of_each_token(model, _on(model, batch)).float()
 
 
 def _continued(model: Any, prompts: Sequence[list[int]], follower: int, pad_id: int) -> Tensor:

@@ -33,7 +33,7 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
     model = bare_model(config, settings, where)
     if quantization is not None:
         pack_(model, quantization)
-    adapter = DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM")
+    adapter = DudeConfig(**config.adapter.settings(), task_type=config.train.task_type)
     return peft.inject_adapter_in_model(adapter, model, low_cpu_mem_usage=True)
 
 
@@ -44,7 +44,8 @@ def bare_model(config: RunConfig, settings: Any, where: str) -> Any:
         del settings.quantization_config  # else the model without weights would be no plain one
     if config.model.attn_implementation == "eager":  # the others keep no table of scores
         settings._attn_implementation = "eager"
-    model = model_of(settings, config.model.name_or_path, dtype, config.model.trust_remote_code)
+    code, task_type = config.model.trust_remote_code, config.train.task_type
+    model = model_of(settings, config.model.name_or_path, dtype, code, task_type=task_type)
     model.requires_grad_(False)
     return model
 

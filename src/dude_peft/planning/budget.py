@@ -39,7 +39,7 @@ def planned(config: RunConfig, settings: Any, where: str, warn: Callable[[str], 
     assert section.budget is not None
     check_plain(config.model, settings, "adapter.budget")
     model = bare_model(config, settings, where)
-    layers = targets(model, section)
+    layers = targets(model, section, config.train.task_type)
     worths: Worths = _even
     if section.budget.by == "spectrum":
         try:

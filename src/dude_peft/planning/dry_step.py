@@ -15,6 +15,7 @@ from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dude_peft.model.outputs import is_scorer
 from dude_peft.planning.layers import decoder_layers
 from dude_peft.planning.live_bytes import NOTHING, LiveBytes, Stretch
 
@@ -71,9 +72,13 @@ def dry_step(model: nn.Module, kinds: int, rows: int, length: int, *, bf16: bool
 
 
 def _loss(model: Any, batch: dict[str, Tensor], bf16: bool) -> Any:
+    scores = is_scorer(model)
+    if scores:  # any loss of two numbers is as large as another
+        del batch["labels"]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         outputs = model(**batch)
-    return (convert_to_fp32(outputs) if bf16 else outputs).loss
+    found = convert_to_fp32(outputs) if bf16 else outputs
+    return found.logits.sum() if scores else found.loss
 
 
 def _watch(layers: list[nn.Module], step: DryStep, live: LiveBytes) -> None:

@@ -14,6 +14,7 @@ from dude_peft.methods import METHODS, Method
 from dude_peft.methods.sizes import count, formula
 from dude_peft.model.load import load_settings, locate, with_only_gguf
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
 from dude_peft.terminal.html import table
@@ -144,7 +145,7 @@ def _shapes(
 
             empty = model_of(load_settings(section, where), model, torch.float32)
             targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-            config = DudeConfig(method="lora", r=r, target_modules=targets, task_type="CAUSAL_LM")
+            config = DudeConfig(method="lora", r=r, target_modules=targets, task_type=CAUSAL)
             adapted = peft.inject_adapter_in_model(config, empty, low_cpu_mem_usage=True)
     layers = [module for module in adapted.modules() if isinstance(module, DudeLinear)]
     return [(layer.out_features, layer.in_features) for layer in layers]

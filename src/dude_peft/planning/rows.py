@@ -14,7 +14,7 @@ from dude_peft.data.encode import check_ids, encode
 from dude_peft.data.encode_pairs import PairEncoder
 from dude_peft.data.formats import Reading, Row
 from dude_peft.data.labels import IGNORE
-from dude_peft.data.objectives import Kind
+from dude_peft.data.objectives import PAIRED, Kind
 from dude_peft.data.packing import pack
 from dude_peft.data.rows import load_rows, local_file
 from dude_peft.data.template import Template
@@ -76,8 +76,10 @@ def count_rows(
     sample = rows[:: max(1, math.ceil(len(rows) / (_MOST_WITH_IMAGES if images else _MOST_ROWS)))]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template, data.special_tokens)
-    if kind == "pairs":
-        both = _pairs(sample, template, tokenizer, data.max_length, vocabulary)
+    if kind in PAIRED:
+        both = _pairs(
+            sample, template.unclosed() if kind == "scores" else template, tokenizer, data.max_length, vocabulary
+        )
         lengths, conversations = [sum(pair) for pair in both], [max(pair) for pair in both]
     else:
         encoded = encode(

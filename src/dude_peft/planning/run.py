@@ -121,7 +121,7 @@ def _made(
         config = config.model_copy(update={"adapter": spent.adapter})
     method, train = METHODS[config.adapter.method], config.train
     warnings += reward_notes(train)
-    from_rows = train.section is None
+    from_rows = train.from_rows
     assert train.learning_rate is not None, "a resolved configuration has a rate"
     if text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows):
         warnings.append(text)

@@ -19,6 +19,7 @@ from dude_peft.config.schema import AdapterSection, BudgetSection
 from dude_peft.errors import ConfigError
 from dude_peft.methods import METHODS
 from dude_peft.methods.sizes import count
+from dude_peft.task_types import CAUSAL, TaskType
 from dude_peft.terminal.html import table
 from dude_peft.training.allocation import Lot, greedy_ranks, spent, uniform_rank
 from dude_peft.training.calibration import calibration_rows, gradient_worths, leading, spectrum_worths
@@ -59,8 +60,9 @@ class Spent:
         )
 
     def check(self, model: Any) -> None:
-        """Raises ConfigError where the adapted model trains something else than these ranks."""
-        found = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        """Raises ConfigError where the adapted model trains something else than these ranks, a head aside."""
+        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        found = sum(count for name, count in trained.items() if ".modules_to_save." not in name)
         if found != self.parameters:
             raise ConfigError(
                 f"adapter.budget: the adapter trains {found:,} parameters and not the {self.parameters:,} of its "
@@ -120,13 +122,15 @@ def allowance(budget: BudgetSection, total: int) -> int:
     return int(total * float(asked.removesuffix("%")) / 100) if isinstance(asked, str) else asked
 
 
-def targets(model: Any, section: AdapterSection) -> dict[str, nn.Module]:
+def targets(model: Any, section: AdapterSection, task_type: TaskType = CAUSAL) -> dict[str, nn.Module]:
     """Every layer that an adapter of rank 1 with the section's targets would have, in a model that stays as it is.
+
+    `task_type` says which head the model has; the head of one that scores is no such layer.
 
     Raises:
         ConfigError: what the tuner would refuse.
     """
-    settings = DudeConfig(**{**section.settings(), "r": 1, "rank_pattern": {}}, task_type="CAUSAL_LM")
+    settings = DudeConfig(**{**section.settings(), "r": 1, "rank_pattern": {}}, task_type=task_type)
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuner = DudeModel(model, settings, "default", low_cpu_mem_usage=True)  # no start is computed
     found = {

@@ -19,7 +19,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.formats import Reading
 from dude_peft.data.held_out import held_out_questions, part_of
-from dude_peft.data.objectives import KINDS, Kind
+from dude_peft.data.objectives import KINDS, PAIRED, Kind
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
@@ -149,8 +149,8 @@ def check_data(
         special_tokens: text or allow, as data.special_tokens.
         train_on: answers, last_answer or all.
         upft: tokens of each answer that are trained, as data.upft.
-        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo and cpo, answers with a
-            label for kto.
+        objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo, cpo and reward, answers
+            with a label for kto.
         stages: stages by length, as train.curriculum.stages: a number, or the most tokens of each.
         quiet: print nothing.
 
@@ -195,8 +195,8 @@ def check_data(
     display.say(f"format: {', '.join(shapes)}")
     display.say(f"template: {written.kind}; {_ends(written, tokenizer)}")
     lengths = _lengths(made)
-    margins = _margins(made) if kind == "pairs" else None
-    for line in _numbers(made, lengths, max_length, margins):
+    margins = _margins(made) if kind in PAIRED else None
+    for line in _numbers(made, lengths, max_length, margins, scored=kind == "scores"):
         display.say(line)
     wanted = int(made.labels.sum()) if kind == "labels" else None
     if wanted is not None:
@@ -354,7 +354,12 @@ def _sides(example: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _numbers(
-    made: TokenSet, lengths: tuple[int, int, int, int], max_length: int, margins: tuple[int, int, int] | None
+    made: TokenSet,
+    lengths: tuple[int, int, int, int],
+    max_length: int,
+    margins: tuple[int, int, int] | None,
+    *,
+    scored: bool,
 ) -> list[str]:
     counts: Counts = made.counts
     least, middle, high, most = lengths
@@ -364,6 +369,8 @@ def _numbers(
         f"{most} (median {middle}, 95 % have at most {high}); max_length is {max_length}",
         f"answers with a trained end: {counts.ended:,} of {len(made):,} examples",
     ]
+    if scored:
+        lines[2] = "scores: read at the last token of each conversation, as the template writes it"
     if counts.images:
         seen = int((made.images > 0).sum())
         lines.append(

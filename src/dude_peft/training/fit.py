@@ -17,7 +17,7 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from dude_peft.config.schema import KtoSection, RunConfig, TrainSection
+from dude_peft.config.schema import KtoSection, RewardModelSection, RunConfig, TrainSection
 from dude_peft.data.batches import Company
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
@@ -41,8 +41,9 @@ from dude_peft.training.orthogonality import Orthogonality
 from dude_peft.training.preference import PreferenceLoss
 from dude_peft.training.rewarded import RewardedLoss
 from dude_peft.training.rollouts import Rollouts
+from dude_peft.training.scored import ScoredLoss
 from dude_peft.training.trainer import RunTrainer
-from dude_peft.training.training_rows import LabelledRows, Packs, PairRows, PromptRows, Rows
+from dude_peft.training.training_rows import LabelledRows, Packs, PairRows, PromptRows, Rows, ScoredRows
 from dude_peft.training.training_set import TrainingSet
 
 require(TrainingArguments, "_n_gpu")
@@ -291,6 +292,8 @@ class Training:
         elif isinstance(section.preference, KtoSection):
             estimates = section.preference.loss_type == "kto"
             rows = LabelledRows(examples, most_tokens(model, config.data.max_length) if estimates else None)
+        elif isinstance(section.preference, RewardModelSection):
+            rows = ScoredRows(examples)
         elif section.preference is not None:
             rows = PairRows(examples, self.reference)
         else:
@@ -360,6 +363,8 @@ def _loss_of(section: TrainSection, nature: Nature) -> MixtureOfLosses | JudgedL
         return MixtureOfLosses(torch.bfloat16 if section.bf16 else None)
     if isinstance(section.preference, KtoSection):
         return LabelledLoss(section.preference)
+    if isinstance(section.preference, RewardModelSection):
+        return ScoredLoss(section.preference)
     if section.preference is not None:
         return PreferenceLoss(section.preference)
     if section.rewarded is not None:

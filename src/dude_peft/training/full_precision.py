@@ -24,6 +24,7 @@ from dude_peft.init.run import checkpoint_folder
 from dude_peft.model.quantised import asked_of, stored_config
 from dude_peft.model.weights import WeightFiles, open_weights
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.starts import started_from
 
@@ -56,7 +57,7 @@ class FullPrecision:
     @contextmanager
     def starts(self) -> Iterator[None]:
         """Within: the starts of a new adapter have the factors of these weights."""
-        settings = DudeConfig(**self._config.adapter.settings(), task_type="CAUSAL_LM")
+        settings = DudeConfig(**self._config.adapter.settings(), task_type=CAUSAL)
         made = make_plan(self.name, self._folder, self._files, settings, "auto", seed=0)
         self._layers = {task.name: task for task in made.layers}
         with started_from(self._weight):

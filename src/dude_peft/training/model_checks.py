@@ -15,15 +15,23 @@ from dude_peft.data.packing import packs_apart
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.machine.processes import gathered
+from dude_peft.model.outputs import with_scores
 from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.tuner.beside import prints_beside
+from dude_peft.tuner.heads import behind_backbone
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.untouched import as_base
 
 _ROWS, _TOKENS = 2, 64
 _FAR = 0.1
 """Of the largest logit; between two devices, in bfloat16, roundings make up to a hundredth."""
+
+
+def xxh3_of_head(model: Any) -> str:
+    """The hash of the tensors of the head that a model which scores was loaded with."""
+    return xxh3_of(parameter for name in behind_backbone(model) for parameter in model.get_submodule(name).parameters())
 
 
 def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:
@@ -83,7 +91,8 @@ def check_answers_fit(model: Any, longest: int, new_tokens: int, key: str, rows:
 
 def check_nature(nature: Nature, config: RunConfig) -> None:
     """Raises ConfigError for a model that sees what it has to predict, or lets in the padding that its batches have."""
-    check_causal(nature)
+    if config.train.task_type == CAUSAL:
+        check_causal(nature)
     if config.train.section is not None and not nature.right_padding:
         raise ConfigError(
             f"train.objective: {config.train.objective}: padding after a row changes the result of {nature.name}, and "
@@ -158,7 +167,7 @@ def probe(
     pad_id: int,
     fault: str = "the base model's own output is NaN or Inf; use model.dtype: float32 or bfloat16",
 ) -> Tensor:
-    """Logits (tokens, vocabulary) of `model` on the head of the first rows.
+    """Logits (tokens, vocabulary) of `model` on the head of the first rows; what a model that scores has for them.
 
     Args:
         model: adapted or not; it is in evaluation mode afterwards.
@@ -172,7 +181,7 @@ def probe(
     cut = [head(examples[row], _TOKENS) for row in range(min(_ROWS, len(examples)))]
     batch = {name: tensor.to(model.device) for name, tensor in pad_right(cut, pad_id).items() if name != "labels"}
     model.eval()
-    logits: Tensor = model(**batch, use_cache=False).logits
+    logits: Tensor = with_scores(model, batch)
     # Only real tokens: what a model makes of padding may be anything.
     logits = logits[batch["attention_mask"].bool()]
     # -inf alone is how some models rule out tokens; the largest is NaN where any is.

@@ -117,6 +117,8 @@ def _written(
         test = f"\n  test: {share}                  # share of the questions that is held out"
     if test:
         evaluation = "rows: 32                   # held-out questions to answer before and after training"
+    if test and objective == "reward":
+        evaluation = "batch_size: 16             # held-out conversations at once; scored before and after training"
     return _TEXT.format(
         title=f"{looked.examples:,} examples ({', '.join(looked.formats)}), {looked.template} template",
         file="RUN.yaml" if output is None else shown(output, 300),

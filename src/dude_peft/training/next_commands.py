@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dude_peft.config.schema import RunConfig
-from dude_peft.data.objectives import KINDS
+from dude_peft.data.objectives import KINDS, PAIRED
 from dude_peft.data.rows import local_file
 from dude_peft.folder.record import ADAPTER, RunReport
+from dude_peft.task_types import SCORES
 
 
 def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[list[str]]:
@@ -17,6 +18,8 @@ def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[li
     adapter, gguf_file = str(folder / ADAPTER), config.model.gguf_file
     base = [] if gguf_file is None else ["--gguf-file", gguf_file]
     last = ["merge", adapter] if config.adapter.foreign else ["export", adapter, *base, "--to", "merged"]
+    if config.train.task_type == SCORES:
+        return [["verify", adapter], [*last, "-o", f"{folder}-merged"]]
     return [
         ["chat", adapter, *base],
         *_ways_to_judge(config, folder, adapter, base, report),
@@ -30,7 +33,7 @@ def _ways_to_judge(
     """The commands that try the adapter on what the run names: its tasks, the questions of its held-out file."""
     data, settings = config.data, config.evaluation
     found = []
-    asks = KINDS[config.train.objective] != "pairs"  # what generate reads
+    asks = KINDS[config.train.objective] not in PAIRED  # what generate reads
     if asks and isinstance(data.test, str) and local_file(data.test) is not None and report.after and report.after.rows:
         columns = [word for ours, theirs in data.columns.items() for word in ("--column", f"{ours}={theirs}")]
         found.append(["generate", adapter, *base, "--file", data.test, *columns, "--limit", "3", "--base-too"])

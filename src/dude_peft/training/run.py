@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, ModelSection, RunConfig
+from dude_peft.config.schema import (
+    AdapterSection,
+    DpoSection,
+    KtoSection,
+    ModelSection,
+    RewardModelSection,
+    RunConfig,
+)
 from dude_peft.errors import ArtifactError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
@@ -41,6 +48,7 @@ from dude_peft.machine.environment import environment, hardware, versions
 from dude_peft.model.load import with_only_gguf
 from dude_peft.rewards.notes import reward_notes
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
 from dude_peft.training.start import Start, put_on, with_start
@@ -63,6 +71,7 @@ if TYPE_CHECKING:
     from dude_peft.training.label_scores import LabelMeter
     from dude_peft.training.pair_scores import PairMeter
     from dude_peft.training.run_data import HeldOut, RunData
+    from dude_peft.training.scored_pairs import ScoreMeter
 
 CardOf = Callable[[Path, dict[str, Any]], str]
 """The model card of an adapter, from its folder and the run's report."""
@@ -176,7 +185,7 @@ class _Run:
         """The adapter that training starts from; None for a fresh one."""
         self.from_base = True
         """Whether the run began, or begins, as the base model."""
-        self.meter: PairMeter | LabelMeter | None = None
+        self.meter: PairMeter | LabelMeter | ScoreMeter | None = None
         """Of held-out pairs, once it was asked for."""
         self.is_split = strategy == "fsdp2" and processes.count() > 1
         """Whether each process has a share of the model, which the first one loads."""
@@ -188,6 +197,8 @@ class _Run:
         """The stages of the training rows, where there are any."""
         self.stages_text = ""
         """curriculum.jsonl of them."""
+        self.head: dict[str, Any] | None = None
+        """What is recorded of the head that a reward model starts with."""
         self.order: CurriculumOrder | None = None
         """Of its rows."""
 
@@ -369,7 +380,7 @@ class _Run:
             return
         rate = self.config.train.learning_rate
         assert rate is not None, "a resolved configuration has a rate"
-        from_rows = self.config.train.section is None
+        from_rows = self.config.train.from_rows
         if warning := learning_rate_warning(METHODS[self.config.adapter.method], rate, from_rows=from_rows):
             self.warn(warning)
 
@@ -444,6 +455,7 @@ class _Run:
             check_nature,
             check_packs,
             probe,
+            xxh3_of_head,
         )
 
         config, display = self.config, self.display
@@ -451,10 +463,19 @@ class _Run:
         if self.asked is not None:
             import dude_peft.training.budget  # noqa: F401  # before the model is there
         with self._phase("model"), display.waiting("loading the model"):
-            model: Any = (load_model if self.has_whole else load_empty)(self._model_section(), where)
+            model: Any
+            if self.has_whole:
+                how: Any = {"task_type": config.train.task_type, "head_seed": config.train.seed}
+                model = load_model(self._model_section(), where, **how)
+            else:
+                model = load_empty(self._model_section(), where)
+            writes = config.train.task_type == CAUSAL
+            if not writes:  # where it reads the score: at the last token that is another one
+                model.config.get_text_config().pad_token_id = pad_id
+                self.head = {"drawn_with_seed": config.train.seed, "xxh3": xxh3_of_head(model)}
             check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
-            if data.held_out is not None:
+            if writes and data.held_out is not None:
                 asked, key = max(map(len, data.held_out.prompts), default=0), "evaluation.max_new_tokens"
                 check_answers_fit(model, asked, config.evaluation.max_new_tokens, key, "held-out rows")
             if (rewarded := config.train.rewarded) is not None:
@@ -477,7 +498,7 @@ class _Run:
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             answers = rewarded is not None or drawn is not None
-            if answers or (data.held_out is not None and config.evaluation.batch_size > 1):
+            if answers or (writes and data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
@@ -504,7 +525,7 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             if self.has_whole:
                 self._adapt(model, base, data, pad_id)
-                if warning := end_token_warning(self.model, data.train, self.tokenizer):
+                if writes and (warning := end_token_warning(self.model, data.train, self.tokenizer)):
                     self.warn(warning)
             if self.is_split:
                 self._split(model, data, pad_id, device)
@@ -618,7 +639,7 @@ class _Run:
         if adapter.budget is None:  # an earlier process of this run knew
             return adapter
         with self.display.waiting("spending the budget"):
-            layers = targets(model, adapter)
+            layers = targets(model, adapter, self.config.train.task_type)
             worths = worths_of(model, layers, adapter, data.train, pad_id, seed)
             self.spent = spend(adapter, model.num_parameters(), shapes_of(layers), worths)
         return self.spent.adapter
@@ -660,7 +681,7 @@ class _Run:
             self.model = self._adapt_foreign(model, base, data, pad_id)
         elif processes.is_first():
             # Its keys are DudeConfig's own.
-            settings = DudeConfig(**self.config.adapter.settings(), task_type="CAUSAL_LM")
+            settings = DudeConfig(**self.config.adapter.settings(), task_type=self.config.train.task_type)
             full = None
             if self.config.adapter.init_from is not None:
                 full = FullPrecision(self.config, model.config)
@@ -840,7 +861,9 @@ class _Run:
         return {"loss": loss, **self._rewards(held_out, self._answers(held_out))}
 
     def _answers(self, held_out: HeldOut, advance: Callable[[int], None] = lambda rows: None) -> list[str]:
-        """The likeliest answers to held-out questions."""
+        """The likeliest answers to held-out questions; a model that scores has none."""
+        if self.config.train.task_type != CAUSAL:
+            return []
         from dude_peft.measure.score import complete
 
         return complete(
@@ -862,10 +885,11 @@ class _Run:
             return {}
         return mean_rewards(self.judge, rewarded, held_out.asked, held_out.prompts, texts, self.tokenizer)
 
-    def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter:
+    def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter | ScoreMeter:
         from dude_peft.training.label_scores import LabelMeter
         from dude_peft.training.model_checks import most_tokens
         from dude_peft.training.pair_scores import PairMeter
+        from dude_peft.training.scored_pairs import ScoreMeter
 
         if self.meter is None:
             settings, size = self.config.train.preference, self.config.evaluation.batch_size
@@ -875,6 +899,8 @@ class _Run:
             if isinstance(settings, KtoSection):
                 longest = most_tokens(self.model, self.config.data.max_length)
                 self.meter = LabelMeter(held_out.examples, settings, pad_id, size, longest, company)
+            elif isinstance(settings, RewardModelSection):
+                self.meter = ScoreMeter(held_out.examples, settings, pad_id, size, company)
             else:
                 self.meter = PairMeter(held_out.examples, settings, pad_id, size, company)
         return self.meter
@@ -971,6 +997,7 @@ class _Run:
                 "class": type(self.model.get_base_model()).__name__,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "note": _GGUF_NOTE if config.model.gguf_file else "",
+                **({} if self.head is None else {"head": self.head}),
             },
             data=data.record,
             trainable_parameters=trainable,

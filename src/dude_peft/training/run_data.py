@@ -23,6 +23,7 @@ from dude_peft.data.token_set import TokenSet, overlap, told_of_leaks
 from dude_peft.data.token_store import question_hash
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.show import shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.training.label_balance import check_enough, check_margin, told_of_held_out, told_of_labels
 from dude_peft.training.training_set import GeneralTest, TrainingSet
 
@@ -239,7 +240,9 @@ def read(
         check_margin(test, evaluation.metric_for_best_model)
         warnings += [f"data.test: {line}" for line in told_of_held_out(test)]
     warnings += told_of_leaks(domain, test)
-    rows = _first_rows(config) if questions is None else _of(config, questions)
+    rows = []
+    if config.train.task_type == CAUSAL:
+        rows = _first_rows(config) if questions is None else _of(config, questions)
     asked = [row for row in map(_answered, rows) if _has_right_answer(row)]
     if asks and not asked:
         raise DataError("data.test: no row has an answer to reward; set evaluation.enabled: false, or add such rows")

@@ -114,7 +114,7 @@ def _compare_layers(model: Any, start: Start, config: RunConfig) -> None:
     if getattr(settings, "quantization_config", None) is not None:
         del settings.quantization_config
     empty = model_of(settings, config.model.name_or_path, model.dtype, config.model.trust_remote_code)
-    wanted = DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM")
+    wanted = DudeConfig(**config.adapter.settings(), task_type=config.train.task_type)
     adapted = peft.inject_adapter_in_model(wanted, empty, low_cpu_mem_usage=True)
     layers = {module.layer_name for module in adapted.modules() if isinstance(module, DudeLinear)}
     if layers != start.layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.task_types import CAUSAL
 
 
 def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: bool) -> list[str]:
@@ -36,6 +37,8 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         raise ConfigError("train.dpo.precompute_ref_log_probs measures in one process; leave it, or --launch, out")
     if strategy == "ddp":
         return []
+    if config.train.task_type != CAUSAL:
+        raise ConfigError(f"train.objective: {config.train.objective}: {strategy} does not split its head; choose ddp")
     if config.adapter.foreign:
         raise ConfigError(f"{strategy} does not split {config.adapter.method}; choose ddp")
     if config.train.orthogonality:

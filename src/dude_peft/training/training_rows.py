@@ -76,6 +76,21 @@ class PairRows(Rows):
         return pad_right([*examples, *worse], pad_id)
 
 
+class ScoredRows(PairRows):
+    """One pair to be scored a place; a batch also has the margins of its rows, where any row has one."""
+
+    def __init__(self, examples: TrainingSet) -> None:
+        """Takes the margins of all pairs."""
+        super().__init__(examples)
+        margins = torch.from_numpy(examples.wanted_margins)
+        self._margins = margins if bool(margins.any()) else None
+
+    def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
+        """Places -> the model's arguments, `rows` and `margin`, (pairs,)."""
+        batch = super().batch(places, pad_id)
+        return batch if self._margins is None else {**batch, "margin": self._margins[batch["rows"]]}
+
+
 class PromptRows(Rows):
     """One prompt a place; a batch has the numbers of its rows alone, of which `rollouts.Rollouts` makes another."""
 

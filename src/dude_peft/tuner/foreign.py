@@ -26,6 +26,7 @@ from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.peft_file import PREFIX, checked_settings, is_foreign
 from dude_peft.show import quoted, shown
+from dude_peft.task_types import CAUSAL
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.patterns import check_patterns
@@ -53,7 +54,7 @@ def config_of(settings: Mapping[str, Any]) -> PeftConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it leaves to the user
             config: PeftConfig = made(
-                **{key: value for key, value in settings.items() if key != "peft_type"}, task_type="CAUSAL_LM"
+                **{key: value for key, value in settings.items() if key != "peft_type"}, task_type=CAUSAL
             )
     except Exception as error:  # each class has its own
         raise ConfigError(f"adapter.peft: PEFT's {made.__name__} refuses it ({_line(error)})") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from dude_peft.artifact.base_settings import PADDING
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.core.threads import one_thread
 from dude_peft.errors import ArtifactError, ConfigError
@@ -75,7 +77,9 @@ def load_adapter(
     recorded = config._loading.record
     if not isinstance(model, PeftModel):
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **hub_options}
-        return _load_first(model, str(path), config, recorded, allow_base_mismatch, options)
+        loaded = _load_first(model, str(path), config, recorded, allow_base_mismatch, options)
+        _pad_as_trained(loaded, recorded, str(path))
+        return loaded
     check_base(model.get_base_model(), recorded, str(path), allow_base_mismatch)
     model.add_adapter(adapter_name, config)
     try:
@@ -85,7 +89,23 @@ def load_adapter(
         raise
     if is_trainable:
         model.set_requires_grad(adapter_name)
+    _pad_as_trained(model, recorded, str(path))
     return model
+
+
+def _pad_as_trained(model: Any, recorded: BaseRecord, path: str) -> None:
+    """Give a model that scores the padding token of the training: it reads the score at the last other token."""
+    wanted = (recorded.settings or {}).get(PADDING)
+    if wanted is None or not hasattr(model, "config"):
+        return
+    settings = model.config.get_text_config()
+    if settings.pad_token_id not in (None, wanted):
+        warnings.warn(
+            f"adapter '{shown(path, 300)}' was trained with pad_token_id {wanted}, the model has "
+            f"{settings.pad_token_id}; it is set to {wanted}, because scores are read at the last other token",
+            stacklevel=3,
+        )
+    settings.pad_token_id = wanted
 
 
 def put_on_empty(model: nn.Module, config: DudeConfig) -> PeftModel:

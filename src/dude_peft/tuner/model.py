@@ -35,6 +35,7 @@ from dude_peft.methods import Delta
 from dude_peft.methods.start import Start, check_finite
 from dude_peft.parents import fits, require
 from dude_peft.show import a_, quoted, shown
+from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose
 from dude_peft.tuner.beside import prints_beside
@@ -524,7 +525,8 @@ class DudeModel(BaseTuner):
         base_model = _base_model(model)
         config._beside = prints_beside(base_model, config._beside)
         beside = {name: seen for name, (_, seen) in config._beside.items()}
-        settings = base_settings(getattr(base_model, "config", None))
+        scores = bool(usual_heads(config)) and config.task_type == SCORES
+        settings = base_settings(getattr(base_model, "config", None), scores=scores)
         config._base = BaseRecord(base, beside, settings, _quantization_of(model))
         config._left_out = tuple(_needless(model, config))
         if config.is_stock:
