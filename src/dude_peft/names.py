@@ -43,6 +43,7 @@ _MEANT = {
     "data.packing": ("sample_packing", "pack"),
     "train": ("training", "trainer", "training_argument", "training_args", "hyperparameter"),
     "train.learning_rate": ("lr", "max_lr", "peak_lr", "step_size"),
+    "data.streaming": ("dataset_streaming", "stream", "streaming_dataset"),
     "train.max_steps": ("step", "max_iter", "num_step", "num_train_step", "iter", "iters", "total_steps"),
     "train.num_train_epochs": ("epoch", "num_epoch", "n_epoch", "max_epoch", "train_epoch"),
     "train.per_device_train_batch_size": (

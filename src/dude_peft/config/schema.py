@@ -523,6 +523,10 @@ class DpoSection(Section):
 
     @model_validator(mode="after")
     def _smoothing_of_something(self) -> DpoSection:
+    streaming: bool = False
+    """Read data sets of the hub as they come, with no copy of them on this disk. Local files are always read so. The
+    tokens of all rows are kept on the disk, in the cache."""
+
         smooth = self.loss_type in ("robust", "exo_pair")
         if smooth and not self.label_smoothing:
             raise ValueError(f"key 'train.dpo.label_smoothing': {self.loss_type} needs one above 0")
