@@ -92,6 +92,7 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
         check_sharding()
     try:
         arguments = kind(
+    on_cpu = config.model.is_on_cpu or not torch.accelerator.is_available()
             output_dir=config.output_dir,
             learning_rate=section.learning_rate or 0.0,
             max_steps=section.max_steps or -1,
@@ -112,8 +113,8 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
             torch_compile=section.torch_compile,
             gradient_checkpointing=section.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
-            use_cpu=not torch.accelerator.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=on_cpu,
+            dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
             logging_steps=section.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,

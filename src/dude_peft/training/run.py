@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
 from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, ModelSection, RunConfig
-from dude_peft.errors import ArtifactError, NumericsError, StoppedError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import (
@@ -43,6 +43,7 @@ from dude_peft.rewards.notes import reward_notes
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
+from dude_peft.training.placement import check_adapted, check_placed, check_placement, placed_as, placement_notes
 from dude_peft.training.start import Start, put_on, with_start
 from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
@@ -217,6 +218,7 @@ class _Run:
                 self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
+            check_placement(config, processes.count())
             for note in check_strategy(config, self.strategy, processes.count(), scored=self.scorer is not None):
                 self.warn(note)
             glance(config)
@@ -465,9 +467,11 @@ class _Run:
                 check_answers_fit(model, int(data.train.asked.max()), drawn, "train.curriculum.max_new_tokens")
             if self.is_split:
                 model.generation_config = processes.from_first(model.generation_config)
-            else:
+            elif config.model.device_map is None:
                 model.to(device)
             # The same in all processes: what follows from it, they do together.
+            else:
+                check_placed(model)
             self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
             if not self.is_split:
@@ -477,12 +481,14 @@ class _Run:
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             answers = rewarded is not None or drawn is not None
+            notes += placement_notes(model, checkpoints=config.train.gradient_checkpointing)
             if answers or (data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
             scores = data.held_out is not None and config.train.section is None
-            if scores and self.resumed is None and processes.count() == 1:  # a resumed run has its own
+            # A resumed run has its own; of offloaded weights the hashes would take as long as the scores.
+            if scores and self.resumed is None and processes.count() == 1 and not config.model.is_hooked:
                 self.base_parts = answering_parts(model, self.tokenizer)
             base = probe(model, data.train, pad_id) if self.has_whole else None
             if config.data.packing and self.has_whole:
@@ -507,6 +513,7 @@ class _Run:
                 if warning := end_token_warning(self.model, data.train, self.tokenizer):
                     self.warn(warning)
             if self.is_split:
+                check_adapted(self.model)
                 self._split(model, data, pad_id, device)
         trainable, total = self.model.get_nb_trainable_parameters()
         begun = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
@@ -748,6 +755,8 @@ class _Run:
         if self.asked is not None or self.config.adapter.foreign:
             check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:
+            if self.config.model.device_map is not None:
+                raise ConfigError("model.device_map: a quantised base is on one device; leave it out")
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
     def _begin(self, data: RunData, world_size: int) -> None:
@@ -760,6 +769,8 @@ class _Run:
         if self.resumed is None:
             identity = Identity(
                 self.config.model_dump(mode="json"),
+        if (placed := placed_as(self.model)) is not None:
+            now["device_map"] = placed
                 data.sha256,
                 now,
                 tokens=data.tokens_sha256,
