@@ -1024,6 +1024,9 @@ class TrainSection(Section):
     bf16: bool = False
     """bfloat16 autocast."""
 
+    fp16: bool = False
+    """float16 autocast with a gradient scaler, for GPUs that lack bfloat16. Elsewhere bf16 is better."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -1037,6 +1040,22 @@ class TrainSection(Section):
     extra_arguments: dict[Text, Any] = {}
     """Other fields of TrainingArguments, such as adam_beta2. A field that a run sets itself, or that would break resume
     or the order of the rows, is refused."""
+
+    @model_validator(mode="after")
+    def _one_autocast(self) -> TrainSection:
+        if not self.fp16:
+            return self
+        faults = {
+            "train.bf16": self.bf16,
+            "train.torch_compile": self.torch_compile,
+            "train.orthogonality": bool(self.orthogonality),
+            f"train.objective: {self.objective}": self.objective != "sft",
+            "train.curriculum": self.curriculum is not None,
+        }
+        for key, there in faults.items():
+            if there:
+                raise ValueError(f"keys 'train.fp16' and '{key}': they were not made to work together; use train.bf16")
+        return self
 
     @model_validator(mode="after")
     def _fields_to_hand_on(self) -> TrainSection:

@@ -127,6 +127,10 @@ def _made(
     assert train.learning_rate is not None, "a resolved configuration has a rate"
     if text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows):
         warnings.append(text)
+    if config.model.is_hooked:
+        warnings.append("model.device_map: memory and time are counted as if the model were on one device")
+    if train.fp16:
+        warnings.append("train.fp16: counted as train.bf16, which has the same size")
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
     if isinstance(train.preference, KtoSection):

@@ -30,6 +30,7 @@ from dude_peft.training.compiled import check_compiler, compiling
 from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.general import GeneralMeter, general_scores
 from dude_peft.training.group_order import GroupOrder
+from dude_peft.training.half import check_half
 from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.loop import Loop
@@ -88,11 +89,12 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
     check_compiler(section, gpu=torch.accelerator.is_available())
     if section.tf32 and not is_torch_tf32_available():
         raise ConfigError("train.tf32 needs an NVIDIA GPU from Ampere on; leave it out")
+    check_half(config, strategy, count())
     if strategy == "fsdp2" and count() > 1:
         check_sharding()
+    on_cpu = config.model.is_on_cpu or not torch.accelerator.is_available()
     try:
         arguments = kind(
-    on_cpu = config.model.is_on_cpu or not torch.accelerator.is_available()
             output_dir=config.output_dir,
             learning_rate=section.learning_rate or 0.0,
             max_steps=section.max_steps or -1,
@@ -108,6 +110,7 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
             seed=section.seed,
             data_seed=section.seed,
             bf16=section.bf16,
+            fp16=section.fp16,
             # Left open, Trainer would switch TF32 on wherever it compiles.
             tf32=section.tf32 if section.tf32 or section.torch_compile else None,
             torch_compile=section.torch_compile,
@@ -226,7 +229,7 @@ class Training:
         total = trainer_steps(arguments, len(trainer.order))
         if resumed is not None and (loop.ended or resumed.step >= total):
             # Interrupted behind the last step; Trainer would take one more. What is measured now has its autocast, too.
-            if arguments.bf16:
+            if arguments.bf16 or arguments.fp16:
                 trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
             return self._result(
                 resumed.step, int(resumed.trainer_state()["num_input_tokens_seen"]), loop.earlier_seconds

@@ -439,6 +439,7 @@ class _Run:
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains, method_of, stored_config
         from dude_peft.training.end_token import end_token_warning
+        from dude_peft.training.half import half_warning
         from dude_peft.training.model_checks import (
             check_answers_fit,
             check_attention,
@@ -469,19 +470,21 @@ class _Run:
                 model.generation_config = processes.from_first(model.generation_config)
             elif config.model.device_map is None:
                 model.to(device)
-            # The same in all processes: what follows from it, they do together.
             else:
                 check_placed(model)
+            # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
             if not self.is_split:
                 check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
+            if warning := half_warning(model.dtype, scaled=config.train.fp16):
+                self.warn(warning)
             notes = self.nature.notes(config.train.objective)
+            notes += placement_notes(model, checkpoints=config.train.gradient_checkpointing)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             answers = rewarded is not None or drawn is not None
-            notes += placement_notes(model, checkpoints=config.train.gradient_checkpointing)
             if answers or (data.held_out is not None and config.evaluation.batch_size > 1):
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
@@ -510,10 +513,10 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             if self.has_whole:
                 self._adapt(model, base, data, pad_id)
+                check_adapted(self.model)
                 if warning := end_token_warning(self.model, data.train, self.tokenizer):
                     self.warn(warning)
             if self.is_split:
-                check_adapted(self.model)
                 self._split(model, data, pad_id, device)
         trainable, total = self.model.get_nb_trainable_parameters()
         begun = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
@@ -752,11 +755,11 @@ class _Run:
         asked, stored = asked_of(self.config.model), stored_config(settings)
         if asked or stored:
             check_dense(self.strategy, processes.count())
+            if self.config.model.device_map is not None:
+                raise ConfigError("model.device_map: a quantised base is on one device; leave it out")
         if self.asked is not None or self.config.adapter.foreign:
             check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:
-            if self.config.model.device_map is not None:
-                raise ConfigError("model.device_map: a quantised base is on one device; leave it out")
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
     def _begin(self, data: RunData, world_size: int) -> None:
@@ -766,11 +769,11 @@ class _Run:
 
         self.folder.checkpoints.keep = self.config.train.save_total_limit
         now = environment(self.model.device, world_size, self.strategy)
+        if (placed := placed_as(self.model)) is not None:
+            now["device_map"] = placed
         if self.resumed is None:
             identity = Identity(
                 self.config.model_dump(mode="json"),
-        if (placed := placed_as(self.model)) is not None:
-            now["device_map"] = placed
                 data.sha256,
                 now,
                 tokens=data.tokens_sha256,
