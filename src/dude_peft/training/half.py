@@ -53,7 +53,7 @@ class Skips:
         self.count += 1
         if self.count > _MOST_SKIPPED:
             raise NumericsError(
-                f"the gradient overflows float16 at step {step}, the {self.count}th in a row; lower "
+                f"the gradient overflowed float16 in {self.count} steps in a row, up to step {step}; lower "
                 "train.learning_rate, or set train.bf16: true instead of train.fp16"
             )
         return f"step {step}: the gradient overflows float16 at scale {scaler.get_scale():g}; the step is skipped"
