@@ -99,7 +99,7 @@ def losses(out: Path) -> list[float]:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_spread_run_resumes_bit_by_bit_and_its_files_merge(place, whole, spread, tmp_path, monkeypatch):
+def test_a_spread_run_resumes_bit_by_bit(place, whole, spread, tmp_path, monkeypatch):
     out, file = tmp_path / "out", tmp_path / "run.yaml"
     file.write_text(json.dumps(settings(place, out, SPREAD)))
     with monkeypatch.context() as patch:
@@ -115,9 +115,13 @@ def test_a_spread_run_resumes_bit_by_bit_and_its_files_merge(place, whole, sprea
     assert (out / WEIGHTS).read_bytes() == (spread / WEIGHTS).read_bytes()
     assert losses(out) == pytest.approx(losses(whole), rel=1e-4)
     assert load_config(out / "config.yaml", []).model.max_memory == {"cpu": 400_000}
-    merged = dude("merge", out / "adapter", "-o", tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_the_files_of_a_spread_run_merge_and_verify(spread, tmp_path):
+    merged = dude("merge", spread / "adapter", "-o", tmp_path / "merged")
     assert merged.returncode == 0, merged.stderr
-    verified = dude("verify", out / "adapter")
+    verified = dude("verify", spread / "adapter")
     assert verified.returncode == 0, verified.stderr
 
 
