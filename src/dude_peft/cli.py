@@ -391,6 +391,9 @@ def data_check(
             parser=numbers, metavar="N", help="Show stages by length, as train.curriculum.stages: 3, or 64,128,512."
         ),
     ] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Keep no copy of a hub data set on this disk, as data.streaming.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show which tokens of a data set are trained, and what is left out. No weights are read."""
@@ -399,6 +402,7 @@ def data_check(
     how["chat_template"] = chat_template
     how["objective"] = objective
     how["stages"] = stages
+    how["streaming"] = streaming
     try:
         dude_peft.check_data(source, model, gguf_file=gguf_file, test=test, quiet=False, **how)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dude_peft.machine.processes import gathered
 from dude_peft.tuner import DudeModel
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.offloaded import is_offloaded
 
 _ROWS, _TOKENS = 4, 64
 _TOLERANCE = 1e-4
@@ -57,7 +58,10 @@ def _mergeable(model: Any) -> bool:
         return False
     layers = [module for module in model.modules() if isinstance(module, DudeLinear)]
     # A weight that is packed may call itself float32.
-    return all(type(layer.target().weight.data) is Tensor and not layer.merged for layer in layers)
+    bases = [layer.target() for layer in layers if not layer.merged]
+    return len(bases) == len(layers) and all(
+        type(base.weight.data) is Tensor and not is_offloaded(base) for base in bases
+    )
 
 
 @torch.inference_mode()

@@ -173,7 +173,19 @@ Quantization = Annotated[
 ]
 
 
+def _as_text(value: Any) -> Any:
+    """Devices by their number are written 0 or "0"; JSON has keys of text alone."""
+    return {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
+
+
+_Placed = Annotated[dict[str, Text | CountOrZero], BeforeValidator(_as_text), Field(min_length=1)]
+
+
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
+SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of model.device_map by which accelerate decides what is where."""
 
 
 class ModelSection(Section):
@@ -195,12 +207,54 @@ class ModelSection(Section):
     """Quantise the frozen weights while they are loaded (QLoRA): `nf4`, `fp4`, `int8`, `torchao:SCHEME`, or a section.
     null takes the checkpoint as it is stored, quantised or not; `none` refuses a quantised one."""
 
+    device_map: Text | _Placed | None = None
+    """Where the parts of the model are, as in transformers: `auto`, a device (`cpu`, `cuda:0`), or modules with their
+    devices: `{"": cpu}`. `auto` fills the GPUs, then the CPU, then the disk. null is one device, without offloading."""
+
+    max_memory: _Placed | None = None
+    """The most that `device_map: auto` puts on each device: `{0: 20GiB, cpu: 60GiB}`. null is what is free."""
+
+    offload_folder: Source | None = None
+    """Folder for weights on the disk that cannot be read from the checkpoint itself."""
+
     attn_implementation: Attention | None = None
     """How training computes attention; null is transformers' choice. The run tries it on the model first."""
 
     trust_remote_code: bool = False
     """Run the Python code in this model's folder, with your rights. Read the code first, and name its commit in
     `revision`. Only `dude train` and `dude plan` run it. No command runs code of an adapter."""
+
+    @model_validator(mode="after")
+    def _placed(self) -> ModelSection:
+        if self.device_map is None and (self.max_memory is not None or self.offload_folder is not None):
+            name = "offload_folder" if self.max_memory is None else "max_memory"
+            raise ValueError(f"key 'model.{name}' has no effect without model.device_map; set it to auto")
+        if self.max_memory is not None and self.device_map not in SHARED_OUT:
+            raise ValueError(f"key 'model.max_memory' counts with model.device_map: {', '.join(SHARED_OUT)}; set one")
+        if self.device_map is not None and self.gguf_file is not None:
+            raise ValueError(
+                "keys 'model.gguf_file' and 'model.device_map': GGUF weights are dequantised in memory; save them with "
+                "save_pretrained, and give that folder"
+            )
+        if self.device_map is not None and self.quantization is not None and self.quantization.method != "none":
+            raise ValueError(
+                "keys 'model.quantization' and 'model.device_map': a quantised base is on one device; leave one out"
+            )
+        return self
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether the model may be spread over several devices, or the disk."""
+        if isinstance(self.device_map, dict):
+            return len(set(self.device_map.values())) > 1 or "disk" in self.device_map.values()
+        return self.device_map in SHARED_OUT
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether no device but the CPU computes, whatever else is there."""
+        if isinstance(self.device_map, dict):
+            return {*self.device_map.values()} <= {"cpu", "disk"}
+        return self.device_map == "cpu"
 
     @model_validator(mode="after")
     def _one_quantisation(self) -> ModelSection:
@@ -469,6 +523,10 @@ class DataSection(Section):
     general_test: Sources | None = None
     """Held-out general rows, for any objective. Their loss and their KL to the base model are measured before, every
     evaluation.eval_steps, and after. The default split is test."""
+
+    streaming: bool = False
+    """Read data sets of the hub as they come, with no copy of them on this disk. Local files are always read so. The
+    tokens of all rows are kept on the disk, in the cache."""
 
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 512
     """Longest row, in tokens."""
@@ -983,6 +1041,9 @@ class TrainSection(Section):
     bf16: bool = False
     """bfloat16 autocast."""
 
+    fp16: bool = False
+    """float16 autocast with a gradient scaler, for GPUs that lack bfloat16. Elsewhere bf16 is better."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -996,6 +1057,22 @@ class TrainSection(Section):
     extra_arguments: dict[Text, Any] = {}
     """Other fields of TrainingArguments, such as adam_beta2. A field that a run sets itself, or that would break resume
     or the order of the rows, is refused."""
+
+    @model_validator(mode="after")
+    def _one_autocast(self) -> TrainSection:
+        if not self.fp16:
+            return self
+        faults = {
+            "train.bf16": self.bf16,
+            "train.torch_compile": self.torch_compile,
+            "train.orthogonality": bool(self.orthogonality),
+            f"train.objective: {self.objective}": self.objective != "sft",
+            "train.curriculum": self.curriculum is not None,
+        }
+        for key, there in faults.items():
+            if there:
+                raise ValueError(f"keys 'train.fp16' and '{key}': they were not made to work together; use train.bf16")
+        return self
 
     @model_validator(mode="after")
     def _fields_to_hand_on(self) -> TrainSection:

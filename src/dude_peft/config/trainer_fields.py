@@ -26,7 +26,7 @@ _TRACKER = {"run_name", "project"}
 
 _OF_ONE_NAME = (
     "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
-    "warmup_steps", "optim", "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "bf16", "tf32",
+    "warmup_steps", "optim", "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "tf32",
     "gradient_checkpointing", "neftune_noise_alpha", "logging_steps", "report_to", "save_steps", "save_total_limit",
     "seed", "train_sampling_strategy", "torch_compile",
 )  # fmt: skip
@@ -83,7 +83,6 @@ _REASONS = {
         "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
     ),
     "it picks kernels by timing them, so a resumed run would not repeat the bits": ("torch_compile_mode",),
-    "a run has no float16 autocast; set train.bf16, or model.dtype: float16": ("fp16",),
     "Liger's fused loss hides the logits that the run checks; train.torch_compile fuses without that": (
         "use_liger_kernel", "liger_kernel_config",
     ),

@@ -439,6 +439,8 @@ class Reading:
     """What rows hold to learn."""
     folder: Path | None = None
     """Where the images of the rows are; None of rows that come from no local file."""
+    streaming: bool = False
+    """Data sets on the hub are read as they come, with no copy of them on this disk."""
 
     def row(self, record: Mapping[str, Any], source: str, unread: Sequence[str] = ()) -> Row:
         """The row that a decoded JSON object (or a data set's record) stands for.

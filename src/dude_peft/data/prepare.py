@@ -34,7 +34,7 @@ from dude_peft.data.template import Template
 from dude_peft.data.token_set import Stored, TokenSet
 from dude_peft.data.token_store import DamagedStoreError, TokenStore, TokenWriter, open_store
 from dude_peft.data.tokenizer_parts import tokenizer_parts
-from dude_peft.errors import BusyError, ConfigError, ResourceError
+from dude_peft.errors import BusyError, ConfigError, DataError, ResourceError
 from dude_peft.show import shown
 
 _FORMAT = 5
@@ -58,6 +58,7 @@ def prepare(
     kind: Kind = "answers",
     sight: Sight | None = None,
     blind: str = BLIND,
+    streaming: bool = False,
     cache: Path | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenSet:
@@ -77,6 +78,7 @@ def prepare(
         kind: what rows hold to learn.
         sight: how the model sees images; None refuses rows that have some.
         blind: why it is None, for the message.
+        streaming: keep no copy of data sets of the hub on this disk, but read them again (`formats.Reading`).
         cache: the folder of the cache; None is `cache_folder()`.
         advance: called with the number of rows that were just tokenised.
 
@@ -121,15 +123,18 @@ def prepare(
         }
         return Encoder(template, tokenizer, max_length=max_length, **how)
 
+    def reading(part: Part) -> Reading:
+        return Reading(Columns(part.columns), kind=kind, streaming=streaming)
+
     encoder()  # a wrong option is told before anything is read
-    stored = [_stored(part, kind, seed, settings, encoder, root, advance, sight) for part in parts]
+    stored = [_stored(part, reading(part), seed, settings, encoder, root, advance, sight) for part in parts]
     sizes = [len(each.store) for each in stored]
     return TokenSet(stored, mix(sizes, [part.weight for part in parts], total, seed, [part.source for part in parts]))
 
 
 def _stored(
     part: Part,
-    kind: Kind,
+    reading: Reading,
     seed: int,
     settings: dict[str, Any],
     encoder: Callable[[], Encoder | PairEncoder],
@@ -138,7 +143,6 @@ def _stored(
     sight: Sight | None,
 ) -> Stored:
     path = local_file(part.source)
-    reading = Reading(Columns(part.columns), kind=kind)
     name = shown(part.source, None) if path is not None else f"{shown(part.source)}[{shown(part.split)}]"
 
     def rows() -> Iterator[Row]:
@@ -164,6 +168,8 @@ def _stored(
             this.check_any(made, f"{name}: ")
             if stamp is not None:
                 stamp.verify(name)
+            elif writer.sha256 != content[0]:
+                raise DataError(f"{name}: the rows changed while they were read; start again")
             writer.finish(key, this.counts)
 
     store = _cached(root / "tokens", key, fill)

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
-from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.columns import Columns
 from dude_peft.data.formats import Message, Reading, Row, parse_row
+from dude_peft.data.hub import hub_rows
 from dude_peft.data.jsonl import json_rows, jsonl_rows
-from dude_peft.data.mixture import Entry, entries_of, mix
+from dude_peft.data.mixture import Entry, Part, entries_of, mix
 from dude_peft.data.objectives import PAIRED, Kind, objectives_for
 from dude_peft.data.parquet import parquet_rows
 from dude_peft.data.preferences import NAME as PREFERENCES
@@ -23,7 +23,7 @@ from dude_peft.data.table import table_rows
 from dude_peft.data.text_file import text_rows
 from dude_peft.data.word_problems import SIZES, word_problems
 from dude_peft.errors import ConfigError, DataError
-from dude_peft.show import quoted, shown
+from dude_peft.show import quoted
 
 __all__ = [
     "Message",
@@ -37,6 +37,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "row_bytes",
+    "stream_any",
     "stream_rows",
 ]
 
@@ -80,18 +81,47 @@ def load_rows(
         DataError: a bad row, an empty set, a missing file, a hub set that cannot be loaded.
         ConfigError: a wrong limit, or a built-in set or split that does not exist.
     """
+    return list(stream_any(source, split=split, limit=limit, seed=seed, reading=reading))
+
+
+def stream_any(
+    source: str | os.PathLike[str] | Sequence[Entry],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    reading: Reading = _READING,
+) -> Iterator[Row]:
+    """The rows of `load_rows`, one at a time.
+
+    The sources of a mixture with weights or a limit are read once before, to count their rows.
+
+    Raises what `load_rows` raises.
+    """
     if isinstance(source, (str, os.PathLike)):
-        return list(stream_rows(source, split=split, limit=limit, seed=seed, reading=reading))
+        yield from stream_rows(source, split=split, limit=limit, seed=seed, reading=reading)
+        return
     _check_limit(limit)
-    entries = entries_of(source, split)
-    sets = [
-        list(stream_rows(e.source, split=e.split, limit=e.rows, seed=seed, reading=reading_of(e, reading)))
-        for e in entries
-    ]
-    chosen = mix(
-        [len(rows) for rows in sets], [each.weight for each in entries], limit, seed, [e.source for e in entries]
-    )
-    return [sets[number][index] for number, indices in enumerate(chosen) for index in indices]
+    parts = entries_of(source, split)
+
+    def rows(part: Part) -> Iterator[Row]:
+        own = reading_of(part, reading)
+        return stream_rows(part.source, split=part.split, limit=part.rows, seed=seed, reading=own)
+
+    weights = [part.weight for part in parts]
+    if limit is None and all(weight is None for weight in weights):  # all of each
+        for part in parts:
+            yield from rows(part)
+        return
+    counts = [sum(1 for _ in rows(part)) for part in parts]
+    chosen = mix(counts, weights, limit, seed, [part.source for part in parts])
+    for part, count, picked in zip(parts, counts, chosen, strict=True):
+        whole, rest = divmod(len(picked), max(1, count))
+        for _ in range(whole):
+            yield from rows(part)
+        if rest:
+            wanted = set(picked[-rest:].tolist())
+            yield from (row for index, row in enumerate(rows(part)) if index in wanted)
 
 
 def reading_of(entry: Entry, reading: Reading) -> Reading:
@@ -130,7 +160,7 @@ def stream_rows(
     if (path := local_file(name)) is not None:
         reading = replace(reading, folder=path.parent)
         return _READERS.get(PurePath(name).suffix.lower(), jsonl_rows)(name, limit, reading)
-    return _from_hub(name, split, limit, reading)
+    return hub_rows(name, split, limit, reading)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Row]:
@@ -165,31 +195,6 @@ def _builtin(name: str, split: str, limit: int | None, seed: int, wanted: Kind) 
     if kind != wanted and not (kind in PAIRED and wanted in PAIRED):
         raise DataError(f"{name}: its rows fit {objectives_for(kind)}; set that, or choose other rows")
     return make(SIZES.get(split, 1) if limit is None else limit, seed=seed, split=split)
-
-
-def _from_hub(name: str, split: str, limit: int | None, reading: Reading) -> Iterator[Row]:
-    shown_id = shown(name)
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{shown_id}: no such file, and hub data sets need the datasets package: pip install 'dude-peft[train]', "
-            "or use a local .jsonl file or builtin:word-problems"
-        ) from error
-    repository, _, config = name.partition(":")
-    try:
-        loaded: Any = datasets.load_dataset(repository, *([config] if config else []), split=split)
-        table = loaded if limit is None else loaded.select(range(min(limit, len(loaded))))
-    except Exception as error:  # the hub, the network, the disk cache and the builder each raise their own
-        reason = f"{type(error).__name__}: {shown(str(error).strip(), 160)}"
-        raise DataError(
-            f"{shown_id}[{shown(split)}]: cannot be loaded from the hub ({reason}); check the id, the split and the "
-            "network, or use a local .jsonl file or builtin:word-problems"
-        ) from error
-    places = enumerate(table)
-    where = f"{shown_id}[{shown(split)}]"
-    attempts = ((index, partial(reading.row, record, f"{where}:{index}")) for index, record in places)
-    yield from good_rows(attempts, unit="rows", limit=limit, empty=f"{where}: no rows; choose another split")
 
 
 def duplicates(rows: Sequence[Row]) -> int:

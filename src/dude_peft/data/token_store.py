@@ -156,6 +156,11 @@ class TokenWriter:
             if "margin" in self._columns:
                 self._write("margin", _FLOAT.pack(row.margin or 0.0))
 
+    @property
+    def sha256(self) -> str:
+        """`rows.data_sha256` of the rows so far."""
+        return self._digest.hexdigest()
+
     def _tokens(self, example: Example) -> bytes:
         ids = np.array(example.ids, "<i4").tobytes()
         self._write("ids", ids)
@@ -182,7 +187,7 @@ class TokenWriter:
         for file in self._files.values():
             file.close()
         files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
-        body = {"key": key, "files": files, "counts": asdict(counts), "sha256": self._digest.hexdigest()}
+        body = {"key": key, "files": files, "counts": asdict(counts), "sha256": self.sha256}
         replace_file(self._folder / MANIFEST, json_text({"sha256": content_sha256(body), "body": body}).encode("ascii"))
 
     def _write(self, name: str, data: bytes) -> None:

@@ -24,7 +24,8 @@ NAME = "run.json"
 FORMAT_VERSION = 2  # 1: without a seal
 # What a run shows and keeps, but does not compute with.
 _FREE = {
-    "output_dir", "adapter.start", "evaluation.samples", "train.save_steps", "train.save_total_limit",
+    "output_dir", "model.device_map", "model.max_memory", "model.offload_folder", "adapter.start", "data.streaming",
+    "evaluation.samples", "train.save_steps", "train.save_total_limit",
     "train.report_to", "train.movement_steps", "train.grpo.reward_timeout",
     "train.grpo.reward_memory_gib",
 }  # fmt: skip
@@ -176,7 +177,9 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
 def changes(before: dict[str, Any], after: dict[str, Any], free: Set[str] = frozenset()) -> str:
     """What differs between two configurations, `key: old -> new; ...`, but for keys in `free`; empty for nothing."""
     old, new = _flat(before), _flat(after)
-    changed = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
+    within = tuple(f"{key}." for key in free)
+    kept = (key for key in {**old, **new} if key not in free and not key.startswith(within))
+    changed = [key for key in kept if old.get(key) != new.get(key)]
     told = [f"{key}: {_change(old.get(key), new.get(key))}" for key in changed[:_MOST_SHOWN]]
     return "; ".join(told) + (f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else "")
 

@@ -223,6 +223,7 @@ def load_model(
         options |= _quantised(section, quantization["config"], stored=stored is not None)
     elif stored is not None and moves(stored):
         options["device_map"] = {"": "cpu"}
+    options |= _placement(section)
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -303,6 +304,24 @@ def _made_ready(model: PreTrainedModel, section: ModelSection) -> PreTrainedMode
         # RWKV would halve some of its weights whenever it begins to infer, and double them for training.
         model.config.rescale_every = 0
     return model
+
+
+def _placement(section: ModelSection) -> dict[str, Any]:
+    """The options that spread the model over devices; numbers of devices come as text from the configuration."""
+    if section.device_map is None:
+        return {}
+    options: dict[str, Any] = {"device_map": section.device_map}
+    if isinstance(section.device_map, Mapping):
+        options["device_map"] = {name: _numbered(device) for name, device in section.device_map.items()}
+    if section.max_memory is not None:
+        options["max_memory"] = {_numbered(device): most for device, most in section.max_memory.items()}
+    if section.offload_folder is not None:
+        options["offload_folder"] = section.offload_folder
+    return options
+
+
+def _numbered(device: str | int) -> str | int:
+    return int(device) if isinstance(device, str) and device.isdecimal() else device
 
 
 def _dequantised() -> dict[str, Any]:

@@ -73,11 +73,12 @@ def nature_of(model: Any, pad_id: int) -> Nature:
     Raises:
         ConfigError: it does not run on token ids alone, or rewrites its own weights.
     """
-    versions = [weight._version for weight in model.parameters()]
+    # Offloaded ones are other tensors after every forward; what is written to them is lost with them.
+    versions = [weight._version for weight in model.parameters() if not weight.is_meta]
     with traceless(model), _refused(model, "does not run with token ids as its only input"):
         causal, right_padding = _direction(model, _known(model, pad_id))
         own, router = (False, 0.0) if is_scorer(model) else _loss(model)
-    if versions != [weight._version for weight in model.parameters()]:
+    if versions != [weight._version for weight in model.parameters() if not weight.is_meta]:
         raise ConfigError(
             f"model {_name(model)} changes its own weights while it runs, so an adapter cannot rely on them; use "
             "another model"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +18,7 @@ from dude_peft.data.formats import Reading, Row
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.objectives import PAIRED, Kind
 from dude_peft.data.packing import pack
-from dude_peft.data.rows import load_rows, local_file
+from dude_peft.data.rows import local_file, stream_any
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
 from dude_peft.training.model_checks import check_answers_fit
@@ -70,10 +72,9 @@ def count_rows(
     taken = (data.test.share if isinstance(data.test, ShareSection) else 0.0) + (data.set_aside or 0.0)
     if held_out and data.test is not None and not isinstance(data.test, ShareSection):
         source, split, limit, taken = data.test, data.test_split, data.test_rows, 0.0
-    reading = Reading(Columns(data.columns), kind=kind)
-    rows = load_rows(source, split=split, limit=limit, seed=data.seed, reading=reading)
-    images = any(row.pictures for row in rows)
-    sample = rows[:: max(1, math.ceil(len(rows) / (_MOST_WITH_IMAGES if images else _MOST_ROWS)))]
+    options: dict[str, Any] = {"split": split, "limit": limit, "seed": data.seed}
+    options["reading"] = Reading(Columns(data.columns), kind=kind, streaming=data.streaming)
+    sample, total, images = _sampled(partial(stream_any, source, **options))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template, data.special_tokens)
     if kind in PAIRED:
@@ -104,12 +105,26 @@ def count_rows(
             f"data.max_length: the longest row has {max(conversations)} tokens, but the model can read only "
             f"{positions}; set data.max_length: {positions}"
         )
-    kept = max(1, round(len(rows) * (1 - taken) * len(lengths) / len(sample)))
+    kept = max(1, round(total * (1 - taken) * len(lengths) / len(sample)))
     if data.packing:
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
-    longest = max(conversations) if len(sample) == len(rows) else data.max_length + (answers or 0)
+    longest = max(conversations) if len(sample) == total else data.max_length + (answers or 0)
     return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images)
+
+
+def _sampled(rows: Callable[[], Iterator[Row]]) -> tuple[list[Row], int, bool]:
+    """Evenly spaced rows, the number of all, and whether any has images; of many rows never more are in memory."""
+    begun: list[Row] = []
+    total, images = 0, False
+    for row in rows():
+        if total < _MOST_ROWS:
+            begun.append(row)
+        total += 1
+        images = images or bool(row.pictures)
+    step = max(1, math.ceil(total / (_MOST_WITH_IMAGES if images else _MOST_ROWS)))
+    few = total == len(begun)
+    return (begun[::step] if few else list(itertools.islice(rows(), 0, None, step))), total, images
 
 
 def _pairs(rows: list[Row], template: Template, tokenizer: Any, max_length: int, vocabulary: int) -> list[list[int]]:

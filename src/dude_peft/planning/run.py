@@ -19,6 +19,7 @@ from dude_peft.rewards.notes import reward_notes
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.image_rows import check_images
+from dude_peft.training.placement import check_placement
 from dude_peft.training.run_data import glance, seeing
 from dude_peft.training.start import with_start
 from dude_peft.training.strategy import check_dense, check_strategy
@@ -70,6 +71,7 @@ def plan(
         if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
         scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
+        check_placement(config, processes)
         warnings += check_strategy(config, strategy, processes, scored=scorer is not None)
         with display.waiting("imports"), quiet_imports():
             import dude_peft.planning.bill  # noqa: F401  # what takes seconds, in one place
@@ -125,6 +127,10 @@ def _made(
     assert train.learning_rate is not None, "a resolved configuration has a rate"
     if text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows):
         warnings.append(text)
+    if config.model.is_hooked:
+        warnings.append("model.device_map: memory and time are counted as if the model were on one device")
+    if train.fp16:
+        warnings.append("train.fp16: counted as train.bf16, which has the same size")
     if train.objective == "mol":
         warnings.append("train.objective: mol: the general rows and the base model's pass over them are not counted")
     if isinstance(train.preference, KtoSection):

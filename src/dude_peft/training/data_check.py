@@ -19,7 +19,7 @@ from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.formats import Reading
 from dude_peft.data.held_out import held_out_questions, part_of
-from dude_peft.data.objectives import KINDS, PAIRED, Kind
+from dude_peft.data.objectives import KINDS, PAIRED
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import stream_rows
 from dude_peft.data.template import Template
@@ -129,6 +129,7 @@ def check_data(
     upft: int | None = None,
     objective: str = "sft",
     stages: int | Sequence[float] | None = None,
+    streaming: bool = False,
     quiet: bool = True,
 ) -> DataReport:
     """Show what a run would learn from a data set: examples with the trained tokens marked, and what is left out.
@@ -152,6 +153,7 @@ def check_data(
         objective: which rows are wanted, as train.objective: pairs of answers for dpo, orpo, cpo and reward, answers
             with a label for kto.
         stages: stages by length, as train.curriculum.stages: a number, or the most tokens of each.
+        streaming: keep no copy of hub data sets on this disk, as data.streaming.
         quiet: print nothing.
 
     Raises:
@@ -176,13 +178,13 @@ def check_data(
     names = Columns(columns)
     own = None if chat_template is None else _own_template(chat_template, template)
     share = None if test is None else _share(test)
-    shapes = _shapes(source, names, kind)
+    shapes = _shapes(source, Reading(names, kind=kind, streaming=streaming))
     with quiet_imports():
         tokenizer = load_tokenizer(section, where, own)
         sight = sight_of(section, where, tokenizer)
     written = Template(tokenizer, template, special_tokens)
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on, "columns": names.mapping}
-    options |= {"kind": kind, **seeing(objective, sight)}
+    options |= {"kind": kind, "streaming": streaming, **seeing(objective, sight)}
     held_out = None
     with display.waiting("reading"):
         made = prepare(source, written, tokenizer, upft=upft, **options)
@@ -312,9 +314,9 @@ def _share(test: str) -> float | None:
     return share
 
 
-def _shapes(source: str, columns: Columns, kind: Kind) -> list[str]:
+def _shapes(source: str, reading: Reading) -> list[str]:
     """The shapes of the first rows, the most frequent first."""
-    rows = itertools.islice(stream_rows(source, reading=Reading(columns, kind=kind)), _SHAPE_ROWS)
+    rows = itertools.islice(stream_rows(source, reading=reading), _SHAPE_ROWS)
     return [name for name, _ in Counter(row.shape or "built-in" for row in rows).most_common()]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dude_peft.data.labels import IGNORE
 from dude_peft.show import shown
+from dude_peft.tuner.offloaded import held
 
 _ROWS, _CHUNK = 16, 8192
 _SAME = 1e-2
@@ -28,12 +29,13 @@ def end_token_warning(model: Any, examples: Sequence[Mapping[str, Sequence[int]]
         tokenizer: knows the special tokens.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad or head.weight.device.type == "meta":
+    weight = held(head, "weight") if type(head) is nn.Linear else None
+    if weight is None or weight.requires_grad or weight.is_meta:
         return None  # trained, packed or sharded
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ends = {_last(examples[row]["labels"]) for row in range(min(_ROWS, len(examples)))} & special
     for end in sorted(end for end in ends if end is not None):
-        if (others := _same_rows(head.weight, end)) > 0:
+        if (others := _same_rows(weight, end)) > 0:
             token = shown(tokenizer.convert_ids_to_tokens(end))
             return (
                 f"answers may not end: the model was never trained on {token}, its output row is that of {others:,} "

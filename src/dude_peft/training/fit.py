@@ -30,6 +30,7 @@ from dude_peft.training.compiled import check_compiler, compiling
 from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.general import GeneralMeter, general_scores
 from dude_peft.training.group_order import GroupOrder
+from dude_peft.training.half import check_half
 from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.loop import Loop
@@ -89,8 +90,10 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
     check_compiler(section, gpu=torch.accelerator.is_available())
     if section.tf32 and not is_torch_tf32_available():
         raise ConfigError("train.tf32 needs an NVIDIA GPU from Ampere on; leave it out")
+    check_half(config, strategy, count())
     if strategy == "fsdp2" and count() > 1:
         check_sharding()
+    on_cpu = config.model.is_on_cpu or not torch.accelerator.is_available()
     try:
         arguments = kind(
             output_dir=config.output_dir,
@@ -108,13 +111,14 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
             seed=section.seed,
             data_seed=section.seed,
             bf16=section.bf16,
+            fp16=section.fp16,
             # Left open, Trainer would switch TF32 on wherever it compiles.
             tf32=section.tf32 if section.tf32 or section.torch_compile else None,
             torch_compile=section.torch_compile,
             gradient_checkpointing=section.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
-            use_cpu=not torch.accelerator.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=on_cpu,
+            dataloader_pin_memory=torch.cuda.is_available() and not on_cpu,
             logging_steps=section.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
@@ -226,7 +230,7 @@ class Training:
         total = trainer_steps(arguments, len(trainer.order))
         if resumed is not None and (loop.ended or resumed.step >= total):
             # Interrupted behind the last step; Trainer would take one more. What is measured now has its autocast, too.
-            if arguments.bf16:
+            if arguments.bf16 or arguments.fp16:
                 trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
             return self._result(
                 resumed.step, int(resumed.trainer_state()["num_input_tokens_seen"]), loop.earlier_seconds

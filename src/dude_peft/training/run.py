@@ -24,7 +24,7 @@ from dude_peft.config.schema import (
     RewardModelSection,
     RunConfig,
 )
-from dude_peft.errors import ArtifactError, NumericsError, StoppedError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import (
@@ -51,6 +51,7 @@ from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
+from dude_peft.training.placement import check_adapted, check_placed, check_placement, placed_as, placement_notes
 from dude_peft.training.start import Start, put_on, with_start
 from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
@@ -228,6 +229,7 @@ class _Run:
                 self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
+            check_placement(config, processes.count())
             for note in check_strategy(config, self.strategy, processes.count(), scored=self.scorer is not None):
                 self.warn(note)
             glance(config)
@@ -448,6 +450,7 @@ class _Run:
         from dude_peft.model.probe import company_note, company_of, nature_of, quiet_router_
         from dude_peft.model.quantised import check_trains, method_of, stored_config
         from dude_peft.training.end_token import end_token_warning
+        from dude_peft.training.half import half_warning
         from dude_peft.training.model_checks import (
             check_answers_fit,
             check_attention,
@@ -486,15 +489,20 @@ class _Run:
                 check_answers_fit(model, int(data.train.asked.max()), drawn, "train.curriculum.max_new_tokens")
             if self.is_split:
                 model.generation_config = processes.from_first(model.generation_config)
-            else:
+            elif config.model.device_map is None:
                 model.to(device)
+            else:
+                check_placed(model)
             # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
             if not self.is_split:
                 check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
+            if warning := half_warning(model.dtype, scaled=config.train.fp16):
+                self.warn(warning)
             notes = self.nature.notes(config.train.objective)
+            notes += placement_notes(model, checkpoints=config.train.gradient_checkpointing)
             if quantised := stored_config(model.config):
                 notes.append(f"the base model is quantised ({shown(method_of(quantised))})")
             answers = rewarded is not None or drawn is not None
@@ -503,7 +511,8 @@ class _Run:
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
             scores = data.held_out is not None and config.train.section is None
-            if scores and self.resumed is None and processes.count() == 1:  # a resumed run has its own
+            # A resumed run has its own; of offloaded weights the hashes would take as long as the scores.
+            if scores and self.resumed is None and processes.count() == 1 and not config.model.is_hooked:
                 self.base_parts = answering_parts(model, self.tokenizer)
             base = probe(model, data.train, pad_id) if self.has_whole else None
             if config.data.packing and self.has_whole:
@@ -525,6 +534,7 @@ class _Run:
         with self._phase("adapter"), display.waiting("making the adapter"):
             if self.has_whole:
                 self._adapt(model, base, data, pad_id)
+                check_adapted(self.model)
                 if writes and (warning := end_token_warning(self.model, data.train, self.tokenizer)):
                     self.warn(warning)
             if self.is_split:
@@ -766,6 +776,8 @@ class _Run:
         asked, stored = asked_of(self.config.model), stored_config(settings)
         if asked or stored:
             check_dense(self.strategy, processes.count())
+            if self.config.model.device_map is not None:
+                raise ConfigError("model.device_map: a quantised base is on one device; leave it out")
         if self.asked is not None or self.config.adapter.foreign:
             check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:
@@ -778,6 +790,8 @@ class _Run:
 
         self.folder.checkpoints.keep = self.config.train.save_total_limit
         now = environment(self.model.device, world_size, self.strategy)
+        if (placed := placed_as(self.model)) is not None:
+            now["device_map"] = placed
         if self.resumed is None:
             identity = Identity(
                 self.config.model_dump(mode="json"),

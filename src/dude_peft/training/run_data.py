@@ -16,7 +16,7 @@ from dude_peft.data.formats import Reading, Row
 from dude_peft.data.held_out import first, held_out_questions, part_of
 from dude_peft.data.objectives import KINDS, Kind
 from dude_peft.data.prepare import prepare
-from dude_peft.data.rows import load_rows, local_file, reading_of, stream_rows
+from dude_peft.data.rows import local_file, reading_of, stream_any, stream_rows
 from dude_peft.data.sight import Sight
 from dude_peft.data.template import Template
 from dude_peft.data.token_set import TokenSet, overlap, told_of_leaks
@@ -176,6 +176,7 @@ def read(
             seed=data.seed,
             columns=columns,
             kind=kind,
+            streaming=data.streaming,
             advance=advance,
             **(_GENERAL_IS_TEXT if general else eyes),
         )
@@ -258,7 +259,8 @@ def seeing(objective: str, sight: Sight | None) -> dict[str, Any]:
 
 
 def _reading(config: RunConfig) -> Reading:
-    return Reading(Columns(config.data.columns), kind=KINDS[config.train.objective])
+    data = config.data
+    return Reading(Columns(data.columns), kind=KINDS[config.train.objective], streaming=data.streaming)
 
 
 def _has_right_answer(row: Row) -> bool:
@@ -277,9 +279,8 @@ def _first_rows(config: RunConfig) -> list[Row]:
         return []
     limit = count if data.test_rows is None else min(count, data.test_rows)
     options: dict[str, Any] = {"split": data.test_split, "seed": data.seed, "reading": _reading(config)}
-    if isinstance(data.test, str):
-        return list(itertools.islice(stream_rows(data.test, limit=limit, **options), limit))
-    return load_rows(data.test, limit=data.test_rows, **options)[:limit]
+    options["limit"] = limit if isinstance(data.test, str) else data.test_rows  # of a mixture it decides the choice
+    return list(itertools.islice(stream_any(data.test, **options), limit))
 
 
 def _of(config: RunConfig, questions: NDArray[np.uint64]) -> list[Row]:
@@ -288,10 +289,8 @@ def _of(config: RunConfig, questions: NDArray[np.uint64]) -> list[Row]:
     limit = count if data.test_rows is None else min(count, data.test_rows)
     wanted = set(questions.tolist())
     options: dict[str, Any] = {"split": data.train_split, "limit": data.train_rows, "seed": data.seed}
-    options["reading"] = _reading(config)
-    rows = stream_rows(data.train, **options) if isinstance(data.train, str) else load_rows(data.train, **options)
     found: list[Row] = []
-    for row in rows:
+    for row in stream_any(data.train, reading=_reading(config), **options):
         if not row.is_text and question_hash(row) in wanted:
             wanted.remove(question_hash(row))
             found.append(row)

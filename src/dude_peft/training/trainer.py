@@ -30,6 +30,7 @@ from dude_peft.parents import fits, newer
 from dude_peft.training.compiled import one_graph_a_shape
 from dude_peft.training.general import GeneralMeter
 from dude_peft.training.groups import parameter_groups
+from dude_peft.training.half import Skips
 from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.loop import Loop
 from dude_peft.training.objective import CausalLoss, MixtureOfLosses
@@ -78,6 +79,7 @@ class RunTrainer(Trainer):
         self._orthogonality = orthogonality
         self._rollouts = rollouts
         self._resumed: Checkpoint | None = loop.resumed
+        self._skips = Skips()
         self._rows: Tensor | None = None  # those of the micro-batch in work
         # The meter first: what it measures before training is no time of training.
         super().__init__(callbacks=[loop] if meter is None else [meter, loop], **settings)
@@ -168,8 +170,14 @@ class RunTrainer(Trainer):
         norm: Any = whole(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
         losses = [loss for loss, _ in self.loop.batches]
         total = torch.stack(losses).sum() + torch.as_tensor(norm, dtype=torch.float32, device=losses[0].device)
-        if not math.isfinite(float(summed(total))):
+        if math.isfinite(float(summed(total))):
+            self._skips.count = 0
+        elif self.accelerator.scaler is None or not math.isfinite(float(summed(torch.stack(losses).sum()))):
             self._refuse(float(norm))
+        else:
+            step = int(self.state.global_step) + 1
+            self.loop.display.say(self._skips.skipped(self.accelerator.scaler, step))
+            norm = torch.zeros_like(total)  # of the step that is taken: none
         self.loop.stepping(float(norm))
         return norm
 
@@ -209,6 +217,7 @@ class RunTrainer(Trainer):
         optimizer, rest = optimizer_state(self.optimizer)
         scheduler: Any = self.lr_scheduler
         self.check_sound(optimizer, [rest, scheduler.state_dict()])
+        scaler: Any = self.accelerator.scaler
         parts, sums = gathered(random_state()), gathered(float(self._tr_loss))
         of_pairs = self.compute_loss_func
         pairs = {"pairs": gathered(of_pairs.sums())} if isinstance(of_pairs, JudgedLoss) else {}
@@ -231,6 +240,7 @@ class RunTrainer(Trainer):
             "general": self.meter and self.meter.state(),
             **pairs,
             **answers,
+            **({} if scaler is None else {"scaler": self._skips.state(scaler)}),
         }
         assert self.loop.checkpoints is not None
         self.loop.checkpoints.save(
@@ -274,7 +284,8 @@ class RunTrainer(Trainer):
 
     @override
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing: float16 autocast is not offered."""
+        if self._resumed is not None and self.accelerator.scaler is not None:
+            self._skips.take_up(self.accelerator.scaler, self._resumed.state["scaler"])
 
     @contextmanager
     @newer

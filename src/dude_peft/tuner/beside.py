@@ -17,6 +17,7 @@ from dude_peft.core.threads import single_threaded_pool
 from dude_peft.tuner import frozen
 from dude_peft.tuner.experts import DudeExperts, innermost, layers_in
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.offloaded import stored
 
 # Of every tensor by its name: where it lies and its version, and the fingerprint taken then.
 Prints = dict[str, tuple[tuple[int, int], TensorPrint]]
@@ -60,8 +61,8 @@ def relied_on(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         inner = module.get_base_layer() if isinstance(module, DudeLinear) else module
         changed = {layer.parameter_name for layer in layers_in(module)} or ({"weight"} if adapted else set())
         for name, parameter in inner.named_parameters(prefix, recurse=False):
-            if name.rpartition(".")[2] not in changed:
-                yield name, parameter
+            if (last := name.rpartition(".")[2]) not in changed:
+                yield name, stored(inner, last) if parameter.is_meta else parameter
         for name, buffer in inner.named_buffers(prefix, recurse=False):
             kept = name.rpartition(".")[2] not in inner._non_persistent_buffers_set
             if kept and not adapted and buffer.ndim:

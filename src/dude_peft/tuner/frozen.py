@@ -24,6 +24,7 @@ from dude_peft.tuner import behaviour
 from dude_peft.tuner.behaviour import Behaviour, behaviour_of, has_more_tensors
 from dude_peft.tuner.maps import as_matrix, as_weight, map_shape, why_no_map
 from dude_peft.tuner.maps import is_map as is_map
+from dude_peft.tuner.offloaded import device_of, held, only_offloads, stored
 from dude_peft.tuner.stacks import Stack
 
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -95,14 +96,14 @@ def plain_weight(layer: Frozen) -> Tensor | None:
     if isinstance(layer, Stack):
         return layer.plain_weight
     if is_map(layer):
-        return as_matrix(layer, layer.weight.detach())
+        return as_matrix(layer, held(layer, "weight").detach())
     if not has_plain_weight(layer):
         return None
     if has_more_tensors(layer):
         return None
     if type(layer).forward not in _KNOWN_FORWARDS and behaviour_of(layer) is not Behaviour.LINEAR:
         return None
-    weight: Any = layer.weight
+    weight: Any = held(layer, "weight")
     return weight.detach().T if is_transposed(layer) else weight.detach()
 
 
@@ -114,7 +115,9 @@ def has_plain_weight(layer: nn.Module) -> bool:
 
 def is_dense(layer: nn.Module, x: Tensor) -> bool:
     """Whether the layer's forward is nothing but `linear(x, weight, bias)` with a plain frozen weight in x's dtype."""
-    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:  # accelerate puts its own there
+    if type(layer).forward is not nn.Linear.forward:
+        return False
+    if "forward" in layer.__dict__ and not only_offloads(layer):  # accelerate puts its own there
         return False
     weight: Any = layer.weight
     if type(weight) not in _PLAIN_TYPES or weight.requires_grad or weight.dtype != x.dtype:
@@ -130,7 +133,7 @@ def dense_weight(layer: Frozen) -> Tensor:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
     assert not isinstance(layer, Stack), "it has a plain weight"
     _, in_ = layer_shape(layer)
-    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    device = device_of(layer)
     columns = [
         _apply_rows(layer, torch.eye(min(_PROBE_ROWS, in_ - start), in_, device=device).roll(start, dims=1))
         for start in range(0, in_, _PROBE_ROWS)
@@ -162,7 +165,7 @@ def compute_dtype(layer: Frozen) -> torch.dtype:
 def layer_fingerprint(layer: Frozen) -> TensorPrint:
     """Fingerprint of the layer's weight; of all its stored tensors where it is opaque."""
     if plain_weight(layer) is not None:
-        return fingerprint(layer.weight)  # type: ignore[arg-type]
+        return fingerprint(stored(layer, "weight"))
     assert not isinstance(layer, Stack), "it has a plain weight"
     tensors = {name: t for name, t in layer.state_dict().items() if isinstance(t, Tensor) and not name.endswith("bias")}
     flat = [part for _, tensor in sorted(tensors.items()) for part in plain_parts(tensor)]
@@ -173,7 +176,7 @@ def layer_fingerprint(layer: Frozen) -> TensorPrint:
 def holds(layer: Frozen, recorded: TensorPrint) -> bool:
     """Whether the layer is the one whose fingerprint was recorded."""
     if plain_weight(layer) is not None:
-        return same_values(layer.weight, recorded)  # type: ignore[arg-type]
+        return same_values(stored(layer, "weight"), recorded)
     return layer_fingerprint(layer) == recorded
 
 

@@ -29,6 +29,7 @@ from dude_peft.show import a_
 from dude_peft.tuner import frozen
 from dude_peft.tuner.config import DudeConfig
 from dude_peft.tuner.maps import stock_kernel
+from dude_peft.tuner.offloaded import device_of, held, is_offloaded
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
 from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
@@ -163,7 +164,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if self.merged:
             return self._beside_merged(names, x, *args, **kwargs)
         if len(names) == 1 and not args and not kwargs and frozen.is_dense(self.base_layer, x):
-            return self._adapt(names[0], x, None)
+            return self._adapt(names[0], x.to(self._base_device()) if is_offloaded(self.base_layer) else x, None)
         base_out: Tensor = self.base_layer(x, *args, **kwargs)
         y = self._adapt(names[0], x, base_out)
         for name in names[1:]:
@@ -201,12 +202,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return super().weight
         groups = [getattr(self, group) for group in TRAINED]
         trained = [tensor for name in names for group in groups if name in group for tensor in group[name].parameters()]
-        return readable(base.weight, lambda: self._weight_with(names), trained)
+        return readable(held(base, "weight"), lambda: self._weight_with(names), trained)
 
     def _weight_with(self, names: list[str]) -> Tensor:
         """The base layer's weight with the changes of some adapters, as autograd follows it."""
         base: Any = self.get_base_layer()
-        with torch.autocast(base.weight.device.type, enabled=False):
+        with torch.autocast(self._base_device().type, enabled=False):
             W0 = self._base_weight()
             total = frozen.dense_weight(base)
             for name in names:
@@ -356,6 +357,11 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def check_mergeable(self) -> None:
         """Refuse to merge into a weight that is no plain float matrix."""
         base = self.target()
+        if is_offloaded(base):
+            raise ConfigError(
+                f"the weight of '{self.layer_name}' is offloaded, and its next forward would read the unmerged one "
+                "again; merge the files with dude merge, or load the model without device_map"
+            )
         if frozen.plain_weight(base) is None:
             raise ConfigError(
                 f"'{self.layer_name}' is {a_(type(base).__name__)}, which cannot be merged into; load the base model "
@@ -497,8 +503,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             g = self._exact_gain(name, layer)
         elif layer.m0 is not None:
             dm, (g, slope) = layer.dm, self._gain_and_slope(name, layer)
-        product = FrozenProduct(x, base.weight) if base_out is None else base_out
-        bias = getattr(base, "bias", None) if g is not None or base_out is None else None
+        product = FrozenProduct(x, held(base, "weight")) if base_out is None else base_out
+        bias = held(base, "bias") if g is not None or base_out is None else None
         factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
         seen = self.lora_dropout[name](x)
         own = None if base_out is None or seen is x else x
@@ -582,8 +588,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 group[adapter_name].train(self.training)
 
     def _base_device(self) -> torch.device:
-        base = self.target()
-        return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+        return device_of(self.target())
 
     @override
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -119,6 +121,17 @@ def put_on_empty(model: nn.Module, config: DudeConfig) -> PeftModel:
     return get_peft_model(model, config).eval()
 
 
+@contextmanager
+def _where_it_is(model: nn.Module) -> Iterator[None]:
+    """Within: PEFT does not see the device map. It would take accelerate's hooks off, and dispatch the model anew."""
+    device_map = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
+
+
 def _load_first(
     model: nn.Module, path: str, config: DudeConfig, recorded: BaseRecord, allow_mismatch: bool, options: dict[str, Any]
 ) -> PeftModel:
@@ -127,7 +140,8 @@ def _load_first(
     attributes = set(vars(model))
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with checked_base(model, recorded, path, allow_mismatch), one_thread():  # hundreds of small copies
+        # Hundreds of small copies.
+        with _where_it_is(model), checked_base(model, recorded, path, allow_mismatch), one_thread():
             loaded = PeftModel.from_pretrained(model, path, config=config, **options)
     except KeyError as error:  # PEFT's, of a module to save whose tensors the file does not have
         raise ArtifactError(

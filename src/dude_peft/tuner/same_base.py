@@ -28,6 +28,7 @@ from dude_peft.tuner.beside import relied_on
 from dude_peft.tuner.experts import innermost, layers_in
 from dude_peft.tuner.heads import newly_initialised
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.offloaded import stored
 from dude_peft.tuner.stacks import stack_of
 
 _Fault = tuple[str, str]
@@ -146,7 +147,7 @@ class _Weights:
             return None
         first = wrong[0]
         fault = f"was trained on different base weights: {len(wrong)} of {len(self._layers)} differ (first: '{first}')"
-        weight: Any = getattr(_base_layer(self._modules[first]), "weight", None)
+        weight = stored(_base_layer(self._modules[first]), "weight")
         if not _rounds_to(weight, self._layers[first]):
             return fault, _REMEDY
         dtype, here = self._layers[first]["dtype"], str(weight.dtype).removeprefix("torch.")
@@ -168,8 +169,7 @@ class _Beside:
 
     def __init__(self, base: nn.Module, recorded: BaseRecord, path: str, pool: ThreadPoolExecutor) -> None:
         self._path, self._beside = path, recorded.beside
-        held: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
-        held = {_plain_name(name): tensor for name, tensor in held.items()}
+        held = {_plain_name(name): tensor for name, tensor in _tensors(base)}
         self._new = newly_initialised(base)
         self._unknown = [
             name for name in _not_comparable(base) if not {name, name.rpartition(".")[0]} & recorded.layers.keys()
@@ -199,6 +199,14 @@ class _Beside:
             f"{len(self._beside)} such tensors)",
             "load it on the model it was trained on, or name it in modules_to_save",
         )
+
+
+def _tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors by their names, tied ones by each; those that are offloaded come from where they are."""
+    for prefix, module in base.named_modules(remove_duplicate=False):
+        own = (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            yield f"{prefix}.{name}" if prefix else name, stored(module, name) if tensor.is_meta else tensor
 
 
 def _not_comparable(base: nn.Module) -> list[str]:

@@ -92,8 +92,8 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> tuple[Start, .
         weight = frozen.plain_weight(base)
         if weight is not None and weight.is_meta:
             raise ConfigError(
-                f"the weight of '{name}' is not in memory (meta device or offloaded), but the start is computed from "
-                "it; load the model without offloading, or write the start with `dude init`"
+                f"the weight of '{name}' is not in memory (meta device), but the start is computed from "
+                "it; load the model with its weights, or write the start with `dude init`"
             )
         scaling = config.spec.scaling(r, alpha)
         with one_thread():
