@@ -128,7 +128,7 @@ class DudeModel(BaseTuner):
         check_patterns(vars(config), [*(name for name, _ in model.named_modules() if name), *stacks])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
-            config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}  # type: ignore[assignment]
+            config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}
             self._leave_out(model, config)
         self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
