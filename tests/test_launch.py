@@ -343,6 +343,8 @@ def test_a_signal_ends_all_processes_with_a_checkpoint_and_the_run_goes_on(place
     end = time.monotonic() + 200
     while time.monotonic() < end and not (out / "metrics.jsonl").is_file():
         time.sleep(0.02)
+    while time.monotonic() < end and process.poll() is None and not (out / "metrics.jsonl").stat().st_size:
+        time.sleep(0.02)  # until a step is behind it
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)
     assert process.returncode in (143, 0), errors

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,15 +33,17 @@ _WAIT_SECONDS = 0.5
 class AnswerCache:
     """Answers by their requests' hashes; `settings` is what its first line says."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], tell_damaged: Callable[[str], None] | None = None) -> None:
         """Open, or begin.
 
         Args:
             path: the file; a torn last line, left by a kill, is cut off.
             settings: what the answers depend on; those of the file that are kept from an earlier run win.
+            tell_damaged: hears of a damaged file, which is then begun anew.
 
         Raises:
-            ArtifactError: the file is damaged elsewhere than in its last line, or is another model's.
+            ArtifactError: the file is damaged elsewhere than in its last line, or is another model's, and nobody hears
+                of it.
             BusyError: another process has it.
             ResourceError: it cannot be written.
         """
@@ -49,12 +52,12 @@ class AnswerCache:
         self._file: BinaryIO | None = None
         self.settings = settings
         if processes.is_first():
-            self._open(path)
+            self._open(path, tell_damaged)
         self.settings, self._answers = processes.from_first((self.settings, self._answers))
         self.found = len(self._answers)
         """Answers that an earlier run had computed."""
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, tell_damaged: Callable[[str], None] | None) -> None:
         with disk_errors(path):
             if path.exists():
                 open_file(path).close()  # no FIFO, no device
@@ -66,12 +69,15 @@ class AnswerCache:
             whole = content[: content.rfind(b"\n") + 1]
             try:
                 lines = [self._content(unsealed(json.loads(line))) for line in whole.splitlines()]
-                if lines:
-                    self.settings = {**self.settings, **lines[0]}
-                for batch in lines[1:]:
-                    self._answers |= batch
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise self.damaged() from error
+                if tell_damaged is None:
+                    raise self.damaged() from error
+                tell_damaged(f"{shown(path, 300)} is damaged; what it held is measured again")
+                lines, whole = [], b""
+            if lines:
+                self.settings = {**self.settings, **lines[0]}
+            for batch in lines[1:]:
+                self._answers |= batch
             self._file.truncate(len(whole))
             self._file.seek(len(whole))
             if not lines:
@@ -145,12 +151,11 @@ def shared_cache(kind: str, key: str, say: Callable[[str], None], check: Callabl
     Args:
         kind: what is kept, in words, and the folder of its files.
         key: hash of all that it depends on.
-        say: hears of the waiting.
+        say: hears of the waiting. A damaged file is begun anew, with a warning.
         check: raises where the run has been told to end.
 
     Raises:
-        ArtifactError: the file is damaged.
-        ResourceError: it cannot be written.
+        ResourceError: the file cannot be written.
     """
     path = cache_folder() / kind.replace(" ", "_") / f"{key}.jsonl"
     with disk_errors(path):
@@ -158,7 +163,7 @@ def shared_cache(kind: str, key: str, say: Callable[[str], None], check: Callabl
     waited = False
     while True:
         try:
-            cache = AnswerCache(path, {kind: key})
+            cache = AnswerCache(path, {kind: key}, tell_damaged=lambda text: warnings.warn(text, stacklevel=2))
             break
         except BusyError:
             if not waited:

@@ -160,7 +160,7 @@ def _stored(
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
-        with TokenWriter(folder, kind, seen="pictures" in key) as writer:
+        with TokenWriter(folder, reading.kind, seen="pictures" in key) as writer:
             for row, examples in this.examples(rows()):
                 writer.add(row, examples, this.ends)
                 made += len(examples)

@@ -21,7 +21,8 @@ from dude_peft.exporting.foreign import ForeignAdapter
 from dude_peft.exporting.rounded import narrower_dtype, write_rounded
 from dude_peft.model.architecture import empty_model, fetch_checkpoint, parameter_names
 from dude_peft.model.layout import Layout, layout_of
-from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate, with_only_gguf
+from dude_peft.model.load import folder_of, load_model, load_settings, load_tokenizer, locate, with_only_gguf
+from dude_peft.model.quantised import packed_config, stored_config
 from dude_peft.model.weights import WeightFiles, open_weights
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL, SCORES, TaskType
@@ -100,7 +101,7 @@ def open_base(
     folder = scratch / "base"
     if source.gguf_file is None:
         original = Path(where) if Path(where).is_dir() else fetch_checkpoint(where, source.revision)
-        if quantization is None:
+        if quantization is None and not _is_dequantised(source, where):
             opened, trained_on = _opened(source, original, task_type), adapters[0].record
             narrower = narrower_dtype(opened.layout, trained_on) if rounded else None
             if narrower is not None:
@@ -114,6 +115,7 @@ def open_base(
         problem = None
         if quantization is not None:
             problem = _compare(model, adapters)
+        if source.gguf_file is None:
             densify_(model)
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
             model.save_pretrained(folder)
@@ -125,6 +127,12 @@ def open_base(
         yield replace(_opened(source, folder, task_type), quantization=quantization, problem=problem)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_dequantised(source: ModelSection, where: str) -> bool:
+    """Whether the checkpoint is stored in a format that loading turns into dense weights."""
+    settings = load_settings(source, where)
+    return stored_config(settings) is not None and packed_config(settings) is None
 
 
 def _compare(model: nn.Module, adapters: Sequence[SavedAdapter]) -> ArtifactError | None:

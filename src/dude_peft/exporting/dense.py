@@ -33,7 +33,7 @@ def densify_(model: nn.Module) -> None:
     quantiser: Any = getattr(model, "hf_quantizer", None)
     if quantiser is not None:
         quantiser.remove_quantization_config(model)
-        # How a checkpoint's tensors became quantised layers, which saving would do backwards.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        kept = [c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))]
-        model._weight_conversions = kept  # type: ignore[assignment]
+    # How a checkpoint's tensors became these layers, or were dequantised, which saving would do backwards.
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [c for c in conversions if not any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))]
+    model._weight_conversions = kept  # type: ignore[assignment]

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +203,6 @@ def load_model(
         apply_as_trained_,
         asked_of,
         check_as_stored,
-        moves,
         quantization_of,
         stored_config,
     )
@@ -220,9 +220,10 @@ def load_model(
     stored = stored_config(settings)
     if quantization is not None:
         dtype = quantization["dtype"]
-        options |= _quantised(section, quantization["config"], stored=stored is not None)
-    elif stored is not None and moves(stored):
-        options["device_map"] = {"": "cpu"}
+    if stored is not None:
+        options |= _as_stored(stored)
+    elif quantization is not None:
+        options |= _quantised(section, quantization["config"])
     options |= _placement(section)
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
@@ -240,7 +241,8 @@ def load_model(
 
         options["num_labels"] = 1
         transformers.set_seed(head_seed)
-    with loading("model", section, where):
+    with loading("model", section, where), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to a checkpoint that has one
         loaded: Any = automatic.from_pretrained(
             where,
             trust_remote_code=section.trust_remote_code,
@@ -337,7 +339,17 @@ def _dequantised() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _quantised(section: ModelSection, config: dict[str, Any], *, stored: bool) -> dict[str, Any]:
+def _as_stored(stored: dict[str, Any]) -> dict[str, Any]:
+    """The options that load a quantised checkpoint so that it can be trained on; on the CPU where it can be moved."""
+    from dude_peft.model.quantised import check_installed, method_of, moves, trainable_config
+
+    check_installed(method_of(stored))
+    config = trainable_config(stored)
+    options: dict[str, Any] = {} if config is None else {"quantization_config": config}
+    return options | ({"device_map": {"": "cpu"}} if moves(stored) else {})
+
+
+def _quantised(section: ModelSection, config: dict[str, Any]) -> dict[str, Any]:
     """The options that quantise while loading, on the CPU: bitsandbytes would go to a GPU by itself.
 
     The same bits then come out wherever the model is moved to afterwards.
@@ -347,11 +359,8 @@ def _quantised(section: ModelSection, config: dict[str, Any], *, stored: bool) -
     from dude_peft.model.quantised import check_installed, method_of
 
     check_installed(method_of(config))
-    options: dict[str, Any] = {"device_map": {"": "cpu"}}
-    if not stored:
-        with loading("quantisation of model", section, section.name_or_path):
-            options["quantization_config"] = AutoQuantizationConfig.from_dict(config)
-    return options
+    with loading("quantisation of model", section, section.name_or_path):
+        return {"device_map": {"": "cpu"}, "quantization_config": AutoQuantizationConfig.from_dict(config)}
 
 
 def source_options(section: ModelSection, where: str) -> dict[str, Any]:

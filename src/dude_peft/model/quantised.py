@@ -1,8 +1,9 @@
 """Quantised base models: what a configuration asks for, what a checkpoint is already, and whether this device runs it.
 
 bitsandbytes' and torchao's formats are made while a full-precision checkpoint is loaded. A checkpoint that is stored
-quantised stays as it is. A format is tried on one small layer first, forward and backward: libraries list more than
-they run.
+quantised stays as it is, but for formats that transformers can dequantise while it loads (fp8, mxfp4,
+compressed-tensors): their own kernels train nothing, or run on some devices only. A format to be made is tried on one
+small layer first, forward and backward: libraries list more than they run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dude_peft.terminal.quiet import quiet_imports
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 _TORCHAO = "torchao:"
+_WITH_KERNELS = ("gptq", "awq")
+"""gptqmodel's formats; of its kernels some have no backward."""
 _USUAL = (*BITSANDBYTES, "torchao:int8_weight_only")
 _SIDE = 256
 _WORST_ERROR = 0.5
@@ -42,6 +45,50 @@ def stored_config(settings: Any) -> dict[str, Any] | None:
         return found
     config: dict[str, Any] = json.loads(found.to_json_string(use_diff=False))
     return config
+
+
+def trainable_config(stored: Mapping[str, Any]) -> Any:
+    """A format's settings for `from_pretrained`, so that a checkpoint in it can be trained on wherever it is loaded.
+
+    They dequantise fp8, mxfp4 and compressed-tensors, and choose a kernel with a backward for GPTQ and AWQ.
+
+    Args:
+        stored: how the checkpoint is quantised, from `stored_config`.
+
+    Returns:
+        A quantisation config of transformers; None for a format that needs none.
+
+    Raises:
+        ConfigError: transformers does not know the format, or is too old to dequantise it.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    method = method_of(stored)
+    try:
+        config: Any = AutoQuantizationConfig.from_dict(dict(stored))
+    except Exception as error:  # each format's settings check themselves, by errors of their own
+        raise ConfigError(
+            f"the checkpoint is stored quantised with {shown(method)}, which this transformers does not load "
+            f"({shown(' '.join(str(error).split()), 200)}); give the unquantised checkpoint"
+        ) from error
+    if hasattr(config, "dequantize"):
+        config.dequantize = True
+        return config
+    if method == "compressed-tensors":
+        raise ConfigError(
+            "the checkpoint is stored in compressed-tensors, which this transformers does not dequantise while it "
+            "loads; upgrade transformers, or give the unquantised checkpoint"
+        )
+    if method in _WITH_KERNELS:
+        config.backend = "auto_trainable"
+        return config
+    return None
+
+
+def packed_config(settings: Any) -> dict[str, Any] | None:
+    """How the model stays quantised in memory, likewise; None where its checkpoint is dequantised while it loads."""
+    stored = stored_config(settings)
+    return None if stored is None or getattr(trainable_config(stored), "dequantize", False) else stored
 
 
 def method_of(config: Mapping[str, Any]) -> str:
@@ -96,7 +143,7 @@ def check_plain(section: ModelSection, settings: Any, key: str) -> None:
         settings: the model's configuration.
         key: that asks for it, for the message.
     """
-    if asked_of(section) is not None or stored_config(settings) is not None:
+    if asked_of(section) is not None or packed_config(settings) is not None:
         raise ConfigError(f"key '{key}' does not work on a quantised base model yet; leave one of them out")
 
 

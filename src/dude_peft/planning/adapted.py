@@ -11,7 +11,7 @@ from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.model.architecture import model_of
 from dude_peft.model.load import dtype_of
-from dude_peft.model.quantised import asked_of, check_as_stored, method_of, quantization_of, stored_config
+from dude_peft.model.quantised import asked_of, check_as_stored, method_of, packed_config, quantization_of
 from dude_peft.planning.packed import countable, pack_
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
@@ -53,7 +53,7 @@ def bare_model(config: RunConfig, settings: Any, where: str) -> Any:
 def _quantization(config: RunConfig, settings: Any, dtype: torch.dtype) -> dict[str, Any] | None:
     """In transformers' words, as it is stored or asked for."""
     check_as_stored(config.model, settings)
-    found, asked = stored_config(settings), asked_of(config.model)
+    found, asked = packed_config(settings), asked_of(config.model)
     if found is None and asked is not None:
         found = quantization_of(asked, dtype)["config"]
     if found is not None and not countable(found):

@@ -162,9 +162,9 @@ def _made(
     with display.waiting("model and targets"), quiet_imports():
         settings = load_settings(config.model, where)
         if config.adapter.init_from is not None:
-            from dude_peft.training.full_precision import FullPrecision
+            from dude_peft.training.full_precision import full_precision
 
-            FullPrecision(config, settings)
+            full_precision(config, settings)
         asked, stored = asked_of(config.model), stored_config(settings)
         if asked is not None or stored is not None:
             check_dense(spread.strategy, spread.processes)

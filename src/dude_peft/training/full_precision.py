@@ -32,21 +32,35 @@ _ANOTHER_MODEL = 0.5
 """Relative difference of a weight that no quantisation makes; 4 bits make about 0.1."""
 
 
+def full_precision(config: RunConfig, settings: Any) -> FullPrecision:
+    """The weights of `adapter.init_from`, where the base model is, or was, quantised.
+
+    Args:
+        config: a resolved run with `adapter.init_from`.
+        settings: the base model's configuration, before it is loaded.
+
+    Raises:
+        ConfigError: it is not; or `adapter.init_from` is no checkpoint.
+        ArtifactError: that checkpoint is damaged.
+    """
+    quantised = asked_of(config.model) is not None or stored_config(settings) is not None
+    if not quantised and config.model.gguf_file is None:
+        raise ConfigError(
+            "adapter.init_from: the base model is not quantised, so its own weights are the full-precision ones; "
+            "leave it out"
+        )
+    return FullPrecision(config)
+
+
 class FullPrecision:
     """The weights of `adapter.init_from`, read when they are asked for.
 
-    Raises ConfigError where the base is not quantised, or where this is no checkpoint; ArtifactError for a damaged one.
+    Raises ConfigError where this is no checkpoint; ArtifactError for a damaged one.
     """
 
-    def __init__(self, config: RunConfig, settings: Any) -> None:
-        """`config`: a resolved run with `adapter.init_from`; `settings`: the base model's configuration."""
+    def __init__(self, config: RunConfig) -> None:
+        """`config`: a resolved run with `adapter.init_from`."""
         assert config.adapter.init_from is not None
-        quantised = asked_of(config.model) is not None or stored_config(settings) is not None
-        if not quantised and config.model.gguf_file is None:
-            raise ConfigError(
-                "adapter.init_from: the base model is not quantised, so its own weights are the full-precision ones; "
-                "leave it out"
-            )
         self.name = config.adapter.init_from
         self._config = config
         self._folder: Path = checkpoint_folder(self.name)

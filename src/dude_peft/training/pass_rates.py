@@ -85,7 +85,6 @@ class PassRates:
             DataError: an answer that nothing can be compared with, or a reward that fails.
             NumericsError: NaN or Inf in the logits.
             ResourceError: memory or disk.
-            ArtifactError: the cache is damaged.
         """
         asked, of = self._asked(examples, place_of)
         samples = self.settings.samples

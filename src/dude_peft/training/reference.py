@@ -60,7 +60,6 @@ class Reference:
 
         Raises:
             ResourceError: memory or disk.
-            ArtifactError: the cache is damaged.
         """
         # The better and the worse conversation of each pair in turn; tokens stay on the disk until they are wanted.
         lengths = [

@@ -694,7 +694,7 @@ class _Run:
             settings = DudeConfig(**self.config.adapter.settings(), task_type=self.config.train.task_type)
             full = None
             if self.config.adapter.init_from is not None:
-                full = FullPrecision(self.config, model.config)
+                full = FullPrecision(self.config)
             with nullcontext() if full is None else full.starts():
                 self.model = peft.get_peft_model(model, settings)
             if full is not None:
@@ -763,12 +763,20 @@ class _Run:
     def _check_quantisation(self, where: str, device: Any) -> None:
         """What can be told of a quantised base before its weights are read."""
         from dude_peft.model.load import dtype_of, load_settings
-        from dude_peft.model.quantised import asked_of, check_as_stored, check_plain, check_runs, stored_config
+        from dude_peft.model.quantised import (
+            asked_of,
+            check_as_stored,
+            check_plain,
+            check_runs,
+            method_of,
+            packed_config,
+            stored_config,
+        )
 
         if self.config.adapter.init_from is not None and self.folder.earlier is None:
-            from dude_peft.training.full_precision import FullPrecision
+            from dude_peft.training.full_precision import full_precision
 
-            FullPrecision(self.config, load_settings(self.config.model, where))
+            full_precision(self.config, load_settings(self.config.model, where))
         if self.config.model.gguf_file is not None:  # dequantised, whatever it is
             return
         settings = load_settings(self.config.model, where)
@@ -778,6 +786,9 @@ class _Run:
             check_dense(self.strategy, processes.count())
             if self.config.model.device_map is not None:
                 raise ConfigError("model.device_map: a quantised base is on one device; leave it out")
+        if stored and packed_config(settings) is None:
+            dtype = str(dtype_of(self.config.model, settings, where)).removeprefix("torch.")
+            self.display.say(f"note: the checkpoint stores {shown(method_of(stored))}, dequantised to {dtype}")
         if self.asked is not None or self.config.adapter.foreign:
             check_plain(self.config.model, settings, "adapter.method" if self.asked is None else "adapter.budget")
         if asked is not None and stored is None:

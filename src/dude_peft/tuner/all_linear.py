@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
@@ -20,6 +22,8 @@ from dude_peft.tuner.config import DudeConfig
 
 # A name, or the end of one: `gate`, `router.layer`, `shared_expert_gate`; no `gate_proj`.
 _GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
+_KNOWN = (nn.Linear, Conv1D, BaseTunerLayer)
+"""What PEFT's all-linear finds."""
 _UNFIT, _STACKED = "cannot be adapted", "stacked tensors"
 _SEES, _CHOOSES = "not used by text", "gate or router"
 _SMALL = "smaller than r="
@@ -62,6 +66,21 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
     if not kept:  # the check of ranks behind us says why
         return small, ""
     return kept, _line(left)
+
+
+def packed_layers(model: nn.Module) -> list[str]:
+    """Names of a quantised model's linear layers that are none of torch's, as GPTQ's: PEFT's all-linear has torch's."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return []
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not output
+        and not isinstance(module, _KNOWN)
+        and not frozen.is_map(module)
+        and frozen.is_supported(module)
+    ]
 
 
 def _towers(model: nn.Module) -> Sequence[str]:

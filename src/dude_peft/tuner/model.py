@@ -37,7 +37,7 @@ from dude_peft.parents import fits, require
 from dude_peft.show import a_, quoted, shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
-from dude_peft.tuner.all_linear import choose
+from dude_peft.tuner.all_linear import choose, packed_layers
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.experts import DudeExperts, layers_in
@@ -129,6 +129,7 @@ class DudeModel(BaseTuner):
         check_patterns(vars(config), [*(name for name, _ in model.named_modules() if name), *stacks])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
+            config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}
             self._leave_out(model, config)
         self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
