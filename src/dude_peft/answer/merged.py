@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dude_peft.machine.processes import gathered
-from dude_peft.tuner import DudeModel
+from dude_peft.tuner import DudeModel, frozen
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.offloaded import is_offloaded
 
@@ -57,10 +57,10 @@ def _mergeable(model: Any) -> bool:
     if not ours or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         return False
     layers = [module for module in model.modules() if isinstance(module, DudeLinear)]
-    # A weight that is packed may call itself float32.
+    # A weight that is packed may call itself float32, and GPTQ's layers have none.
     bases = [layer.target() for layer in layers if not layer.merged]
     return len(bases) == len(layers) and all(
-        type(base.weight.data) is Tensor and not is_offloaded(base) for base in bases
+        frozen.plain_weight(base) is not None and not is_offloaded(base) for base in bases
     )
 
 

@@ -7,7 +7,6 @@ processes the first one shows and writes; all load, measure and train: a sharded
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,10 +20,9 @@ from dude_peft.config.schema import (
     DpoSection,
     KtoSection,
     ModelSection,
-    RewardModelSection,
     RunConfig,
 )
-from dude_peft.errors import ArtifactError, ConfigError, NumericsError, StoppedError
+from dude_peft.errors import ArtifactError, ConfigError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
 from dude_peft.folder.record import (
@@ -37,7 +35,6 @@ from dude_peft.folder.record import (
     ROLLOUTS,
     SCORES,
     STAGES,
-    Answer,
     RunReport,
     Score,
     score_from,
@@ -69,10 +66,8 @@ if TYPE_CHECKING:
     from dude_peft.training.curriculum import Curriculum
     from dude_peft.training.curriculum_order import CurriculumOrder
     from dude_peft.training.fit import Fit
-    from dude_peft.training.label_scores import LabelMeter
-    from dude_peft.training.pair_scores import PairMeter
-    from dude_peft.training.run_data import HeldOut, RunData
-    from dude_peft.training.scored_pairs import ScoreMeter
+    from dude_peft.training.held_out_scorer import HeldOutScorer
+    from dude_peft.training.run_data import RunData
 
 CardOf = Callable[[Path, dict[str, Any]], str]
 """The model card of an adapter, from its folder and the run's report."""
@@ -186,8 +181,8 @@ class _Run:
         """The adapter that training starts from; None for a fresh one."""
         self.from_base = True
         """Whether the run began, or begins, as the base model."""
-        self.meter: PairMeter | LabelMeter | ScoreMeter | None = None
-        """Of held-out pairs, once it was asked for."""
+        self.held_out: HeldOutScorer | None = None
+        """Of held-out rows, where there are any, once the model is there."""
         self.is_split = strategy == "fsdp2" and processes.count() > 1
         """Whether each process has a share of the model, which the first one loads."""
         self.has_whole = not self.is_split or processes.is_first()
@@ -262,13 +257,18 @@ class _Run:
             self._put_in_order(arguments)
         self.stop.raise_if_wanted()
         self._begin(data, arguments.world_size)
+        if data.held_out is not None:
+            from dude_peft.training.held_out_scorer import HeldOutScorer
+
+            companies = (self.nature.company, self.company)
+            self.held_out = HeldOutScorer(self.config, data.held_out, self.model, self.tokenizer, companies, self.judge)
 
         before, behind_seconds = self._before(data)
-        # From here on autocast may wrap the model: the base of held-out pairs is then to be measured under it, too.
-        self.meter = None
+        if self.held_out is not None:
+            self.held_out.forget_base()
         self.stop.raise_if_wanted()
         fitted = self._train(data, arguments, behind_seconds)
-        after = self._score("after", data.held_out)
+        after = self._score("after")
         data.verify_unchanged()
         with self._phase("saving"):
             self._save(fitted, before, after)
@@ -350,7 +350,7 @@ class _Run:
 
         def measure() -> tuple[Score | None, float]:
             with self.model.disable_adapter() if self.from_base else nullcontext():
-                found = self._score("before", data.held_out)
+                found = self._score("before")
             return found, self.seconds.get("evaluation_before", 0.0)
 
         if self.base_parts is None or not self.from_base:
@@ -829,7 +829,7 @@ class _Run:
         from dude_peft.training.fit import Training
         from dude_peft.training.loop import Loop, metric_name
 
-        held_out, scorer, writes = data.held_out, self.scorer, self.folder.writes
+        scorer, writes = self.scorer, self.folder.writes
         loop = Loop(
             display=self.display,
             stop=self.stop,
@@ -843,7 +843,7 @@ class _Run:
             watched="loss" if self.judge is None else "reward",
             stage_of=None if self.order is None else self.order.stage_of,
             resumed=self.resumed,
-            held_out_scores=None if held_out is None else lambda: self._held_out_scores(held_out),
+            held_out_scores=None if self.held_out is None else self.held_out.means,
             movement_steps=self.config.train.movement_steps,
             task_scores=None
             if scorer is None
@@ -871,105 +871,11 @@ class _Run:
             load_trained_state(self.model, self.folder.checkpoints.load_best(best, fitted.best_seal))
         return fitted
 
-    def _held_out_scores(self, held_out: HeldOut) -> dict[str, float]:
-        from dude_peft.measure.score import held_out_loss
-
-        if self.config.train.preference is not None:
-            found = self._judged(held_out).scores(self.model)
-            return {"loss": found.mean, **found.means}
-        batch_size, pad_id = self.config.evaluation.batch_size, int(self.tokenizer.pad_token_id)
-        loss = held_out_loss(
-            self.model, held_out.examples, pad_id=pad_id, batch_size=batch_size, company=self.nature.company
-        )
-        if self.judge is None:
-            return {"loss": loss}
-        return {"loss": loss, **self._rewards(held_out, self._answers(held_out))}
-
-    def _answers(self, held_out: HeldOut, advance: Callable[[int], None] = lambda rows: None) -> list[str]:
-        """The likeliest answers to held-out questions; a model that scores has none."""
-        if self.config.train.task_type != CAUSAL:
-            return []
-        from dude_peft.measure.score import complete
-
-        return complete(
-            self.model,
-            self.tokenizer,
-            held_out.prompts,
-            max_new_tokens=self.config.evaluation.max_new_tokens,
-            batch_size=self.config.evaluation.batch_size,
-            company=self.company,
-            advance=advance,
-        )
-
-    def _rewards(self, held_out: HeldOut, texts: list[str]) -> dict[str, float]:
-        """What they are rewarded with; nothing where the objective rewards nothing."""
-        from dude_peft.training.reward_scores import mean_rewards
-
-        rewarded = self.config.train.rewarded
-        if rewarded is None or self.judge is None:
-            return {}
-        return mean_rewards(self.judge, rewarded, held_out.asked, held_out.prompts, texts, self.tokenizer)
-
-    def _judged(self, held_out: HeldOut) -> PairMeter | LabelMeter | ScoreMeter:
-        from dude_peft.training.label_scores import LabelMeter
-        from dude_peft.training.model_checks import most_tokens
-        from dude_peft.training.pair_scores import PairMeter
-        from dude_peft.training.scored_pairs import ScoreMeter
-
-        if self.meter is None:
-            settings, size = self.config.train.preference, self.config.evaluation.batch_size
-            assert settings is not None
-            pad_id = int(self.tokenizer.pad_token_id)
-            company = self.nature.company
-            if isinstance(settings, KtoSection):
-                longest = most_tokens(self.model, self.config.data.max_length)
-                self.meter = LabelMeter(held_out.examples, settings, pad_id, size, longest, company)
-            elif isinstance(settings, RewardModelSection):
-                self.meter = ScoreMeter(held_out.examples, settings, pad_id, size, company)
-            else:
-                self.meter = PairMeter(held_out.examples, settings, pad_id, size, company)
-        return self.meter
-
-    def _score(self, when: str, held_out: HeldOut | None) -> Score | None:
-        if held_out is None:
+    def _score(self, when: str) -> Score | None:
+        if self.held_out is None:
             return None
-        from dude_peft.data.answers import expected_answer, is_match
-        from dude_peft.measure.intervals import wilson_interval
-        from dude_peft.measure.score import item_losses
-
-        settings = self.config.evaluation
-        work = len(held_out.examples) + len(held_out.prompts)
-        with self._phase(f"evaluation_{when}"), self.display.stage(f"held-out rows, {when}", work) as advance:
-            found: Any
-            if self.config.train.preference is not None:
-                found = self._judged(held_out).scores(self.model, advance)
-            else:
-                found = item_losses(
-                    self.model,
-                    held_out.examples,
-                    pad_id=int(self.tokenizer.pad_token_id),
-                    batch_size=settings.batch_size,
-                    company=self.nature.company,
-                    advance=advance,
-                )
-            texts = self._answers(held_out, advance)
-            rewards = self._rewards(held_out, texts)
-        answers = tuple(
-            Answer(row.prompt[-1].told, expected_answer(row), text, is_match(text, row))
-            for row, text in zip(held_out.asked, texts, strict=True)
-        )
-        loss, preference = found.mean, None
-        if self.config.train.preference is not None:
-            count = len(found.losses)
-            interval = wilson_interval(found.right, count)
-            unit = "answers" if isinstance(self.config.train.preference, KtoSection) else "pairs"
-            preference = {unit: count, "right": found.right, "interval": interval, **found.means}
-        if not math.isfinite(loss):
-            raise NumericsError(f"the held-out loss {when} training is {loss}; lower train.learning_rate")
-        right = sum(answer.right for answer in answers)
-        interval = wilson_interval(right, len(answers))
-        lost = found.losses, found.tokens
-        return Score(loss, right, len(answers), interval, answers, *lost, preference, rewards or None)
+        with self._phase(f"evaluation_{when}"):
+            return self.held_out.score(when, self.display)
 
     def _save(self, fitted: Fit, before: Score | None, after: Score | None) -> None:
         from dude_peft.folder.state import sharded_state
