@@ -28,8 +28,8 @@ from dude_peft.tuner.beside import relied_on
 from dude_peft.tuner.experts import innermost, layers_in
 from dude_peft.tuner.heads import newly_initialised
 from dude_peft.tuner.layer import DudeLinear
-from dude_peft.tuner.offloaded import stored
-from dude_peft.tuner.stacks import stack_of
+from dude_peft.tuner.offloaded import is_offloaded, stored
+from dude_peft.tuner.stacks import Stack, stack_of
 
 _Fault = tuple[str, str]
 """What is wrong, behind the adapter's name, and what to do."""
@@ -99,12 +99,6 @@ def settings_fault(config: Any, recorded: BaseRecord) -> str:
 
 
 def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: str) -> None:
-    if away := next((name for name, module in base.named_modules() if _is_offloaded(module)), None):
-        raise ConfigError(
-            f"adapter '{path}': the weights of '{shown(away, 200)}' are not in memory (offloaded by device_map), and "
-            "an adapter's base is compared and computed with; load the model without offloading, or merge the adapter "
-            "with `dude merge`"
-        )
     targets = _targets(base, recorded)
     absent = [name for name in recorded if name not in targets]
     if absent:
@@ -115,19 +109,19 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
         )
     for name, expected in recorded.items():
         layer: Any = _base_layer(targets[name])
+        linear = not isinstance(layer, Stack) and not frozen.is_map(layer)
+        if is_offloaded(layer.module if isinstance(layer, Stack) else layer) and not linear:
+            raise ConfigError(
+                f"adapter '{path}': the weights of '{shown(name, 200)}' are not in memory (offloaded by device_map), "
+                "which works for linear layers alone; load the model without offloading, or merge the adapter with "
+                "`dude merge`"
+            )
         shape = tuple(layer.weight.shape) if frozen.plain_weight(layer) is not None else frozen.shape_of(layer)
         if sorted(shape) != sorted(expected["shape"]):
             raise OtherBaseError(
                 f"adapter '{path}': layer '{name}' has shape {list(shape)} here, but {expected['shape']} in training",
                 "load it on the base model it was trained on",
             )
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the module's weights in for a forward alone."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    each = getattr(hook, "hooks", (hook,))
-    return any(getattr(one, "offload", False) for one in each)
 
 
 class _Weights:
