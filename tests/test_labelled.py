@@ -11,23 +11,21 @@ import pytest
 import served
 import torch
 from safetensors.torch import load_file
-from test_preference import WEIGHTS, by_trl, lines, settings, start
+from test_preference import WEIGHTS, by_trl, lines, order_of_rows, refuses_to_read, settings, start
 from test_train_resume import _CutError, cut_at, result
 from tiny import save_tiny, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dude_peft import check_data, plan
-from dude_peft.config.reading import load_config
 from dude_peft.config.schema import KtoSection
 from dude_peft.data.formats import Reading
 from dude_peft.data.prepare import prepare
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
-from dude_peft.errors import ConfigError, DataError
+from dude_peft.errors import DataError
 from dude_peft.training import run as training_run
 from dude_peft.training.label_balance import told_of_labels
 from dude_peft.training.labelled import LabelledLoss
-from dude_peft.training.trainer import RunTrainer
 
 SLOW = pytest.mark.slow
 
@@ -74,14 +72,7 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(places, tmp_path,
     trl = pytest.importorskip("trl", reason="TRL is not here: pip install 'dude-peft[trl]'")
     if not hasattr(trl, "KTOTrainer"):
         pytest.skip("this TRL has no KTOTrainer")
-    order: list[int] = []
-    seen = RunTrainer.training_step
-
-    def noted(self, model, inputs, *rest):
-        order.extend(inputs["rows"].tolist())
-        return seen(self, model, inputs, *rest)
-
-    monkeypatch.setattr(RunTrainer, "training_step", noted)
+    order = order_of_rows(monkeypatch)
     train = {
         "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 3e-3 if optim != "sgd" else 0.3,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, "kto": section,
@@ -238,11 +229,7 @@ def test_two_processes_share_one_estimate_of_kl(places, tmp_path):
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )
 def test_what_kto_cannot_do_is_refused_in_one_line(places, tmp_path, sections, words):
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(kto(places, tmp_path / "out", **sections)))
-    with pytest.raises(ConfigError, match=words) as caught:
-        load_config(path)
-    assert "\n" not in str(caught.value)
+    refuses_to_read(tmp_path, kto(places, tmp_path / "out", **sections), words)
 
 
 def test_a_batch_of_one_is_enough_for_apo_and_one_label_alone_is_told(places, tmp_path, monkeypatch):

@@ -77,6 +77,28 @@ def start(wanted: dict):
     return run(RunConfig(**wanted), quiet=True)
 
 
+def order_of_rows(monkeypatch) -> list[int]:
+    """The numbers of the rows that runs train on from here on, in order."""
+    order: list[int] = []
+    seen = RunTrainer.training_step
+
+    def noted(self, model, inputs, *rest):
+        order.extend(inputs["rows"].tolist())
+        return seen(self, model, inputs, *rest)
+
+    monkeypatch.setattr(RunTrainer, "training_step", noted)
+    return order
+
+
+def refuses_to_read(folder: Path, wanted: dict, words: str) -> None:
+    """A file with this configuration is refused in one line with these words."""
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(wanted))
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -142,14 +164,7 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(
     places, tmp_path, monkeypatch, objective, method, optim, section
 ):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    order: list[int] = []
-    seen = RunTrainer.training_step
-
-    def noted(self, model, inputs, *rest):
-        order.extend(inputs["rows"].tolist())
-        return seen(self, model, inputs, *rest)
-
-    monkeypatch.setattr(RunTrainer, "training_step", noted)
+    order = order_of_rows(monkeypatch)
     train = {
         "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-3 if optim != "sgd" else 0.1,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, "objective": objective,
@@ -363,11 +378,7 @@ def test_two_processes_train_as_one(places, tmp_path, strategy, objective):
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )
 def test_what_dpo_cannot_do_is_refused_in_one_line(places, tmp_path, sections, words):
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(settings(places, tmp_path / "out", **sections)))
-    with pytest.raises(ConfigError, match=words) as caught:
-        load_config(path)
-    assert "\n" not in str(caught.value)
+    refuses_to_read(tmp_path, settings(places, tmp_path / "out", **sections), words)
 
 
 def test_general_rows_are_told_to_be_mols(places, tmp_path):

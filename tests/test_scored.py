@@ -14,20 +14,18 @@ import torch
 import transformers
 from families import FAMILIES
 from safetensors.torch import load_file
-from test_preference import lines, start
+from test_preference import lines, order_of_rows, refuses_to_read, start
 from test_preference import settings as of_pairs
 from test_train_resume import _CutError, cut_at, in_process, result, wait_for_a_checkpoint
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from dude_peft import DudeConfig, check_data, export, generate, load_adapter, merge, plan, verify
-from dude_peft.config.reading import load_config
 from dude_peft.config.schema import RunConfig
 from dude_peft.data.formats import Reading
 from dude_peft.data.rows import load_rows
 from dude_peft.errors import ConfigError, DataError
 from dude_peft.training.strategy import check_strategy
-from dude_peft.training.trainer import RunTrainer
 
 SLOW = pytest.mark.slow
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -144,14 +142,7 @@ def by_trl(wanted: dict, order: list[int], folder: Path):
     ],
 )
 def test_twenty_steps_are_trls(places, tmp_path, monkeypatch, method, optim, section, margin):
-    order: list[int] = []
-    seen = RunTrainer.training_step
-
-    def noted(self, model, inputs, *rest):
-        order.extend(inputs["rows"].tolist())
-        return seen(self, model, inputs, *rest)
-
-    monkeypatch.setattr(RunTrainer, "training_step", noted)
+    order = order_of_rows(monkeypatch)
     rows = write_pairs(tmp_path / "train.jsonl", 22, margin=margin)
     train = {
         "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-3 if optim != "sgd" else 0.05,
@@ -491,11 +482,7 @@ def test_margins_are_read_and_change_the_tokens_hash(places, tmp_path):
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )
 def test_what_a_reward_model_cannot_do_is_refused_in_one_line(places, tmp_path, sections, words):
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(settings(places, tmp_path / "out", **sections)))
-    with pytest.raises(ConfigError, match=words) as caught:
-        load_config(path)
-    assert "\n" not in str(caught.value)
+    refuses_to_read(tmp_path, settings(places, tmp_path / "out", **sections), words)
 
 
 def test_rows_that_do_not_fit_are_refused(places, tmp_path):
