@@ -12,7 +12,7 @@ from test_train_resume import result
 from tiny import save_tiny, write_rows
 
 from dude_peft.config.schema import RunConfig
-from dude_peft.measure import score
+from dude_peft.training import held_out_scorer
 from dude_peft.training.run import run
 
 OWN_CODE = """
@@ -49,13 +49,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def measured(monkeypatch):
     found = []
-    plain = score.item_losses
+    plain = held_out_scorer.item_losses
 
     def counted(*given, **named):
         found.append(1)
         return plain(*given, **named)
 
-    monkeypatch.setattr(score, "item_losses", counted)
+    monkeypatch.setattr(held_out_scorer, "item_losses", counted)
     return found
 
 

@@ -270,10 +270,10 @@ def test_no_step_of_a_warm_up_has_no_rate(settings, kind, warm):
 def test_the_time_that_is_left_counts_the_last_evaluation(settings, monkeypatch, capsys, tmp_path):
     import time
 
-    from dude_peft.measure import score
+    from dude_peft.training import held_out_scorer
 
-    original = score.complete
-    monkeypatch.setattr(score, "complete", lambda *a, **k: (time.sleep(2), original(*a, **k))[1])
+    original = held_out_scorer.complete
+    monkeypatch.setattr(held_out_scorer, "complete", lambda *a, **k: (time.sleep(2), original(*a, **k))[1])
     monkeypatch.setenv("DUDE_CACHE", str(tmp_path / "cache"))
     for out in ("measured", "known"):  # the second run finds the scores from before, and how long they took
         run(RunConfig(**{**settings, "output_dir": str(tmp_path / out)}))
