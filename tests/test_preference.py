@@ -90,6 +90,20 @@ def order_of_rows(monkeypatch) -> list[int]:
     return order
 
 
+def same_losses_and_adapter(trainer, folder: Path) -> tuple[list[dict], list[dict]]:
+    """The lines of losses of the run in `folder`/ours and of TRL's trainer, once they and the adapters are the same."""
+    theirs = [line for line in trainer.state.log_history if "loss" in line]
+    ours = [line for line in lines(folder / "ours") if "loss" in line]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=1e-5)
+    assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 1e-3  # it went somewhere
+    trainer.model.save_pretrained(folder / "theirs")
+    saved, wanted = load_file(folder / "ours" / WEIGHTS), load_file(folder / "theirs/adapter_model.safetensors")
+    assert saved.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(saved[name], tensor, atol=1e-5), name
+    return ours, theirs
+
+
 def refuses_to_read(folder: Path, wanted: dict, words: str) -> None:
     """A file with this configuration is refused in one line with these words."""
     path = folder / "run.yaml"
@@ -174,17 +188,9 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(
     wanted["evaluation"] = {"enabled": False}
     start(wanted)
     trainer = by_trl(wanted, order, tmp_path / "trl")
-    theirs = [line for line in trainer.state.log_history if "loss" in line]
-    ours = [line for line in lines(tmp_path / "ours") if "loss" in line]
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=1e-5)
-    assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 1e-3  # it went somewhere
+    ours, theirs = same_losses_and_adapter(trainer, tmp_path)
     for name in ("rewards/margins", "rewards/accuracies", "logps/rejected"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], abs=2e-4), name
-    trainer.model.save_pretrained(tmp_path / "theirs")
-    saved, wanted = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs/adapter_model.safetensors")
-    assert saved.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.allclose(saved[name], tensor, atol=1e-5), name
 
 
 def test_the_reference_is_the_base_model_bit_by_bit_and_no_second_model_is_there(places, tmp_path, monkeypatch):

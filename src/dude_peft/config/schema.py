@@ -1147,6 +1147,11 @@ class TrainSection(Section):
         return self.section is None or self.task_type == SCORES
 
     @property
+    def autocasts(self) -> bool:
+        """Whether forwards compute in half precision, whatever the weights are in."""
+        return self.bf16 or self.fp16
+
+    @property
     def task_type(self) -> TaskType:
         """PEFT's, of the adapter: which head the model has."""
         return SCORES if self.objective == "reward" else CAUSAL

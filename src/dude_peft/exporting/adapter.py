@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dude_peft.artifact.base_settings import PADDING
 from dude_peft.artifact.companions import TEMPLATES
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.artifact.form import EMBEDDING_A, MATRIX, Form
@@ -118,6 +119,17 @@ class SavedAdapter:
         for key, stored in self.tensors.items():
             if key not in own:
                 yield key.removeprefix(_PREFIX).replace(".base_layer.", "."), stored
+
+    def labels(self, *heads: str) -> int | None:
+        """Numbers that a head of one of these names gives: rows of its last matrix; None where it has none."""
+        ends = tuple(f"{head}.weight" for head in heads)
+        return next((stored.shape[0] for name, stored in self.whole() if name.endswith(ends)), None)
+
+    @property
+    def padding(self) -> int | None:
+        """The padding token of its base, where that decides what it computes: a model that scores reads behind it."""
+        found: int | None = (self.record.settings or {}).get(PADDING)
+        return found
 
     def tokenizer(self) -> list[str]:
         """Names of its tokenizer's files; of an adapter that vouches for none, those that transformers names so."""

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dude_peft.artifact.base_settings import PADDING
 from dude_peft.exporting.adapter import SavedAdapter
 from dude_peft.task_types import SCORES
 from dude_peft.terminal.next_steps import word
@@ -60,10 +59,9 @@ def usage(
         where = f"str(files({name.removeprefix(_PACKAGE)!a}))"
     gguf = model.get("gguf_file")
     scores = adapter.config.task_type == SCORES and automatic == _AUTOMATIC[SCORES]
-    settings = adapter.record.settings or {}
     options: dict[str, Any] = {
-        "num_labels": _labels(adapter) if scores else None,
-        "pad_token_id": settings.get(PADDING) if scores else None,
+        "num_labels": adapter.labels("score", "classifier") if scores else None,
+        "pad_token_id": adapter.padding if scores else None,
         "gguf_file": gguf,
         "revision": adapter.config.revision,
         "trust_remote_code": code or None,
@@ -92,12 +90,6 @@ def usage(
     ]
     commands = [] if code or not speaks else _commands(place, ["--gguf-file", str(gguf)] if gguf else [])
     return "\n".join(lines), commands
-
-
-def _labels(adapter: SavedAdapter) -> int | None:
-    """Numbers that its head gives: rows of its last matrix."""
-    ends = ("score.weight", "classifier.weight")
-    return next((stored.shape[0] for name, stored in adapter.whole() if name.endswith(ends)), None)
 
 
 def _seeing(architecture: str) -> str | None:

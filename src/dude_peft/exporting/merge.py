@@ -260,9 +260,8 @@ def _idle(base: Base) -> set[str]:
 
 def _scoring(base: Base, adapter: SavedAdapter) -> dict[str, Any]:
     """What config.json says of a model that scores, so that transformers makes it, and reads the score where it did."""
-    padding = (adapter.record.settings or {}).get(PADDING)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return {"architectures": [type(base.model).__name__], **labels, PADDING: padding}
+    return {"architectures": [type(base.model).__name__], **labels, PADDING: adapter.padding}
 
 
 def _parameter(base: Base, name: str) -> tuple[StoredTensor, list[str]]:

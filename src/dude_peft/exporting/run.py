@@ -204,7 +204,7 @@ def _check_task(adapter: SavedAdapter, target: Target) -> None:
             f"--to {target.kind}: adapter {shown(adapter.folder, 300)} is a reward model, and what reads {target.kind} "
             "files runs language models alone; use --to merged or --to peft"
         )
-    if task == SCORES and _labels(adapter) != 1:
+    if task == SCORES and adapter.labels("score") != 1:
         raise ConfigError(
             f"adapter {shown(adapter.folder, 300)} is for {shown(task)} without a head 'score' of one label, which "
             "reward models have; in Python, use load_adapter(model, adapter).merge_and_unload()"
@@ -214,11 +214,6 @@ def _check_task(adapter: SavedAdapter, target: Target) -> None:
             f"adapter {shown(adapter.folder, 300)} is for {shown(task)}, but merge and export write causal language "
             "models and reward models; in Python, use load_adapter(model, adapter).merge_and_unload()"
         )
-
-
-def _labels(adapter: SavedAdapter) -> int:
-    """Numbers that its head gives: rows of its last matrix; 0 where it has none."""
-    return next((stored.shape[0] for name, stored in adapter.whole() if name.endswith("score.weight")), 0)
 
 
 @dataclass(frozen=True)
@@ -437,7 +432,7 @@ class _Export:
         own = None if source.dtype == "auto" else source.dtype
         origin["dtype"] = base.dtype or own or (None if source.gguf_file is None else "float32")
         origin["quantization"] = base.quantization
-        origin["pad_token_id"] = (self.weighted[0].adapter.record.settings or {}).get("pad_token_id")
+        origin["pad_token_id"] = self.weighted[0].adapter.padding
         with self.display.waiting("running the export in a fresh process"):
             found = run_consumer("peft" if kind == "lora" else kind, export, live, origin, scratch)
         self.display.say(summary(found))

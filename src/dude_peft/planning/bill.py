@@ -132,10 +132,10 @@ def cost(
     kinds = len(set(order))
     rows, checkpointing, uncounted = rows_of_batch(train), train.gradient_checkpointing, ""
     try:
-        step = dry_step(model, kinds, rows, length, bf16=train.bf16 or train.fp16, checkpointing=checkpointing)
+        step = dry_step(model, kinds, rows, length, bf16=train.autocasts, checkpointing=checkpointing)
         if not step.has(kinds):  # layers that share, skip or repeat one another cannot be put together from one each
             order = []
-            step = dry_step(adapted(), 0, rows, length, bf16=train.bf16 or train.fp16, checkpointing=checkpointing)
+            step = dry_step(adapted(), 0, rows, length, bf16=train.autocasts, checkpointing=checkpointing)
     except Exception as error:  # of any operator that cannot be traced: experts in float32, say
         step, order = DryStep(), []
         uncounted = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"

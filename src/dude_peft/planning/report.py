@@ -60,7 +60,7 @@ class Plan:
 
     def measure_speed(self) -> None:
         """Times products on this device, in the dtype that the run computes in."""
-        wide = self.cost.static.dtype == torch.float32 and not (self.config.train.bf16 or self.config.train.fp16)
+        wide = self.cost.static.dtype == torch.float32 and not self.config.train.autocasts
         self.speed = products_per_second(torch.float32 if wide else torch.bfloat16)
 
     @property

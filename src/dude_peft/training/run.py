@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
-from dude_peft.config.schema import (
-    AdapterSection,
-    DpoSection,
-    KtoSection,
-    ModelSection,
-    RunConfig,
-)
+from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
