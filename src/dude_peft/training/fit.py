@@ -330,6 +330,7 @@ class Training:
             self.judge,
             seed=section.seed,
             name_of=self.loop.name_of,
+            conversation_of=self.examples.conversation,
             note=loss.note,
             write=self.loop.write_rollout,
             warn=self.loop.warn,

@@ -17,6 +17,7 @@ from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.merged import merged_if_equal
 from dude_peft.config.schema import GrpoSection
 from dude_peft.data.batches import Company, grouped, pad_right
+from dude_peft.data.formats import Row
 from dude_peft.data.labels import IGNORE
 from dude_peft.folder.state import load_random_state, random_state
 from dude_peft.measure.token_logps import token_logps
@@ -44,6 +45,8 @@ class Rollouts:
     seed: int
     name_of: Callable[[int], str]
     """A row's index -> its place in the data."""
+    conversation_of: Callable[[int], Row]
+    """A row's index -> what it asks (`TokenSet.conversation`); only asked for reward models."""
     note: Callable[[Mapping[str, float], Any], None]
     """Hears what the answers of a step are like (`RewardedLoss.note`)."""
     write: Callable[[Mapping[str, Any]], None]
@@ -130,6 +133,7 @@ class Rollouts:
             [each.text for each in drawn],
             [each.ids for each in drawn],
             self._answer(row),
+            self.conversation_of(row) if self.settings.reads_conversations else None,
         )
 
     def _answer(self, row: int) -> str:
