@@ -641,6 +641,8 @@ class _Run:
             answers=1 if rewarded is None else rewarded.num_generations,
             step=train.per_device_train_batch_size * train.gradient_accumulation_steps * arguments.world_size,
             iterations=1 if rewarded is None else rewarded.num_iterations,
+            batch=0 if rewarded is None else train.per_device_train_batch_size,
+            processes=1 if rewarded is None else arguments.world_size,
             steps_of=lambda places: trainer_steps(arguments, places),
         )
         for line in self.curriculum.told(self.order.bounds):
