@@ -119,7 +119,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     from dude_peft.model.probe import check_causal, nature_of, quiet_router_
 
     saved: SavedAdapter | ForeignAdapter | None = None
-    if _is_adapter(name):
+    if is_adapter(name):
         saved = open_foreign(name) or open_adapter(name)
         _refuse_scorer(saved)
         source = source_of(saved, base, gguf_file)
@@ -129,7 +129,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         source = source_named(name, gguf_file)
     with notes.waiting("loading the model"):
         where = locate(source)
-        tokenizer = _tokenizer(source, where, name, saved)
+        tokenizer = tokenizer_of(source, where, name, saved)
         sight = sight_of(source, where, tokenizer, _own_processor(saved))
         model = _model(source, where, saved)
     if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
@@ -138,7 +138,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     quiet_router_(model)
     checkpoint_generation = _plain(model).generation_config
     ends = _only_ends_(model, tokenizer)
-    template, special_tokens = ("auto", "text") if saved is None else _writing_of_the_run(saved.folder)
+    template, special_tokens = ("auto", "text") if saved is None else writing_of_the_run(saved.folder)
     adapted = saved is not None
     return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation)
 
@@ -151,7 +151,8 @@ def _refuse_scorer(saved: SavedAdapter | ForeignAdapter) -> None:
         )
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether a folder or hub id holds an adapter. Raises ConfigError for an empty name, and for a run's own folder."""
     if not name.strip():
         raise ConfigError("the model's name is empty; give the folder or hub id of a model or an adapter")
     folder = folder_of(name)
@@ -171,7 +172,7 @@ def _hub_has_adapter(name: str) -> bool:
         return False
 
 
-def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:
+def tokenizer_of(source: ModelSection, where: str, name: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:
     """The adapter's own, which it was trained with, or the model's."""
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
         return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
@@ -210,7 +211,7 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _writing_of_the_run(adapter: Path) -> tuple[str, str]:
+def writing_of_the_run(adapter: Path) -> tuple[str, str]:
     """What `dude train` was told of template and special tokens, from run.json beside it or config.yaml."""
     if adapter.absolute().name != ADAPTER:
         return "auto", "text"

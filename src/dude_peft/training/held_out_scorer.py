@@ -10,6 +10,7 @@ from dude_peft.config.schema import KtoSection, RewardModelSection, RunConfig
 from dude_peft.data.answers import expected_answer, is_match
 from dude_peft.errors import NumericsError
 from dude_peft.folder.record import Answer, Score
+from dude_peft.machine.processes import from_first, is_first
 from dude_peft.measure.intervals import wilson_interval
 from dude_peft.measure.score import complete, held_out_loss, item_losses
 from dude_peft.task_types import CAUSAL
@@ -129,8 +130,10 @@ class HeldOutScorer:
         rewarded = self._objective.rewarded
         if rewarded is None or self._judge is None:
             return {}
-        held_out = self._held_out
-        return mean_rewards(self._judge, rewarded, held_out.asked, held_out.prompts, texts, self._tokenizer)
+        held_out, found = self._held_out, {}
+        if is_first():
+            found = mean_rewards(self._judge, rewarded, held_out.asked, held_out.prompts, texts, self._tokenizer)
+        return from_first(found)  # of a function that is not the same twice, too
 
     def _pairs(self) -> PairMeter | LabelMeter | ScoreMeter:
         if self._meter is None:

@@ -241,11 +241,8 @@ class _Run:
         if stages is not None and stages.by == "length":
             self.curriculum = self._staged(None, data)
             self._put_in_order(arguments)
-        if (rewarded := config.train.rewarded) is not None:
-            from dude_peft.rewards.judge import Judge
-
-            with display.waiting("starting the rewards"):
-                self.judge = Judge(rewarded)
+        if config.train.rewarded is not None:
+            self._start_rewards(config, data, arguments.device)
         self._load(where, data, arguments.device)
         if self.order is None:
             self._put_in_order(arguments)
@@ -419,6 +416,21 @@ class _Run:
             self._tell_next(report, paged=(self.folder.path / PAGE).is_file())
         return report
 
+    def _start_rewards(self, config: RunConfig, data: RunData, device: Any) -> None:
+        """The rewards of the run, those that it began with, before the model is loaded."""
+        from dude_peft.rewards.judge import Judge
+
+        rewarded, earlier = config.train.rewarded, self.folder.earlier
+        assert rewarded is not None
+        with self._phase("rewards"), self.display.waiting("starting the rewards"):
+            self.judge = Judge(rewarded, config.model.dtype, device)
+        if earlier is not None:
+            earlier.check_rewards(self.judge.record)
+        if rewarded.reads_conversations:
+            longest = data.train.conversation(int(data.train.asked.argmax()))
+            for warning in self.judge.try_out(longest):
+                self.warn(warning)
+
     def _find_checkpoint(self) -> None:
         """Where training goes on, told apart before the model is loaded; the first process decides for all."""
         if self.folder.earlier is not None and self.weights_only:
@@ -591,6 +603,7 @@ class _Run:
         ).measure(
             data.train,
             data.train.source,
+            data.train.conversation,
             say=self.display.say,
             stage=self.display.stage,
             check=self.stop.raise_if_wanted,
@@ -628,6 +641,8 @@ class _Run:
             answers=1 if rewarded is None else rewarded.num_generations,
             step=train.per_device_train_batch_size * train.gradient_accumulation_steps * arguments.world_size,
             iterations=1 if rewarded is None else rewarded.num_iterations,
+            batch=0 if rewarded is None else train.per_device_train_batch_size,
+            processes=1 if rewarded is None else arguments.world_size,
             steps_of=lambda places: trainer_steps(arguments, places),
         )
         for line in self.curriculum.told(self.order.bounds):
@@ -808,6 +823,7 @@ class _Run:
                 moment=moment(),
                 start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
                 stages="" if self.curriculum is None else sha256_of(self.stages_text),
+                rewards={} if self.judge is None else self.judge.record,
             )
             self.folder.begin(identity, self.start)
             if self.spent is not None:
