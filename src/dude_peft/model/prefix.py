@@ -226,12 +226,13 @@ def shares_prefixes(model: Any, pad_id: int) -> bool:
 def shares_exactly(model: Any, pad_id: int) -> bool:
     """Whether it `shares_prefixes`, and what is left of a difference is the rounding of float32.
 
-    In half precision, and where a quantised layer looks at a whole batch, near ties of logits fall otherwise. A model
-    that sees images may remember where those of its last batch were.
+    In half precision, TF32 among it, and under quantised layers near ties of logits fall otherwise. A model that sees
+    images may remember where those of its last batch were.
     """
     settings = model.config
     plain = settings.get_text_config() is settings and stored_config(settings) is None
     exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    exact = exact and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return plain and exact and shares_prefixes(model, pad_id)
 
 

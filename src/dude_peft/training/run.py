@@ -556,13 +556,15 @@ class _Run:
     def _shares(self, model: Any, data: RunData, pad_id: int) -> bool:
         """Whether held-out rows begin alike and may be scored so: decided on the base model, the same after a resume.
 
-        Under autocast near ties fall otherwise; where weights lie elsewhere, their way takes the time, and no token.
+        Under autocast near ties fall otherwise, graphs are compiled for training, and where weights lie elsewhere, it is
+        their way that takes the time.
         """
         from dude_peft.measure.score import begin_alike
         from dude_peft.model.prefix import shares_exactly
 
         config, held_out = self.config, data.held_out
-        if held_out is None or self.sight is not None or config.train.autocasts or config.model.is_hooked:
+        other = config.train.autocasts or config.train.torch_compile or config.model.is_hooked
+        if held_out is None or self.sight is not None or other:
             return False
         examples: Any = held_out.examples if config.train.preference is None else []
         companies = (self.nature.company, self.company)
