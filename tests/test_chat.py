@@ -447,6 +447,7 @@ def test_what_a_model_says_is_not_obeyed(place, monkeypatch, capsys):
     assert "\\x1b]0;owned\\x07\n" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_at_a_terminal(adapter):
     import pty

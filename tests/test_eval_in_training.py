@@ -245,6 +245,7 @@ def test_two_processes_answer_as_one(place, tmp_path):
             }
 
 
+@pytest.mark.slow
 def test_a_mistake_of_several_is_told_once(place, tmp_path):
     finished = dude(
         "eval", place / "adapter", "-o", tmp_path / "o", "--tasks", "gsm8q", "--data-dir", place / "data",

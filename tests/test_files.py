@@ -99,7 +99,7 @@ def refused(folder, error=ArtifactError, *parts, base=None):
     ("with_dude", "method"),
     some_by_day(
         [*itertools.product([True], METHODS), *itertools.product([False], RANKED)],
-        [(True, "dude"), (False, "dude")],
+        [(False, "dude")],
     ),
 )
 def test_another_process_gets_the_same_logits_with_and_without_our_package(method, with_dude, trained, tmp_path):
