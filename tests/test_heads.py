@@ -106,7 +106,7 @@ def test_only_what_float32_rounds_is_shared():
 # --- dude generate --------------------------------------------------------------------------------------------------
 
 SHARING = ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("qwen3-moe", marks=pytest.mark.slow)]
-OTHERS = ["mamba", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "rwkv", "recurrent-gemma"))]
+OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in ("mamba", "gemma2", "rwkv", "recurrent-gemma")]
 
 
 @pytest.mark.parametrize("name", [*SHARING, *OTHERS])

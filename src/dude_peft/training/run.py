@@ -556,8 +556,8 @@ class _Run:
     def _shares(self, model: Any, data: RunData, pad_id: int) -> bool:
         """Whether held-out rows begin alike and may be scored so: decided on the base model, the same after a resume.
 
-        Under autocast near ties fall otherwise, graphs are compiled for training, and where weights lie elsewhere, it is
-        their way that takes the time.
+        Not under autocast, where near ties fall otherwise, nor with graphs that are compiled for whole rows. Where
+        weights lie elsewhere, it is their way that takes the time.
         """
         from dude_peft.measure.score import begin_alike
         from dude_peft.model.prefix import shares_exactly
