@@ -170,14 +170,7 @@ def place(tmp_path_factory) -> Path:
     save_tiny(folder / "model")
     for name, numbers in (("train", range(8)), ("test", range(8, 36))):
         rows = [
-            {
-                "messages": [
-                    {"role": "system", "content": HEAD},
-                    {"role": "user", "content": f"{'Please! ' * (n % 3)}How many are {n} plums?"},
-                    {"role": "assistant", "content": f"{n}"},
-                ]
-            }
-            for n in numbers
+            {"prompt": f"{HEAD}{'Please! ' * (n % 3)}How many are {n} plums?", "completion": f"{n}"} for n in numbers
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -187,7 +180,8 @@ def settings(place: Path, out: Path, **train: object) -> dict:
     return {
         "model": {"name_or_path": str(place / "model")},
         "adapter": {"r": 4, "lora_dropout": 0.1},
-        "data": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl")},
+        # The plain template needs no process that renders.
+        "data": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "template": "plain"},
         "train": {"learning_rate": 0.02, "max_steps": 4, "save_steps": 1, **train},
         "evaluation": {"rows": 20, "max_new_tokens": 4, "eval_steps": 2},
         "output_dir": str(out),
@@ -212,12 +206,12 @@ def test_a_run_is_judged_as_by_whole_rows(place, tmp_path, monkeypatch, computed
         return original(self, *given, **named)
 
     monkeypatch.setattr(trainer_module.RunTrainer, "training_step", step)
-    shared = started(settings(place, tmp_path / "shared"))
+    shared = started(settings(place, tmp_path / "shared", save_steps=4))
     count = len(computed)
     assert count > 0
     assert set(alive) == {0}
     monkeypatch.setattr(prefixes, "WORTHWHILE", NEVER)
-    whole = started(settings(place, tmp_path / "whole"))
+    whole = started(settings(place, tmp_path / "whole", save_steps=4))
     assert len(computed) == count
     for one, other in ((shared.before, whole.before), (shared.after, whole.after)):
         assert one.losses == pytest.approx(other.losses, rel=1e-5)
