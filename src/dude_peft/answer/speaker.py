@@ -80,6 +80,13 @@ class Speaker:
 
         return shares_prefixes(self.model, int(self.tokenizer.pad_token_id))
 
+    @cached_property
+    def shares_exactly(self) -> bool:
+        """Whether that leaves the answers as they are; where it sees images, whole prompts are computed."""
+        from dude_peft.model.prefix import shares_exactly
+
+        return self.sight is None and shares_exactly(self.model, int(self.tokenizer.pad_token_id))
+
     @property
     def company_note(self) -> str:
         """What there is to say of it; empty where any prompts do."""

@@ -38,12 +38,25 @@ class HeldOutScorer:
         tokenizer: Any,
         companies: tuple[Company, Company],
         judge: Judge | None,
+        *,
+        share: bool,
     ) -> None:
-        """`companies`: which rows share a batch of losses, and which prompts one of answers; `judge`: of rewards."""
+        """Nothing is scored yet.
+
+        Args:
+            config: of the run.
+            held_out: the rows.
+            model: in training.
+            tokenizer: its own.
+            companies: which rows share a batch of losses, and which prompts one of answers.
+            judge: of rewards.
+            share: compute what rows begin with once, as `item_losses` has it.
+        """
         self._settings, self._objective = config.evaluation, config.train
         self._max_length = config.data.max_length
         self._held_out, self._model, self._tokenizer, self._judge = held_out, model, tokenizer, judge
         self._company, self._answering = companies
+        self._share = share
         self._pad_id = int(tokenizer.pad_token_id)
         self._meter: PairMeter | LabelMeter | ScoreMeter | None = None
 
@@ -62,6 +75,7 @@ class HeldOutScorer:
             pad_id=self._pad_id,
             batch_size=self._settings.batch_size,
             company=self._company,
+            share=self._share,
         )
         if self._judge is None:
             return {"loss": loss}
@@ -90,6 +104,7 @@ class HeldOutScorer:
                     pad_id=self._pad_id,
                     batch_size=self._settings.batch_size,
                     company=self._company,
+                    share=self._share,
                     advance=advance,
                 )
             texts = self._answers(advance)
@@ -122,6 +137,7 @@ class HeldOutScorer:
             max_new_tokens=self._settings.max_new_tokens,
             batch_size=self._settings.batch_size,
             company=self._answering,
+            share=self._share,
             advance=advance,
         )
 

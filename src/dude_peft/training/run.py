@@ -168,6 +168,8 @@ class _Run:
         self.nature: Any = None
         self.company: Company = "any"
         """Which held-out prompts share a batch."""
+        self.share = False
+        """Whether what held-out rows begin with is computed once."""
         self.resumed: Checkpoint | None = None
         self.exact = True
         """Whether a fresh adapter leaves the base model as it is."""
@@ -252,7 +254,9 @@ class _Run:
             from dude_peft.training.held_out_scorer import HeldOutScorer
 
             companies = (self.nature.company, self.company)
-            self.held_out = HeldOutScorer(self.config, data.held_out, self.model, self.tokenizer, companies, self.judge)
+            self.held_out = HeldOutScorer(
+                self.config, data.held_out, self.model, self.tokenizer, companies, self.judge, share=self.share
+            )
 
         before, behind_seconds = self._before(data)
         if self.held_out is not None:
@@ -349,7 +353,7 @@ class _Run:
         from dude_peft.answer.cache import key_of, shared_cache
 
         settings = self.config.evaluation
-        how = [settings.batch_size, settings.max_new_tokens, self.nature.company, self.company]
+        how = [settings.batch_size, settings.max_new_tokens, self.nature.company, self.company, self.share]
         hashes = (data.sha256, data.tokens_sha256)
         rows = [{name: part for name, part in each.items() if name in _JUDGING} for each in hashes]
         key = key_of(*self.base_parts, rows, self._tokenizer_parts(data), how, hardware(self.model.device))
@@ -516,6 +520,7 @@ class _Run:
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
+            self.share = writes and self._shares(model, data, pad_id)
             scores = data.held_out is not None and config.train.section is None
             # A resumed run has its own; of offloaded weights the hashes would take as long as the scores.
             if scores and self.resumed is None and processes.count() == 1 and not config.model.is_hooked:
@@ -559,6 +564,25 @@ class _Run:
             f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.2f} %), on {len(data.train):,} "
             f"examples of {data.train.counts.tokens:,} tokens; " + begun
         )
+
+    def _shares(self, model: Any, data: RunData, pad_id: int) -> bool:
+        """Whether held-out rows begin alike and may be scored so: decided on the base model, the same after a resume.
+
+        Not under autocast, where near ties fall otherwise, nor with graphs that are compiled for whole rows. Where
+        weights lie elsewhere, it is their way that takes the time.
+        """
+        from dude_peft.measure.score import begin_alike
+        from dude_peft.model.prefix import shares_exactly
+
+        config, held_out = self.config, data.held_out
+        other = config.train.autocasts or config.train.torch_compile or config.model.is_hooked
+        if held_out is None or self.sight is not None or other:
+            return False
+        examples: Any = held_out.examples if config.train.preference is None else []
+        companies = (self.nature.company, self.company)
+        if not begin_alike(examples, held_out.prompts, batch_size=config.evaluation.batch_size, companies=companies):
+            return False
+        return bool(processes.from_first(shares_exactly(model, pad_id) if self.has_whole else None))
 
     def _staged(self, model: Any, data: RunData) -> Curriculum:
         """The stages of the training rows; pass rates are measured on the base model, or read where they were kept.
