@@ -171,6 +171,15 @@ def _sealed(manifest: Manifest) -> dict[str, str]:
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
 
 
+def seal_of(directory: Path) -> str:
+    """The hash of a saved adapter's manifest, which covers its tensors, settings and tokenizer; nothing is checked.
+
+    Raises:
+        ArtifactError: its file cannot be read.
+    """
+    return read_header(directory / WEIGHTS_FILE).metadata.get(_SEAL, "")
+
+
 def is_foreign_adapter(directory: Path) -> bool:
     """Whether a folder is said to hold an adapter that stock PEFT made, trained by `dude train`; nothing is checked."""
     path = directory / WEIGHTS_FILE

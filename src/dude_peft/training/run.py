@@ -920,6 +920,8 @@ class _Run:
         after: Score | None,
         tasks: dict[str, Any] | None,
     ) -> RunReport:
+        from dude_peft.artifact.manifest import seal_of
+
         config = self.config
         trainable, total = self.model.get_nb_trainable_parameters()
         return RunReport(
@@ -948,6 +950,7 @@ class _Run:
             best_step=fitted.best_step,
             tasks=tasks,
             files=self.folder.listed(),
+            adapter_seal=seal_of(self.folder.path / ADAPTER) if self.folder.writes else None,
             budget=None
             if self.asked is None or self.asked.budget is None
             else self.asked.budget.model_dump(mode="json"),
