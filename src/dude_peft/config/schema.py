@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from dude_peft.config.idle import idle_key
 from dude_peft.config.trainer_fields import fault
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
@@ -361,6 +362,16 @@ class AdapterSection(Section):
 
     groups: Count = 1
     """Groups that the r pairs of a layer fall into, as equal as r allows. train.orthogonality keeps them apart."""
+
+    def changed(self) -> dict[str, Any]:
+        """The keys that are DudeConfig's own and not at their default, but for what counts with every method."""
+        standard = type(self).model_fields
+        found = {name: value for name, value in self.settings().items() if value != standard[name].default}
+        if self.norm_gradient == "detached":  # what a resolved run says of every method
+            del found["norm_gradient"]
+        if self.budget is not None and self.budget.by != "uniform":  # it takes an SVD of every weight
+            found.pop("svd_tol", None)
+        return found
 
     def settings(self) -> dict[str, Any]:
         """The keys that are DudeConfig's own."""
@@ -1456,6 +1467,12 @@ class RunConfig(Section):
             raise ValueError(
                 "key 'adapter.groups' counts with train.orthogonality alone; set that, or leave groups out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_counts(self) -> RunConfig:
+        if found := idle_key(self, JUDGED):
+            raise ValueError(found)
         return self
 
     def resolved(self) -> RunConfig:

@@ -103,6 +103,7 @@ def _made(
     display: Display,
 ) -> Plan:
     from dude_peft.methods import METHODS
+    from dude_peft.methods.idle import idle_settings
     from dude_peft.methods.learning_rate import learning_rate_warning
     from dude_peft.model.load import dtype_of
     from dude_peft.model.quantised import asked_of, check_installed, check_runs, stored_config
@@ -116,6 +117,7 @@ def _made(
     reward_models = 0
     if config.adapter.foreign:
         raise ConfigError(f"dude plan cannot count {config.adapter.method}; it counts the methods of dude methods")
+    warnings += idle_settings(METHODS[config.adapter.method], config.adapter.changed())
     spent = None
     if config.adapter.budget is not None:
         from dude_peft.planning.budget import planned

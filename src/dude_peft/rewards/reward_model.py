@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dude_peft.answer.fingerprint import model_fingerprint
-from dude_peft.answer.speaker import is_adapter, tokenizer_of, writing_of_the_run
+from dude_peft.answer.speaker import data_of_the_run, is_adapter, tokenizer_of, writing_of
 from dude_peft.artifact.base_settings import base_settings
 from dude_peft.config.schema import ModelSection, RewardSection
 from dude_peft.data.batches import Company, grouped, pad_right
@@ -139,7 +139,7 @@ def load_reward_model(section: RewardSection, dtype: str, device: Any) -> Reward
     with _told_of(section):
         found = _found(section, dtype)
         saved, where, name = found.saved, found.where, str(section.model)
-        tokenizer = tokenizer_of(found.source, where, name, saved)
+        tokenizer = tokenizer_of(found.source, where, name, saved, data_of_the_run(saved))
         template = _template(section, saved, tokenizer)
         quantization = None if saved is None else saved.quantization
         seed = None if saved is None else 0  # an adapter brings its head along
@@ -162,7 +162,8 @@ def reward_model_bytes(section: RewardSection, dtype: str) -> int | None:
     with _told_of(section):
         found = _found(section, dtype)
         saved, name = found.saved, found.source.name_or_path
-        _template(section, saved, tokenizer_of(found.source, found.where, str(section.model), saved))
+        tokenizer = tokenizer_of(found.source, found.where, str(section.model), saved, data_of_the_run(saved))
+        _template(section, saved, tokenizer)
         if stored_config(found.settings) is not None or (saved is not None and saved.quantization is not None):
             return None
         own = dtype_of(found.source, found.settings, found.where)
@@ -235,7 +236,7 @@ def _check_checkpoint(name: str, settings: Any) -> None:
 
 def _template(section: RewardSection, saved: SavedAdapter | None, tokenizer: Any) -> Template:
     """As the model's own run had it, or the chat template that its tokenizer brings."""
-    kind, special_tokens = ("chat", "text") if saved is None else writing_of_the_run(saved.folder)
+    kind, special_tokens = ("chat", "text") if saved is None else writing_of(data_of_the_run(saved))
     if section.template is None and kind == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {shown(section.model, 300)} has no chat template; save one with it, or set template: "

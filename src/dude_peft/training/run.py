@@ -371,10 +371,13 @@ class _Run:
 
     def _check_rate(self) -> None:
         from dude_peft.methods import METHODS
+        from dude_peft.methods.idle import idle_settings
         from dude_peft.methods.learning_rate import learning_rate_warning
 
         if self.config.adapter.foreign:
             return
+        for line in idle_settings(METHODS[self.config.adapter.method], (self.asked or self.config.adapter).changed()):
+            self.warn(line)
         rate = self.config.train.learning_rate
         assert rate is not None, "a resolved configuration has a rate"
         from_rows = self.config.train.from_rows
@@ -468,7 +471,7 @@ class _Run:
             check_nature,
             check_packs,
             probe,
-            xxh3_of_head,
+            record_of_head,
         )
 
         config, display = self.config, self.display
@@ -483,9 +486,11 @@ class _Run:
             else:
                 model = load_empty(self._model_section(), where)
             writes = config.train.task_type == CAUSAL
+            if config.model.device_map is not None:
+                check_placed(model, config.model)
             if not writes:  # where it reads the score: at the last token that is another one
                 model.config.get_text_config().pad_token_id = pad_id
-                self.head = {"drawn_with_seed": config.train.seed, "xxh3": xxh3_of_head(model)}
+                self.head = record_of_head(model, config.train.seed)
             check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if writes and data.held_out is not None:
@@ -501,8 +506,6 @@ class _Run:
                 model.generation_config = processes.from_first(model.generation_config)
             elif config.model.device_map is None:
                 model.to(device)
-            else:
-                check_placed(model)
             # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
@@ -917,7 +920,15 @@ class _Run:
 
         config = self.config
         state = sharded_state(self.model)
-        self.folder.save_adapter(self.model, self.tokenizer, state, () if self.sight is None else self.sight.files)
+        plain = config.data.template == "plain" and bool(self.tokenizer.chat_template)
+        writing = {"template": config.data.template, "special_tokens": config.data.special_tokens}
+        self.folder.save_adapter(
+            self.model,
+            self.tokenizer,
+            state,
+            () if self.sight is None else self.sight.files,
+            writing if plain or config.data.special_tokens != "text" else None,
+        )
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.watched)] if before else []
@@ -949,6 +960,8 @@ class _Run:
         after: Score | None,
         tasks: dict[str, Any] | None,
     ) -> RunReport:
+        from dude_peft.artifact.manifest import seal_of
+
         config = self.config
         trainable, total = self.model.get_nb_trainable_parameters()
         return RunReport(
@@ -977,6 +990,7 @@ class _Run:
             best_step=fitted.best_step,
             tasks=tasks,
             files=self.folder.listed(),
+            adapter_seal=seal_of(self.folder.path / ADAPTER) if self.folder.writes else None,
             budget=None
             if self.asked is None or self.asked.budget is None
             else self.asked.budget.model_dump(mode="json"),
