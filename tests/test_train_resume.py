@@ -674,6 +674,26 @@ def test_a_signal_ends_behind_the_step_and_the_run_goes_on(places, whole, tmp_pa
         shutil.rmtree(out)
 
 
+def test_ctrl_c_in_the_last_step_ends_behind_it_and_the_run_goes_on(places, whole, tmp_path, monkeypatch):
+    from dude_peft.training.loop import Loop
+
+    wanted, end_of_step = settings(places, tmp_path / "out", save_steps=50), Loop.on_step_end
+
+    def interrupted(self, args, state, *rest, **more):
+        if state.global_step == STEPS:
+            signal.raise_signal(signal.SIGINT)
+        end_of_step(self, args, state, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "on_step_end", interrupted)
+        with pytest.raises(StoppedError, match=f"after step {STEPS} of {STEPS}, which is saved"):
+            start(wanted)
+    assert not (tmp_path / "out/adapter").exists()
+    start(wanted)
+    found = result(tmp_path / "out")
+    assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"])
+
+
 def test_a_stop_that_a_library_caught_is_still_a_stop():
     def read() -> None:
         try:

@@ -462,6 +462,7 @@ def test_a_planted_link_is_replaced_not_followed(tmp_path):
         ("a/b/c", "no folder"),
         ("with space", "no folder"),
         ("package:no_such_package", "pip install --no-deps no-such-package"),
+        ("package:transfomers", "did you mean 'package:transformers'"),
         ("package:../x", "not a package name"),
         ("package:", "not a package name"),
     ],

@@ -42,6 +42,7 @@ def dry_run(
             cell = next(grid.tuning(each, grid.points(each.rates)))
             plans[each.name] = plan(cell.placed(Path(config.output_dir)), quiet=True)
     first = next(grid.tuning(grid.contestants[0], grid.points(grid.contestants[0].rates)))
+    display.say(f"{_TIMED_STEPS} steps of {shown(first.method)} are trained now, to time one; nothing of them is kept")
     with display.waiting(f"timing {_TIMED_STEPS} steps of {shown(first.method)}"):
         timed = _timed(first, default_threads(jobs))
     show_facts(

@@ -67,7 +67,8 @@ def doctor(*, as_json: bool = False) -> None:
         raise problem
     display.say("training works on this machine")
     look = ["data", "check", "ROWS.jsonl", "--model", "MODEL"]
-    tell_next(display, look, ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
+    new = ["config", "new", "ROWS.jsonl", "--model", "MODEL", "-o", "run.yaml"]
+    tell_next(display, look, new, ["train", "run.yaml"])
 
 
 def _first_problem(installed: list[Package]) -> DudeError | None:
@@ -123,7 +124,8 @@ def _package(package: Package) -> str:
     version = package.version or "-"
     wanted = f" (needs {package.wanted})" if package.wanted else ""
     remedy = f": {package.remedy}" if package.remedy else ""
-    return f"{version}{wanted} {package.state}{remedy}"
+    state = "optional, not installed" if package.version is None and not package.required else package.state
+    return f"{version}{wanted} {state}{remedy}"
 
 
 def _device(device: Seen) -> str:

@@ -55,8 +55,9 @@ def usage(
     name = adapter.config.base_model_name_or_path or "BASE_MODEL"
     where = ascii(name)
     if name.startswith(_PACKAGE):
-        imports.insert(0, "from importlib.resources import files\n")
-        where = f"str(files({name.removeprefix(_PACKAGE)!a}))"
+        # Without an import of the package: only its files are needed, and what it needs itself may be missing.
+        imports.insert(0, "from importlib.util import find_spec\n")
+        where = f"find_spec({name.removeprefix(_PACKAGE)!a}).submodule_search_locations[0]"
     gguf = model.get("gguf_file")
     scores = adapter.config.task_type == SCORES and automatic == _AUTOMATIC[SCORES]
     options: dict[str, Any] = {

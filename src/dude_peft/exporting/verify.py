@@ -96,7 +96,7 @@ def verify(
     """
     require_place(str(adapter))
     display = Display(quiet=quiet)
-    with display.waiting("reading the adapter"), quiet_imports():
+    with display.waiting("imports"), quiet_imports():
         from dude_peft.exporting.adapter import open_adapter
         from dude_peft.exporting.foreign import open_foreign
 

@@ -10,7 +10,7 @@ DUDE = Method(
     magnitude="trained",
     learning_rate=3e-4,
     summary="principal factors and a trained magnitude",
-    choose="the lowest loss at a small learning rate",
+    choose="principal directions and a magnitude, from the base model bit by bit",
     start="truncated SVD",
     paper="arXiv 2505.14367",
 )

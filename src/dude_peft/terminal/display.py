@@ -66,7 +66,8 @@ class Display:
         """
         start, name = time.perf_counter(), shown(name, None)
         if not self.live:
-            yield lambda count, note="", total=None: None
+            with self._named_late(name):
+                yield lambda count, note="", total=None: None
         else:
             bar, line = self._bar(), Text(no_wrap=True, overflow="ellipsis")
             task = bar.add_task(name, total=total, behind_seconds=behind_seconds)

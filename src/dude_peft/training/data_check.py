@@ -237,7 +237,10 @@ def check_data(
     display.say("\nfor CONFIG.yaml:")
     asks = _questions(made)
     display.say(data_section({**settings, "upft": upft, "max_length": max_length}, asks, objective, stages))
-    tell_next(display, ["config", "explain", "data"], ["plan", "CONFIG.yaml"], ["train", "CONFIG.yaml"])
+    words = ["--model", model, *([] if gguf_file is None else ["--gguf-file", gguf_file])]
+    words += [] if objective == "sft" else ["--objective", objective]
+    words += [word for ours, theirs in names.mapping.items() for word in ("--column", f"{ours}={theirs}")]
+    tell_next(display, ["config", "new", str(source), *words, "-o", "run.yaml"], ["train", "run.yaml"])
     return DataReport(
         formats=tuple(shapes),
         template=written.kind,

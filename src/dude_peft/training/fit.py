@@ -256,8 +256,7 @@ class Training:
             model.config.use_cache = uses_cache
         step = int(trainer.state.global_step)
         loop.stop.after(f"after step {step} of {total}, which is saved; run the same command again to resume")
-        if step < total:
-            loop.stop.raise_if_wanted()
+        loop.stop.raise_if_wanted()
         if trainer.checked != step:
             trainer.check_sound()
         return self._result(step, int(trainer.state.num_input_tokens_seen), loop.elapsed)

@@ -16,6 +16,7 @@ from dude_peft.training.data_section import held_out_share
 
 _BUILTIN = "builtin:word-problems"  # has rows of its own to hold out
 _EPOCHS, _BATCH, _ACCUMULATION = 3, 4, 2
+_TRIAL_STEPS = 8
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _TEXT = """\
 # {title}{left_out}
@@ -90,7 +91,8 @@ def new_config(
             except FileExistsError:
                 raise _taken(output) from None
         display.say(f"written: {shown(output, 300)}")
-        tell_next(display, ["plan", str(output)], ["train", str(output)])
+        trial = ["--set", f"train.max_steps={_TRIAL_STEPS}", "--output-dir", "runs/try"]
+        tell_next(display, ["plan", str(output)], ["train", str(output), *trial], ["train", str(output)])
     return text
 
 
