@@ -24,6 +24,7 @@ from tiny import save_tiny, write_rows
 from dude_peft.artifact.sealed import folder_facts, seal_folder, sealed, unsealed
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ArtifactError, BusyError, ConfigError, DataError, ResourceError, StoppedError
+from dude_peft.exporting.adapter import open_adapter
 from dude_peft.folder.checkpoint import FORMAT_VERSION, Checkpoints
 from dude_peft.folder.lock import RunLock
 from dude_peft.machine.stop import Stop
@@ -689,6 +690,8 @@ def test_ctrl_c_in_the_last_step_ends_behind_it_and_the_run_goes_on(places, whol
         with pytest.raises(StoppedError, match=f"after step {STEPS} of {STEPS}, which is saved"):
             start(wanted)
     assert not (tmp_path / "out/adapter").exists()
+    with pytest.raises(ConfigError, match="is the folder of a run that has not ended; run its dude train again"):
+        open_adapter(str(tmp_path / "out"))
     start(wanted)
     found = result(tmp_path / "out")
     assert (found["adapter"], found["lines"]) == (whole["adapter"], whole["lines"])

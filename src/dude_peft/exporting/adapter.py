@@ -28,6 +28,7 @@ from dude_peft.artifact.stacks import from_disk
 from dude_peft.artifact.stock import EXTRA_TRAINED, STOCK_A, STOCK_B, LayerTensors, stock_names
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.record import ADAPTER
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
@@ -179,10 +180,17 @@ def open_adapter(path: str | Path) -> SavedAdapter:
 
 
 def refuse_run_folder(folder: Path) -> None:
-    """Raises ConfigError for a run's own folder, and names the adapter in it."""
+    """Raises ConfigError for a run's own folder, and names the adapter in it, where the run has ended."""
     adapter = folder / ADAPTER
-    if (adapter / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+    if (folder / CONFIG_FILE).is_file():
+        return
+    if (adapter / CONFIG_FILE).is_file():
         raise ConfigError(f"{shown(folder, 300)} is a run's folder; give the adapter inside it, {shown(adapter, 300)}")
+    if (folder / RUN).is_file():
+        raise ConfigError(
+            f"{shown(folder, 300)} is the folder of a run that has not ended; run its dude train again, or give the "
+            "adapter of one of its checkpoints"
+        )
 
 
 def _fetch_tokenizer(name: str) -> None:
