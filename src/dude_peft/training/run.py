@@ -881,7 +881,7 @@ class _Run:
         config = self.config
         state = sharded_state(self.model)
         plain = config.data.template == "plain" and bool(self.tokenizer.chat_template)
-        writing = {"template": config.data.template, "special_tokens": config.data.special_tokens}
+        writing: dict[str, str] = {"template": config.data.template, "special_tokens": config.data.special_tokens}
         self.folder.save_adapter(
             self.model,
             self.tokenizer,
