@@ -371,6 +371,24 @@ def costs() -> str:
     return _table(["what", "ratio (quartiles), or figure"], rows)
 
 
+def plan_published() -> str:
+    name = "2026-11-30-plan-published"
+    rows = [
+        [
+            f"[{found['source']}]({found['link']})",
+            found["model"],
+            found["setting"],
+            f"{found['theirs_gib']:.2f}, {found['measures']}",
+            f"{found['ours_gib']:.2f}",
+            f"{found['ratio']:.2f}",
+            found["why"],
+        ]
+        for found in _record(name)["results"].values()
+    ]
+    header = ["model", "setting", "theirs, GiB", "ours", "ratio", "what is behind more than 15 %"]
+    return _table([f"source ({_link(name)})", *header], rows)
+
+
 def lm_eval_agreement() -> str:
     rows = []
     for task in ("gsm8k", "mmlu"):
@@ -401,5 +419,6 @@ MAKERS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "host-memory": host_memory,
     "costs": costs,
+    "plan-published": plan_published,
     "lm-eval-agreement": lm_eval_agreement,
 }
