@@ -373,19 +373,15 @@ def costs() -> str:
 
 def plan_published() -> str:
     name = "2026-11-30-plan-published"
-    rows = [
-        [
-            f"[{found['source']}]({found['link']})",
-            found["model"],
-            found["setting"],
-            f"{found['theirs_gib']:.2f}, {found['measures']}",
-            f"{found['ours_gib']:.2f}",
-            f"{found['ratio']:.2f}",
-            found["why"],
-        ]
-        for found in _record(name)["results"].values()
-    ]
-    header = ["model", "setting", "theirs, GiB", "ours", "ratio", "what is behind more than 15 %"]
+    rows = []
+    for found in _record(name)["results"].values():
+        why = found["why"]
+        if beside := found["beside_gib"]:
+            why = f"{why}: {beside:+.2f} GiB, ratio {found['ratio_with_it']:.2f}"
+        theirs, ours, ratio = f"{found['theirs_gib']:.2f}", f"{found['ours_gib']:.2f}", f"{found['ratio']:.2f}"
+        source = f"[{found['source']}]({found['link']})"
+        rows.append([source, found["model"], found["setting"], found["measures"], theirs, ours, ratio, why])
+    header = ["model", "setting", "theirs is", "theirs, GiB", "ours, GiB", "ratio", "why they differ"]
     return _table([f"source ({_link(name)})", *header], rows)
 
 

@@ -281,6 +281,7 @@ def test_keys_that_cannot_apply_are_refused_by_name(place, sections, words):
     refused(place, OFT, words, **sections)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_it(place):
     done = dude("plan", write_run(place, "planned", OFT), "--json")
     assert done.returncode == 0, done.stderr

@@ -160,7 +160,7 @@ def test_the_peak_is_that_of_a_real_step(case, tmp_path):
 STOCK = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "v_proj"], "use_dora": True}
 
 
-@pytest.mark.parametrize("case", ["one row", "packed", "stock PEFT"])
+@pytest.mark.parametrize("case", some_by_day(["one row", "packed", "stock PEFT"], ["packed"]))
 def test_the_peak_is_that_of_a_real_step_where_masks_or_adapters_are_others(case, tmp_path):
     """One row has no mask, rows end to end have one of all their tokens; PEFT's own layers are counted as they are."""
     adapter = {"method": "peft:LORA", "peft": STOCK} if case == "stock PEFT" else {"method": "lora"}
@@ -182,12 +182,12 @@ def test_the_peak_is_that_of_a_real_step_where_masks_or_adapters_are_others(case
 
 
 def test_the_softmax_of_cuda_needs_a_table_more(tmp_path):
-    """Its backward takes gradient times output first; float32 scores of 4 rows, 4 heads, 192 x 192."""
-    llama(2).config.save_pretrained(tmp_path)
+    """Its backward takes gradient times output first; float32 scores of 4 rows, 4 heads, 512 x 512."""
+    llama(2, hidden=64, intermediate_size=64, max_position_embeddings=512).config.save_pretrained(tmp_path)
     config = changed(run_of(tmp_path), {"model.attn_implementation": "eager", "train.gradient_checkpointing": True})
     where = config.model.name_or_path
-    found = [cost(config, load_settings(config.model, where), where, 192, gpu=gpu).bill for gpu in (True, False)]
-    assert found[0].working - found[1].working == 4 * 4 * 192 * 192 * 4
+    found = [cost(config, load_settings(config.model, where), where, 512, gpu=gpu).bill for gpu in (True, False)]
+    assert found[0].working - found[1].working == 4 * 4 * 512 * 512 * 4
 
 
 def test_flash_attention_has_no_table_of_scores(tmp_path):
@@ -198,9 +198,9 @@ def test_flash_attention_has_no_table_of_scores(tmp_path):
         bill = cost_of(config, length).bill
         return bill.activations + bill.working + bill.logits_and_loss
 
-    assert step("flash_attention_2", 2048) == pytest.approx(2 * step("flash_attention_2", 1024), rel=0.02)
-    assert step("sdpa", 2048) > 2.2 * step("sdpa", 1024)
-    assert step("flash_attention_2", 1024) < step("sdpa", 1024) < step("eager", 1024)
+    flash = step("flash_attention_2", 1024)
+    assert step("flash_attention_2", 2048) == pytest.approx(2 * flash, rel=0.02)
+    assert step("sdpa", 1024) > 1.1 * flash
 
 
 @pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])

@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dude_peft.config.schema import RunConfig
 
-# Names of ours: transformers makes no mask for those that it does not know.
-_FLASH, _UNMASKED = "dude_counted_flash", "dude_counted_sdpa"
+# Names of ours: transformers makes no mask for those that it does not know. Where "flash" is in one, it wants packages.
+_FLASH, _UNMASKED = "dude_counted_blockwise", "dude_counted_sdpa"
 
 
 def set_attention_(model: Any, config: RunConfig) -> None:

@@ -92,7 +92,7 @@ def adapt_empty(model: Any, settings: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: PEFT refuses the model.
     """
-    return _adapted(model, settings, low_cpu_mem_usage=True).get_base_model()
+    return _adapted(model, settings, empty=True).get_base_model()
 
 
 def load_foreign(model: nn.Module, path: str | os.PathLike[str], is_trainable: bool = False) -> PeftModel:
@@ -149,13 +149,13 @@ def stamp_foreign(model: Any, folder: Path) -> None:
     stamp(folder, {"method": f"{PREFIX}{_kind(model)}"}, record)
 
 
-def _adapted(model: Any, settings: Mapping[str, Any], **options: bool) -> PeftModel:
+def _adapted(model: Any, settings: Mapping[str, Any], *, empty: bool = False) -> PeftModel:
     config = config_of(settings)
     kind = settings["peft_type"]
     check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
     own = {id(parameter) for parameter in model.parameters()}
     try:
-        adapted: PeftModel = get_peft_model(model, config, **options)
+        adapted: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=empty)
     except Exception as error:
         raise ConfigError(f"adapter.peft: PEFT's {kind} refuses this model ({_line(error)})") from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
