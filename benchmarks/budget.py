@@ -16,14 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, numbers, set_threads, show
+from measure import arguments, console, finish, means, numbers, set_threads, show
 
 from dude_peft.config.reading import load_config
 from dude_peft.training.run import run
 
 COLUMNS = ["parameters", "layers", "loss", "loss_half_width", "to_uniform", "to_uniform_half_width"]
-# Student's t, two-sided 95 %, by the number of seeds.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def main() -> None:
@@ -129,17 +127,13 @@ def told(settings: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
 def _row(mine: list[dict[str, Any]], runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     losses = [one["loss"] for one in mine]
     pairs = [one["loss"] - found["uniform"]["loss"] for one, found in zip(mine, runs.values(), strict=True)]
-    row: dict[str, Any] = {
+    return {
         "before": statistics.mean(one["before"] for one in mine),
         "parameters": round(statistics.mean(one["parameters"] for one in mine)),
         "layers": "-".join(map(str, sorted({one["layers"] for one in mine}))),
         "budget_seconds": statistics.mean(one["budget_seconds"] for one in mine),
+        **means({"loss": losses, "to_uniform": pairs}),
     }
-    for name, values in (("loss", losses), ("to_uniform", pairs)):
-        row[name] = statistics.mean(values)
-        if len(values) in T95:
-            row[f"{name}_half_width"] = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return row
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+# Student's t, two-sided 95 %, by the number of seeds.
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 PACKAGES = ("torch", "peft", "transformers", "accelerate", "safetensors", "triton", "dude-peft")
 console = Console(width=None if os.environ.get("COLUMNS") else 140)
 
@@ -145,6 +147,16 @@ def finish(benchmark: str, settings: argparse.Namespace, results: Any, notes: li
     if settings.json is not None:
         settings.json.write_text(json.dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
         console.print(f"written: {settings.json}")
+
+
+def means(values: dict[str, list[float]]) -> dict[str, float]:
+    """Mean of each figure over seeds, and, from two of them on, half the width of its 95 % interval (Student's t)."""
+    found: dict[str, float] = {}
+    for name, each in values.items():
+        found[name] = statistics.mean(each)
+        if len(each) in _T95:
+            found[f"{name}_half_width"] = _T95[len(each)] * statistics.stdev(each) / len(each) ** 0.5
+    return found
 
 
 def numbers(text: str) -> list[int]:

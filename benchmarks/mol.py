@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, numbers, set_threads, show
+from measure import arguments, console, finish, means, numbers, set_threads, show
 
 from dude_peft.config.schema import RunConfig
 from dude_peft.training.run import run
 
 COLUMNS = ["domain", "domain_half_width", "general", "general_half_width", "kl", "kl_half_width"]
-# Student's t, two-sided 95 %, by the number of seeds.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def main() -> None:
@@ -119,18 +116,11 @@ def measured(settings: argparse.Namespace, objective: str, seed: int, folder: Pa
 def table(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """Mean and half width of the 95 % interval of each figure, of each objective and of their difference."""
     names = ("domain", "general", "kl")
-    rows: dict[str, dict[str, Any]] = {}
     sets = {"before": [[one[f"{name}_before"] for one in runs["sft"]] for name in names]}
     sets |= {key: [[one[name] for one in found] for name in names] for key, found in runs.items()}
     pairs = zip(sets["mol"], sets["sft"], strict=True)
     sets["mol - sft"] = [[a - b for a, b in zip(mol, sft, strict=True)] for mol, sft in pairs]
-    for key, values in sets.items():
-        rows[key] = {}
-        for name, found in zip(names, values, strict=True):
-            rows[key][name] = statistics.mean(found)
-            if len(found) in T95:
-                rows[key][f"{name}_half_width"] = T95[len(found)] * statistics.stdev(found) / len(found) ** 0.5
-    return rows
+    return {key: means(dict(zip(names, values, strict=True))) for key, values in sets.items()}
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def _torchtune() -> list[Figure]:
 
 
 def _longlora() -> list[Figure]:
-    """LongLoRA's plain LoRA, on eight GPUs under DeepSpeed. The number comes from a collection that quotes the table."""
+    """Plain LoRA of LongLoRA, on eight GPUs under DeepSpeed. A collection that quotes the table has the number."""
     return [
         Figure(
             "LongLoRA, table 12",

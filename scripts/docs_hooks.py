@@ -53,4 +53,6 @@ def _formula(source: str, language: str, class_name: str, options: Any, md: Any,
     from latex2mathml.converter import convert
 
     lines = [line for line in re.split(r"\\\\\s*", source.strip()) if line]
-    return "".join(f'<p class="math">{convert(line, display="block")}</p>' for line in lines)
+    # A phone is narrower than a formula: it scrolls by itself, not the whole page.
+    scrolls = '<p class="math" style="overflow-x: auto">'
+    return "".join(f"{scrolls}{convert(line, display='block')}</p>" for line in lines)

@@ -193,6 +193,10 @@ def boolq() -> str:
     return _compared("2026-11-29-compare-smollm2-boolq")
 
 
+def word_problems() -> str:
+    return _compared("2026-11-30-compare-smollm2-word-problems")
+
+
 def _compared(name: str) -> str:
     found = _record(name)["results"]
     rows = []
@@ -408,6 +412,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "stories": stories,
     "tinystories": tinystories,
     "boolq": boolq,
+    "word-problems": word_problems,
     "method-costs": method_costs,
     "budget": budget,
     "step-model": step_model,

@@ -26,7 +26,12 @@ def some_by_day(cases: Iterable[Any], day: Sequence[Any]) -> list[Any]:
     cases = list(cases)
     if missing := [case for case in day if case not in cases]:
         raise ValueError(f"no such cases: {missing}")
-    return [case if case in day else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
+    return [case if case in day else by_night(case)[0] for case in cases]
+
+
+def by_night(*cases: Any) -> list[Any]:
+    """Cases for `parametrize` that are slow, each one."""
+    return [pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
 
 
 def _values(case: Any) -> tuple[Any, ...]:

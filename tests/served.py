@@ -16,6 +16,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,32 @@ def _become(request: dict[str, Any]) -> None:
     if request["argv"][1:2] == ["compare"]:
         nursery.found(_become)
     sys.argv = request["argv"]
-    sys.path[0] = str(Path(sys.executable).parent)
-    if request["script"] is not None:
-        sys.path[0] = str(Path(request["script"]).parent)
-        runpy.run_path(request["script"], run_name="__main__")
+    try:
+        _perform(request["script"])
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            raise
+        _leave(end.code or 0)
+    _leave(0)
+
+
+def _perform(script: str | None) -> None:
+    sys.path[0] = str(Path(sys.executable if script is None else script).parent)
+    if script is not None:
+        runpy.run_path(script, run_name="__main__")
         return
     from dude_peft.cli import main
 
     main()
+
+
+def _leave(code: int) -> None:
+    """The end of a process without its longest part, half a second for taking apart what it inherited."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import logits, make, perturb
+from night import by_night
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -241,9 +242,11 @@ def test_all_linear_leaves_out_what_cannot_be_adapted():
     ("changes", "words"),
     [
         ({"target_modules": "(([a-z0-9_]+[.]?)+)+X"}, "target_modules='(([a-z0-9_]+[.]?)+)+X' takes longer than 2 s"),
-        ({"exclude_modules": "((.*)*)*Q"}, "exclude_modules='((.*)*)*Q' takes longer than 2 s"),
-        ({"rank_pattern": {"((.*)*)*Q": 2}}, "rank_pattern='((.*)*)*Q' takes longer than 2 s"),
-        ({"modules_to_save": ["(.*.*)*x"]}, "modules_to_save='(.*.*)*x' takes longer than 2 s"),
+        *by_night(
+            ({"exclude_modules": "((.*)*)*Q"}, "exclude_modules='((.*)*)*Q' takes longer than 2 s"),
+            ({"rank_pattern": {"((.*)*)*Q": 2}}, "rank_pattern='((.*)*)*Q' takes longer than 2 s"),
+            ({"modules_to_save": ["(.*.*)*x"]}, "modules_to_save='(.*.*)*x' takes longer than 2 s"),
+        ),
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'; it must be a list of names"),
         ({"modules_to_save": [None]}, "it must be a list of names"),
         ({"layers_to_transform": "\x1b[31m"}, "it is the number of a layer"),

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from dude_peft import DudeConfig
-from dude_peft.artifact.manifest import cover_tokenizer
+from dude_peft.artifact.manifest import cover_tokenizer, seal_of
 from dude_peft.artifact.sealed import sealed
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, ResourceError
@@ -284,6 +285,23 @@ def test_what_the_manifest_vouches_for_is_sent(adapter, tmp_path):
     cover_tokenizer(folder)
     upload(folder, "me/mine", folder=tmp_path / "dry", quiet=True)
     assert (tmp_path / "dry" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+
+
+def test_the_report_of_another_adapter_is_left_out_of_a_card(adapter, tmp_path, capsys):
+    """As that of a run beside an adapter that was copied into its folder, or recovered from a checkpoint."""
+    for name in ("adapter", "recovered"):
+        shutil.copytree(adapter, tmp_path / name)
+    cover_tokenizer(tmp_path / "recovered")
+    report = {**REPORT, "adapter_seal": seal_of(tmp_path / "adapter")}
+    for sealed_report in (report, REPORT):  # early versions did not say whose it is
+        (tmp_path / "report.json").write_text(json.dumps(sealed(sealed_report)))
+        cards = {}
+        for name in ("adapter", "recovered"):
+            upload(tmp_path / name, "me/mine", folder=tmp_path / f"{name}-{len(sealed_report)}")
+            cards[name] = (tmp_path / f"{name}-{len(sealed_report)}" / "README.md").read_text()
+        assert "## Evaluation" in cards["adapter"]
+        assert "## Evaluation" not in cards["recovered"]
+        assert "is about another adapter" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x"])

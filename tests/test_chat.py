@@ -28,6 +28,7 @@ from dude_peft import DudeConfig
 from dude_peft.answer.decode import Pieces, decode, decode_all
 from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.speaker import open_speaker
+from dude_peft.artifact.manifest import cover_tokenizer
 from dude_peft.artifact.sealed import sealed
 from dude_peft.chat.conversation import Conversation
 from dude_peft.chat.generate import generate
@@ -447,6 +448,7 @@ def test_what_a_model_says_is_not_obeyed(place, monkeypatch, capsys):
     assert "\\x1b]0;owned\\x07\n" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_at_a_terminal(adapter):
     import pty
@@ -697,6 +699,23 @@ def test_an_adapter_is_asked_as_its_run_was_trained(place, tmp_path):
     assert (speaker.trained_template, speaker.special_tokens) == ("plain", "allow")
     assert speaker.template(None).control.allowed
     assert not speaker.template(None, "text").control.allowed
+
+
+def test_an_adapter_that_was_moved_is_asked_in_the_same_way(place, tmp_path):
+    moved = Path(shutil.copytree(place / "run" / "adapter", tmp_path / "elsewhere"))
+    cover_tokenizer(moved, {"template": "plain", "special_tokens": "allow"})
+    speaker = opened(moved)
+    assert (speaker.trained_template, speaker.special_tokens) == ("plain", "allow")
+
+
+def test_the_adapter_of_a_checkpoint_is_asked_as_its_run_is_trained(place, tmp_path):
+    own = tmp_path / "run" / "checkpoints" / "step-00000002" / "adapter"
+    shutil.copytree(place / "run" / "adapter", own, ignore=shutil.ignore_patterns("*token*", "chat_template*"))
+    data = {"template": "chat", "chat_template": "[{{ messages[0].content }}]", "special_tokens": "allow"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
+    speaker = opened(own)
+    assert (speaker.trained_template, speaker.special_tokens) == ("chat", "allow")
+    assert speaker.tokenizer.chat_template == data["chat_template"]
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

@@ -54,7 +54,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(place) -> subprocess.CompletedProcess[str]:
     """The command run once, for the tests that look at what it left."""
-    done = fresh("train", "run.yaml", cwd=place)
+    done = dude("train", "run.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -228,6 +228,7 @@ def test_ctrl_c_held_down_still_leaves_one_line_and_its_code(place, tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_the_run(place, tmp_path):
     quick = "--set evaluation.enabled=false"
     command = f"{sys.executable} -m dude_peft.cli train run.yaml --output-dir {tmp_path / 'out'} {quick} | head -n 1"

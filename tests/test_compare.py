@@ -170,6 +170,7 @@ def test_the_same_command_again_runs_nothing_and_writes_the_same_bytes(place, fi
     assert (reports(place / "out"), (place / "out/comparison.json").read_bytes()) == (before, bytes_before)
 
 
+@pytest.mark.slow
 def test_what_is_killed_or_stopped_goes_on_and_comes_to_the_same(place, finished, tmp_path):
     """kill -9 of the comparison and of a run, then SIGTERM, then to the end: of three runs that `finished` has too."""
     elsewhere = copied(place, tmp_path)

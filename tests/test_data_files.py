@@ -121,6 +121,22 @@ def test_bad_parquet(tmp_path):
     assert "is not a readable Parquet file (" in fault(write(tmp_path, b"", "v.parquet"))
 
 
+def test_a_parquet_column_or_key_that_is_there_twice_is_refused(tmp_path):
+    """The last one would win, without a word."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as writer
+
+    answers = [pa.array([text]) for text in ("q", "first", "second")]
+    writer.write_table(
+        pa.Table.from_arrays(answers, names=["prompt", "completion", "completion"]), tmp_path / "t.parquet"
+    )
+    assert ": the column 'completion' is there twice; keep one" in fault(tmp_path / "t.parquet")
+    texts = [pa.array([each] * 2) for each in ("user", "q", "q2")]
+    turns = pa.StructArray.from_arrays(texts, names=["role", "content", "content"])
+    writer.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 2], turns)}), tmp_path / "s.parquet")
+    assert "is not a readable Parquet file (" in fault(tmp_path / "s.parquet")
+
+
 def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
     path = parquet(tmp_path, [{"question": "q", "answer": "a"}])
     monkeypatch.setitem(sys.modules, "pyarrow", None)

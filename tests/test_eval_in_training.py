@@ -184,7 +184,8 @@ def test_a_mistake_costs_no_weights(place, tmp_path, monkeypatch, evaluation, er
     from dude_peft.model import load as model
 
     monkeypatch.setattr(model, "load_model", None)
-    config = RunConfig(**settings(place, tmp_path / "o", **{"tasks_data_dir": str(place / "data")} | evaluation))
+    data = {"tasks_data_dir": str(place / "data")} if "tasks" in evaluation else {}
+    config = RunConfig(**settings(place, tmp_path / "o", **data | evaluation))
     with pytest.raises(error, match=words):
         command(config, scorer_of=TasksOfRun)
     assert not (tmp_path / "o").exists()
@@ -245,6 +246,7 @@ def test_two_processes_answer_as_one(place, tmp_path):
             }
 
 
+@pytest.mark.slow
 def test_a_mistake_of_several_is_told_once(place, tmp_path):
     finished = dude(
         "eval", place / "adapter", "-o", tmp_path / "o", "--tasks", "gsm8q", "--data-dir", place / "data",

@@ -101,7 +101,7 @@ def test_scores_are_those_of_whole_prompts(models, tmp_path, monkeypatch, which,
         assert [greedy for _, greedy in ours] == [greedy for _, greedy in other]
     assert read < sum(tokens) / 3  # the other two ways together
     assert shared.cut_prompts == whole.cut_prompts != set()
-    assert shared._prefix is None
+    assert shared._kept._prefix is None
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])

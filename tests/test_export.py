@@ -21,7 +21,7 @@ import torch
 import transformers
 from method_rows import each_ranked_kind
 from models import logits, make, perturb, tokens
-from night import NIGHT, some_by_day
+from night import NIGHT
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from served import dude
@@ -646,7 +646,8 @@ def worded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("target", some_by_day(["merged", "peft", "lora:32"], ["merged"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["merged", "peft", "lora:32"])
 def test_an_export_is_run_in_a_fresh_process_without_our_package(target, worded, tmp_path, capsys):
     export(worded / "adapter", target, tmp_path / "out", quiet=False)
     record = json.loads((tmp_path / "out/dude_export.json").read_text())

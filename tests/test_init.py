@@ -20,6 +20,7 @@ import torch
 import transformers
 from method_rows import each_kind
 from models import logits, make
+from night import by_night
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from served import dude
@@ -94,10 +95,12 @@ def test_the_files_are_those_of_an_adapter_made_in_memory(method, checkpoint, tm
     ("architecture", "dtype", "settings"),
     [
         ("llama", torch.bfloat16, {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"up_proj": 3}}),
-        ("gemma3-tied", torch.float32, {"target_modules": ["lm_head", "q_proj"]}),
         ("gpt2-conv1d", torch.float32, {}),
-        ("opt-bias", torch.float64, {"exclude_modules": ["k_proj"]}),
-        ("qwen3", torch.float16, {"method": "rslora", "rank_pattern": {"q_proj": 7}}),
+        *by_night(
+            ("gemma3-tied", torch.float32, {"target_modules": ["lm_head", "q_proj"]}),
+            ("opt-bias", torch.float64, {"exclude_modules": ["k_proj"]}),
+            ("qwen3", torch.float16, {"method": "rslora", "rank_pattern": {"q_proj": 7}}),
+        ),
     ],
 )
 def test_architectures_dtypes_and_patterns(architecture, dtype, settings, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from night import by_night
 from test_linear import Case, relative_error
 from torch.library import wrap_triton
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,7 @@ HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 
 def sweep(*usual, nightly):
     """Values of a parameter; those for the night are slow, since Triton's interpreter is."""
-    return [*usual, *(pytest.param(value, marks=pytest.mark.slow) for value in nightly)]
+    return [*usual, *by_night(*nightly)]
 
 
 @pytest.fixture(autouse=True)
@@ -334,7 +335,8 @@ def test_importing_the_core_does_not_import_triton():
     assert done.stdout.strip() == "False", done.stderr
 
 
-@pytest.mark.parametrize("what", sweep("trace", nightly=("compile",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["trace", "compile"])
 def test_without_the_interpreter(what):
     """Every kernel compiles for real GPUs, and torch.compile sees one kernel a pass, without a graph break."""
     done = run(str(Path(__file__).parent / "without_interpreter.py"), what)

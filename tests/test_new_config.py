@@ -13,12 +13,21 @@ from dude_peft.config.reading import load_config
 from dude_peft.errors import ConfigError
 from dude_peft.planning.run import plan
 from dude_peft.training.data_section import held_out_share
-from dude_peft.training.new_config import new_config
+from dude_peft.training.new_config import _name, new_config
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("new") / "model"))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("builtin:word-problems", "word-problems"), ("openai/gsm8k:main", "gsm8k-main"), ("a/my: rows.jsonl", "my--rows")],
+)
+def test_the_output_folder_is_named_after_the_whole_source(source, name):
+    """A hub set's configuration alone, as `main`, would be the same folder for many sets."""
+    assert _name(source) == name
 
 
 def test_what_it_writes_trains(model, tmp_path):

@@ -6,15 +6,19 @@ axe-core at the root of the checkout, or the axe.min.js that DUDE_AXE names).
 
 from __future__ import annotations
 
+import functools
+import http.server
 import importlib.util
 import itertools
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("scipy", reason="dude report needs scipy, which is not installed here")
 
+from test_docs import build_site
 from test_report import compared, document_of, evaluation, hostile, run, written  # noqa: F401
 
 from dude_peft.reporting.html import html
@@ -43,17 +47,18 @@ def browser():
         found.close()
 
 
-def opened(browser, file, width, scheme):
-    """The page, and what it did that no page may: requests beyond its own file, messages, errors, dialogs."""
+def opened(browser, url, width, scheme, own=()):
+    """The page, and what it did that no page may: requests beyond what is its own, messages, errors, dialogs."""
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     done: list[str] = []
-    page.on("request", lambda request: None if request.url.startswith("data:image/svg") else done.append(request.url))
+    own = ("data:image/svg", url, *own)
+    page.on("request", lambda request: None if request.url.startswith(own) else done.append(request.url))
     page.on("console", lambda message: done.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: done.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (done.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.goto(file.as_uri())
+    page.goto(url)
     page.wait_for_load_state("networkidle")
-    return page, [what for what in done if what != file.as_uri()]
+    return page, done
 
 
 def violations(page):
@@ -75,7 +80,7 @@ def file(request, tmp_path):
 
 def test_a_page_is_accessible_and_asks_for_nothing(browser, file):
     for width, scheme in itertools.product(WIDTHS, SCHEMES):
-        page, done = opened(browser, file, width, scheme)
+        page, done = opened(browser, file.as_uri(), width, scheme)
         assert done == [], (width, scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("[...document.images].every(one => one.complete && one.naturalWidth > 0)")
@@ -90,7 +95,7 @@ def test_faults_are_noticed(browser, tmp_path):
         "<!doctype html><html lang=en><title>x</title><main><h1 style='color:#eee'>pale</h1><img src=none.png>"
         "<script>console.log('said'); throw new Error('thrown')</script></main>"
     )
-    page, done = opened(browser, path, 360, "light")
+    page, done = opened(browser, path.as_uri(), 360, "light")
     assert {"color-contrast", "image-alt"} <= set(violations(page))
     assert {"console: said", "error: thrown"} <= set(done)
     assert [what for what in done if what.endswith("none.png")]
@@ -98,6 +103,28 @@ def test_faults_are_noticed(browser, tmp_path):
 
 
 def test_a_page_prints(browser, file):
-    page, _ = opened(browser, file, 1280, "light")
+    page, _ = opened(browser, file.as_uri(), 1280, "light")
     assert page.pdf().startswith(b"%PDF")
     page.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The documentation, and where it is served: its search wants a server."""
+    folder = tmp_path_factory.mktemp("site")
+    build_site(folder)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_every_page_of_the_site_fits_and_asks_for_nothing(browser, site):
+    folder, url = site
+    for width, scheme in itertools.product(WIDTHS, SCHEMES):
+        for file in sorted(folder.glob("*.html")):
+            page, done = opened(browser, url + file.name, width, scheme, own=(url, "data:", "blob:"))
+            assert done == [], (file.name, width, scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (file.name, width, scheme)
+            page.close()

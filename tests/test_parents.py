@@ -232,6 +232,7 @@ def is_known(kind, name):
         return False
 
 
+@pytest.mark.slow
 def test_the_library_refuses_a_parent_and_an_import():
     program = """
 import peft.tuners.tuners_utils as theirs

@@ -21,12 +21,14 @@ from test_train_resume import _CutError, cut_at
 from tiny import save_tiny, write_rows
 
 from dude_peft import DudeConfig, load_adapter
+from dude_peft.answer.fingerprint import model_fingerprint
 from dude_peft.config.reading import load_config
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.model.load import load_model
 from dude_peft.training import run as run_module
 from dude_peft.training.run import run
-from dude_peft.tuner.offloaded import is_offloaded
+from dude_peft.tuner.offloaded import is_offloaded, offloaded_layers
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 SPREAD = {"device_map": "auto", "max_memory": {"cpu": 400_000}}
@@ -269,6 +271,29 @@ def test_a_map_that_says_nothing_is_refused_when_it_is_read(place, tmp_path, mod
                 f"output_dir={tmp_path / 'out'}",
             ],
         )
+
+
+def test_what_measurements_are_kept_under_is_the_same_wherever_the_weights_are(place):
+    """Pass rates and references of a spread base; reading its weights where they are not would end in a traceback."""
+    models = [
+        load_model(ModelSection(name_or_path=str(place / "model"), **how), str(place / "model")) for how in ({}, SPREAD)
+    ]
+    assert offloaded_layers(models[1])
+    assert model_fingerprint(models[0]) == model_fingerprint(models[1])
+
+
+def test_a_head_on_the_disk_is_refused(place, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 2)
+    rows, small = {"train": str(pairs), "test": str(pairs)}, {"device_map": "auto", "max_memory": {"cpu": 300_000}}
+    with pytest.raises(ResourceError, match=r"model\.device_map: the head 'score' is offloaded"):
+        start(place, tmp_path / "out", small, data=rows, train={"objective": "reward"})
+
+
+def test_a_map_of_a_module_that_the_model_has_not_is_refused(place, tmp_path):
+    model = {"device_map": {"": "cpu", "model.layer.1": "cpu"}}
+    with pytest.raises(ConfigError, match=r"no module 'model\.layer\.1'; closest: 'model\.layers\.1'"):
+        start(place, tmp_path / "out", model)
 
 
 def test_embeddings_on_the_disk_are_refused(place, tmp_path):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from night import some_by_day
 from served import dude
 from tiny import save_tiny
 
@@ -77,7 +78,7 @@ def test_a_twin_is_its_recipe_but_for_the_size(name):
     assert twin.adapter.lora_alpha / twin.adapter.r == run.adapter.lora_alpha / run.adapter.r
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", some_by_day(RECIPES, ["peft-metamathqa"]))
 def test_a_twin_trains_two_steps(name, tiny, tmp_path):
     options = [f"model.name_or_path={tiny}", "model.gguf_file=null", "model.dtype=auto", "train.max_steps=2"]
     options += ["adapter.r=2", "adapter.lora_alpha=2", "data.max_length=768", "evaluation.max_new_tokens=4"]

@@ -345,6 +345,15 @@ def test_steps_hold_whole_groups_and_every_prompt_is_asked():
     assert list(order) != places
 
 
+def test_processes_share_a_step_by_whole_groups():
+    one = list(GroupOrder([0] * 7, 5, answers=4, step=16, iterations=2))
+    places = list(GroupOrder([0] * 7, 5, answers=4, step=16, iterations=2, batch=2, processes=2))
+    for first in range(0, len(one), 16):
+        batches = [places[begin : begin + 2] for begin in range(first, first + 16, 2)]  # dealt in turn
+        assert [place for batch in batches[0::2] for place in batch] == one[first : first + 8]
+        assert [place for batch in batches[1::2] for place in batch] == one[first + 8 : first + 16]
+
+
 # --- rewards ------------------------------------------------------------------------------------------------------
 
 

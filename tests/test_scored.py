@@ -232,9 +232,10 @@ def test_a_merged_folder_gives_the_scores_of_the_live_adapter(places, trained, t
     with pytest.raises(ConfigError, match="LlamaForSequenceClassification, which gives scores and writes nothing"):
         generate(made.path, ["hi"])
     again = settings(places, tmp_path / "again", model={"name_or_path": str(made.path)}, train={"max_steps": 1})
-    assert start(again).before.preference["rewards/margins"] == pytest.approx(
-        float((live["chosen"] - live["rejected"]).mean()), abs=1e-4
-    )
+    report = start(again)
+    margin = float((live["chosen"] - live["rejected"]).mean())
+    assert report.before.preference["rewards/margins"] == pytest.approx(margin, abs=1e-4)
+    assert list(report.model["head"]) == ["xxh3"]  # it brought its head along
 
 
 def trains_and_agrees(places: Path, folder: Path, rows: Path, **sections: dict) -> None:

@@ -82,14 +82,8 @@ def test_a_length_is_one_of_eight_and_never_above_the_longest():
         assert all(padded(length, longest) >= length for length in range(1, longest + 1))
 
 
-BACKENDS = [
-    "eager",
-    pytest.param("aot_eager", marks=pytest.mark.slow),
-    pytest.param(None, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", None])
 def test_a_compiled_run_resumes_bit_by_bit(places, tmp_path, monkeypatch, backend):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     counters.clear()

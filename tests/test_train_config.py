@@ -14,6 +14,8 @@ import pytest
 from dude_peft.config.reading import dump_config, load_config
 from dude_peft.config.schema import AdapterSection, RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.methods import METHODS
+from dude_peft.methods.idle import idle_settings
 
 GOOD = """\
 model:
@@ -131,6 +133,44 @@ def test_a_ratio_of_rates_needs_the_tensor_in_every_method(file):
                 continue
             with pytest.raises(ConfigError, match=f"key 'train.{key}': method '{method}' trains no (B|magnitude);"):
                 config.resolved()
+
+
+@pytest.mark.parametrize(
+    ("override", "switch"),
+    [
+        ("train={lr_scheduler_type: constant, warmup_steps: 10}", "train.lr_scheduler_type=cosine"),
+        ("data.general_share=0.3", "data.general_share=0.5"),
+        ("data={train: a.jsonl, test: 0.1, test_split: validation}", "data.test=b.jsonl"),
+        ("adapter.budget={parameters: 1%, calibration_rows: 8}", "adapter.budget.by=fisher"),
+        ("evaluation.early_stopping_threshold=0.1", "evaluation={eval_steps: 5, early_stopping_patience: 2}"),
+        ("evaluation.tasks_limit=5", "evaluation.tasks=[gsm8k]"),
+        ("evaluation.tasks_chat=true", "evaluation.tasks=[gsm8k]"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_a_key_that_another_key_leaves_idle_is_refused(file, override, switch):
+    message = refusal(file, override)
+    assert "has no effect on" in message
+    load_config(file, [override, switch])
+
+
+def test_pairs_choose_the_best_adapter_only_where_they_are_measured_on_the_way(file):
+    pairs = ["train.objective=dpo", "evaluation.metric_for_best_model=rewards/margins"]
+    assert "metric_for_best_model' has no effect on a run that measures before and after" in refusal(file, *pairs)
+    assert load_config(file, [*pairs, "evaluation.eval_steps=5"]).evaluation.eval_steps == 5
+
+
+def test_settings_that_the_method_does_not_look_at_are_told():
+    asked = AdapterSection(r=8, svd_tol=0.1, norm_gradient="exact").changed()
+    told = {name: idle_settings(METHODS[name], asked) for name in ("dude", "lora", "full")}
+    assert told["dude"] == []
+    assert told["lora"] == [
+        "adapter.svd_tol has no effect: method 'lora' starts without a truncated SVD",
+        "adapter.norm_gradient has no effect: method 'lora' normalises no rows",
+    ]
+    assert told["full"][0] == "adapter.r has no effect: method 'full' has no rank"
+    resolved = RunConfig(model={"name_or_path": "m"}, data={"train": "a", "test": "b"}, output_dir="o").resolved()
+    assert resolved.adapter.changed() == {}
 
 
 def test_adapter_keys_and_defaults_are_those_of_the_tuner():

@@ -267,6 +267,7 @@ def test_no_step_of_a_warm_up_has_no_rate(settings, kind, warm):
     assert rates[steps:] == pytest.approx(wanted[steps:], abs=1e-4)  # the polynomial's end is a rate, not a share
 
 
+@pytest.mark.slow
 def test_the_time_that_is_left_counts_the_last_evaluation(settings, monkeypatch, capsys, tmp_path):
     import time
 

@@ -376,7 +376,7 @@ FILES = (
     ("damage", "name"),
     some_by_day(
         itertools.product(["missing", "one bit", "cut", "link"], FILES),
-        [*itertools.product(["one bit"], FILES), ("missing", FILES[0]), ("cut", FILES[2]), ("link", FILES[4])],
+        [("one bit", FILES[2]), ("missing", FILES[0]), ("cut", FILES[6]), ("link", FILES[4])],
     ),
 )
 def test_a_damaged_checkpoint_is_skipped_and_named(halfway, whole, tmp_path, name, damage):

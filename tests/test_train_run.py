@@ -19,6 +19,7 @@ from served import dude
 from tiny import save_tiny, tiny_llama, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
+from dude_peft.artifact.manifest import read_manifest
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.errors import ArtifactError, ConfigError, DataError, NumericsError, ResourceError
@@ -173,6 +174,8 @@ def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
 def test_settings_that_change_the_way(settings, changes):
     report = start(settings, **changes)
     assert report.after.loss < report.before.loss
+    plain = {"template": "plain", "special_tokens": "text"} if "data" in changes else None
+    assert read_manifest(report.adapter).writing == plain  # wherever the adapter goes
 
 
 FORMATS = {

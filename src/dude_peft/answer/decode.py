@@ -15,8 +15,10 @@ from dude_peft.answer.cache import AnswerCache
 from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.speaker import Speaker
 from dude_peft.data.batches import grouped, pad_left
+from dude_peft.data.prefixes import heads
 from dude_peft.errors import NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
+from dude_peft.model.prefix import KeptPrefix
 from dude_peft.parents import fits
 from dude_peft.show import shown
 
@@ -86,6 +88,8 @@ def decode(
     max_new_tokens: int | None = None,
     base: bool = False,
     pieces: Pieces | None = None,
+    kept: KeptPrefix | None = None,
+    head: Sequence[int] = (),
 ) -> list[Completion]:
     """Continue one batch of prompts (token ids), up to the end of the model's turn.
 
@@ -96,6 +100,8 @@ def decode(
         max_new_tokens: fewer than `decoding` says.
         base: let the base model answer.
         pieces: of one prompt: gets the text as it comes.
+        kept: computes what prompts share once, of the model that answers; None computes whole prompts.
+        head: what these prompts share.
 
     Raises:
         NumericsError: NaN or Inf in the logits.
@@ -106,7 +112,7 @@ def decode(
     try:
         with speaker.as_base(base):
             out = speaker.model.generate(
-                **batch,
+                **(batch if kept is None else kept.generating(batch, head)),
                 generation_config=decoding.settings(max_new_tokens or decoding.max_new_tokens),
                 logits_processor=LogitsProcessorList([Finite(speaker.name)]),
                 streamer=pieces,
@@ -133,17 +139,23 @@ def decode_all(
 ) -> list[Completion]:
     """Continue any number of prompts, in the order given; those of like length share a batch, if the model allows it.
 
-    Batches that `cache` has are not computed again. Raises as `decode`.
+    What batches begin with is computed once, where that pays and leaves the answers as they are. Batches that `cache`
+    has are not computed again. Raises as `decode`.
     """
     found: dict[int, Completion] = {}
     company = "any" if batch_size == 1 else speaker.company
-    for number, indices in enumerate(grouped([len(prompt) for prompt in prompts], batch_size, company)):
+    batches = grouped([len(prompt) for prompt in prompts], batch_size, company)
+    # Of all batches, those that are kept as well: a command that goes on computes what an uninterrupted one does.
+    shared = heads([[prompts[index] for index in indices] for indices in batches])
+    kept = KeptPrefix(speaker.model) if any(shared) and speaker.shares_exactly else None
+    for number, (indices, head) in enumerate(zip(batches, shared, strict=True)):
         keys = [f"{'base' if base else 'model'}:{index}" for index in indices]
         if cache is not None and all(key in cache for key in keys):
             completions = [_kept(cache, key) for key in keys]
         else:
             decoding.start(number)
-            completions = decode(speaker, [prompts[index] for index in indices], decoding, base=base)
+            asked = [prompts[index] for index in indices]
+            completions = decode(speaker, asked, decoding, base=base, kept=kept, head=head)
             if cache is not None:
                 cache.add({key: [each.text, each.finish] for key, each in zip(keys, completions, strict=True)})
         found.update(zip(indices, completions, strict=True))

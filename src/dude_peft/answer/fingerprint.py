@@ -19,6 +19,7 @@ from dude_peft.data.tokenizer_parts import tokenizer_parts
 from dude_peft.machine.environment import versions
 from dude_peft.measure.score import end_of_turn_ids
 from dude_peft.tuner.frozen import plain_parts
+from dude_peft.tuner.offloaded import stored
 
 _PACKAGES = ("torch", "transformers", "peft", "dude_peft")
 """Whose code goes by their versions."""
@@ -68,6 +69,9 @@ def model_fingerprint(model: Any) -> str:
     kept = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     tensors = {**kept, **dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta:  # between forwards an offloaded weight is elsewhere
+            place, _, last = name.rpartition(".")
+            tensor = stored(model.get_submodule(place), last)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {xxh3_of(plain_parts(tensor))}\n".encode())
     return str(digest.hexdigest())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from dude_peft.exporting.adapter import SavedAdapter, open_adapter, refuse_run_f
 from dude_peft.exporting.base import source_named, source_of
 from dude_peft.exporting.foreign import ForeignAdapter, open_foreign
 from dude_peft.folder.identity import recorded_config
-from dude_peft.folder.record import ADAPTER
+from dude_peft.folder.record import ADAPTER, CHECKPOINTS
 from dude_peft.folder.record import CONFIG as RUN_CONFIG
 from dude_peft.model.load import folder_of, load_model, load_tokenizer, locate
 from dude_peft.model.processor import PROCESSOR_FILES, sight_of
@@ -80,6 +80,13 @@ class Speaker:
 
         return shares_prefixes(self.model, int(self.tokenizer.pad_token_id))
 
+    @cached_property
+    def shares_exactly(self) -> bool:
+        """Whether that leaves the answers as they are; where it sees images, whole prompts are computed."""
+        from dude_peft.model.prefix import shares_exactly
+
+        return self.sight is None and shares_exactly(self.model, int(self.tokenizer.pad_token_id))
+
     @property
     def company_note(self) -> str:
         """What there is to say of it; empty where any prompts do."""
@@ -119,7 +126,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     from dude_peft.model.probe import check_causal, nature_of, quiet_router_
 
     saved: SavedAdapter | ForeignAdapter | None = None
-    if _is_adapter(name):
+    if is_adapter(name):
         saved = open_foreign(name) or open_adapter(name)
         _refuse_scorer(saved)
         source = source_of(saved, base, gguf_file)
@@ -129,7 +136,8 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         source = source_named(name, gguf_file)
     with notes.waiting("loading the model"):
         where = locate(source)
-        tokenizer = _tokenizer(source, where, name, saved)
+        trained = data_of_the_run(saved)
+        tokenizer = tokenizer_of(source, where, name, saved, trained)
         sight = sight_of(source, where, tokenizer, _own_processor(saved))
         model = _model(source, where, saved)
     if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
@@ -138,7 +146,7 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     quiet_router_(model)
     checkpoint_generation = _plain(model).generation_config
     ends = _only_ends_(model, tokenizer)
-    template, special_tokens = ("auto", "text") if saved is None else _writing_of_the_run(saved.folder)
+    template, special_tokens = writing_of(trained)
     adapted = saved is not None
     return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation)
 
@@ -151,7 +159,8 @@ def _refuse_scorer(saved: SavedAdapter | ForeignAdapter) -> None:
         )
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether a folder or hub id holds an adapter. Raises ConfigError for an empty name, and for a run's own folder."""
     if not name.strip():
         raise ConfigError("the model's name is empty; give the folder or hub id of a model or an adapter")
     folder = folder_of(name)
@@ -171,11 +180,18 @@ def _hub_has_adapter(name: str) -> bool:
         return False
 
 
-def _tokenizer(source: ModelSection, where: str, name: str, saved: SavedAdapter | ForeignAdapter | None) -> Any:
-    """The adapter's own, which it was trained with, or the model's."""
+def tokenizer_of(
+    source: ModelSection,
+    where: str,
+    name: str,
+    saved: SavedAdapter | ForeignAdapter | None,
+    trained: Mapping[str, Any],
+) -> Any:
+    """The adapter's own, which it was trained with, or the model's, with the chat template of `trained`."""
     if saved is not None and (saved.folder / "tokenizer_config.json").is_file():
         return load_tokenizer(ModelSection(name_or_path=name), str(saved.folder.absolute()))
-    return load_tokenizer(source, where)
+    template = trained.get("chat_template")
+    return load_tokenizer(source, where, template if isinstance(template, str) else None)
 
 
 def _own_processor(saved: SavedAdapter | ForeignAdapter | None) -> Path | None:
@@ -210,14 +226,31 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _writing_of_the_run(adapter: Path) -> tuple[str, str]:
-    """What `dude train` was told of template and special tokens, from run.json beside it or config.yaml."""
-    if adapter.absolute().name != ADAPTER:
-        return "auto", "text"
-    folder = adapter.absolute().parent
+def data_of_the_run(saved: SavedAdapter | ForeignAdapter | None) -> Mapping[str, Any]:
+    """Section `data` of the run that made an adapter, as far as it is known: an adapter that was moved has a part.
+
+    It is the adapter's own word, else that of run.json or config.yaml, which lie beside it, or above its checkpoint.
+    """
+    if saved is None:
+        return {}
+    if saved.writing is not None:
+        return saved.writing
+    adapter = saved.folder.absolute()
+    if adapter.name != ADAPTER:
+        return {}
+    checkpoints = adapter.parent.parent
+    folder = checkpoints.parent if checkpoints.name == CHECKPOINTS else adapter.parent
     try:
         data = (recorded_config(folder) or read_values(folder / RUN_CONFIG))["data"]
-        kind, special_tokens = data["template"], data.get("special_tokens")
-    except (ConfigError, KeyError, TypeError, AttributeError):
-        return "auto", "text"
-    return kind if kind in KINDS else "auto", special_tokens if special_tokens in SPECIAL_TOKENS else "text"
+    except (ConfigError, KeyError, TypeError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def writing_of(trained: Mapping[str, Any]) -> tuple[str, str]:
+    """The template and the word for special tokens in section `data` of a run; the usual ones where it has none."""
+    kind, special_tokens = trained.get("template"), trained.get("special_tokens")
+    return (
+        kind if isinstance(kind, str) and kind in KINDS else "auto",
+        special_tokens if isinstance(special_tokens, str) and special_tokens in SPECIAL_TOKENS else "text",
+    )

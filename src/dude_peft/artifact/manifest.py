@@ -39,8 +39,11 @@ WHOLE_FORMAT_VERSION = 6
 FOREIGN_FORMAT_VERSION = 7
 # Of adapters with stacks of experts, which readers before do not know.
 STACK_FORMAT_VERSION = 8
+# Of adapters that say how their run wrote rows, which readers before do not know.
+WRITING_FORMAT_VERSION = 9
 _READ = (
-    3, FORMAT_VERSION, DELTA_FORMAT_VERSION, WHOLE_FORMAT_VERSION, FOREIGN_FORMAT_VERSION, STACK_FORMAT_VERSION
+    3, FORMAT_VERSION, DELTA_FORMAT_VERSION, WHOLE_FORMAT_VERSION, FOREIGN_FORMAT_VERSION, STACK_FORMAT_VERSION,
+    WRITING_FORMAT_VERSION,
 )  # fmt: skip
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
@@ -92,6 +95,8 @@ class Manifest:
     settings: dict[str, Any] | None = None
     files: dict[str, str] | None = None
     """Name of every file of the tokenizer beside it -> sha256; None: nothing is known of them."""
+    writing: dict[str, str] | None = None
+    """How its run wrote rows, `template` and `special_tokens`; None: as its tokenizer alone tells, and text as text."""
     format_version: int = FORMAT_VERSION
     dude_version: str = __version__
 
@@ -166,6 +171,15 @@ def _sealed(manifest: Manifest) -> dict[str, str]:
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
 
 
+def seal_of(directory: Path) -> str:
+    """The hash of a saved adapter's manifest, which covers its tensors, settings and tokenizer; nothing is checked.
+
+    Raises:
+        ArtifactError: its file cannot be read.
+    """
+    return read_header(directory / WEIGHTS_FILE).metadata.get(_SEAL, "")
+
+
 def is_foreign_adapter(directory: Path) -> bool:
     """Whether a folder is said to hold an adapter that stock PEFT made, trained by `dude train`; nothing is checked."""
     path = directory / WEIGHTS_FILE
@@ -178,8 +192,12 @@ def is_foreign_adapter(directory: Path) -> bool:
         return False  # who reads it says so
 
 
-def cover_tokenizer(directory: Path) -> None:
+def cover_tokenizer(directory: Path, writing: dict[str, str] | None = None) -> None:
     """Enter the tokenizer's files that lie beside a saved adapter into its manifest.
+
+    Args:
+        directory: of the adapter.
+        writing: how the run wrote rows, where the tokenizer alone would not tell (`Manifest.writing`).
 
     Raises:
         OSError: the directory cannot be written; the file that was there stays.
@@ -187,9 +205,11 @@ def cover_tokenizer(directory: Path) -> None:
     path = directory / WEIGHTS_FILE
     manifest = _parse(read_header(path).metadata[_KEY], path)
     files = {name: file_sha256(directory / name) for name in tokenizer_files(directory)}
+    version = manifest.format_version if writing is None else WRITING_FORMAT_VERSION
+    covered = replace(manifest, files=files, writing=writing, format_version=version)
     with open_file(path) as file:
         data = file.read()
-    replace_file(path, _with_sorted_header(data, _sealed(replace(manifest, files=files))))
+    replace_file(path, _with_sorted_header(data, _sealed(covered)))
 
 
 def tokenizer_files(directory: Path) -> list[str]:
@@ -287,8 +307,9 @@ def _parse(text: str, path: Path) -> Manifest:
         manifest = Manifest(**fields)
         if not all(isinstance(part, dict) for part in (manifest.config, manifest.base, manifest.tensors)):
             raise TypeError("config, base and tensors must be objects")
-        if not all(isinstance(part, dict) for part in (manifest.settings, manifest.files) if part is not None):
-            raise TypeError("settings and files must be objects")
+        parts = (manifest.settings, manifest.files, manifest.writing)
+        if not all(isinstance(part, dict) for part in parts if part is not None):
+            raise TypeError("settings, files and writing must be objects")
         if any(name.startswith("/") or ".." in name or "\\" in name for name in manifest.files or ()):
             raise TypeError("files must be in the adapter's folder")
         if not _is_quantization(manifest.quantization):

@@ -84,7 +84,10 @@ class Grid:
             ConfigError: an unknown method or key, or one that would make the comparison unfair.
         """
         self.config = grid
-        self.run = with_values(run, {} if grid.test is None else {"data.test": _plain(grid.test)}, "key 'test'")
+        judges = {} if grid.test is None else {"data.test": _plain(grid.test)}
+        if isinstance(grid.test, ShareSection):
+            judges["data.test_split"] = "test"
+        self.run = with_values(run, judges, "key 'test'")
         self.run = self.run.model_copy(update={"model": with_only_gguf(self.run.model)})
         self._check_run()
         self.combinations = self._combinations()
@@ -185,10 +188,13 @@ class Grid:
             return {"evaluation.eval_steps": None}
         data = self.run.data
         values: Settings = {"data.test": _plain(self.config.validation), "data.test_rows": None}
+        if isinstance(self.config.validation, ShareSection):
+            values["data.test_split"] = "test"
         if isinstance(data.test, ShareSection):
             values["data.set_aside"] = data.test.share
         values |= {"data.general_test": None, "evaluation.tasks": [], "evaluation.tasks_text": None}
-        return values | {"evaluation.tasks_data_dir": None, "evaluation.rows": 1, "evaluation.samples": 0}
+        values |= {"evaluation.tasks_data_dir": None, "evaluation.tasks_limit": None, "evaluation.tasks_chat": False}
+        return values | {"evaluation.tasks_num_fewshot": None, "evaluation.rows": 1, "evaluation.samples": 0}
 
     def _check_run(self) -> None:
         evaluation, data = self.run.evaluation, self.run.data

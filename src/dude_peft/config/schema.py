@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from dude_peft.config.idle import idle_key
 from dude_peft.config.trainer_fields import fault
 from dude_peft.data.columns import Columns as ColumnNames
 from dude_peft.errors import ConfigError
@@ -362,6 +363,16 @@ class AdapterSection(Section):
     groups: Count = 1
     """Groups that the r pairs of a layer fall into, as equal as r allows. train.orthogonality keeps them apart."""
 
+    def changed(self) -> dict[str, Any]:
+        """The keys that are DudeConfig's own and not at their default, but for what counts with every method."""
+        standard = type(self).model_fields
+        found = {name: value for name, value in self.settings().items() if value != standard[name].default}
+        if self.norm_gradient == "detached":  # what a resolved run says of every method
+            del found["norm_gradient"]
+        if self.budget is not None and self.budget.by != "uniform":  # it takes an SVD of every weight
+            found.pop("svd_tol", None)
+        return found
+
     def settings(self) -> dict[str, Any]:
         """The keys that are DudeConfig's own."""
         return {
@@ -679,10 +690,10 @@ class KtoSection(Section):
 class RewardSection(Section):
     """One thing that answers are rewarded for."""
 
-    kind: Literal["answer", "math", "format", "length", "function"]
+    kind: Literal["answer", "math", "format", "length", "function", "model"]
     """`answer` is 1 where the final answer is the row's, else 0, as held-out answers are marked; `math` is the same by
     math-verify; `format` is 1 where the whole answer matches `pattern`; `length` punishes long answers; `function` is
-    Python of your own."""
+    Python of your own; `model` is the score of a reward model."""
 
     name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """Its name in the metrics; null is the function's name, or the kind."""
@@ -706,17 +717,28 @@ class RewardSection(Section):
     sha256: Text | None = None
     """Of `function`: what the file's bytes have to be. A run writes it; null takes them as they are."""
 
+    model: Source | None = None
+    """Of `model`: an adapter that `objective: reward` wrote, or the folder or hub id of a sequence classification with
+    one label. It is loaded once, frozen, beside the model that learns."""
+
+    template: Literal["chat", "plain"] | None = None
+    """Of `model`: how it reads conversations. null is as its run had it, else the chat template of its tokenizer."""
+
     @model_validator(mode="after")
     def _keys_of_the_kind(self) -> RewardSection:
-        needed = {"format": ("pattern",), "length": ("soft_punish_cache",), "function": ("file", "function")}
-        for key in ("pattern", "soft_punish_cache", "file", "function"):
+        needed = {
+            "format": ("pattern",),
+            "length": ("soft_punish_cache",),
+            "function": ("file", "function"),
+            "model": ("model",),
+        }
+        allowed = {"function": ("sha256",), "model": ("template",)}
+        for key in ("pattern", "soft_punish_cache", "file", "function", "model", "sha256", "template"):
             wanted, there = key in needed.get(self.kind, ()), getattr(self, key) is not None
             if wanted and not there:
                 raise ValueError(f"key 'train.grpo.rewards': {self.kind} needs '{key}'")
-            if there and not wanted:
+            if there and not wanted and key not in allowed.get(self.kind, ()):
                 raise ValueError(f"key 'train.grpo.rewards': '{key}' has no effect on {self.kind}; leave it out")
-        if self.sha256 is not None and self.kind != "function":
-            raise ValueError(f"key 'train.grpo.rewards': 'sha256' has no effect on {self.kind}; leave it out")
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
@@ -797,6 +819,11 @@ class GrpoSection(Section):
 
     mask_truncated_completions: bool = False
     """Leave answers that did not end out of the loss."""
+
+    @property
+    def reads_conversations(self) -> bool:
+        """Whether a reward is a model's, which reads what rows ask as they have it."""
+        return any(reward.kind == "model" for reward in self.rewards)
 
     @model_validator(mode="after")
     def _names_apart(self) -> GrpoSection:
@@ -1440,6 +1467,12 @@ class RunConfig(Section):
             raise ValueError(
                 "key 'adapter.groups' counts with train.orthogonality alone; set that, or leave groups out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_counts(self) -> RunConfig:
+        if found := idle_key(self, JUDGED):
+            raise ValueError(found)
         return self
 
     def resolved(self) -> RunConfig:

@@ -194,6 +194,16 @@ def prompt_ids(row: Row, template: Template, tokenizer: Any, sight: Sight | None
     return ids
 
 
+def judged_ids(rows: Sequence[Row], template: Template, tokenizer: Any) -> list[list[int]]:
+    """The ids of conversations whose last answers a model gave: id for id those of the same rows in training.
+
+    Raises what `Template.judged` raises.
+    """
+    begin = _begin(tokenizer) if template.kind == "plain" else []
+    tokenised = _tokenised(rows, template.judged(rows), template, tokenizer)
+    return [[*begin, *itertools.chain.from_iterable(pieces)] for pieces in tokenised]
+
+
 def encode(
     rows: Sequence[Row],
     template: Template,

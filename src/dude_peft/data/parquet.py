@@ -11,7 +11,7 @@ from dude_peft.data.columns import told
 from dude_peft.data.file_lines import MAX_LINE_BYTES, opened
 from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
-from dude_peft.show import shown
+from dude_peft.show import quoted, shown
 
 _BATCH_ROWS = 256
 # Of columns in memory at a time: a cell may be as large as its whole column, where the file says it once for all rows.
@@ -44,6 +44,8 @@ def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tu
     try:
         file = parquet.ParquetFile(stream)
         names, known = file.schema_arrow.names, reading.columns.known()
+        if (twice := next((key for i, key in enumerate(names) if key in names[:i]), None)) is not None:
+            raise DataError(f"{name}: the column {quoted(twice)} is there twice; keep one")
         reading.check_columns(names, f"{name}:")
         columns = [column for column in names if column in known]
         unread = tuple(told(column) for column in names if column not in known)
@@ -57,7 +59,9 @@ def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tu
                         raise _too_large(f"{name}:{first + number}")
                 first += len(batch)
                 yield from ((record, unread) for record in batch.to_pylist())
-    except (ArrowException, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except (ArrowException, ValueError) as error:  # pyarrow's own, and those of what becomes no Python value
         reason = shown(str(error).strip().partition("\n")[0], 120)
         raise DataError(f"{name}: is not a readable Parquet file ({reason}); write it again") from error
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 SHORTEST = 16
 """Tokens; what a shorter beginning saves, one more forward and a smaller batch cost."""
+WORTHWHILE = 1024
+"""Tokens that `heads` have to save in all. Whether a model shares them is tried in a dozen short forwards, and each
+reads all weights, which takes as long as a hundred tokens of a large batch."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,51 @@ def alike(rows: Sequence[Sequence[int]], shortest: int = SHORTEST) -> list[Alike
     shared = [group for part in open_runs[0].parts for group in part.groups]
     lonely = sorted(index for part in open_runs[0].parts for index in part.free)
     return [*shared, Alike(0, lonely)] if lonely else shared
+
+
+def heads(batches: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int, ...]]:
+    """What all rows of each batch begin with, where that is worth being computed once; empty elsewhere.
+
+    Batches stay as they are: one batch more costs as many forwards as an answer has tokens, which no beginning saves.
+    Batches that follow each other have one head where that saves more tokens: its length times (their rows - 1).
+
+    Args:
+        batches: rows of token ids, none of them empty.
+    """
+    runs: list[_Headed] = []
+    for rows in batches:
+        run = _Headed(_head(rows), len(rows), 1)
+        while runs and (joined := runs[-1].joined(run)).saved >= max(1, runs[-1].saved + run.saved):
+            runs.pop()
+            run = joined
+        runs.append(run)
+    pays = sum(run.saved for run in runs) >= WORTHWHILE
+    return [run.head if pays and run.saved else () for run in runs for _ in range(run.batches)]
+
+
+@dataclass(frozen=True)
+class _Headed:
+    """Consecutive batches, and what all their rows begin with."""
+
+    head: tuple[int, ...]
+    rows: int
+    batches: int
+
+    @property
+    def saved(self) -> int:
+        """Tokens that need not be computed."""
+        return (self.rows - 1) * len(self.head) if len(self.head) >= SHORTEST else 0
+
+    def joined(self, other: _Headed) -> _Headed:
+        head = self.head[: _common(self.head, other.head)]
+        return _Headed(head, self.rows + other.rows, self.batches + other.batches)
+
+
+def _head(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The longest that leaves every row a token."""
+    first, *others = rows
+    shared = min((_common(first, other) for other in others), default=len(first))
+    return tuple(first[: min(shared, *(len(row) - 1 for row in rows))])
 
 
 @dataclass

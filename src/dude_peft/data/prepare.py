@@ -58,6 +58,7 @@ def prepare(
     kind: Kind = "answers",
     sight: Sight | None = None,
     blind: str = BLIND,
+    asked: bool = False,
     streaming: bool = False,
     cache: Path | None = None,
     advance: Callable[[int], None] = lambda rows: None,
@@ -78,6 +79,7 @@ def prepare(
         kind: what rows hold to learn.
         sight: how the model sees images; None refuses rows that have some.
         blind: why it is None, for the message.
+        asked: keep what each row asks as it is, for `TokenSet.conversation`.
         streaming: keep no copy of data sets of the hub on this disk, but read them again (`formats.Reading`).
         cache: the folder of the cache; None is `cache_folder()`.
         advance: called with the number of rows that were just tokenised.
@@ -106,6 +108,7 @@ def prepare(
         "train_on": train_on,
         "upft": upft,
         **({} if kind == "answers" else {"kind": kind}),
+        **({"asked": True} if asked else {}),
     }
 
     def encoder() -> Encoder | PairEncoder:
@@ -160,7 +163,7 @@ def _stored(
 
     def fill(folder: Path) -> None:
         made, this = 0, encoder()
-        with TokenWriter(folder, reading.kind, seen="pictures" in key) as writer:
+        with TokenWriter(folder, reading.kind, seen="pictures" in key, asked="asked" in key) as writer:
             for row, examples in this.examples(rows()):
                 writer.add(row, examples, this.ends)
                 made += len(examples)

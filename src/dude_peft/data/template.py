@@ -198,6 +198,14 @@ class Template:
         made = self._pieces(rows, with_answer=True)
         return [_told(each, what) for each, what in zip(made, self.unwritten(rows), strict=True)]
 
+    def judged(self, rows: Sequence[Row]) -> list[Pieces]:
+        """The pieces of each conversation whose last answer is a model's own, which the template may write as it likes.
+
+        Where it leaves out or changes answers, what it writes is all the same what is read. Raises what `pieces` does
+        of everything else.
+        """
+        return self._pieces(rows, with_answer=True, judged=True)
+
     def prompts(self, rows: Sequence[Row]) -> list[Pieces]:
         """The pieces of each conversation before its last answer, which may be anything."""
         return self._pieces(rows, with_answer=False)
@@ -247,12 +255,12 @@ class Template:
         except RenderError as error:
             raise self._failed(rows[error.index], error) from error
 
-    def _pieces(self, rows: Sequence[Row], *, with_answer: bool) -> list[Pieces]:
+    def _pieces(self, rows: Sequence[Row], *, with_answer: bool, judged: bool = False) -> list[Pieces]:
         for row in rows:
             self._refuse_ends(row, row.messages if with_answer else row.prompt)
         veils = [self.control.hide(row) for row in rows]
         if self.kind == "chat":
-            return self._by_chat_template(rows, veils, with_answer)
+            return self._by_chat_template(rows, veils, with_answer, judged)
         return [
             self._piece(row, veil, self._plain(row if veil is None else veil.row, with_answer))
             for row, veil in zip(rows, veils, strict=True)
@@ -262,7 +270,9 @@ class Template:
         spelt = veil.token if veil is not None else self.control.spelt(row) if self.control.allowed else ""
         return replace(pieces, hidden=veil, spelt=spelt)
 
-    def _by_chat_template(self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool) -> list[Pieces]:
+    def _by_chat_template(
+        self, rows: Sequence[Row], veils: Sequence[Hidden | None], with_answer: bool, judged: bool
+    ) -> list[Pieces]:
         """Rows with something hidden are rendered as they are, too: only where both agree is known what is whose."""
         asked = [each for row, veil in zip(rows, veils, strict=True) for each in (row, veil and veil.row) if each]
         wanted = [self._wanted(row, with_answer) for row in asked]
@@ -282,7 +292,7 @@ class Template:
             said = row if veil is None else veil.row
             if hidden:
                 self._refuse_made(said, self._wanted(said, with_answer)[-1], hidden[-1])
-            pieces = self._text(said) if row.is_text else self._chat(said, iter(hidden), with_answer)
+            pieces = self._text(said) if row.is_text else self._chat(said, iter(hidden), with_answer, judged)
             changed = () if row.is_text else altered(self._wanted(row, with_answer)[-1][1], own[-1])
             made.append(replace(self._piece(row, veil, pieces), unwritten=changed))
         return made
@@ -329,7 +339,7 @@ class Template:
                 prompt += f"{message.content}\n\n"
         return Pieces(tuple(texts if with_answer else texts[:-1]), learned=_learned(row))
 
-    def _chat(self, row: Row, texts: Iterator[str], with_answer: bool) -> Pieces:
+    def _chat(self, row: Row, texts: Iterator[str], with_answer: bool, judged: bool) -> Pieces:
         """Takes from `texts` what `_pieces` asked for: each answer's prompt, and the conversation up to that answer."""
         pieces: list[str] = []
         done, whole = "", True
@@ -338,17 +348,21 @@ class Template:
             whole = whole and prompt.startswith(done)
             pieces.append(prompt[len(done) :])
             if place < len(row.messages) - 1:
-                head, end, _ = self._completion(row, place, prompt, next(texts)).partition(self.turn_end)
+                head, end, _ = self._completion(row, place, prompt, next(texts), judged).partition(self.turn_end)
                 whole = whole and bool(end)
                 pieces.append(head + end)
                 done = prompt + head + end
             elif with_answer:
-                pieces.append(self._ended(self._completion(row, place, prompt, next(texts))))
+                text = next(texts)
+                pieces.append(self._ended(self._completion(row, place, prompt, text, judged)))
+                if judged and not pieces[-1]:
+                    return Pieces((text,), whole=False)
         if not whole:
             return Pieces((prompt, *pieces[-1:][:with_answer]), whole=False)
         return Pieces(tuple(pieces), learned=_learned(row))
 
-    def _completion(self, row: Row, place: int, prompt: str, text: str) -> str:
+    def _completion(self, row: Row, place: int, prompt: str, text: str, judged: bool) -> str:
+        """What the template writes behind a prompt; of a judged answer empty where it changes what stands before."""
         content = row.messages[place].content
         opening = _OPENING.match(content)
         opened = opening is not None and prompt.rstrip().endswith(opening[1])
@@ -358,6 +372,8 @@ class Template:
         if opened and not kept:
             # R1's templates take the thoughts from every answer; what generation would write is the answer itself.
             return said.removeprefix(prompt[len(prompt.rstrip()) :]) + self.turn_end
+        if judged:
+            return written if text.startswith(prompt) else ""
         if not text.startswith(prompt):
             raise ConfigError(
                 f"{row.source}: the chat template of {self._name} does not begin the conversation with the prompt that "

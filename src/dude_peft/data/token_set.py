@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dude_peft.data.columns import STANDARD, Columns
 from dude_peft.data.encode import Counts
+from dude_peft.data.formats import Row
 from dude_peft.data.sight import Shown, Sight
 from dude_peft.data.stamp import Stamp
 from dude_peft.data.token_store import TokenStore
@@ -98,6 +99,11 @@ class TokenSet(Sequence[dict[str, Any]]):
         """Where an example comes from: `file.jsonl:12`."""
         source, place = self._place(index)
         return f"{source.name}:{source.store.columns['places'][place]}"
+
+    def conversation(self, index: int) -> Row:
+        """What an example asks, as its row has it, with an empty answer; of a set that keeps it (`prepare`)."""
+        source, place = self._place(index)
+        return source.store.conversation(place, self.source(index))
 
     @property
     def images(self) -> NDArray[np.int64]:

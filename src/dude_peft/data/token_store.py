@@ -16,6 +16,12 @@ Where rows show images there are four more, of which the third and the fourth ar
     shown            int32    images of the example
     image_tokens     int32    tokens in whose places the model puts them
 
+Where rewards read conversations there are two more:
+
+    asked            bytes    of each example a line of JSON, {"messages": [[role, content, more], ...], "tools"}: all
+                              before the last answer, as the row has it
+    asked_starts     int64    where each line begins, and the end
+
 Of pairs (`Row.rejected`) both conversations are kept, the better one first: `starts` has two entries a pair, every
 other column one. Of labelled answers (`Row.label`) there is also `label`, bool; of pairs to be scored `margin`,
 float32, 0 where the row has none.
@@ -45,7 +51,7 @@ from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256
 from dude_peft.data.encode import Counts, Example
-from dude_peft.data.formats import Row
+from dude_peft.data.formats import Message, Row
 from dude_peft.data.pictures import Picture
 from dude_peft.data.rows import asked_bytes, row_bytes
 from dude_peft.doors import open_file, read_json
@@ -65,6 +71,7 @@ _COLUMNS = {
 _LABELLED = {**_COLUMNS, "label": "?"}
 _SCORED = {**_COLUMNS, "margin": "<f4"}
 _SEEN = {**_COLUMNS, "pictures": "|u1", "picture_starts": "<i8", "shown": "<i4", "image_tokens": "<i4"}
+_ASKED = {"asked": "|u1", "asked_starts": "<i8"}
 _PLACE = re.compile(r"[0-9]+$")
 _LONG = struct.Struct("<q")
 _INT = struct.Struct("<i")
@@ -111,17 +118,24 @@ class TokenStore:
         found = json.loads(self.columns["pictures"][start:stop].tobytes())
         return tuple(Picture(0, name, digest, str(folder / name)) for name, digest in found)
 
+    def conversation(self, index: int, source: str) -> Row:
+        """What one example asks, with an empty answer, where that is kept; `source` is the row's."""
+        start, stop = (int(place) for place in self.columns["asked_starts"][index : index + 2])
+        found = json.loads(self.columns["asked"][start:stop].tobytes())
+        asked = (Message(role, content, more) for role, content, more in found["messages"])
+        return Row((*asked, Message("assistant", "")), source, tools=found["tools"])
+
 
 class TokenWriter:
     """Writes a store into an empty folder, example by example; `finish` makes it one."""
 
-    def __init__(self, folder: Path, kind: str = "answers", *, seen: bool = False) -> None:
+    def __init__(self, folder: Path, kind: str = "answers", *, seen: bool = False, asked: bool = False) -> None:
         self._folder = folder
-        self._columns = _columns_of(kind, seen=seen)
+        self._columns = _columns_of(kind, seen=seen, asked=asked)
         self._files: dict[str, BufferedWriter] = {}
         self._hashes = {name: xxhash.xxh3_128() for name in self._columns}
         self._sizes = dict.fromkeys(self._columns, 0)
-        self._at = self._pictures_at = 0
+        self._at = self._pictures_at = self._asked_at = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> TokenWriter:
@@ -155,6 +169,8 @@ class TokenWriter:
                 self._write("label", bytes([bool(row.label)]))
             if "margin" in self._columns:
                 self._write("margin", _FLOAT.pack(row.margin or 0.0))
+            if "asked" in self._columns:
+                self._ask(row)
 
     @property
     def sha256(self) -> str:
@@ -179,11 +195,20 @@ class TokenWriter:
         self._pictures_at += len(line)
         return "".join(each.sha256 for each in example.pictures).encode("ascii")
 
+    def _ask(self, row: Row) -> None:
+        messages = [[each.role, each.content, each.more] for each in row.prompt]
+        line = json_text({"messages": messages, "tools": row.tools}).encode("ascii") + b"\n"
+        self._write("asked_starts", _LONG.pack(self._asked_at))
+        self._write("asked", line)
+        self._asked_at += len(line)
+
     def finish(self, key: dict[str, Any], counts: Counts) -> None:
         """Writes the manifest; `key` is what the store was made from."""
         self._write("starts", _LONG.pack(self._at))
         if "shown" in self._columns:
             self._write("picture_starts", _LONG.pack(self._pictures_at))
+        if "asked" in self._columns:
+            self._write("asked_starts", _LONG.pack(self._asked_at))
         for file in self._files.values():
             file.close()
         files = {name: [self._sizes[name], digest.hexdigest()] for name, digest in self._hashes.items()}
@@ -196,9 +221,10 @@ class TokenWriter:
         self._sizes[name] += len(data)
 
 
-def _columns_of(kind: str, *, seen: bool) -> dict[str, str]:
-    """The files of a store, by the kind of its rows, and whether these show images."""
-    return {"labels": _LABELLED, "scores": _SCORED}.get(kind, _SEEN if seen else _COLUMNS)
+def _columns_of(kind: str, *, seen: bool, asked: bool) -> dict[str, str]:
+    """The files of a store, by the kind of its rows, and whether these show images and are kept as conversations."""
+    own = {"labels": _LABELLED, "scores": _SCORED}.get(kind, _SEEN if seen else _COLUMNS)
+    return {**own, **_ASKED} if asked else own
 
 
 def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
@@ -211,7 +237,7 @@ def open_store(folder: Path, key: dict[str, Any]) -> TokenStore:
     try:
         manifest = read_json(folder / MANIFEST)
         body = manifest["body"]
-        kinds = _columns_of(key.get("kind", "answers"), seen="pictures" in key)
+        kinds = _columns_of(key.get("kind", "answers"), seen="pictures" in key, asked="asked" in key)
         if manifest["sha256"] != content_sha256(body) or body["key"] != key or body["files"].keys() != kinds.keys():
             raise DamagedStoreError(f"{folder}: the manifest does not agree with itself")
         for name, (size, digest) in body["files"].items():

@@ -31,7 +31,7 @@ from dude_peft.errors import ConfigError, DataError, NumericsError, ResourceErro
 from dude_peft.evaluation.chat_prompts import ChatPrompts
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.machine.processes import count, gathered, rank
-from dude_peft.model.prefix import Prefix, Tree, after_prefix, tree_logits
+from dude_peft.model.prefix import KeptPrefix, Tree, tree_logits
 from dude_peft.parents import fits
 from dude_peft.show import shown
 
@@ -134,7 +134,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self._company, self._prompts, self._context = company, prompts, ""
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._share = share
-        self._prefix: Prefix | None = None
+        self._kept = KeptPrefix(model)
         self._generated_behind: tuple[int, ...] = ()
         self._stopped: list[bool] = []
         self._asked = 0
@@ -157,7 +157,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         keys = [self._key("loglikelihood", request) for request in requests]
         if self._share and all(0 < len(continuation) <= self.max_length for _, _, continuation in encoded):
             self._answer(self._forest(dict(zip(keys, encoded, strict=True))))
-            self._prefix = None  # its memory
+            self._kept.clear()
         else:
             self._answer([self._rows(keys, encoded)])
         found = [self._cache.parts(key, (int, float), bool) for key in keys]
@@ -203,7 +203,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                     prefix = tuple(read[some.rows[0]][: some.prefix])
                     batches.append(([rows[index] for index in sorted(some.rows)], partial(compute, prefix)))
             self._answer(batches)
-            self._prefix = None
+            self._kept.clear()
         for key, request in zip(keys, requests, strict=True):
             text, stopped = self._cache.parts(key, str, bool)
             if not stopped:
@@ -338,15 +338,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         return answers
 
     def _tree_call(self, prefix: tuple[int, ...], trees: list[Tree], wanted: list[list[int]]) -> Tensor:
-        kept = self._computed_once(prefix) if prefix else None
+        kept = self._kept.of(prefix) if prefix else None
         return self._finite(tree_logits(self.model.model, kept, trees, wanted, int(self.tokenizer.pad_token_id)))
-
-    def _computed_once(self, ids: tuple[int, ...]) -> Prefix:
-        """Of these tokens; one is kept at a time, since batches of one prefix follow each other."""
-        if self._prefix is None or self._prefix.ids != ids:
-            self._prefix = None
-            self._prefix = Prefix(self.model.model, ids)
-        return self._prefix
 
     def _answer(self, groups: Sequence[tuple[Sequence[dict[str, Any]], _Compute]]) -> None:
         """Fill the cache with all rows, a batch for every process at a time; a row is what one sequence answers.
@@ -455,9 +448,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         settings["logits_processor"] = LogitsProcessorList([Finite(self._name)])
         behind = self._generated_behind
         if behind and self._is_plain(settings):
-            context, mask = after_prefix(context, settings["attention_mask"], len(behind))
-            cache = self._computed_once(behind).copied(len(context))
-            settings |= {"attention_mask": mask, "past_key_values": cache}
+            whole = {"input_ids": context, "attention_mask": settings["attention_mask"]}
+            settings |= self._kept.generating(whole, behind)
+            context = settings.pop("input_ids")
         out: Tensor = super()._model_generate(context, max_length, stop, **settings)
         full, ends = out.shape[1] >= max_length, self._ends()
         for row in out[:, context.shape[1] :].tolist():

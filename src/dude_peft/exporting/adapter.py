@@ -53,6 +53,8 @@ class SavedAdapter:
     tensors: dict[str, StoredTensor]
     vouched: dict[str, str] | None = None
     """Name of every file of its tokenizer -> sha256, compared; None of an adapter that was saved without."""
+    writing: dict[str, str] | None = None
+    """How its run wrote rows, where its tokenizer alone does not tell (`Manifest.writing`)."""
 
     @property
     def base(self) -> dict[str, TensorPrint]:
@@ -172,7 +174,8 @@ def open_adapter(path: str | Path) -> SavedAdapter:
     manifest = config._loading
     assert manifest is not None
     check_complete(folder, manifest)
-    return SavedAdapter(folder, config, manifest.record, read_header(folder / WEIGHTS_FILE).tensors, manifest.files)
+    tensors = read_header(folder / WEIGHTS_FILE).tensors
+    return SavedAdapter(folder, config, manifest.record, tensors, manifest.files, manifest.writing)
 
 
 def refuse_run_folder(folder: Path) -> None:

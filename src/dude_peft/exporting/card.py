@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
+from dude_peft.artifact.manifest import seal_of
 from dude_peft.artifact.sealed import read_object, unsealed_of
 from dude_peft.errors import ArtifactError
 from dude_peft.exporting.adapter import SavedAdapter
@@ -22,7 +23,7 @@ from dude_peft.exporting.card_settings import settings_of
 from dude_peft.exporting.card_usage import usage
 from dude_peft.exporting.serving import PROGRAMS, serving_matrix
 from dude_peft.folder.identity import NAME as RUN
-from dude_peft.folder.record import REPORT
+from dude_peft.folder.record import ADAPTER, REPORT
 from dude_peft.show import shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner.config import DudeConfig
@@ -194,11 +195,11 @@ def _rank(config: DudeConfig, ranks: list[int]) -> str:
 
 
 def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    """report.json of the run whose folder the adapter lies in; None where there is none.
+    """report.json of the run that made the adapter and whose folder it lies in; None where there is none.
 
     Args:
         adapter: its folder.
-        tell: hears of a report without a seal, as early versions wrote it.
+        tell: hears of a report of another adapter, and of one without a seal, as early versions wrote it.
 
     Raises:
         ArtifactError: it is not as it was written, has lost its seal, or its scores cannot be read.
@@ -216,6 +217,10 @@ def report_of(adapter: Path, tell: Callable[[str], None]) -> dict[str, Any] | No
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {shown(error)}"
         raise ArtifactError(f"{shown(path, 300)}: its scores cannot be read ({reason}); {remedy}") from error
+    known = report.get("adapter_seal")  # of a report without, the name of the folder has to tell
+    if seal_of(adapter) != known if known is not None else adapter.name != ADAPTER:
+        tell(f"{shown(path, 300)} is about another adapter than {shown(adapter, 300)}, so it is left out of the card")
+        return None
     return report
 
 

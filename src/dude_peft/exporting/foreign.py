@@ -26,6 +26,8 @@ class ForeignAdapter:
     record: BaseRecord
     """All of its base model."""
     tensors: dict[str, StoredTensor]
+    writing: dict[str, str] | None = None
+    """How its run wrote rows (`Manifest.writing`)."""
     quantization: dict[str, Any] | None = None
     """Such an adapter is trained on plain weights here."""
 
@@ -44,4 +46,4 @@ def open_foreign(path: str | Path) -> ForeignAdapter | None:
     manifest, config = read_foreign(folder)
     check_complete(folder, manifest)
     tensors = read_header(folder / WEIGHTS_FILE).tensors
-    return ForeignAdapter(folder, config, manifest.config["method"], manifest.record, tensors)
+    return ForeignAdapter(folder, config, manifest.config["method"], manifest.record, tensors, manifest.writing)

@@ -277,6 +277,12 @@ class _Export:
                 for adapter in opened:
                     if changed := tokenizer_change(adapter.folder, base.folder):
                         self.display.warn(f"{shown(adapter.folder, 300)} was trained with another tokenizer: {changed}")
+                    if adapter.writing is not None:
+                        told = ", ".join(f"{name}: {shown(value)}" for name, value in adapter.writing.items())
+                        self.display.warn(
+                            f"{shown(adapter.folder, 300)} was trained with {told}, which the export does not say; "
+                            "prompt it in the same way, as with dude chat --template"
+                        )
                 made = self._make(target, base, folder, scratch)
                 record = self._record(target, base, folder, made)
             shutil.rmtree(scratch)

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dude_peft.artifact.base_settings import other_settings
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256, read_object, read_sealed, sealed, unsealed
 from dude_peft.config.schema import HELD_OUT
@@ -59,6 +60,8 @@ class Identity:
     """Of adapter.start: its sha256, and whether it is the base model; empty without one."""
     stages: str = ""
     """sha256 of curriculum.jsonl, which says in which stage every row is; empty without train.curriculum."""
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """What decides rewards beside the configuration (`Judge.record`); of runs of older versions nothing is known."""
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
@@ -125,6 +128,24 @@ class Identity:
                 "rates; restore them, choose another output_dir, or add --overwrite"
             )
 
+    def check_rewards(self, now: dict[str, Any]) -> None:
+        """Raises ConfigError where a file that rewards import, or a reward model, is another one than at the start."""
+        if not self.rewards:
+            return
+        todo = "restore it, choose another output_dir, or add --overwrite"
+        then, here = self.rewards["beside"], now["beside"]
+        for name in sorted({*then, *here}):
+            if then.get(name) != here.get(name):
+                raise ConfigError(
+                    f"train.grpo.rewards: {shown(name, 300)}, which a file of rewards imports, is not as it was when "
+                    f"this run started (sha256 {_cut(then.get(name))} then, {_cut(here.get(name))} now); {todo}"
+                )
+        for name, model in self.rewards["models"].items():
+            if fault := _other_model(model, now["models"][name]):
+                raise ConfigError(
+                    f"train.grpo.rewards: {name} is not the reward model that this run started with ({fault}); {todo}"
+                )
+
     def differences(self, now: dict[str, Any]) -> list[str]:
         """What of the environment is not as it was."""
         before, after = _flat(self.environment), _flat(now)
@@ -153,7 +174,7 @@ def read_identity(folder: Path) -> Identity | None:
                 isinstance(part, dict)
                 for part in (
                     *(found.config, found.data, found.environment, found.tokens, found.tokenizer),
-                    *(found.asked, found.start),
+                    *(found.asked, found.start, found.rewards),
                 )
             ) and isinstance(found.stages, str):
                 _ = datetime.fromisoformat(found.moment) if found.moment else None
@@ -182,6 +203,16 @@ def changes(before: dict[str, Any], after: dict[str, Any], free: Set[str] = froz
     changed = [key for key in kept if old.get(key) != new.get(key)]
     told = [f"{key}: {_change(old.get(key), new.get(key))}" for key in changed[:_MOST_SHOWN]]
     return "; ".join(told) + (f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else "")
+
+
+def _other_model(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """In what a reward model is another one; empty for nothing. Its configuration may come from another version."""
+    if then["weights"] != now["weights"]:
+        return f"weights {_cut(then['weights'])} then, {_cut(now['weights'])} now"
+    if then["reads"] != now["reads"]:
+        return f"it reads {_value(now['reads'])} instead of {_value(then['reads'])}"
+    settings = other_settings(then["settings"], now["settings"])
+    return ", ".join([*settings, *changed_parts(then["tokenizer"], now["tokenizer"])])
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

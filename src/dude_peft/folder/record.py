@@ -99,6 +99,8 @@ class RunReport:
     """adapter.budget as the run was asked for it; `config` has the ranks that came of it."""
     curriculum: dict[str, Any] | None = None
     """Of train.curriculum: `stages`, each with its rows, its bounds, its mean and its steps, and what was left out."""
+    adapter_seal: str | None = None
+    """Hash of the adapter's manifest (`manifest.seal_of`), which tells it from others; older versions wrote none."""
 
     @property
     def adapter(self) -> Path:

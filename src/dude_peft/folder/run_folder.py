@@ -265,7 +265,12 @@ class RunFolder:
         return self.path / name
 
     def save_adapter(
-        self, model: Any, tokenizer: Any, state: dict[str, Any] | None = None, processor: Sequence[Path] = ()
+        self,
+        model: Any,
+        tokenizer: Any,
+        state: dict[str, Any] | None = None,
+        processor: Sequence[Path] = (),
+        writing: dict[str, str] | None = None,
     ) -> Path:
         """Saves the adapter of a PEFT model, and what read the rows of its training, under adapter/, complete or not.
 
@@ -274,6 +279,7 @@ class RunFolder:
             tokenizer: of its training.
             state: the trained tensors, where the model holds only a shard of each.
             processor: files of the processor of images, which are copied.
+            writing: how rows were written, where the tokenizer alone does not tell.
 
         Raises:
             ResourceError: the disk or a permission does not allow it.
@@ -292,7 +298,7 @@ class RunFolder:
                 tokenizer.save_pretrained(str(temporary))
                 for file in processor:
                     copy_files(file.parent, temporary, [file.name])
-                cover_tokenizer(temporary)
+                cover_tokenizer(temporary, writing)
                 for file in temporary.rglob("*"):
                     sync(file)
                 sync(temporary)

@@ -14,6 +14,9 @@ from transformers import GenerationConfig
 
 from dude_peft.data.batches import Company, grouped, pad_left, pad_right
 from dude_peft.data.labels import IGNORE
+from dude_peft.data.prefixes import heads
+from dude_peft.data.sight import SeenPrompt
+from dude_peft.model.prefix import KeptPrefix, Tree, tree_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,11 +47,25 @@ def held_out_loss(
     pad_id: int,
     batch_size: int,
     company: Company = "any",
+    share: bool = False,
     advance: Advance = lambda rows: None,
 ) -> float:
     """Mean cross-entropy in nats over all trained tokens of all `examples`; every token counts the same."""
-    found = item_losses(model, examples, pad_id=pad_id, batch_size=batch_size, company=company, advance=advance)
-    return found.mean
+    how: dict[str, Any] = {"pad_id": pad_id, "batch_size": batch_size, "company": company, "share": share}
+    return item_losses(model, examples, **how, advance=advance).mean
+
+
+def begin_alike(
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    companies: tuple[Company, Company],
+) -> bool:
+    """Whether the losses of `examples` or the answers to `prompts` are worth a model that shares beginnings."""
+    losing, answering = companies
+    of_losses = _loss_heads(examples, grouped([len(each["input_ids"]) for each in examples], batch_size, losing))
+    return any(of_losses) or any(_prompt_heads(prompts, grouped([*map(len, prompts)], batch_size, answering)))
 
 
 @torch.inference_mode()
@@ -59,24 +76,74 @@ def item_losses(
     pad_id: int,
     batch_size: int,
     company: Company = "any",
+    share: bool = False,
     advance: Advance = lambda rows: None,
 ) -> ItemLosses:
-    """The loss of each example by itself."""
+    """The loss of each example by itself.
+
+    Args:
+        model: any.
+        examples: to be scored.
+        pad_id: fills shorter ones up.
+        batch_size: examples at a time.
+        company: which of them may share a batch.
+        share: compute what they begin with once, where that pays; only for a model that `shares_exactly`.
+        advance: called after every batch.
+    """
     model.eval()
     losses, tokens = [0.0] * len(examples), [0] * len(examples)
-    lengths = [len(example["input_ids"]) for example in examples]
-    for indices in grouped(lengths, batch_size, company):
+    batches = grouped([len(example["input_ids"]) for example in examples], batch_size, company)
+    shared: list[tuple[int, ...]] = _loss_heads(examples, batches) if share else [()] * len(batches)
+    kept = KeptPrefix(model)
+    for indices, head in zip(batches, shared, strict=True):
         rows = [examples[index] for index in indices]
-        batch = {name: tensor.to(model.device) for name, tensor in pad_right(rows, pad_id).items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        learned = labels != IGNORE
-        each = functional.cross_entropy(logits[learned].float(), labels[learned], reduction="none").double().cpu()
-        counts = learned.sum(1).tolist()
+        logits, labels, counts = _behind(kept, head, rows, pad_id) if head else _whole(model, rows, pad_id)
+        each = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()
         for index, count, own in zip(indices, counts, torch.split(each, counts), strict=True):
             losses[index], tokens[index] = float(own.sum()) / max(count, 1), count
         advance(len(rows))
     return ItemLosses(tuple(losses), tuple(tokens))
+
+
+_Judged = tuple[Tensor, Tensor, list[int]]
+"""Logits (trained tokens, vocabulary), these tokens, and how many each row has."""
+
+
+def _whole(model: Any, rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> _Judged:
+    batch = {name: tensor.to(model.device) for name, tensor in pad_right(rows, pad_id).items()}
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    learned = labels != IGNORE
+    return logits[learned], labels[learned], learned.sum(1).tolist()
+
+
+def _behind(
+    kept: KeptPrefix, head: tuple[int, ...], rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int
+) -> _Judged:
+    trees = [Tree(row["input_ids"][len(head) : -1]) for row in rows]  # nothing follows the last token
+    places = [_predicting(row) for row in rows]
+    wanted = [[place - len(head) for place in some] for some in places]
+    logits = tree_logits(kept.model, kept.of(head), trees, wanted, pad_id)
+    labels = [row["labels"][place + 1] for row, some in zip(rows, places, strict=True) for place in some]
+    return logits, torch.tensor(labels, device=logits.device), [*map(len, places)]
+
+
+def _loss_heads(
+    examples: Sequence[Mapping[str, Sequence[int]]], batches: Sequence[Sequence[int]]
+) -> list[tuple[int, ...]]:
+    """What the examples of each batch begin with before the first token whose prediction counts."""
+    before: list[Sequence[int]] = []
+    for example in examples:
+        places = _predicting(example)
+        if "shown" in example or not places:
+            return [()] * len(batches)
+        before.append(example["input_ids"][: places[0] + 1])
+    return heads([[before[index] for index in indices] for indices in batches])
+
+
+def _predicting(example: Mapping[str, Sequence[int]]) -> list[int]:
+    """Places whose next token is trained."""
+    return [place - 1 for place, label in enumerate(example["labels"]) if place and label != IGNORE]
 
 
 @torch.inference_mode()
@@ -88,12 +155,17 @@ def complete(
     max_new_tokens: int,
     batch_size: int,
     company: Company = "any",
+    share: bool = False,
     advance: Advance = lambda rows: None,
 ) -> list[str]:
-    """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn."""
+    """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn.
+
+    `share` computes what prompts begin with once, as `item_losses` does.
+    """
     with only_ends(model, tokenizer) as ends:
         batches = grouped([len(prompt) for prompt in prompts], batch_size, company)
-        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batches, advance)
+        shared: list[tuple[int, ...]] = _prompt_heads(prompts, batches) if share else [()] * len(batches)
+        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batches, shared, advance)
 
 
 @contextmanager
@@ -115,18 +187,27 @@ def _complete(
     ends: set[int],
     max_new_tokens: int,
     batches: list[list[int]],
+    shared: list[tuple[int, ...]],
     advance: Advance,
 ) -> list[str]:
     model.eval()
     texts = [""] * len(prompts)
-    for indices in batches:
+    kept = KeptPrefix(model)
+    for indices, head in zip(batches, shared, strict=True):
         batch = pad_left([prompts[index] for index in indices], int(tokenizer.pad_token_id))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        out = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
+        behind = kept.generating(batch, head)
+        out = model.generate(**behind, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
         for index, row in zip(indices, out[:, batch["input_ids"].shape[1] :], strict=True):
             texts[index] = _decoded(tokenizer, row, ends)
         advance(len(indices))
     return texts
+
+
+def _prompt_heads(prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    if any(isinstance(prompt, SeenPrompt) for prompt in prompts):
+        return [()] * len(batches)
+    return heads([[prompts[index] for index in indices] for indices in batches])
 
 
 def bare_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:

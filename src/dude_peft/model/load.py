@@ -179,7 +179,7 @@ def load_model(
     quantization: Mapping[str, Any] | None = None,
     *,
     task_type: TaskType = CAUSAL,
-    head_seed: int = 0,
+    head_seed: int | None = 0,
 ) -> PreTrainedModel:
     """The model at `where`, frozen weights in the configured dtype, in evaluation mode.
 
@@ -189,7 +189,8 @@ def load_model(
         quantization: as an adapter's manifest has it: quantised so, in that dtype, unless it is stored quantised. The
             default is `section.quantization`.
         task_type: which head it has. One that scores is drawn by transformers where the checkpoint has none.
-        head_seed: of all random numbers, which transformers draws that head with.
+        head_seed: of all random numbers, which transformers draws that head with; None draws none: the checkpoint
+            has to have it.
 
     Raises:
         ConfigError: it cannot be found, is no causal language model, or is stored quantised otherwise.
@@ -237,9 +238,10 @@ def load_model(
         )
     automatic = automatic_class(settings, task_type)
     if task_type == SCORES:
+        options["num_labels"] = 1
+    if task_type == SCORES and head_seed is not None:
         import transformers
 
-        options["num_labels"] = 1
         transformers.set_seed(head_seed)
     with loading("model", section, where), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You passed `quantization_config`")  # to a checkpoint that has one
@@ -261,16 +263,17 @@ def load_model(
             f"but {tuple(wanted)} in its configuration{more}; use files of the same model"
         )
     missing = sorted(found["missing_keys"])
-    if task_type == SCORES:
+    if task_type == SCORES and head_seed is not None:
         from dude_peft.tuner.heads import behind_backbone
 
         head = tuple(f"{name}." for name in behind_backbone(model))
         missing = [name for name in missing if not name.startswith(head)]
     if missing:
         # transformers fills these at random and goes on.
+        wanted = "causal language model" if task_type == CAUSAL else "checkpoint"
         raise ArtifactError(
             f"model {shown(section.name_or_path)}: the checkpoint lacks {len(missing)} tensors of "
-            f"{type(model).__name__}, among them {shown(missing[0])}; use a complete causal language model"
+            f"{type(model).__name__}, among them {shown(missing[0])}; use a complete {wanted}"
         )
     apply_as_trained_(model)
     return _made_ready(model, section)

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from dude_peft.data.trial import distance, text_ids, traceless, trial_length, trial_rows
 from dude_peft.machine.out_of_memory import comes_of_memory
+from dude_peft.model.quantised import stored_config
 from dude_peft.parents import fits
 
 _TRIFLE = 2**-9
@@ -118,6 +119,32 @@ class Prefix:
         return cache
 
 
+class KeptPrefix:
+    """The prefix that was asked for last, of one model as it is now: batches of one prefix follow each other."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._prefix: Prefix | None = None
+
+    def of(self, ids: Sequence[int]) -> Prefix:
+        """Computed, unless it is the last one."""
+        if self._prefix is None or self._prefix.ids != tuple(ids):
+            self.clear()
+            self._prefix = Prefix(self.model, ids)
+        return self._prefix
+
+    def clear(self) -> None:
+        """Give its memory back."""
+        self._prefix = None
+
+    def generating(self, batch: Mapping[str, Tensor], head: Sequence[int]) -> dict[str, Any]:
+        """What `generate` gets: a batch padded on the left whose rows all begin with `head`, this one computed."""
+        if not head:
+            return dict(batch)
+        ids, mask = after_prefix(batch["input_ids"], batch["attention_mask"], len(head))
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": self.of(head).copied(len(ids))}
+
+
 def tree_logits(
     model: Any, prefix: Prefix | None, trees: Sequence[Tree], wanted: Sequence[Sequence[int]], pad_id: int
 ) -> Tensor:
@@ -194,6 +221,19 @@ def shares_prefixes(model: Any, pad_id: int) -> bool:
         if comes_of_memory(error):
             raise
         return False
+
+
+def shares_exactly(model: Any, pad_id: int) -> bool:
+    """Whether it `shares_prefixes`, and what is left of a difference is the rounding of float32.
+
+    In half precision, TF32 among it, and under quantised layers near ties of logits fall otherwise. A model that sees
+    images may remember where those of its last batch were.
+    """
+    settings = model.config
+    plain = settings.get_text_config() is settings and stored_config(settings) is None
+    exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    exact = exact and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return plain and exact and shares_prefixes(model, pad_id)
 
 
 def _tried(model: Any, pad_id: int) -> bool:

@@ -61,6 +61,8 @@ class Bill:
     """Libraries and the device's own; assumed, not computed."""
     exchanged: int = 0
     """Of several processes: blocks gathered from all of them, or gradients as they are sent."""
+    reward_models: int = 0
+    """Models that give rewards, beside the one that learns."""
 
     @property
     def total(self) -> int:

@@ -35,6 +35,7 @@ _PARTS = {
     "working": "one layer's or the optimizer's work",
     "runtime": "libraries and device (assumed)",
     "exchanged": "gathered blocks, or gradients as they are sent",
+    "reward_models": "reward models, without what they compute",
 }
 
 

@@ -143,7 +143,8 @@ def optimizer_steps(train: TrainSection, rows: int, processes: int = 1) -> int:
     if train.max_steps is not None:
         return train.max_steps
     if (rewarded := train.rewarded) is not None:
-        prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps // rewarded.num_generations
+        answers = train.per_device_train_batch_size * train.gradient_accumulation_steps * processes
+        prompts = answers // rewarded.num_generations
         return math.ceil((train.num_train_epochs or 1.0) * math.ceil(rows / prompts) * rewarded.num_iterations)
     batches = math.ceil(math.ceil(rows / train.per_device_train_batch_size) / processes)
     return math.ceil((train.num_train_epochs or 1.0) * max(math.ceil(batches / train.gradient_accumulation_steps), 1))

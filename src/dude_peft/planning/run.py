@@ -6,6 +6,7 @@ Exit codes are the real run's: what it would refuse is refused here in the same 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ def _made(
     display: Display,
 ) -> Plan:
     from dude_peft.methods import METHODS
+    from dude_peft.methods.idle import idle_settings
     from dude_peft.methods.learning_rate import learning_rate_warning
     from dude_peft.model.load import dtype_of
     from dude_peft.model.quantised import asked_of, check_installed, check_runs, stored_config
@@ -112,6 +114,9 @@ def _made(
     from dude_peft.planning.remedies import remedies
     from dude_peft.planning.report import Plan
 
+    reward_models = 0
+    if not config.adapter.foreign:
+        warnings += idle_settings(METHODS[config.adapter.method], config.adapter.changed())
     spent = None
     if config.adapter.budget is not None:
         from dude_peft.planning.budget import planned
@@ -141,6 +146,8 @@ def _made(
             "train.objective: grpo: the answers that the model gives, and their rewards, are counted neither in the "
             "time, of which they are the largest part, nor in the memory"
         )
+        with display.waiting("reward models"), quiet_imports():
+            reward_models = _bytes_of_reward_models(config, warnings)
     elif train.preference is not None and train.preference.has_base:
         once = isinstance(train.preference, DpoSection) and train.preference.precompute_ref_log_probs
         longer = "" if once else ", which it makes about a third longer"
@@ -184,7 +191,8 @@ def _made(
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
     def evaluate(changed: RunConfig, tokens: int) -> Cost:
-        return cost(changed, settings, where, tokens, gpu=device.gpu, spread=spread)
+        found = cost(changed, settings, where, tokens, gpu=device.gpu, spread=spread)
+        return replace(found, bill=replace(found.bill, reward_models=reward_models))
 
     with display.waiting("dry step"):
         found = evaluate(config, length)
@@ -204,6 +212,21 @@ def _made(
     if device.here and rows is not None:
         made.measure_speed()
     return made
+
+
+def _bytes_of_reward_models(config: RunConfig, warnings: list[str]) -> int:
+    """What the run keeps of them; a quantised one is told of instead."""
+    total = 0
+    assert config.train.rewarded is not None
+    for each in config.train.rewarded.rewards:
+        if each.kind == "model":
+            from dude_peft.rewards.reward_model import reward_model_bytes
+
+            found = reward_model_bytes(each, config.model.dtype)
+            if found is None:
+                warnings.append(f"train.grpo.rewards: {each.title}: a quantised reward model is not counted")
+            total += found or 0
+    return total
 
 
 def _rows(config: RunConfig, where: str, tokenizer: Any, model: Any) -> Rows | None:

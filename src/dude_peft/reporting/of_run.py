@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dude_peft.artifact.manifest import WEIGHTS_FILE
+from dude_peft.artifact.manifest import WEIGHTS_FILE, seal_of
 from dude_peft.artifact.sealed import file_sha256
 from dude_peft.config.schema import RunConfig
 from dude_peft.doors import open_file, parse_json, read_file
@@ -61,6 +61,11 @@ def document_of_run(folder: Path, weight_of: WeightOf | None = None) -> Document
     report = RunReport.read(folder / REPORT)
     metrics = list(_metrics(folder, report))
     layers = adapted(folder / ADAPTER, report.config.get("model", {}).get("gguf_file"), weight_of)
+    if report.adapter_seal is not None and seal_of(folder / ADAPTER) != report.adapter_seal:
+        raise ArtifactError(
+            f"{shown(folder / ADAPTER, 300)} is not the adapter that {REPORT} is about; restore it, or run dude train "
+            "--overwrite again"
+        )
     unit = next((score.unit for _, score in report.scores()), "nats a token")
     name = f"{report.method} on {report.model.get('name_or_path', 'a model')}"
     sections = [

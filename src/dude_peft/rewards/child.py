@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from importlib.abc import ExecutionLoader
@@ -26,6 +27,8 @@ from dude_peft.rewards.builtin import Reward, builtin
 from dude_peft.rewards.memory import limit_memory, spare_memory
 
 _SPARE_SECONDS = 10
+_INSTALLED = ("stdlib", "platstdlib", "purelib", "platlib")
+_OURS = Path(__file__).parent.parent
 
 
 def main() -> None:
@@ -105,11 +108,20 @@ def _own(settings: dict[str, Any]) -> Reward:
 
 
 def _beside(files: Sequence[str | None]) -> dict[str, str]:
-    """sha256 of each Python file that lies beside these, or below, and was imported."""
-    folders = tuple(f"{Path(file).absolute().parent}{os.sep}" for file in files if file is not None)
-    imported = {str(path) for module in [*sys.modules.values()] if (path := getattr(module, "__file__", None))}
-    own = sorted(path for path in imported if path.startswith(folders) and os.path.isfile(path))
-    return {path: file_sha256(Path(path)) for path in own}
+    """sha256 of each Python file of the user's that lies beside these, or below, and was imported.
+
+    Names begin with the folder as `files` have it, so that they stay when a project is moved. Packages are told by
+    their versions, also where they are installed below.
+    """
+    installed = (*(f"{sysconfig.get_path(name)}{os.sep}" for name in _INSTALLED), f"{_OURS}{os.sep}")
+    paths = {str(path) for module in [*sys.modules.values()] if (path := getattr(module, "__file__", None))}
+    imported = {path for path in paths if not path.startswith(installed)}
+    found = {}
+    for folder in sorted({os.path.dirname(file) for file in files if file is not None}):
+        root = f"{Path(folder).absolute()}{os.sep}"
+        for path in sorted(path for path in imported if path.startswith(root) and os.path.isfile(path)):
+            found[os.path.join(folder, path.removeprefix(root))] = file_sha256(Path(path))
+    return found
 
 
 def _wanted(reward: Reward, of: dict[str, Any]) -> dict[str, Any]:

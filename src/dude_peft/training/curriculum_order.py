@@ -33,6 +33,8 @@ class CurriculumOrder(EpochOrder):
         step: int,
         iterations: int,
         steps_of: Callable[[int], int],
+        batch: int = 0,
+        processes: int = 1,
     ) -> None:
         """Orders the rows of `stages`.
 
@@ -43,15 +45,16 @@ class CurriculumOrder(EpochOrder):
             step: places of an optimizer step, a multiple of `answers`.
             iterations: steps with the same answers.
             steps_of: places of an epoch -> optimizer steps of the run.
+            batch: of prompts, as GroupOrder has it.
+            processes: the same.
 
         Raises:
             ConfigError: too few steps for a stage.
         """
         super().__init__([0] * sum(map(len, stages)), seed)
         self._stages = stages
-        self._passes = [
-            GroupOrder([0] * len(rows), seed, answers=answers, step=step, iterations=iterations) for rows in stages
-        ]
+        how = {"answers": answers, "step": step, "iterations": iterations, "batch": batch, "processes": processes}
+        self._passes = [GroupOrder([0] * len(rows), seed, **how) for rows in stages]
         self._unit = step * iterations  # the same answers are never cut apart
         sums = list(itertools.accumulate(len(each) // self._unit for each in self._passes))
         self._length = sums[-1] * self._unit

@@ -330,6 +330,7 @@ class Training:
             self.judge,
             seed=section.seed,
             name_of=self.loop.name_of,
+            conversation_of=self.examples.conversation,
             note=loss.note,
             write=self.loop.write_rollout,
             warn=self.loop.warn,
@@ -380,7 +381,10 @@ def _order_of(lengths: list[int], domain: int, section: TrainSection, step_rows:
     settings = section.rewarded
     if settings is not None:
         answers, iterations = settings.num_generations, settings.num_iterations
-        return GroupOrder(lengths, section.seed, answers=answers, step=step_rows, iterations=iterations)
+        batch = section.per_device_train_batch_size
+        processes = step_rows // (batch * section.gradient_accumulation_steps)
+        how = {"answers": answers, "step": step_rows, "iterations": iterations, "batch": batch, "processes": processes}
+        return GroupOrder(lengths, section.seed, **how)
     grouped = step_rows if section.train_sampling_strategy == "group_by_length" else 0
     if section.objective == "mol":
         return MixedOrder(lengths, domain, section.seed, grouped=grouped)

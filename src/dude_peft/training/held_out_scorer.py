@@ -10,6 +10,7 @@ from dude_peft.config.schema import KtoSection, RewardModelSection, RunConfig
 from dude_peft.data.answers import expected_answer, is_match
 from dude_peft.errors import NumericsError
 from dude_peft.folder.record import Answer, Score
+from dude_peft.machine.processes import from_first, is_first
 from dude_peft.measure.intervals import wilson_interval
 from dude_peft.measure.score import complete, held_out_loss, item_losses
 from dude_peft.task_types import CAUSAL
@@ -37,12 +38,25 @@ class HeldOutScorer:
         tokenizer: Any,
         companies: tuple[Company, Company],
         judge: Judge | None,
+        *,
+        share: bool,
     ) -> None:
-        """`companies`: which rows share a batch of losses, and which prompts one of answers; `judge`: of rewards."""
+        """Nothing is scored yet.
+
+        Args:
+            config: of the run.
+            held_out: the rows.
+            model: in training.
+            tokenizer: its own.
+            companies: which rows share a batch of losses, and which prompts one of answers.
+            judge: of rewards.
+            share: compute what rows begin with once, as `item_losses` has it.
+        """
         self._settings, self._objective = config.evaluation, config.train
         self._max_length = config.data.max_length
         self._held_out, self._model, self._tokenizer, self._judge = held_out, model, tokenizer, judge
         self._company, self._answering = companies
+        self._share = share
         self._pad_id = int(tokenizer.pad_token_id)
         self._meter: PairMeter | LabelMeter | ScoreMeter | None = None
 
@@ -61,6 +75,7 @@ class HeldOutScorer:
             pad_id=self._pad_id,
             batch_size=self._settings.batch_size,
             company=self._company,
+            share=self._share,
         )
         if self._judge is None:
             return {"loss": loss}
@@ -89,6 +104,7 @@ class HeldOutScorer:
                     pad_id=self._pad_id,
                     batch_size=self._settings.batch_size,
                     company=self._company,
+                    share=self._share,
                     advance=advance,
                 )
             texts = self._answers(advance)
@@ -121,6 +137,7 @@ class HeldOutScorer:
             max_new_tokens=self._settings.max_new_tokens,
             batch_size=self._settings.batch_size,
             company=self._answering,
+            share=self._share,
             advance=advance,
         )
 
@@ -129,8 +146,10 @@ class HeldOutScorer:
         rewarded = self._objective.rewarded
         if rewarded is None or self._judge is None:
             return {}
-        held_out = self._held_out
-        return mean_rewards(self._judge, rewarded, held_out.asked, held_out.prompts, texts, self._tokenizer)
+        held_out, found = self._held_out, {}
+        if is_first():
+            found = mean_rewards(self._judge, rewarded, held_out.asked, held_out.prompts, texts, self._tokenizer)
+        return from_first(found)  # of a function that is not the same twice, too
 
     def _pairs(self) -> PairMeter | LabelMeter | ScoreMeter:
         if self._meter is None:

@@ -20,7 +20,7 @@ from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.tuner.beside import prints_beside
-from dude_peft.tuner.heads import behind_backbone
+from dude_peft.tuner.heads import behind_backbone, newly_initialised
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.untouched import as_base
 
@@ -29,9 +29,15 @@ _FAR = 0.1
 """Of the largest logit; between two devices, in bfloat16, roundings make up to a hundredth."""
 
 
-def xxh3_of_head(model: Any) -> str:
-    """The hash of the tensors of the head that a model which scores was loaded with."""
-    return xxh3_of(parameter for name in behind_backbone(model) for parameter in model.get_submodule(name).parameters())
+def record_of_head(model: Any, seed: int) -> dict[str, Any]:
+    """The hash of the tensors of the head that a model which scores was loaded with, and the seed if it was drawn.
+
+    A checkpoint that is a reward model already brings its own.
+    """
+    names = behind_backbone(model)
+    drawn = {name.partition(".")[0] for name in newly_initialised(model)} & set(names)
+    hashed = xxh3_of(parameter for name in names for parameter in model.get_submodule(name).parameters())
+    return {**({"drawn_with_seed": seed} if drawn else {}), "xxh3": hashed}
 
 
 def check_fits(model: Any, largest: int, longest: int, tokenizer: Any) -> None:

@@ -159,7 +159,7 @@ def _save_steps(rows: float) -> int:
 
 
 def _name(source: str) -> str:
-    stem = PurePath(source.partition(":")[2] or source).name.partition(".")[0]
+    stem = PurePath(source.removeprefix("builtin:")).name.partition(".")[0]
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem) or "run"
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -24,6 +24,7 @@ from dude_peft.answer.fingerprint import answering_parts
 from dude_peft.config.schema import CurriculumSection, GrpoSection
 from dude_peft.data.answers import same_answer
 from dude_peft.data.batches import Company, grouped
+from dude_peft.data.formats import Row
 from dude_peft.errors import DataError, ResourceError
 from dude_peft.folder.state import load_random_state, random_state
 from dude_peft.machine.out_of_memory import is_out_of_memory
@@ -39,6 +40,8 @@ class _Asked:
     answer: str
     place: str
     """Of its first row."""
+    asked: Row | None
+    """That row, where a reward model reads it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class PassRates:
         self,
         examples: Sequence[Mapping[str, list[int]]],
         place_of: Callable[[int], str],
+        conversation_of: Callable[[int], Row],
         *,
         say: Callable[[str], None],
         stage: Callable[[str, int], Any],
@@ -77,6 +81,7 @@ class PassRates:
         Args:
             examples: to train on, each with an answer.
             place_of: an example's number -> its place in the data.
+            conversation_of: an example's number -> what it asks (`TokenSet.conversation`); only for reward models.
             say: hears what the cache has.
             stage: opens a bar of so many prompts (`Display.stage`).
             check: raises where the run has been told to end.
@@ -86,7 +91,7 @@ class PassRates:
             NumericsError: NaN or Inf in the logits.
             ResourceError: memory or disk.
         """
-        asked, of = self._asked(examples, place_of)
+        asked, of = self._asked(examples, place_of, conversation_of)
         samples = self.settings.samples
         assert samples is not None, "the settings are completed"
         together = max(1, self.batch_size // samples)
@@ -106,10 +111,14 @@ class PassRates:
         return np.array([passes[number] / samples for number in of], np.float64)
 
     def _asked(
-        self, examples: Sequence[Mapping[str, list[int]]], place_of: Callable[[int], str]
+        self,
+        examples: Sequence[Mapping[str, list[int]]],
+        place_of: Callable[[int], str],
+        conversation_of: Callable[[int], Row],
     ) -> tuple[list[_Asked], list[int]]:
         """The different prompts with their answers, and which one each example has."""
-        numbers: dict[tuple[tuple[int, ...], str], int] = {}
+        numbers: dict[tuple[Any, ...], int] = {}
+        reads = self.rewarded is not None and self.rewarded.reads_conversations
         asked: list[_Asked] = []
         of = []
         for index in range(len(examples)):
@@ -119,10 +128,11 @@ class PassRates:
                     f"{place_of(index)}: no answer to compare with, and a pass rate needs one in every row; remove the "
                     "row, or set train.curriculum.by: length"
                 )
-            key = (tuple(ids), answer)
+            row = conversation_of(index) if reads else None
+            key = (tuple(ids), answer, *(() if row is None else (row.messages, row.tools)))
             if key not in numbers:
                 numbers[key] = len(asked)
-                asked.append(_Asked(ids, answer, place_of(index)))
+                asked.append(_Asked(ids, answer, place_of(index), row))
             of.append(numbers[key])
         return asked, of
 
@@ -132,7 +142,8 @@ class PassRates:
         """Within: what is measured already, and a place for more."""
         digest = hashlib.sha256()
         for each in asked:
-            digest.update(json.dumps([each.ids, each.answer]).encode("ascii") + b"\n")
+            said = [] if each.asked is None else [[asdict(one) for one in each.asked.messages], each.asked.tools]
+            digest.update(json.dumps([each.ids, each.answer, *said]).encode("ascii") + b"\n")
         key = key_of(
             *answering_parts(self.model, self.tokenizer),
             digest.hexdigest(),
@@ -154,9 +165,13 @@ class PassRates:
         if self.rewarded is None:
             return {"kind": "ended, with the row's answer"}
         (chosen,) = (each for each in self.rewarded.rewards if each.title == self.settings.reward)
-        own = chosen.model_dump(mode="json", exclude={"name", "weight", "file"})
+        own = chosen.model_dump(mode="json", exclude={"name", "weight", "file", "model"})
         verifier = {"math-verify": metadata.version("math-verify")} if chosen.kind == "math" else {}
-        helpers = {"beside": self.judge.beside} if chosen.kind == "function" and self.judge is not None else {}
+        helpers: dict[str, Any] = {}
+        if chosen.kind == "function" and self.judge is not None:
+            helpers = {"beside": self.judge.beside}
+        elif chosen.kind == "model" and self.judge is not None:
+            helpers = {"model": self.judge.record["models"][chosen.title]}
         return own | {"longest": self.rewarded.max_completion_length} | verifier | helpers
 
     def _scored(self, asked: Sequence[_Asked], indices: Sequence[int], number: int) -> dict[str, list[float]]:
@@ -190,6 +205,7 @@ class PassRates:
             [each.text for each in answers],
             [each.ids for each in answers],
             asked.answer,
+            asked.asked,
         )
         column = [each.title for each in self.rewarded.rewards].index(self.settings.reward or "")
         return [scores[column] for scores in self.judge.score(group)]

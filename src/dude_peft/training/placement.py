@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from dude_peft.artifact.sealed import content_sha256
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.errors import ConfigError, ResourceError
-from dude_peft.show import shown
+from dude_peft.show import quoted, shown
 
 _KEY = "model.device_map"
 
@@ -52,14 +53,31 @@ def check_placement(config: RunConfig, processes: int) -> None:
             raise ConfigError(f"{_KEY}: {fault}; or leave {_KEY} out")
 
 
-def check_placed(model: Any) -> None:
+def check_placed(model: Any, section: ModelSection) -> None:
     """Looks at a loaded model, whose map accelerate may have made.
 
     Raises:
-        ResourceError: the input embeddings are offloaded, so that batches have no device to go to.
+        ConfigError: the map names what the model does not have, which accelerate passes over.
+        ResourceError: what a run needs in memory is offloaded: the input embeddings, where batches go to, or a head
+            that is trained whole.
     """
+    from dude_peft.model.outputs import is_scorer
+    from dude_peft.tuner.heads import behind_backbone
     from dude_peft.tuner.offloaded import is_offloaded
 
+    if isinstance(section.device_map, Mapping):
+        known = {name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())}
+        if unknown := next((name for name in section.device_map if name not in known), None):
+            near = difflib.get_close_matches(unknown, known, n=1)
+            hint = f"closest: {quoted(near[0], 200)}" if near else 'write {"": cpu} for all of it'
+            raise ConfigError(f"{_KEY}: {type(model).__name__} has no module {quoted(unknown, 200)}; {hint}")
+    if is_scorer(model):
+        for name in behind_backbone(model):
+            if any(map(is_offloaded, model.get_submodule(name).modules())):
+                raise ResourceError(
+                    f"{_KEY}: the head '{shown(name)}' is offloaded, but it is trained whole; put it on a device that "
+                    "computes, or give it more in model.max_memory"
+                )
     if is_offloaded(model.get_input_embeddings()):
         raise ResourceError(
             f"{_KEY}: the input embeddings are offloaded, but batches begin there; put them on the device that "

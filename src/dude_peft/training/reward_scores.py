@@ -35,7 +35,7 @@ def mean_rewards(
     for row, asked, text in zip(rows, prompts, texts, strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         question = str(tokenizer.decode(asked, skip_special_tokens=True))
-        scores += judge.score(Group(row.source, question, [text], [ids], row.answer.strip()))
+        scores += judge.score(Group(row.source, question, [text], [ids], row.answer.strip(), row))
     if not scores:
         return {}
     means = [sum(column) / len(scores) for column in zip(*scores, strict=True)]

@@ -1,11 +1,13 @@
 """The answers that a model gives to the prompts of a step, what they are rewarded with, and the batches made of them.
 
-What is drawn depends on the run's seed, the step and the weights alone, so that a resumed run draws the same.
+What is drawn depends on the run's seed, the step and the weights alone, so that a resumed run draws the same. Of
+several processes each answers its share of the prompts, and all know what all answers are rewarded with.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +19,10 @@ from dude_peft.answer.decoding import Decoding
 from dude_peft.answer.merged import merged_if_equal
 from dude_peft.config.schema import GrpoSection
 from dude_peft.data.batches import Company, grouped, pad_right
+from dude_peft.data.formats import Row
 from dude_peft.data.labels import IGNORE
 from dude_peft.folder.state import load_random_state, random_state
+from dude_peft.machine import processes
 from dude_peft.measure.token_logps import token_logps
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.drawn import Drawn, asked_and_answer, draw, text_of
@@ -44,6 +48,8 @@ class Rollouts:
     seed: int
     name_of: Callable[[int], str]
     """A row's index -> its place in the data."""
+    conversation_of: Callable[[int], Row]
+    """A row's index -> what it asks (`TokenSet.conversation`); only asked for reward models."""
     note: Callable[[Mapping[str, float], Any], None]
     """Hears what the answers of a step are like (`RewardedLoss.note`)."""
     write: Callable[[Mapping[str, Any]], None]
@@ -62,7 +68,7 @@ class Rollouts:
     """The same, in which no answer ended."""
 
     def of_step(self, asked: Sequence[Mapping[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
-        """The micro-batches of an optimizer step.
+        """The micro-batches of an optimizer step; every process has to call it.
 
         Args:
             asked: the numbers of their rows, `rows`, each as often in turn as it is answered.
@@ -106,11 +112,15 @@ class Rollouts:
         scores: list[list[float]] = []
         for begin in range(0, len(flat), size):
             scores += self.judge.score(self._group(flat[begin], prompts, drawn[begin : begin + size]))
-        by_reward = torch.tensor(scores, dtype=torch.float64)
+        found = processes.gathered((scores, [(len(each.ids), each.ended) for each in drawn]))
+        by_reward = torch.tensor([each for part, _ in found for each in part], dtype=torch.float64)
         weights = torch.tensor([reward.weight for reward in settings.rewards], dtype=torch.float64)
         rewards = by_reward @ weights
         gained = advantages(rewards, settings)
-        self._tell(by_reward, rewards, drawn)
+        self._tell(by_reward, rewards, [each for _, part in found for each in part])
+        first = processes.rank() * len(flat)
+        own = slice(first, first + len(flat))
+        rewards, gained = rewards[own], gained[own]
         self._keep(step, flat, prompts, drawn, scores, rewards, gained)
         batches, begin = [], 0
         for part in rows:
@@ -130,6 +140,7 @@ class Rollouts:
             [each.text for each in drawn],
             [each.ids for each in drawn],
             self._answer(row),
+            self.conversation_of(row) if self.settings.reads_conversations else None,
         )
 
     def _answer(self, row: int) -> str:
@@ -143,7 +154,7 @@ class Rollouts:
         decoding = Decoding(settings.max_completion_length, settings.temperature, settings.top_p, self.seed)
         batches = grouped([len(prompt) for prompt in prompts], len(prompts), self.company)
         before = random_state()
-        decoding.start(step)
+        decoding.start(step * processes.count() + processes.rank())
         with merged_if_equal(self.model, not self.bf16, lambda model: _last_logits(model, prompts[0])):
             found = draw(self.model, self.tokenizer, prompts, batches, decoding, name="the tuned model", bf16=self.bf16)
         load_random_state(*before)
@@ -181,16 +192,17 @@ class Rollouts:
         logits = self.model(**rows, **kept_logits(batch), use_cache=False).logits
         return token_logps(logits, batch["labels"], self.settings.temperature)[0]
 
-    def _tell(self, by_reward: Tensor, rewards: Tensor, drawn: Sequence[Drawn]) -> None:
+    def _tell(self, by_reward: Tensor, rewards: Tensor, drawn: Sequence[tuple[int, bool]]) -> None:
+        """Of all processes; `drawn` has the tokens of each answer, and whether it ended."""
         settings = self.settings
         spreads = rewards.view(-1, settings.num_generations).std(1)
         same = torch.isclose(spreads, torch.zeros_like(spreads))
-        ended = sum(each.ended for each in drawn)
+        ended = sum(end for _, end in drawn)
         found = {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std()),
             "frac_reward_zero_std": float(same.double().mean()),
-            "completions/mean_length": sum(len(each.ids) for each in drawn) / len(drawn),
+            "completions/mean_length": sum(length for length, _ in drawn) / len(drawn),
             "completions/clipped_ratio": 1 - ended / len(drawn),
         }
         for number, reward in enumerate(settings.rewards):
@@ -221,6 +233,7 @@ class Rollouts:
         gained: Tensor,
     ) -> None:
         names = [reward.title for reward in self.settings.rewards]
+        lines = []
         for row, each, own, reward, advantage in zip(
             rows, drawn, scores, rewards.tolist(), gained.tolist(), strict=True
         ):
@@ -236,6 +249,8 @@ class Rollouts:
                 "reward": reward,
                 "advantage": advantage,
             }
+            lines.append(line)
+        for line in itertools.chain.from_iterable(processes.gathered(lines)):  # only the first process writes them
             self.write(line)
 
 

@@ -168,6 +168,8 @@ class _Run:
         self.nature: Any = None
         self.company: Company = "any"
         """Which held-out prompts share a batch."""
+        self.share = False
+        """Whether what held-out rows begin with is computed once."""
         self.resumed: Checkpoint | None = None
         self.exact = True
         """Whether a fresh adapter leaves the base model as it is."""
@@ -241,11 +243,8 @@ class _Run:
         if stages is not None and stages.by == "length":
             self.curriculum = self._staged(None, data)
             self._put_in_order(arguments)
-        if (rewarded := config.train.rewarded) is not None:
-            from dude_peft.rewards.judge import Judge
-
-            with display.waiting("starting the rewards"):
-                self.judge = Judge(rewarded)
+        if config.train.rewarded is not None:
+            self._start_rewards(config, data, arguments.device)
         self._load(where, data, arguments.device)
         if self.order is None:
             self._put_in_order(arguments)
@@ -255,7 +254,9 @@ class _Run:
             from dude_peft.training.held_out_scorer import HeldOutScorer
 
             companies = (self.nature.company, self.company)
-            self.held_out = HeldOutScorer(self.config, data.held_out, self.model, self.tokenizer, companies, self.judge)
+            self.held_out = HeldOutScorer(
+                self.config, data.held_out, self.model, self.tokenizer, companies, self.judge, share=self.share
+            )
 
         before, behind_seconds = self._before(data)
         if self.held_out is not None:
@@ -352,7 +353,7 @@ class _Run:
         from dude_peft.answer.cache import key_of, shared_cache
 
         settings = self.config.evaluation
-        how = [settings.batch_size, settings.max_new_tokens, self.nature.company, self.company]
+        how = [settings.batch_size, settings.max_new_tokens, self.nature.company, self.company, self.share]
         hashes = (data.sha256, data.tokens_sha256)
         rows = [{name: part for name, part in each.items() if name in _JUDGING} for each in hashes]
         key = key_of(*self.base_parts, rows, self._tokenizer_parts(data), how, hardware(self.model.device))
@@ -370,10 +371,13 @@ class _Run:
 
     def _check_rate(self) -> None:
         from dude_peft.methods import METHODS
+        from dude_peft.methods.idle import idle_settings
         from dude_peft.methods.learning_rate import learning_rate_warning
 
         if self.config.adapter.foreign:
             return
+        for line in idle_settings(METHODS[self.config.adapter.method], (self.asked or self.config.adapter).changed()):
+            self.warn(line)
         rate = self.config.train.learning_rate
         assert rate is not None, "a resolved configuration has a rate"
         from_rows = self.config.train.from_rows
@@ -419,6 +423,21 @@ class _Run:
             self._tell_next(report, paged=(self.folder.path / PAGE).is_file())
         return report
 
+    def _start_rewards(self, config: RunConfig, data: RunData, device: Any) -> None:
+        """The rewards of the run, those that it began with, before the model is loaded."""
+        from dude_peft.rewards.judge import Judge
+
+        rewarded, earlier = config.train.rewarded, self.folder.earlier
+        assert rewarded is not None
+        with self._phase("rewards"), self.display.waiting("starting the rewards"):
+            self.judge = Judge(rewarded, config.model.dtype, device)
+        if earlier is not None:
+            earlier.check_rewards(self.judge.record)
+        if rewarded.reads_conversations:
+            longest = data.train.conversation(int(data.train.asked.argmax()))
+            for warning in self.judge.try_out(longest):
+                self.warn(warning)
+
     def _find_checkpoint(self) -> None:
         """Where training goes on, told apart before the model is loaded; the first process decides for all."""
         if self.folder.earlier is not None and self.weights_only:
@@ -452,7 +471,7 @@ class _Run:
             check_nature,
             check_packs,
             probe,
-            xxh3_of_head,
+            record_of_head,
         )
 
         config, display = self.config, self.display
@@ -467,9 +486,11 @@ class _Run:
             else:
                 model = load_empty(self._model_section(), where)
             writes = config.train.task_type == CAUSAL
+            if config.model.device_map is not None:
+                check_placed(model, config.model)
             if not writes:  # where it reads the score: at the last token that is another one
                 model.config.get_text_config().pad_token_id = pad_id
-                self.head = {"drawn_with_seed": config.train.seed, "xxh3": xxh3_of_head(model)}
+                self.head = record_of_head(model, config.train.seed)
             check_trains(getattr(model, "hf_quantizer", None), stored_config(model.config))
             check_fits(model, data.largest_id, data.longest, self.tokenizer)
             if writes and data.held_out is not None:
@@ -485,8 +506,6 @@ class _Run:
                 model.generation_config = processes.from_first(model.generation_config)
             elif config.model.device_map is None:
                 model.to(device)
-            else:
-                check_placed(model)
             # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
@@ -504,6 +523,7 @@ class _Run:
                 own = company_of(model, pad_id) if self.has_whole else self.company
                 self.company = processes.from_first(own)
                 notes.append(company_note(self.nature.name, self.company))
+            self.share = writes and self._shares(model, data, pad_id)
             scores = data.held_out is not None and config.train.section is None
             # A resumed run has its own; of offloaded weights the hashes would take as long as the scores.
             if scores and self.resumed is None and processes.count() == 1 and not config.model.is_hooked:
@@ -548,6 +568,25 @@ class _Run:
             f"examples of {data.train.counts.tokens:,} tokens; " + begun
         )
 
+    def _shares(self, model: Any, data: RunData, pad_id: int) -> bool:
+        """Whether held-out rows begin alike and may be scored so: decided on the base model, the same after a resume.
+
+        Not under autocast, where near ties fall otherwise, nor with graphs that are compiled for whole rows. Where
+        weights lie elsewhere, it is their way that takes the time.
+        """
+        from dude_peft.measure.score import begin_alike
+        from dude_peft.model.prefix import shares_exactly
+
+        config, held_out = self.config, data.held_out
+        other = config.train.autocasts or config.train.torch_compile or config.model.is_hooked
+        if held_out is None or self.sight is not None or other:
+            return False
+        examples: Any = held_out.examples if config.train.preference is None else []
+        companies = (self.nature.company, self.company)
+        if not begin_alike(examples, held_out.prompts, batch_size=config.evaluation.batch_size, companies=companies):
+            return False
+        return bool(processes.from_first(shares_exactly(model, pad_id) if self.has_whole else None))
+
     def _staged(self, model: Any, data: RunData) -> Curriculum:
         """The stages of the training rows; pass rates are measured on the base model, or read where they were kept.
 
@@ -591,6 +630,7 @@ class _Run:
         ).measure(
             data.train,
             data.train.source,
+            data.train.conversation,
             say=self.display.say,
             stage=self.display.stage,
             check=self.stop.raise_if_wanted,
@@ -628,6 +668,8 @@ class _Run:
             answers=1 if rewarded is None else rewarded.num_generations,
             step=train.per_device_train_batch_size * train.gradient_accumulation_steps * arguments.world_size,
             iterations=1 if rewarded is None else rewarded.num_iterations,
+            batch=0 if rewarded is None else train.per_device_train_batch_size,
+            processes=1 if rewarded is None else arguments.world_size,
             steps_of=lambda places: trainer_steps(arguments, places),
         )
         for line in self.curriculum.told(self.order.bounds):
@@ -808,6 +850,7 @@ class _Run:
                 moment=moment(),
                 start={} if self.given is None else {"sha256": self.given.sha256, "is_base": self.from_base},
                 stages="" if self.curriculum is None else sha256_of(self.stages_text),
+                rewards={} if self.judge is None else self.judge.record,
             )
             self.folder.begin(identity, self.start)
             if self.spent is not None:
@@ -877,7 +920,15 @@ class _Run:
 
         config = self.config
         state = sharded_state(self.model)
-        self.folder.save_adapter(self.model, self.tokenizer, state, () if self.sight is None else self.sight.files)
+        plain = config.data.template == "plain" and bool(self.tokenizer.chat_template)
+        writing: dict[str, str] = {"template": config.data.template, "special_tokens": config.data.special_tokens}
+        self.folder.save_adapter(
+            self.model,
+            self.tokenizer,
+            state,
+            () if self.sight is None else self.sight.files,
+            writing if plain or config.data.special_tokens != "text" else None,
+        )
         self.folder.write(CONFIG, dump_config(config))
         steps, losses = zip(*fitted.curve, strict=True)
         held_out = [(0, before.watched)] if before else []
@@ -909,6 +960,8 @@ class _Run:
         after: Score | None,
         tasks: dict[str, Any] | None,
     ) -> RunReport:
+        from dude_peft.artifact.manifest import seal_of
+
         config = self.config
         trainable, total = self.model.get_nb_trainable_parameters()
         return RunReport(
@@ -937,6 +990,7 @@ class _Run:
             best_step=fitted.best_step,
             tasks=tasks,
             files=self.folder.listed(),
+            adapter_seal=seal_of(self.folder.path / ADAPTER) if self.folder.writes else None,
             budget=None
             if self.asked is None or self.asked.budget is None
             else self.asked.budget.model_dump(mode="json"),

@@ -149,6 +149,7 @@ def read(
     asks, curriculum = config.train.rewarded is not None, config.train.curriculum
     judged = curriculum is not None and curriculum.by == "pass_rate"
     learned = "last_answer" if asks else data.train_on
+    spoken = config.train.rewarded is not None and config.train.rewarded.reads_conversations
     record: dict[str, Any] = {"template": template.kind, "train_on": learned}
     warnings: list[str] = []
     eyes = seeing(config.train.objective, sight)
@@ -178,6 +179,7 @@ def read(
             kind=kind,
             streaming=data.streaming,
             advance=advance,
+            asked=spoken and not general,
             **(_GENERAL_IS_TEXT if general else eyes),
         )
 

@@ -26,8 +26,6 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         return []
     if config.train.torch_compile:
         raise ConfigError("train.torch_compile works in one process; leave it, or --launch, out")
-    if config.train.rewarded is not None:
-        raise ConfigError("train.objective: grpo answers and learns in one process; leave --launch out")
     if config.train.curriculum is not None and config.train.curriculum.by == "pass_rate":
         raise ConfigError(
             "train.curriculum: pass rates are measured in one process; leave --launch out, or set "
@@ -37,6 +35,8 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         raise ConfigError("train.dpo.precompute_ref_log_probs measures in one process; leave it, or --launch, out")
     if strategy == "ddp":
         return []
+    if config.train.rewarded is not None:
+        raise ConfigError(f"train.objective: grpo: {strategy} splits the model, which has to answer whole; choose ddp")
     if config.train.task_type != CAUSAL:
         raise ConfigError(f"train.objective: {config.train.objective}: {strategy} does not split its head; choose ddp")
     if config.adapter.foreign:

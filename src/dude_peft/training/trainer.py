@@ -41,8 +41,8 @@ from dude_peft.training.soundness import check_numbers
 
 _REMEDY = "no step was taken with it; lower train.learning_rate, or use model.dtype: float32"
 _MOST_ROWS = 40
-_ANSWERS = "answers."
-"""Begins the names of answers among a checkpoint's random tensors."""
+_ANSWERS = "answers"
+"""Begins the names of answers among a checkpoint's random tensors: `answers.` of the first process, `answers1.`, ..."""
 
 
 @fits(uses=("_tr_loss", "_globalstep_last_logged"))
@@ -222,14 +222,13 @@ class RunTrainer(Trainer):
         of_pairs = self.compute_loss_func
         pairs = {"pairs": gathered(of_pairs.sums())} if isinstance(of_pairs, JudgedLoss) else {}
         answers = {} if self._rollouts is None else {"rollouts": self._rollouts.state()}
+        drawn = self._drawn()
         save_adapter = self.loop.adapter_writer(self.model)
         self.store_flos()
         if not self.args.should_save:
             return
         random = {f"{index}.{name}": value for index, (found, _) in enumerate(parts) for name, value in found.items()}
-        if self._rollouts is not None:  # answers, too, were drawn
-            own = self._rollouts.tensors(int(self.state.global_step))
-            random |= {f"{_ANSWERS}{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
+        random |= drawn
         record = asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
         state = {
             "optimizer": rest,
@@ -246,6 +245,15 @@ class RunTrainer(Trainer):
         self.loop.checkpoints.save(
             self.state.global_step, save_adapter, optimizer, random, state, record, self.loop.best.kept
         )
+
+    def _drawn(self) -> dict[str, Tensor]:
+        """What all processes keep of their answers, which were drawn as well."""
+        if self._rollouts is None:
+            return {}
+        found = self._rollouts.tensors(int(self.state.global_step))
+        own = {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+        every = enumerate(gathered(own))
+        return {f"{_of_process(index)}{name}": tensor for index, part in every for name, tensor in part.items()}
 
     def check_sound(self, optimizer: dict[str, Tensor] | None = None, rest: Any = None) -> None:
         """Looks at numbers that the next step would have met, and the last one's, which no step follows.
@@ -309,14 +317,21 @@ class RunTrainer(Trainer):
             self._tr_loss = torch.tensor(own, dtype=torch.float32, device=self.args.device)
             self._globalstep_last_logged = int(saved["logged"])
             if self._rollouts is not None:
+                # Of another number of processes nobody has answers: their prompts are asked anew.
+                prefix = _of_process(index) if len(sums) == self.args.world_size else ""
                 drawn = self._resumed.tensors(RANDOM).items()
-                answers = {n.removeprefix(_ANSWERS): tensor for n, tensor in drawn if n.startswith(_ANSWERS)}
+                answers = {n.removeprefix(prefix): tensor for n, tensor in drawn if prefix and n.startswith(prefix)}
                 self._rollouts.take_up(self._resumed.state["rollouts"], answers)
             if isinstance(self.compute_loss_func, JudgedLoss):
                 pairs = self._resumed.state["pairs"]
                 same = len(pairs) == self.args.world_size
                 whole = [sum(part) for part in zip(*pairs, strict=True)] if index == 0 else [0.0] * len(pairs[0])
                 self.compute_loss_func.take_up(pairs[index] if same else whole, self.args.device)
+
+
+def _of_process(index: int) -> str:
+    """Begins the names of its answers."""
+    return f"{_ANSWERS}{index or ''}."
 
 
 def _together(names: list[str]) -> str:
