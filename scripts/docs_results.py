@@ -375,6 +375,20 @@ def costs() -> str:
     return _table(["what", "ratio (quartiles), or figure"], rows)
 
 
+def plan_published() -> str:
+    name = "2026-11-30-plan-published"
+    rows = []
+    for found in _record(name)["results"].values():
+        why = found["why"]
+        if beside := found["beside_gib"]:
+            why = f"{why}: {beside:+.2f} GiB, ratio {found['ratio_with_it']:.2f}"
+        theirs, ours, ratio = f"{found['theirs_gib']:.2f}", f"{found['ours_gib']:.2f}", f"{found['ratio']:.2f}"
+        source = f"[{found['source']}]({found['link']})"
+        rows.append([source, found["model"], found["setting"], found["measures"], theirs, ours, ratio, why])
+    header = ["model", "setting", "theirs is", "theirs, GiB", "ours, GiB", "ratio", "why they differ"]
+    return _table([f"source ({_link(name)})", *header], rows)
+
+
 def lm_eval_agreement() -> str:
     rows = []
     for task in ("gsm8k", "mmlu"):
@@ -406,5 +420,6 @@ MAKERS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "host-memory": host_memory,
     "costs": costs,
+    "plan-published": plan_published,
     "lm-eval-agreement": lm_eval_agreement,
 }

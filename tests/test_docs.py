@@ -74,6 +74,14 @@ def test_the_picture_of_growth_is_of_the_newest_records(monkeypatch):
     assert all(growth.newest(kind).name in page for kind in ("step-growth-float32", "memory-growth-float32"))
 
 
+def test_a_published_figure_that_the_plan_misses_by_far_says_why():
+    record = json.loads((ROOT / "benchmarks/results/2026-11-30-plan-published.json").read_text("utf-8"))
+    unexplained = [
+        title for title, found in record["results"].items() if abs(found["ratio"] - 1) > 0.15 and not found["why"]
+    ]
+    assert unexplained == []
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text("utf-8")
     assert all(page.name in menu for page in DOCS)

@@ -281,10 +281,14 @@ def test_keys_that_cannot_apply_are_refused_by_name(place, sections, words):
     refused(place, OFT, words, **sections)
 
 
-def test_plan_says_that_it_cannot_count_it(place):
-    done = dude("plan", write_run(place, "planned", OFT))
-    assert done.returncode == 2
-    assert "dude plan cannot count peft:OFT" in " ".join(done.stderr.split())
+@pytest.mark.slow
+def test_the_plan_counts_it(place):
+    done = dude("plan", write_run(place, "planned", OFT), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["method"] == "peft:OFT"
+    assert told["memory"]["trained"] > 0
+    assert told["memory"]["activations"] > 0
 
 
 def test_settings_without_the_method_are_refused(place):

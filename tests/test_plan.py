@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from dude_peft.config.schema import (
     SourceSection,
     TrainSection,
 )
-from dude_peft.data.batches import pad_right
+from dude_peft.data.batches import flat, pad_right
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
 from dude_peft.methods import METHODS
 from dude_peft.methods.learning_rate import default_rate, learning_rate_warning
@@ -42,6 +43,7 @@ from dude_peft.planning.optimizers import state_bytes
 from dude_peft.planning.remedies import changed, remedies
 from dude_peft.planning.rows import is_local, optimizer_steps
 from dude_peft.planning.run import plan
+from dude_peft.tuner.foreign import adapt_foreign
 
 EVALUATION = EvaluationSection(enabled=False)
 
@@ -82,7 +84,12 @@ def llama(layers: int = 5, hidden: int = 128, dtype: str = "float32", **changes:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
-def real_step(model: Any, config: RunConfig, length: int, folder: Path) -> tuple[int, int]:
+PADDED = functools.partial(pad_right, pad_id=0)
+
+
+def real_step(
+    model: Any, config: RunConfig, length: int, folder: Path, collate: Callable[..., Any] = PADDED
+) -> tuple[int, int]:
     """Peak of what lives while Trainer takes two steps, and the bytes of the optimizer's states."""
     train = config.train
     options: dict[str, Any] = {}
@@ -106,7 +113,6 @@ def real_step(model: Any, config: RunConfig, length: int, folder: Path) -> tuple
     for number in range(32):
         ids = [3 + (number + place) % 90 for place in range(length - number % 2)]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
-    collate = functools.partial(pad_right, pad_id=0)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     model.config.use_cache = False
     gc.collect()
@@ -149,6 +155,52 @@ def test_the_peak_is_that_of_a_real_step(case, tmp_path):
     peak, states = real_step(real, config, length, tmp_path)
     assert bill.optimizer == states
     assert bill.total - bill.runtime - fixed == pytest.approx(peak, rel=0.1, abs=0)
+
+
+STOCK = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "v_proj"], "use_dora": True}
+
+
+@pytest.mark.parametrize("case", some_by_day(["one row", "packed", "stock PEFT"], ["packed"]))
+def test_the_peak_is_that_of_a_real_step_where_masks_or_adapters_are_others(case, tmp_path):
+    """One row has no mask, rows end to end have one of all their tokens; PEFT's own layers are counted as they are."""
+    adapter = {"method": "peft:LORA", "peft": STOCK} if case == "stock PEFT" else {"method": "lora"}
+    config = run_of(tmp_path, {}, "bfloat16", per_device_train_batch_size=1 if case == "one row" else 3)
+    data = config.data.model_copy(update={"packing": case == "packed"})
+    config = config.model_copy(update={"adapter": AdapterSection(**adapter), "data": data})
+    length = 255 if case == "one row" else 96
+    model = llama(dtype="bfloat16")
+    model.config.save_pretrained(tmp_path)
+    bill = cost_of(config, length).bill
+    real = adapt_foreign(model, STOCK) if config.adapter.foreign else adapted(model, config)
+    fixed = bill.weights + bill.adapter_frozen + bill.trained
+    assert fixed == sum(tensor.nbytes for tensor in (*real.parameters(), *real.buffers()))
+    collate = flat if case == "packed" else PADDED
+    real_step(adapted(llama(dtype="bfloat16"), run_of(tmp_path)), config, length, tmp_path / "first", collate)
+    peak, states = real_step(real, config, length, tmp_path, collate)
+    assert bill.optimizer == states
+    assert bill.total - bill.runtime - fixed == pytest.approx(peak, rel=0.1, abs=0)
+
+
+def test_the_softmax_of_cuda_needs_a_table_more(tmp_path):
+    """Its backward takes gradient times output first; float32 scores of 4 rows, 4 heads, 512 x 512."""
+    llama(2, hidden=64, intermediate_size=64, max_position_embeddings=512).config.save_pretrained(tmp_path)
+    config = changed(run_of(tmp_path), {"model.attn_implementation": "eager", "train.gradient_checkpointing": True})
+    where = config.model.name_or_path
+    found = [cost(config, load_settings(config.model, where), where, 512, gpu=gpu).bill for gpu in (True, False)]
+    assert found[0].working - found[1].working == 4 * 4 * 512 * 512 * 4
+
+
+def test_flash_attention_has_no_table_of_scores(tmp_path):
+    llama(max_position_embeddings=4096).config.save_pretrained(tmp_path)
+
+    def step(attention: str, length: int) -> int:
+        config = changed(run_of(tmp_path, dtype="bfloat16"), {"model.attn_implementation": attention})
+        bill = cost_of(config, length).bill
+        return bill.activations + bill.working + bill.logits_and_loss
+
+    flash = step("flash_attention_2", 1024)
+    assert step("flash_attention_2", 2048) == pytest.approx(2 * flash, rel=0.02)
+    assert step("sdpa", 1024) > 1.1 * flash
 
 
 @pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])

@@ -11,10 +11,19 @@ from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.model.architecture import model_of
 from dude_peft.model.load import dtype_of
-from dude_peft.model.quantised import asked_of, check_as_stored, method_of, packed_config, quantization_of
+from dude_peft.model.quantised import (
+    asked_of,
+    check_as_stored,
+    check_plain,
+    method_of,
+    packed_config,
+    quantization_of,
+)
+from dude_peft.planning.attention import set_attention_
 from dude_peft.planning.packed import countable, pack_
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
+from dude_peft.tuner.foreign import adapt_empty
 
 
 def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
@@ -29,8 +38,13 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
         ConfigError: whatever the real run would refuse (targets, ranks, a model that is none), or a format of
             quantisation whose bytes are not known here.
     """
+    if config.adapter.foreign:
+        check_plain(config.model, settings, "adapter.method")
     quantization = _quantization(config, settings, dtype_of(config.model, settings, where))
     model = bare_model(config, settings, where)
+    set_attention_(model, config)
+    if config.adapter.peft is not None:
+        return adapt_empty(model, config.adapter.peft)
     if quantization is not None:
         pack_(model, quantization)
     adapter = DudeConfig(**config.adapter.settings(), task_type=config.train.task_type)

@@ -132,12 +132,18 @@ def cost(
     exchange = exchange_of(model, spread, train.gradient_accumulation_steps)
     order = [] if whole else shorten(model)
     kinds = len(set(order))
-    rows, checkpointing, uncounted = rows_of_batch(train), train.gradient_checkpointing, ""
+    rows, uncounted = rows_of_batch(train), ""
+    options = {
+        "bf16": train.autocasts,
+        "checkpointing": train.gradient_checkpointing,
+        "packed": config.data.packing,
+        "gpu": gpu,
+    }
     try:
-        step = dry_step(model, kinds, rows, length, bf16=train.autocasts, checkpointing=checkpointing)
+        step = dry_step(model, kinds, rows, length, **options)
         if not step.has(kinds):  # layers that share, skip or repeat one another cannot be put together from one each
             order = []
-            step = dry_step(adapted(), 0, rows, length, bf16=train.autocasts, checkpointing=checkpointing)
+            step = dry_step(adapted(), 0, rows, length, **options)
     except Exception as error:  # of any operator that cannot be traced: experts in float32, say
         step, order = DryStep(), []
         uncounted = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"

@@ -2,7 +2,7 @@
 
 The tensors say they are on the CPU: there our layer runs block by block, whose temporaries are as small as those of the
 Triton kernels, and the attention is the fused one. The step is Trainer's: autocast around the model, the outputs back
-in float32, the loss with the model's own function.
+in float32, the loss with the model's own function. Of the model's outputs Trainer keeps the loss alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,17 @@ class DryStep:
         return len(self.forward) == len(self.backward) == kinds
 
 
-def dry_step(model: nn.Module, kinds: int, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> DryStep:
+def dry_step(
+    model: nn.Module,
+    kinds: int,
+    rows: int,
+    length: int,
+    *,
+    bf16: bool,
+    checkpointing: bool,
+    packed: bool = False,
+    gpu: bool = False,
+) -> DryStep:
     """Runs the step and takes its memory apart.
 
     Args:
@@ -48,6 +58,8 @@ def dry_step(model: nn.Module, kinds: int, rows: int, length: int, *, bf16: bool
         length: tokens of a row.
         bf16: bfloat16 autocast.
         checkpointing: gradient checkpointing.
+        packed: the rows are laid end to end, as one.
+        gpu: whether a GPU trains.
     """
     adapted: Any = model
     step = DryStep()
@@ -57,10 +69,11 @@ def dry_step(model: nn.Module, kinds: int, rows: int, length: int, *, bf16: bool
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted.config.use_cache = False
         adapted.train()
-        with LiveBytes([p for p in adapted.parameters() if p.requires_grad]) as live:
+        with LiveBytes([p for p in adapted.parameters() if p.requires_grad], gpu=gpu) as live:
             _watch(decoder_layers(adapted, kinds), step, live)
-            ids = torch.zeros(rows, length, dtype=torch.long)
-            loss = _loss(adapted, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, bf16)
+            ids = torch.zeros(*((1, rows * length) if packed else (rows, length)), dtype=torch.long)
+            beside = "position_ids" if packed else "attention_mask"
+            loss = _loss(adapted, {"input_ids": ids, beside: torch.ones_like(ids), "labels": ids}, bf16)
             loss.backward()
             last = live.stretch()
     if kinds:

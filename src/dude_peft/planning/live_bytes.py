@@ -17,6 +17,8 @@ _SAME_WORK = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
+# Kernels of CUDA that need another tensor of the first argument's size while they run: gradient times output, here.
+_BESIDE_ON_CUDA = {_aten._softmax_backward_data}
 
 
 class Stretch(NamedTuple):
@@ -46,13 +48,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within: counts all storages made inside, real or fake, while they live.
 
     `now` and `peak` are in bytes; what was there before is not counted. Views and in-place results cost nothing.
+
+    Args:
+        trained: parameters whose gradients `stretch` tells apart.
+        gpu: count what kernels of CUDA take beside that, too.
     """
 
-    def __init__(self, trained: list[torch.nn.Parameter]) -> None:
+    def __init__(self, trained: list[torch.nn.Parameter], *, gpu: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.flops = 0
         self._known: set[int] = set()
-        self._trained = trained
+        self._trained, self._gpu = trained, gpu
         self._start = (0, 0)  # live bytes without gradients, and gradients
 
     def stretch(self) -> Stretch:
@@ -73,6 +79,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage(), given)
+        if self._gpu and func._overloadpacket in _BESIDE_ON_CUDA:
+            self.peak = max(self.peak, self.now + args[0].nbytes)
         self.flops += flops_of(func, args, kwargs or {}, result)
         return result
 

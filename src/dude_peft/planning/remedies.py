@@ -96,12 +96,13 @@ def _ways(config: RunConfig, length: int, wide: bool, *, packed: bool) -> Iterat
         yield [{"train.gradient_checkpointing": True}]
     if wide:  # float32 weights
         yield [{"model.dtype": "bfloat16"}]
-    if not packed and config.model.quantization is None and config.model.gguf_file is None and _has_bitsandbytes():
+    plain = not packed and config.model.quantization is None and config.model.gguf_file is None
+    if plain and not config.adapter.foreign and _has_bitsandbytes():
         yield [{"model.quantization": "nf4"}]
     if lengths := [length // 2**n for n in (1, 2, 3) if length // 2**n >= _SHORTEST]:
         yield [{"data.max_length": tokens} for tokens in lengths]
     ranks = [r // 2**n for n in range(1, r.bit_length()) if r // 2**n >= _SMALLEST_RANK]
-    if ranks and METHODS[config.adapter.method].ranked:
+    if ranks and not config.adapter.foreign and METHODS[config.adapter.method].ranked:
         yield [{"adapter.r": rank} for rank in ranks]
 
 

@@ -115,9 +115,8 @@ def _made(
     from dude_peft.planning.report import Plan
 
     reward_models = 0
-    if config.adapter.foreign:
-        raise ConfigError(f"dude plan cannot count {config.adapter.method}; it counts the methods of dude methods")
-    warnings += idle_settings(METHODS[config.adapter.method], config.adapter.changed())
+    if not config.adapter.foreign:
+        warnings += idle_settings(METHODS[config.adapter.method], config.adapter.changed())
     spent = None
     if config.adapter.budget is not None:
         from dude_peft.planning.budget import planned
@@ -125,11 +124,11 @@ def _made(
         with display.waiting("spending the budget"), quiet_imports():
             spent = planned(config, load_settings(config.model, where), where, warnings.append)
         config = config.model_copy(update={"adapter": spent.adapter})
-    method, train = METHODS[config.adapter.method], config.train
+    method, train = METHODS.get(config.adapter.method), config.train  # None of stock PEFT's
     warnings += reward_notes(train)
     from_rows = train.from_rows
     assert train.learning_rate is not None, "a resolved configuration has a rate"
-    if text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows):
+    if method is not None and (text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows)):
         warnings.append(text)
     if config.model.is_hooked:
         warnings.append("model.device_map: memory and time are counted as if the model were on one device")

@@ -72,23 +72,9 @@ def adapt_foreign(model: Any, settings: Mapping[str, Any]) -> PeftModel:
     Raises:
         ConfigError: PEFT refuses the model, or the adapter changes the base weights.
     """
-    config = config_of(settings)
-    kind = settings["peft_type"]
-    check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
-    record, own = _record(model), {id(parameter) for parameter in model.parameters()}
-    try:
-        adapted: PeftModel = get_peft_model(model, config)
-    except Exception as error:
-        raise ConfigError(f"adapter.peft: PEFT's {kind} refuses this model ({_line(error)})") from error
+    kind, record = settings["peft_type"], _record(model)
+    adapted = _adapted(model, settings)
     _keep(adapted, record)
-    if not any(parameter.requires_grad for parameter in adapted.parameters()):
-        raise ConfigError(f"adapter.peft: {kind} trains nothing with these settings; set what its start needs")
-    in_place = [name for name, p in adapted.named_parameters() if p.requires_grad and id(p) in own]
-    if in_place:
-        raise ConfigError(
-            f"adapter.peft: {kind} trains {quoted(in_place[0], 200)} of the base model itself, so no base model would "
-            "be left to compare with; set bias: none"
-        )
     here = Counter(_same(fingerprint(t)) for t in (*adapted.parameters(), *adapted.buffers()) if frozen.is_plain(t))
     # Of tied tensors the record has several names.
     missing = [name for name, seen in record.beside.items() if not here[_same(seen)]]
@@ -98,6 +84,15 @@ def adapt_foreign(model: Any, settings: Mapping[str, Any]) -> PeftModel:
             "alone would not be the adapter; choose another start"
         )
     return adapted
+
+
+def adapt_empty(model: Any, settings: Mapping[str, Any]) -> Any:
+    """The same of a model on the meta device, changed in place. That a start changes weights is not noticed here.
+
+    Raises:
+        ConfigError: PEFT refuses the model.
+    """
+    return _adapted(model, settings, empty=True).get_base_model()
 
 
 def load_foreign(model: nn.Module, path: str | os.PathLike[str], is_trainable: bool = False) -> PeftModel:
@@ -152,6 +147,26 @@ def stamp_foreign(model: Any, folder: Path) -> None:
     if not (folder / WEIGHTS_FILE).is_file():
         raise ArtifactError(f"{shown(folder, 300)}: PEFT saved no {WEIGHTS_FILE}")
     stamp(folder, {"method": f"{PREFIX}{_kind(model)}"}, record)
+
+
+def _adapted(model: Any, settings: Mapping[str, Any], *, empty: bool = False) -> PeftModel:
+    config = config_of(settings)
+    kind = settings["peft_type"]
+    check_patterns(vars(config), [name for name, _ in model.named_modules() if name])
+    own = {id(parameter) for parameter in model.parameters()}
+    try:
+        adapted: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=empty)
+    except Exception as error:
+        raise ConfigError(f"adapter.peft: PEFT's {kind} refuses this model ({_line(error)})") from error
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ConfigError(f"adapter.peft: {kind} trains nothing with these settings; set what its start needs")
+    in_place = [name for name, p in adapted.named_parameters() if p.requires_grad and id(p) in own]
+    if in_place:
+        raise ConfigError(
+            f"adapter.peft: {kind} trains {quoted(in_place[0], 200)} of the base model itself, so no base model would "
+            "be left to compare with; set bias: none"
+        )
+    return adapted
 
 
 def _record(model: nn.Module) -> BaseRecord:
