@@ -20,7 +20,6 @@ def idle_key(config: Any, judged: tuple[str, ...]) -> str | None:
         judged: the metrics that held-out preferences alone have.
     """
     adapter, data, train, evaluation = config.adapter, config.data, config.train, config.evaluation
-    tuned = {f"evaluation.{name}": (_is_set(evaluation, name), "evaluation.tasks") for name in _OF_TASKS}
     idle = {
         "train.warmup_steps": (
             train.lr_scheduler_type == "constant" and train.warmup_steps > 0 and _is_set(train, "warmup_steps"),
@@ -50,8 +49,11 @@ def idle_key(config: Any, judged: tuple[str, ...]) -> str | None:
             "a run that measures before and after alone; set evaluation.eval_steps",
         ),
         **{
-            key: (there and not evaluation.tasks, f"a run without tasks; name them in {others}")
-            for key, (there, others) in tuned.items()
+            f"evaluation.{name}": (
+                not evaluation.tasks and _is_set(evaluation, name),
+                "a run without tasks; name them in evaluation.tasks",
+            )
+            for name in _OF_TASKS
         },
     }
     found = next(((key, why) for key, (there, why) in idle.items() if there), None)

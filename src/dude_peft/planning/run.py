@@ -146,8 +146,9 @@ def _made(
             "train.objective: grpo: the answers that the model gives, and their rewards, are counted neither in the "
             "time, of which they are the largest part, nor in the memory"
         )
-        with display.waiting("reward models"), quiet_imports():
-            reward_models = _bytes_of_reward_models(config, warnings)
+        if train.rewarded.reads_conversations:
+            with display.waiting("reward models"), quiet_imports():
+                reward_models = _bytes_of_reward_models(config, warnings)
     elif train.preference is not None and train.preference.has_base:
         once = isinstance(train.preference, DpoSection) and train.preference.precompute_ref_log_probs
         longer = "" if once else ", which it makes about a third longer"
