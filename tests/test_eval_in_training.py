@@ -181,9 +181,7 @@ def test_a_stopped_run_finds_its_answers(place, tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("command", [run, plan])
 def test_a_mistake_costs_no_weights(place, tmp_path, monkeypatch, evaluation, error, words, command):
-    from dude_peft.model import load as model
-
-    monkeypatch.setattr(model, "load_model", None)
+    monkeypatch.setattr("dude_peft.training.loading.load_model", None)
     data = {"tasks_data_dir": str(place / "data")} if "tasks" in evaluation else {}
     config = RunConfig(**settings(place, tmp_path / "o", **data | evaluation))
     with pytest.raises(error, match=words):

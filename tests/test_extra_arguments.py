@@ -149,7 +149,7 @@ def test_a_field_is_refused_while_the_file_is_read(tmp_path, extra, told):
     ],
 )
 def test_a_value_is_refused_before_the_model_is_loaded(places, tmp_path, monkeypatch, extra, told):
-    monkeypatch.setattr("dude_peft.model.load.load_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("dude_peft.training.loading.load_model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(ConfigError, match=told) as caught:
         run(RunConfig(**settings(places, tmp_path / "out", extra_arguments=extra)), quiet=True)
     assert "\n" not in str(caught.value)

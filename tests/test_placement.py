@@ -243,7 +243,7 @@ def test_layers_read_what_they_need_where_it_is(tmp_path, spread, name):
     ],
 )
 def test_what_does_not_work_is_told_before_the_model_is_loaded(place, tmp_path, monkeypatch, sections, told):
-    monkeypatch.setattr("dude_peft.model.load.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("dude_peft.training.loading.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=rf"model\.device_map: {told}") as caught:
         start(place, tmp_path / "out", SPREAD, **sections)
     assert "\n" not in str(caught.value)

@@ -151,7 +151,7 @@ def test_without_a_compiler_it_is_refused_before_the_model_is_loaded(places, tmp
         raise exc.InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", absent)
-    monkeypatch.setattr("dude_peft.model.load.load_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("dude_peft.training.loading.load_model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(ConfigError, match="install g"):
         run(RunConfig(**settings(places, tmp_path / "out", None)), quiet=True)
 

@@ -350,9 +350,7 @@ def test_every_file_of_the_processor_is_under_the_adapters_seal(finished, tmp_pa
 def test_what_has_no_place_for_images_is_refused_before_the_model_is_loaded(
     changes, wanted, places, tmp_path, monkeypatch
 ):
-    from dude_peft.model import load
-
-    monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("dude_peft.training.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
     if "trainer" in changes.get("train", {}):
         pytest.importorskip("trl")
     made = settings(places / "model", places / "data/rows.jsonl", tmp_path / "run", **changes)

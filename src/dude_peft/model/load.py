@@ -91,6 +91,11 @@ def code_note(section: ModelSection) -> str | None:
     return f"model.trust_remote_code: Python code of {shown(section.name_or_path, 300)} runs with your permissions"
 
 
+def gguf_note(section: ModelSection) -> str | None:
+    """What a run says of weights from a GGUF file; None for others."""
+    return None if section.gguf_file is None else "the base weights come from a GGUF file, dequantised"
+
+
 def with_only_gguf(section: ModelSection) -> ModelSection:
     """The same model; of a folder that holds one GGUF file and no other model, that file."""
     folder = folder_of(section.name_or_path)

@@ -9,6 +9,8 @@ from dude_peft.data.objectives import KINDS, PAIRED
 from dude_peft.data.rows import local_file
 from dude_peft.folder.record import ADAPTER, RunReport
 from dude_peft.task_types import SCORES
+from dude_peft.terminal.next_steps import tell_next
+from dude_peft.training.context import RunContext
 
 
 def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[list[str]]:
@@ -25,6 +27,18 @@ def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[li
         *_ways_to_judge(config, folder, adapter, base, report),
         [*last, "-o", f"{folder}-merged"],
     ]
+
+
+def tell_next_of(context: RunContext, report: RunReport, *, paged: bool) -> None:
+    """Shows the commands that take the adapter up, and the one that writes the page, where there is none (`paged`)."""
+    config, folder = context.config, context.folder.path
+    if config.model.trust_remote_code:
+        context.display.say(
+            "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
+            f"base model and {'peft.PeftModel' if config.adapter.foreign else 'dude_peft.load_adapter'} for the adapter"
+        )
+    page = [] if paged else [["report", str(folder), "-o", f"{folder}.html"]]
+    tell_next(context.display, *next_commands(config, folder, report), *page)
 
 
 def _ways_to_judge(

@@ -6,7 +6,9 @@ import importlib.util
 import io
 from collections.abc import Sequence
 
+from dude_peft.config.schema import KtoSection, RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.show import shown
 
 _MOST_WRITTEN = 150
 """Blocks of which each rank is written as a number."""
@@ -16,6 +18,22 @@ def check_picture() -> None:
     """Raises ConfigError where matplotlib is missing; asked before the run, not after it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("the loss curve needs matplotlib: pip install 'dude-peft[train]'")
+
+
+def labels(config: RunConfig) -> tuple[str, ...]:
+    """The title of a run's loss curve, and what is measured, where that is no loss of a token."""
+    from dude_peft.methods import METHODS
+
+    own = METHODS.get(config.adapter.method)
+    ranks = (config.adapter.r, *config.adapter.rank_pattern.values())
+    what = config.adapter.method if own is None else f"{own.name}, {own.size(*ranks)}"
+    title = f"{what}, on {shown(config.model.name_or_path)}"
+    if config.train.rewarded is not None:
+        return title, "reward"
+    if config.train.preference is not None:
+        judged = "an answer" if isinstance(config.train.preference, KtoSection) else "a pair"
+        return title, f"loss of {judged} ({config.train.objective})"
+    return (title,)
 
 
 def loss_curve(

@@ -19,7 +19,9 @@ from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.errors import ResourceError
 from dude_peft.machine.environment import hardware
 from dude_peft.machine.out_of_memory import is_out_of_memory
+from dude_peft.training.context import RunContext
 from dude_peft.training.judged_loss import logps_of
+from dude_peft.training.run_data import RunData
 from dude_peft.training.training_set import TrainingSet
 
 _KIND = "reference log-probabilities"
@@ -97,6 +99,29 @@ class Reference:
                 "evaluation.batch_size or data.max_length"
             ) from error
         return found
+
+
+def reference_of(context: RunContext, model: Any, tokenizer: Any, company: Company, data: RunData) -> Tensor:
+    """The reference of a run's pairs; a stop meanwhile keeps what is measured.
+
+    Args:
+        context: of the run.
+        model: without an adapter.
+        tokenizer: of it.
+        company: which conversations may share a batch.
+        data: the rows of the run.
+    """
+    config, stop = context.config, context.stop
+    stop.after("while the reference was measured; what is measured is kept, run the same command again")
+    measured = Reference(model, tokenizer, config.evaluation.batch_size, company, config.train.bf16).measure(
+        data.train,
+        data.tokens_sha256["train"],
+        say=context.display.say,
+        stage=context.display.stage,
+        check=stop.raise_if_wanted,
+    )
+    stop.after("before training began; nothing is lost")
+    return measured
 
 
 def _conversation(pairs: TrainingSet, number: int) -> dict[str, list[int]]:

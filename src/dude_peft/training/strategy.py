@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.machine.processes import count, is_first
 from dude_peft.task_types import CAUSAL
 
 
@@ -69,3 +70,13 @@ def check_dense(strategy: str, processes: int) -> None:
     """Raises ConfigError where a quantised base would be split."""
     if strategy != "ddp" and processes > 1:
         raise ConfigError(f"--launch {strategy}: a quantised base model cannot be split; use --launch ddp")
+
+
+def is_split(strategy: str) -> bool:
+    """Whether each process of the run has a share of the model, which the first one loads."""
+    return strategy == "fsdp2" and count() > 1
+
+
+def has_whole(strategy: str) -> bool:
+    """Whether this process loads the model."""
+    return not is_split(strategy) or is_first()
