@@ -49,6 +49,7 @@ def main() -> None:
                 source = "builtin:preferences" if settings.what == "dpo" else "builtin:word-problems"
                 count = settings.steps * settings.rows if settings.what == "dpo" else 64
                 data = {"train": source, "test": source, "train_rows": count}
+                train["learning_rate"] = settings.learning_rate
                 score = "pairs" if settings.what == "dpo" else "answers"
                 found = measured(settings, name, train, data, seed, Path(scratch), measure=score)
                 runs.setdefault(name, []).append(found)
@@ -90,7 +91,6 @@ def measured(
                 **data,
             },
             "train": {
-                "learning_rate": settings.learning_rate,
                 "max_steps": settings.steps,
                 "per_device_train_batch_size": settings.rows,
                 "seed": seed,
