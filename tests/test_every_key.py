@@ -67,7 +67,7 @@ NOT_HERE = {
 _LENGTH = {"kind": "length", "soft_punish_cache": 4}
 _LETTERS = {"kind": "format", "pattern": ".*[ -~].*[ -~].*"}
 PAIRS = {"data": {"train": "builtin:preferences", "test": "builtin:preferences", "train_rows": 8, "test_rows": 4}}
-LABELS = {"data": {name: "builtin:unpaired-preferences" for name in ("train", "test")}}
+LABELS = {"data": dict.fromkeys(("train", "test"), "builtin:unpaired-preferences")}
 BASES: dict[str, dict] = {
     "sft": {},
     "patient pairs": {
