@@ -17,7 +17,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from measure import arguments, console, finish, means, numbers, set_threads, show
 from mol import write_general
@@ -46,7 +46,12 @@ def main() -> None:
         write_general(Path(os.environ["DUDE_ASSETS"]) / "text" / "input.txt", Path(scratch))
         for seed in settings.seeds:
             for name, train in cases(settings).items():
-                found = measured(settings, name, train, seed, Path(scratch))
+                source = "builtin:preferences" if settings.what == "dpo" else "builtin:word-problems"
+                count = settings.steps * settings.rows if settings.what == "dpo" else 64
+                data = {"train": source, "test": source, "train_rows": count}
+                train["learning_rate"] = settings.learning_rate
+                score = "pairs" if settings.what == "dpo" else "answers"
+                found = measured(settings, name, train, data, seed, Path(scratch), measure=score)
                 runs.setdefault(name, []).append(found)
                 console.print(f"seed {seed}, {name}: {found}")
             rows = table(runs)
@@ -64,25 +69,28 @@ def cases(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def measured(
-    settings: argparse.Namespace, name: str, train: dict[str, Any], seed: int, folder: Path
+    settings: argparse.Namespace,
+    name: str,
+    train: dict[str, Any],
+    data: dict[str, Any],
+    seed: int,
+    folder: Path,
+    *,
+    measure: Literal["pairs", "answers"],
 ) -> dict[str, float]:
-    """One run's held-out figures, before and after."""
-    data = "builtin:preferences" if settings.what == "dpo" else "builtin:word-problems"
-    answers = settings.what == "grpo"
+    """One run's held-out figures, before and after; `measure` is the share of right pairs, or of right answers."""
+    answers = measure == "answers"
     report = dude_peft.train(
         {
             "model": {"name_or_path": settings.model, "gguf_file": settings.gguf_file or None, "dtype": "float32"},
             "data": {
-                "train": data,
-                "test": data,
-                "train_rows": 64 if answers else settings.steps * settings.rows,
                 "test_rows": settings.test_rows,
                 "general_test": str(folder / "general_test.jsonl"),
                 "max_length": 512,
                 "seed": seed,
+                **data,
             },
             "train": {
-                "learning_rate": settings.learning_rate,
                 "max_steps": settings.steps,
                 "per_device_train_batch_size": settings.rows,
                 "seed": seed,
@@ -98,7 +106,7 @@ def measured(
     general: list[dict[str, float]] = report.data["general_test"]["measured"]
     found: dict[str, float] = {}
     for end, score, text in (("_before", before, general[0]), ("", after, general[-1])):
-        right = score.preference or {"right": score.right, "pairs": score.rows}
+        right = {"right": score.right, "pairs": score.rows} if answers else score.preference
         found |= {f"loss{end}": score.loss, f"right{end}": right["right"], f"asked{end}": right["pairs"]}
         found[f"measure{end}"] = right["right"] / right["pairs"]
         found |= {f"general{end}": text["loss"], f"kl{end}": text["kl_base_tuned"]}

@@ -11,7 +11,7 @@ import io
 import json
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.training.fit import Training, training_arguments
 from dude_peft.training.loop import Loop
 from dude_peft.training.progress import Display
+from dude_peft.training.reference import Reference
 from dude_peft.training.training_set import TrainingSet
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -93,13 +94,24 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str,
         return clock.speed()
 
 
-def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> float:
-    """The loop of `dude train`, the process of its rewards included where it has any."""
+def dude_train(
+    config: RunConfig, where: str, tokenizer: Any, examples: Any, within: AbstractContextManager[Any] | None = None
+) -> float:
+    """The loop of `dude train`, the process of its rewards included where it has any.
+
+    The base model is loaded before `within` begins. A reference of pairs that is measured before training is no part of
+    the time.
+    """
     model: Any = load_model(config.model, where)
     nature = nature_of(model, int(tokenizer.pad_token_id))
-    model = peft.get_peft_model(model, DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM"))
-    judge = None if config.train.rewarded is None else Judge(config.train.rewarded)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, within or nullcontext():
+        dpo, reference = config.train.dpo, None
+        if dpo is not None and dpo.precompute_ref_log_probs:
+            how: Any = {"say": str, "stage": lambda *_: nullcontext(lambda done: None), "check": lambda: None}
+            reference = Reference(model, tokenizer, config.evaluation.batch_size, nature.company, config.train.bf16)
+            reference = reference.measure(examples, examples.tokens_sha256, **how)
+        model = peft.get_peft_model(model, DudeConfig(**config.adapter.settings(), task_type="CAUSAL_LM"))
+        judge = None if config.train.rewarded is None else Judge(config.train.rewarded)
         metrics, answers = Path(folder, "metrics.jsonl"), Path(folder, "rollouts.jsonl")
         display = Display(quiet=True)
         loop = Loop(
@@ -113,7 +125,8 @@ def dude_train(config: RunConfig, where: str, tokenizer: Any, examples: Any) -> 
             open_rollouts=lambda kept: answers.open("w", buffering=1, encoding="utf-8") if judge else nullcontext(),
         )
         run = config.model_copy(update={"output_dir": folder})
-        Training(model, tokenizer, nature, examples, training_arguments(run), run, loop, judge).run()
+        arguments = training_arguments(run)
+        Training(model, tokenizer, nature, examples, arguments, run, loop, judge, reference=reference).run()
         if judge is not None:
             judge.close()
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]

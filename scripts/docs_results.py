@@ -322,6 +322,28 @@ def host_memory() -> str:
     return _table([*head, "models above that", "same losses"], rows)
 
 
+def _objective_speeds() -> list[list[str]]:
+    """Speed and memory against TRL, of the records that are there."""
+    rows = []
+    for path in sorted(_RESULTS.glob("*-objective-speed-*.json")):
+        record = _record(path.stem)
+        asked, found = record["settings"], record["results"]
+        ours = {method: found[f"dude train, {method}"] for method in ("dude", "lora")}
+        grpo = asked["objective"] == "grpo"
+        rival, part = ("GRPOTrainer", "drawing and learning") if grpo else ("DPOTrainer", "the reference in every step")
+        if asked.get("precompute"):
+            part = "the reference measured before"
+        model = "SmolLM2-135M" if "smollm2" in asked["model"] else asked["model"]
+        against = (
+            f"`objective: {asked['objective']}`, {part}, over TRL's {rival} with PEFT LoRA, {model}, {asked['dtype']}"
+        )
+        told = ", ".join(f"{method} {_ratio(each)}" for method, each in ours.items())
+        rows.append([f"tokens a second of {against} ({_link(path.stem)})", told])
+        told = ", ".join(f"{method} {each['peak_ratio']:.2f}" for method, each in ours.items())
+        rows.append([f"peak memory beyond the base model's weights, the same ({_link(path.stem)})", told])
+    return rows
+
+
 def costs() -> str:
     throughput = _record("2026-11-25-throughput")["results"]
     grpo = _record("2026-11-29-grpo-stories260k")["results"]
@@ -338,6 +360,7 @@ def costs() -> str:
             f"model of 260K parameters, float32, a busy machine ({_link('2026-11-29-grpo-stories260k')})",
             f"dude {_ratio(grpo['dude train, dude'])}, lora {_ratio(grpo['dude train, lora'])}",
         ],
+        *_objective_speeds(),
         [
             f"top 16 singular triplets of 4096 x 4096, over a full SVD ({_link('2026-11-24-init')})",
             f"{init['svd']['top 16']['ratio']:.3f} of the time",

@@ -67,7 +67,7 @@ NOT_HERE = {
 _LENGTH = {"kind": "length", "soft_punish_cache": 4}
 _LETTERS = {"kind": "format", "pattern": ".*[ -~].*[ -~].*"}
 PAIRS = {"data": {"train": "builtin:preferences", "test": "builtin:preferences", "train_rows": 8, "test_rows": 4}}
-LABELS = {"data": {name: "builtin:unpaired-preferences" for name in ("train", "test")}}
+LABELS = {"data": dict.fromkeys(("train", "test"), "builtin:unpaired-preferences")}
 BASES: dict[str, dict] = {
     "sft": {},
     "patient pairs": {
@@ -82,7 +82,11 @@ BASES: dict[str, dict] = {
     "cpo": {**PAIRS, "train": {"objective": "cpo"}},
     "simpo": {**PAIRS, "train": {"objective": "cpo", "cpo": {"loss_type": "simpo"}}},
     "kto": {"data": {**LABELS["data"], "train_rows": 8, "test_rows": 4}, "train": {"objective": "kto"}},
-    "reward": {**PAIRS, "train": {"objective": "reward"}},
+    "reward": {
+        **PAIRS,
+        "train": {"objective": "reward"},
+        "evaluation": {"rows": 64, "max_new_tokens": 128},  # the defaults: its model answers nothing
+    },
     "grpo": {"train": {"objective": "grpo", "grpo": {"rewards": [_LETTERS, _LENGTH], "num_iterations": 2,
                                                      "num_generations": 2, "max_completion_length": 6}}},
     "mol": {"data": {"general": "general.jsonl"}, "train": {"objective": "mol"}},

@@ -201,8 +201,10 @@ def test_the_reference_is_the_base_model_bit_by_bit_and_no_second_model_is_there
     def compared(self, model, inputs):
         looked(self, model, inputs)
         with torch.no_grad():
-            logits = base(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            logits = base(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         assert torch.equal(self._base, row_logps(logits, inputs["labels"])[0])
+        judged = (inputs["labels"] != -100).any(0)
+        assert inputs["logits_to_keep"] == len(judged) == int(judged.sum()) + 1 < inputs["input_ids"].shape[1]
         models.append(sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects()))
 
     monkeypatch.setattr(PreferenceLoss, "look", compared)

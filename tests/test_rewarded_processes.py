@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import served
 import torch
 from safetensors.torch import load_file
 from test_preference import WEIGHTS, lines
-from test_rewarded import LETTERS, SHORT, grpo, rollouts, whole_result, write
+from test_rewarded import LETTERS, SHORT, code, grpo, rollouts, whole_result, write
 from tiny import save_tiny
 
 from dude_peft import plan
@@ -78,6 +80,12 @@ def places(tmp_path_factory) -> Path:
 
 
 def trains(places: Path, wanted: dict, processes: int, *, answers: str = "drawn", cut: int = 0) -> None:
+    for ended, said in ends(places, wanted, processes, answers=answers, cut=cut):
+        assert ended == (7 if cut else 0), said
+
+
+def ends(places: Path, wanted: dict, processes: int, *, answers: str = "drawn", cut: int = 0) -> list[tuple[int, str]]:
+    """How each process ends by itself, for no launcher ends it: its exit code, and what it said."""
     config = Path(f"{wanted['output_dir']}.json")
     config.write_text(json.dumps(wanted))
     with socket.socket() as free:
@@ -91,9 +99,8 @@ def trains(places: Path, wanted: dict, processes: int, *, answers: str = "drawn"
         )
         for rank in range(processes)
     ]
-    for each in running:
-        _, said = each.communicate(timeout=300)
-        assert each.returncode == (7 if cut else 0), said.decode()
+    said = [each.communicate(timeout=300)[1].decode() for each in running]
+    return [(each.returncode, text) for each, text in zip(running, said, strict=True)]
 
 
 SECTION = {"beta": 0.2, "num_generations": 4, "rewards": [LETTERS, SHORT]}
@@ -139,6 +146,44 @@ def test_two_processes_that_were_cut_between_iterations_go_on_bit_by_bit(places,
     assert whole_result(tmp_path / "out") == whole_result(tmp_path / "whole")
     answers = [line["completion"] for line in rollouts(tmp_path / "out")]
     assert answers[:4] != answers[4:8]  # each process draws its own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo as on POSIX")
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise KeyError('solution')", "the reward mine raised line 6: KeyError: 'solution', on the prompt "),
+        ("return [float('nan')] * len(completions)", "the reward mine gave nan for the answer "),
+        ("time.sleep(60)", "the reward mine took longer than 1 s, on the prompt "),
+    ],
+)
+def test_a_reward_that_fails_in_one_process_ends_both_by_the_same_error(places, tmp_path, body, words):
+    for ended, said in ends(places, grpo(places, tmp_path / "out", section=only_in_the_second(tmp_path, body)), 2):
+        assert ended == 1
+        assert re.search(rf"errors.DataError: .*train.jsonl:\d+: {words}", said), said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo as on POSIX")
+def test_a_reward_that_fails_in_the_second_process_is_told_once_with_3(places, tmp_path):
+    section = only_in_the_second(tmp_path, "return [float('nan')] * len(completions)")
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(grpo(places, tmp_path / "out", section=section)))
+    done = served.dude("train", path, "--launch", "ddp", "--processes", "2")
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("dude: error[data]: ") == 1, done.stderr
+    assert re.search(r"train.jsonl:\d+: the reward mine gave nan for the answer ", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def only_in_the_second(folder: Path, body: str) -> dict:
+    """Rewards that fail in the second of two processes, in training alone."""
+    text = f"""
+    if os.environ['RANK'] == '1' and len(completions) > 1:
+        {body}
+    return [float(len(text)) for text in completions]"""
+    return code(folder, text)
 
 
 def test_a_split_model_is_refused_and_the_plan_counts_the_prompts_of_all(places, tmp_path):

@@ -59,7 +59,9 @@ def write_pairs(path: Path, count: int, *, start: int = 0, margin: bool = False)
 def settings(places: Path, out: Path, **sections: dict) -> dict:
     train = {"objective": "reward", **sections.pop("train", {})}
     data = {"template": "chat", **sections.pop("data", {})}
-    return of_pairs(places, out, train=train, data=data, **sections)
+    wanted = of_pairs(places, out, train=train, data=data, **sections)
+    wanted["evaluation"] = {"eval_steps": 4, **sections.get("evaluation", {})}  # its model answers nothing
+    return wanted
 
 
 def scorer(places: Path, **settings):

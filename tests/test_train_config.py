@@ -154,6 +154,14 @@ def test_a_key_that_another_key_leaves_idle_is_refused(file, override, switch):
     load_config(file, [override, switch])
 
 
+@pytest.mark.parametrize("key", ["rows", "max_new_tokens", "samples"])
+def test_a_run_whose_model_answers_nothing_refuses_what_answers_are_for(file, key):
+    asked = ["train.objective=reward", f"evaluation.{key}=8"]
+    assert f"key 'evaluation.{key}' has no effect on train.objective: reward, " in refusal(file, *asked)
+    for switch in ("train.objective=dpo", "evaluation.enabled=false"):
+        load_config(file, [*asked, switch])
+
+
 def test_pairs_choose_the_best_adapter_only_where_they_are_measured_on_the_way(file):
     pairs = ["train.objective=dpo", "evaluation.metric_for_best_model=rewards/margins"]
     assert "metric_for_best_model' has no effect on a run that measures before and after" in refusal(file, *pairs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 _OF_TASKS = ("tasks_data_dir", "tasks_limit", "tasks_chat", "tasks_num_fewshot")
+_OF_ANSWERS = ("rows", "max_new_tokens", "samples")
 _BY_GRADIENT = ("gradient", "fisher")
 
 
@@ -54,6 +55,13 @@ def idle_key(config: Any, judged: tuple[str, ...]) -> str | None:
                 "a run without tasks; name them in evaluation.tasks",
             )
             for name in _OF_TASKS
+        },
+        **{
+            f"evaluation.{name}": (
+                evaluation.enabled and train.objective == "reward" and _is_set(evaluation, name),
+                "train.objective: reward, whose model answers nothing; choose another objective",
+            )
+            for name in _OF_ANSWERS
         },
     }
     found = next(((key, why) for key, (there, why) in idle.items() if there), None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from dude_peft.errors import DudeError
 
 T = TypeVar("T")
 
@@ -50,6 +52,25 @@ def gathered(value: T) -> list[T]:
     found: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def done_by_all(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in every process, in their order; all of them have to call it.
+
+    A DudeError of one is raised in all. They would wait for it otherwise, in the next thing that they do together.
+    """
+    found: T | DudeError
+    try:
+        found = work()
+    except DudeError as error:
+        if count() == 1:
+            raise
+        found = error
+    every = gathered(found)
+    for each in every:
+        if isinstance(each, DudeError):
+            raise each
+    return every  # type: ignore[return-value]  # those that are no errors
 
 
 def from_first(value: T) -> T:

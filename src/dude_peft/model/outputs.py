@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,18 @@ def of_each_token(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return logits
     states: Tensor = model(**batch, use_cache=False, output_hidden_states=True).hidden_states[-1]
     return states
+
+
+def can_keep_few(model: Any) -> bool:
+    """Whether a model can leave out the logits of its first tokens."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(plain.forward).parameters
+
+
+def kept_logits(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """The argument by which a model computes no logits in front of the labels, where these are fewer than the ids."""
+    kept: int = inputs["labels"].shape[1]
+    return {"logits_to_keep": kept} if kept < inputs["input_ids"].shape[1] else {}
 
 
 def scores_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

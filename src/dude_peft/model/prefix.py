@@ -6,7 +6,6 @@ so, which not every architecture heeds, nor does every cache hold plain keys and
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing_extensions import override
 
 from dude_peft.data.trial import distance, text_ids, traceless, trial_length, trial_rows
 from dude_peft.machine.out_of_memory import comes_of_memory
+from dude_peft.model.outputs import can_keep_few
 from dude_peft.model.quantised import stored_config
 from dude_peft.parents import fits
 
@@ -282,5 +282,4 @@ def _last(model: Any, tokens: Sequence[int]) -> Tensor:
 
 def _only(model: Any, places: Tensor) -> dict[str, Tensor]:
     """The argument that has logits computed there alone; nothing for a model that computes all."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
+    return {"logits_to_keep": places} if can_keep_few(model) else {}

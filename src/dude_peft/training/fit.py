@@ -17,12 +17,13 @@ from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from dude_peft.config.schema import KtoSection, RewardModelSection, RunConfig, TrainSection
+from dude_peft.config.schema import KtoSection, OrpoSection, RewardModelSection, RunConfig, TrainSection
 from dude_peft.data.batches import Company
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.machine.processes import count
 from dude_peft.machine.sharding import check_sharding
+from dude_peft.model.outputs import can_keep_few
 from dude_peft.model.probe import Nature
 from dude_peft.parents import require
 from dude_peft.rewards.judge import Judge
@@ -298,7 +299,8 @@ class Training:
         elif isinstance(section.preference, RewardModelSection):
             rows = ScoredRows(examples)
         elif section.preference is not None:
-            rows = PairRows(examples, self.reference)
+            imitates_all = isinstance(section.preference, OrpoSection)  # questions, too
+            rows = PairRows(examples, self.reference, answers_alone=not imitates_all and can_keep_few(model))
         else:
             rows = Rows(examples, few_lengths=section.torch_compile)
         loss = _loss_of(section, self.nature)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dude_peft.config.schema import OrpoSection, Paired
 from dude_peft.data.labels import IGNORE
 from dude_peft.measure.token_logps import row_logps
+from dude_peft.model.outputs import kept_logits
 from dude_peft.training.judged_loss import JudgedLoss, logps_of
 from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
 from dude_peft.tuner.untouched import as_base
@@ -48,6 +49,7 @@ class PreferenceLoss(JudgedLoss):
 
     def look(self, model: Any, inputs: dict[str, Any]) -> None:
         """Notes what the loss that is asked for next needs of a micro-batch: of dpo, the base's log-probabilities."""
+        inputs |= kept_logits(inputs)
         self._labels = imitated(inputs, self._settings)
         self._base = inputs.pop("base", None)
         if self._base is not None or not self._settings.has_base:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dude_peft.config.schema import GrpoSection
 from dude_peft.data.labels import IGNORE
 from dude_peft.measure.token_logps import token_logps
+from dude_peft.model.outputs import kept_logits
 from dude_peft.training.group_losses import Answers, losses, total
 from dude_peft.training.judged_loss import JudgedLoss
 
@@ -75,9 +76,3 @@ class RewardedLoss(JudgedLoss):
         """Answers of some micro-batches, and their judged tokens."""
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         return [sum(len(batch["rows"]) for batch in batches), tokens]
-
-
-def kept_logits(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """The argument by which a model computes no logits in front of the labels, where these are fewer than the ids."""
-    kept: int = inputs["labels"].shape[1]
-    return {"logits_to_keep": kept} if kept < inputs["input_ids"].shape[1] else {}

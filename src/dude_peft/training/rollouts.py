@@ -6,7 +6,6 @@ several processes each answers its share of the prompts, and all know what all a
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from dude_peft.data.labels import IGNORE
 from dude_peft.folder.state import load_random_state, random_state
 from dude_peft.machine import processes
 from dude_peft.measure.token_logps import token_logps
+from dude_peft.model.outputs import can_keep_few, kept_logits
 from dude_peft.rewards.judge import Group, Judge
 from dude_peft.training.drawn import Drawn, asked_and_answer, draw, text_of
 from dude_peft.training.group_losses import advantages
-from dude_peft.training.rewarded import kept_logits
 from dude_peft.tuner.untouched import as_base
 
 _PATIENCE = 10
@@ -104,20 +103,17 @@ class Rollouts:
         self._batches = [batches[number] for number in sorted(batches)]
 
     def _made(self, rows: list[list[int]], step: int) -> list[dict[str, Tensor]]:
-        settings, size = self.settings, self.settings.num_generations
+        settings = self.settings
         flat = [row for part in rows for row in part]
         prompts = {row: self._prompt(row) for row in flat}
         self.model.eval()
-        drawn = self._draw([prompts[row] for row in flat], step)
-        scores: list[list[float]] = []
-        for begin in range(0, len(flat), size):
-            scores += self.judge.score(self._group(flat[begin], prompts, drawn[begin : begin + size]))
-        found = processes.gathered((scores, [(len(each.ids), each.ended) for each in drawn]))
-        by_reward = torch.tensor([each for part, _ in found for each in part], dtype=torch.float64)
+        every = processes.done_by_all(lambda: self._answered(flat, prompts, step))
+        drawn, scores = every[processes.rank()]
+        by_reward = torch.tensor([each for _, part in every for each in part], dtype=torch.float64)
         weights = torch.tensor([reward.weight for reward in settings.rewards], dtype=torch.float64)
         rewards = by_reward @ weights
         gained = advantages(rewards, settings)
-        self._tell(by_reward, rewards, [each for _, part in found for each in part])
+        self._tell(by_reward, rewards, [(len(each.ids), each.ended) for part, _ in every for each in part])
         first = processes.rank() * len(flat)
         own = slice(first, first + len(flat))
         rewards, gained = rewards[own], gained[own]
@@ -128,6 +124,17 @@ class Rollouts:
             batches.append(self._batch(part, prompts, drawn[chosen], gained[chosen]))
             begin += len(part)
         return batches
+
+    def _answered(
+        self, rows: list[int], prompts: Mapping[int, list[int]], step: int
+    ) -> tuple[list[Drawn], list[list[float]]]:
+        """An answer to each of the rows, and what each reward gives it."""
+        size = self.settings.num_generations
+        drawn = self._draw([prompts[row] for row in rows], step)
+        scores: list[list[float]] = []
+        for begin in range(0, len(rows), size):
+            scores += self.judge.score(self._group(rows[begin], prompts, drawn[begin : begin + size]))
+        return drawn, scores
 
     def _prompt(self, row: int) -> list[int]:
         """What is asked: all before the answer."""
@@ -170,7 +177,7 @@ class Rollouts:
             asked = prompts[row]
             examples.append({"input_ids": [*asked, *each.ids], "labels": [IGNORE] * len(asked) + labels})
         batch = pad_right(examples, int(self.tokenizer.pad_token_id))
-        if self._keeps_few:
+        if can_keep_few(self.model):
             first = min(len(prompts[row]) for row in rows)  # predicted by the token before
             batch["labels"] = batch["labels"][:, max(first - 1, 0) :]
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
@@ -180,11 +187,6 @@ class Rollouts:
         if self.settings.num_iterations > 1:
             batch["old"] = self._logps(batch)
         return batch | {"rows": torch.tensor(rows), "advantages": gained.float().to(self.model.device)}
-
-    @property
-    def _keeps_few(self) -> bool:
-        """Whether the model can leave out the logits of the prompt."""
-        return "logits_to_keep" in inspect.signature(self.model.get_base_model().forward).parameters
 
     @torch.no_grad()
     def _logps(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dude_peft.data.batches import flat, pad_right
+from dude_peft.data.labels import IGNORE
 from dude_peft.data.mismatched import mismatched
 from dude_peft.data.packing import pack
 from dude_peft.training.compiled import padded
@@ -61,10 +62,17 @@ class Rows(Dataset[list[dict[str, Any]]]):
 class PairRows(Rows):
     """One pair a place; a batch holds the better conversations, then the worse ones in the same order."""
 
-    def __init__(self, examples: TrainingSet, reference: Tensor | None = None) -> None:
-        """`reference`: the base's log-probabilities (pairs, 2) of better and worse answers, where they are known."""
+    def __init__(self, examples: TrainingSet, reference: Tensor | None = None, *, answers_alone: bool = False) -> None:
+        """Takes the examples as they are.
+
+        Args:
+            examples: pairs.
+            reference: the base's log-probabilities (pairs, 2) of better and worse answers, where they are known.
+            answers_alone: labels begin right before the first judged token of a batch, for a model that computes no
+                logits in front of them (`model.outputs.kept_logits`).
+        """
         super().__init__(examples)
-        self._reference = reference
+        self._reference, self._answers_alone = reference, answers_alone
 
     def batch(self, places: Sequence[list[dict[str, Any]]], pad_id: int) -> dict[str, Any]:
         """Places -> the model's arguments, `rows`, and `base`, the reference in the order of the conversations."""
@@ -73,7 +81,11 @@ class PairRows(Rows):
 
     def _tensors(self, examples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
         worse = [{name: each[f"rejected_{name}"] for name in ("input_ids", "labels")} for each in examples]
-        return pad_right([*examples, *worse], pad_id)
+        batch = pad_right([*examples, *worse], pad_id)
+        if self._answers_alone:
+            first = int((batch["labels"] != IGNORE).any(0).int().argmax())  # the token before predicts it
+            batch["labels"] = batch["labels"][:, max(first - 1, 0) :]
+        return batch
 
 
 class ScoredRows(PairRows):
