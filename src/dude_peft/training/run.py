@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from dude_peft.config.schema import AdapterSection, DpoSection, KtoSection, Mode
 from dude_peft.errors import ArtifactError, ConfigError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
+from dude_peft.folder.lock import locked_folder
 from dude_peft.folder.record import (
     ADAPTER,
     CONFIG,
@@ -42,7 +43,14 @@ from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 from dude_peft.training.picture import check_picture, loss_curve, rank_map
-from dude_peft.training.placement import check_adapted, check_placed, check_placement, placed_as, placement_notes
+from dude_peft.training.placement import (
+    check_adapted,
+    check_map,
+    check_placed,
+    check_placement,
+    placed_as,
+    placement_notes,
+)
 from dude_peft.training.start import Start, put_on, with_start
 from dude_peft.training.strategy import check_dense, check_strategy
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
@@ -118,7 +126,7 @@ def run(
         scorer = scorer_for(resolved.evaluation, resolved.data.special_tokens, scorer_of)
         silent = quiet or not processes.is_first()
         this = _Run(resolved, start, folder, weights_only, strategy, scorer, card_of, write_page, quiet=silent)
-        with gathered_warnings(this.warn), this.stop.listening(), this.judging():
+        with gathered_warnings(this.warn), this.stop.listening(), this.judging(), this.held:
             return this.go()
     finally:
         folder.release()
@@ -193,6 +201,10 @@ class _Run:
         """What is recorded of the head that a reward model starts with."""
         self.order: CurriculumOrder | None = None
         """Of its rows."""
+        self.held = ExitStack()
+        """What the run has until its end: the lock of its offload folder, Liger's kernels in transformers."""
+        self.liger = ""
+        """Its version, and the kernels that the model has."""
 
     @contextmanager
     def judging(self) -> Iterator[None]:
@@ -221,6 +233,8 @@ class _Run:
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
             check_placement(config, processes.count())
+            if config.model.offload_folder is not None:
+                self.held.enter_context(locked_folder(config.model.offload_folder, "model.offload_folder"))
             for note in check_strategy(config, self.strategy, processes.count(), scored=self.scorer is not None):
                 self.warn(note)
             glance(config)
@@ -229,6 +243,7 @@ class _Run:
             from dude_peft.training.fit import training_arguments
         arguments = training_arguments(config, self.strategy)
         self._check_quantisation(where, arguments.device)
+        self._check_liger(where, arguments.device)
         with self._phase("data"):
             self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
             self.sight = sight_of(config.model, where, self.tokenizer)
@@ -464,6 +479,7 @@ class _Run:
         from dude_peft.model.quantised import check_trains, method_of, stored_config
         from dude_peft.training.end_token import end_token_warning
         from dude_peft.training.half import half_warning
+        from dude_peft.training.liger import check_head, check_loss
         from dude_peft.training.model_checks import (
             check_answers_fit,
             check_attention,
@@ -480,6 +496,8 @@ class _Run:
             import dude_peft.training.budget  # noqa: F401  # before the model is there
         with self._phase("model"), display.waiting("loading the model"):
             model: Any
+            if isinstance(config.model.device_map, dict):
+                check_map(load_empty(config.model, where, config.train.task_type), config.model)
             if self.has_whole:
                 how: Any = {"task_type": config.train.task_type, "head_seed": config.train.seed}
                 model = load_model(self._model_section(), where, **how)
@@ -487,7 +505,7 @@ class _Run:
                 model = load_empty(self._model_section(), where)
             writes = config.train.task_type == CAUSAL
             if config.model.device_map is not None:
-                check_placed(model, config.model)
+                check_placed(model)
             if not writes:  # where it reads the score: at the last token that is another one
                 model.config.get_text_config().pad_token_id = pad_id
                 self.head = record_of_head(model, config.train.seed)
@@ -506,9 +524,12 @@ class _Run:
                 model.generation_config = processes.from_first(model.generation_config)
             elif config.model.device_map is None:
                 model.to(device)
+            self._apply_liger(model)
             # The same in all processes: what follows from it, they do together.
             self.nature = processes.from_first(nature_of(model, pad_id) if self.has_whole else None)
             check_nature(self.nature, config)
+            if config.train.chunks_loss:
+                check_loss(model, self.nature)
             if not self.is_split:
                 check_attention(model, config.model.attn_implementation)
             quiet_router_(model)
@@ -549,6 +570,7 @@ class _Run:
             if self.has_whole:
                 self._adapt(model, base, data, pad_id)
                 check_adapted(self.model)
+                check_head(self.model, config.train)
                 if writes and (warning := end_token_warning(self.model, data.train, self.tokenizer)):
                     self.warn(warning)
             if self.is_split:
@@ -830,6 +852,27 @@ class _Run:
         if asked is not None and stored is None:
             check_runs(asked, dtype_of(self.config.model, settings, where), device)
 
+    def _check_liger(self, where: str, device: Any) -> None:
+        if not self.config.train.use_liger_kernel:
+            return
+        from dude_peft.model.load import load_settings
+
+        with self._phase("kernels"), quiet_imports():
+            from dude_peft.training.liger import check_liger
+
+            check_liger(self.config.train, load_settings(self.config.model, where), device)
+
+    def _apply_liger(self, model: Any) -> None:
+        if not self.config.train.use_liger_kernel:
+            return
+        from dude_peft.methods import METHODS
+        from dude_peft.training.liger import apply_liger_, restored
+
+        self.held.enter_context(restored())
+        normalised = METHODS[self.config.adapter.method].normalised
+        self.liger = apply_liger_(model, self.config.train, normalised=normalised)
+        self.display.say(f"note: kernels of {self.liger}; all numbers of this run are with them")
+
     def _begin(self, data: RunData, world_size: int) -> None:
         """From here on the folder is this run's."""
         from dude_peft.data.clock import moment
@@ -839,6 +882,8 @@ class _Run:
         now = environment(self.model.device, world_size, self.strategy)
         if (placed := placed_as(self.model)) is not None:
             now["device_map"] = placed
+        if self.liger:
+            now["kernels"] = self.liger
         if self.resumed is None:
             identity = Identity(
                 self.config.model_dump(mode="json"),
