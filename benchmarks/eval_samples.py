@@ -41,7 +41,11 @@ def main() -> None:
                 "dude eval": lambda: _our_command(settings, results["provenance"]["options"]),
             }
             times = interleaved(cases, settings.rounds, settings.device, warm=False)
-            show("both commands, from start to end", times, ["median_seconds", "ratio", "ratio_low", "ratio_high"])
+            show(
+                "both commands, from start to end",
+                times,
+                ["median_seconds", "ratio", "ratio_low", "ratio_high", "cpu_ratio"],
+            )
         theirs = _their_samples(settings, results["provenance"], ours, Path(folder), again=not settings.time)
     groups: dict[str, list[tuple[str, str, int]]] = {}
     for key in ours:

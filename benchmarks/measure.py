@@ -82,11 +82,13 @@ def interleaved(
         warm: run each once before the first round; whole commands, whose start belongs to them, need it not.
 
     Returns:
-        name -> median_seconds, ratio (median over rounds), ratio_low and ratio_high (quartiles), seconds (all).
+        name -> median_seconds, ratio (median over rounds), ratio_low and ratio_high (quartiles), seconds (all), and
+        cpu_ratio, the same of processor time, of child processes too: other work on the machine hardly changes it.
     """
     names = list(cases)
     baseline = baseline or names[0]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    busy: dict[str, list[float]] = {name: [] for name in names}
     for name in names if warm else ():
         cases[name]()
     for turn in range(rounds):
@@ -94,11 +96,17 @@ def interleaved(
         for name in order:
             gc.collect()
             _wait(device)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), sum(os.times()[:4])
             cases[name]()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: {**_ratios(seconds[name], seconds[baseline]), "seconds": seconds[name]} for name in names}
+            busy[name].append(sum(os.times()[:4]) - before)
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        results[name] = {**_ratios(seconds[name], seconds[baseline]), "seconds": seconds[name]}
+        if all(busy[baseline]):  # the clock ticks a hundred times a second
+            results[name] |= {"cpu_ratio": _ratios(busy[name], busy[baseline])["ratio"], "cpu_seconds": busy[name]}
+    return results
 
 
 def speeds(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:

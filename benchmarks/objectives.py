@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=8, help="of a step: pairs, rows, or answers")
+    parser.add_argument("--rows", type=int, default=8, help="of a step: pairs or answers")
+    parser.add_argument("--generations", type=int, default=8, help="answers to one prompt; a step has rows of them")
     parser.add_argument("--test-rows", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     settings = parser.parse_args()
@@ -57,7 +58,7 @@ def cases(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What each run sets of its train section."""
     if settings.what == "dpo":
         return {"dpo": {"objective": "dpo"}}
-    grpo = {"objective": "grpo", "grpo": {"num_generations": settings.rows, "max_completion_length": 48}}
+    grpo = {"objective": "grpo", "grpo": {"num_generations": settings.generations, "max_completion_length": 48}}
     easy_first = {"by": "pass_rate", "samples": 4, "max_new_tokens": 48, "stages": 2}
     return {"grpo": grpo, "grpo, easy first": {**grpo, "curriculum": easy_first}}
 

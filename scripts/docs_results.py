@@ -166,6 +166,22 @@ def quantised() -> str:
     return _table([f"SmolLM2-135M ({_link(name)})", "weights quantised", "residual, r = 16", "r = 64", "r = 128"], rows)
 
 
+def qlora() -> str:
+    name = "2026-11-30-qlora"
+    found = _record(name)["results"]
+    rows = []
+    for base, means in found["table"].items():
+        losses = [f"{means[key]:.3f} ± {means[f'{key}_half_width']:.3f}" for key in ("before", "loss")]
+        used = found["commands"].get(base)
+        over = "" if used is None else f"{means['over']:+.3f} ± {means['over_half_width']:.3f}"
+        same = "" if used is None else "yes" if used["same_bits_after_kill"] else "no"
+        rows.append([base, *losses, over, same])
+    head = f"base of SmolLM2-135M ({_link(name)})"
+    return _table(
+        [head, "loss before", "loss after", "over the base as it is", "killed and resumed: the same bits"], rows
+    )
+
+
 def mol() -> str:
     name = "2026-11-25-mol"
     rows = []
@@ -408,6 +424,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "mmlu": mmlu,
     "exports": exports,
     "quantised": quantised,
+    "qlora": qlora,
     "mol": mol,
     "family": family,
     "stories": stories,

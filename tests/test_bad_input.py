@@ -272,3 +272,12 @@ def test_a_pattern_that_never_ends_or_is_none_is_refused(changes, words):
 def test_a_misspelt_option_of_load_adapter_is_refused():
     with pytest.raises(ConfigError, match="closest: 'is_trainable'"):
         load_adapter(make("llama"), "nowhere", is_trainabel=True)
+
+
+def test_a_bias_that_no_layer_has_is_told(recwarn):
+    config = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "lora_only"}
+    with pytest.warns(UserWarning, match="lora_only trains nothing"):
+        get_peft_model(make("llama"), DudeConfig(**config))
+    recwarn.clear()
+    get_peft_model(make("opt-bias"), DudeConfig(**config))
+    assert not [warning for warning in recwarn if "trains nothing" in str(warning.message)]

@@ -145,6 +145,9 @@ class DudeModel(BaseTuner):
         self._starts.clear()
         for wrapper in self._wrappers():
             wrapper.training = wrapper.original_module.training
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if config.bias != "none" and config._loading is None and not any("bias" in name for name in trained):
+            warnings.warn(f"bias: {config.bias} trains nothing here, for these layers have no bias", stacklevel=2)
 
     @override
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
