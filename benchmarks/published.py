@@ -249,7 +249,7 @@ def _litgpt() -> list[Figure]:
     ]
 
 
-_LOSS_IN_CHUNKS = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False}}
+_LOSS_IN_CHUNKS = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False}}
 
 
 def _torchtune() -> list[Figure]:

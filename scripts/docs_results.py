@@ -393,9 +393,8 @@ def costs() -> str:
 
 def plan_published() -> str:
     name = "2026-11-30-plan-published"
-    chunks = f"{name}-chunks"  # measured again since ours has such a loss, too
     rows = []
-    for found in {**_record(name)["results"], **_record(chunks)["results"]}.values():
+    for found in _record(name)["results"].values():
         why = found["why"]
         if beside := found["beside_gib"]:
             why = f"{why}: {beside:+.2f} GiB, ratio {found['ratio_with_it']:.2f}"
@@ -403,7 +402,7 @@ def plan_published() -> str:
         source = f"[{found['source']}]({found['link']})"
         rows.append([source, found["model"], found["setting"], found["measures"], theirs, ours, ratio, why])
     header = ["model", "setting", "theirs is", "theirs, GiB", "ours, GiB", "ratio", "why they differ"]
-    return _table([f"source ({_link(name)}, loss in chunks {_link(chunks)})", *header], rows)
+    return _table([f"source ({_link(name)})", *header], rows)
 
 
 def lm_eval_agreement() -> str:

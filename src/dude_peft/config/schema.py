@@ -185,9 +185,8 @@ _Placed = Annotated[dict[str, Text | CountOrZero], BeforeValidator(_as_text), Fi
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
-LigerKernel = Literal["rope", "rms_norm", "swiglu", "geglu", "fused_linear_cross_entropy"]
-OVERWRITING: tuple[LigerKernel, ...] = ("rope", "swiglu", "geglu")
-"""Kernels that write into the outputs of the layers before them, where a magnitude's gradient reads these outputs."""
+LigerKernel = Literal["rms_norm", "fused_linear_cross_entropy"]
+"""Others of Liger's (rope, swiglu, geglu) write into the outputs of adapted layers, which gradients may need."""
 
 
 SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -1091,8 +1090,8 @@ class TrainSection(Section):
     the whole run, measurements included."""
 
     liger_kernel_config: dict[LigerKernel, bool] | None = None
-    """Which of them: `{fused_linear_cross_entropy: false}`. Those that are not named are chosen by the run. With a
-    magnitude, rope, swiglu and geglu are left out: they overwrite what its gradient needs."""
+    """Which of them: `{fused_linear_cross_entropy: false}` or `{rms_norm: false}` leaves one out. Liger's rope, swiglu
+    and geglu are never taken: they write into the outputs of adapted layers."""
 
     extra_arguments: dict[Text, Any] = {}
     """Other fields of TrainingArguments, such as adam_beta2. A field that a run sets itself, or that would break resume
@@ -1587,12 +1586,6 @@ class RunConfig(Section):
             raise ConfigError(
                 f"key 'adapter.init_from': the start of method {method.name!r} takes nothing of the weights; leave it "
                 "out, or choose another method"
-            )
-        asked = self.train.liger_kernel_config or {}
-        if method.normalised and (overwrites := next((name for name in OVERWRITING if asked.get(name)), None)):
-            raise ConfigError(
-                f"key 'train.liger_kernel_config': {overwrites} overwrites what the gradient of a magnitude needs; "
-                f"leave {overwrites} out, or choose a method without a magnitude, such as lora or pissa"
             )
         norm_gradient = method.gradient_through_norm(self.adapter.norm_gradient)
         adapter = self.adapter.model_copy(update={"norm_gradient": norm_gradient})

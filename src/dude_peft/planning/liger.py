@@ -1,7 +1,6 @@
 """Liger's kernels in a dry step: as many bytes as theirs, without their package and without a GPU.
 
-They are those that a run takes by itself or is told to (`training.liger`). Its RoPE changes memory for a moment only
-and is left out.
+They are those that a run takes (`training.liger`): norms and the loss.
 """
 
 from __future__ import annotations
@@ -13,29 +12,23 @@ import torch
 from torch import Tensor
 
 from dude_peft.config.schema import RunConfig
-from dude_peft.methods import METHODS
 
 
 def set_liger_(model: Any, config: RunConfig) -> None:
-    """Has norms and MLPs of a model without weights keep what Liger's keep.
+    """Has the norms of a model without weights keep what Liger's keep.
 
     Args:
         model: of the run, without an adapter.
         config: of the run.
     """
-    train, method = config.train, METHODS.get(config.adapter.method)
+    train = config.train
     if not train.use_liger_kernel:
         return
     asked: Any = train.liger_kernel_config or {}
-    overwrites = method is not None and not method.normalised
     for module in model.modules():
         has_weight = getattr(module, "weight", None) is not None
         if type(module).__name__.endswith("RMSNorm") and has_weight and asked.get("rms_norm", True):
             module.forward = MethodType(_norm, module)
-        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            gate = "swiglu" if type(module.act_fn).__name__.startswith("SiLU") else "geglu"
-            if asked.get(gate, overwrites):
-                module.forward = MethodType(_mlp, module)
 
 
 def loss_in_chunks(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -56,11 +49,6 @@ def _norm(self: Any, x: Tensor) -> Any:
     return apply(x, self.weight)
 
 
-def _mlp(self: Any, x: Tensor) -> Any:
-    apply: Any = _Gated.apply
-    return self.down_proj(apply(self.gate_proj(x), self.up_proj(x)))
-
-
 class _Norm(torch.autograd.Function):
     """Keeps its input and a float32 number for each row; the gradient takes the place of the one that comes in."""
 
@@ -72,20 +60,6 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
-
-
-class _Gated(torch.autograd.Function):
-    """Keeps the two products alone; their gradients take their places."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return torch.empty_like(gate)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return gate, up
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dude_peft.answer.fingerprint import KERNELS
-from dude_peft.config.schema import OVERWRITING, LigerKernel, TrainSection
+from dude_peft.config.schema import LigerKernel, TrainSection
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError
 from dude_peft.model.probe import Nature
@@ -56,13 +56,12 @@ def check_liger(section: TrainSection, settings: Any, device: Any) -> None:
         raise ConfigError(f"{_KEY}: Liger has no kernels for models of type {shown(settings.model_type)}; leave it out")
 
 
-def apply_liger_(model: Any, section: TrainSection, *, normalised: bool) -> str:
+def apply_liger_(model: Any, section: TrainSection) -> str:
     """Puts the kernels into a freshly loaded model.
 
     Args:
         model: without an adapter.
         section: of the run.
-        normalised: whether the method has a magnitude, whose gradient reads the outputs of adapted layers.
 
     Returns:
         Liger's version, and the names of the kernels in its words. The model keeps it, for whatever is kept of it.
@@ -78,7 +77,7 @@ def apply_liger_(model: Any, section: TrainSection, *, normalised: bool) -> str:
     if unknown := next((name for name in asked if name not in there), None):
         known = ", ".join(name for name in there if name in get_args(LigerKernel))
         raise ConfigError(f"train.liger_kernel_config: Liger has no {unknown} for {shown(kind)}; it has {known}")
-    wanted = {name: _takes(name, asked, normalised) for name in there}
+    wanted = {name: name in get_args(LigerKernel) and asked.get(name, True) for name in there}
     wanted |= {_FUSED: section.chunks_loss} if _FUSED in there else {}
     if section.chunks_loss and _FUSED not in there:
         raise ConfigError(f"{_KEY}: Liger has no fused loss for {shown(kind)}; {_WITHOUT}")
@@ -86,11 +85,6 @@ def apply_liger_(model: Any, section: TrainSection, *, normalised: bool) -> str:
     told = f"Liger {version('liger-kernel')}: {', '.join(name for name, taken in wanted.items() if taken) or 'none'}"
     setattr(model, KERNELS, told)
     return told
-
-
-def _takes(name: str, asked: Mapping[Any, bool], normalised: bool) -> bool:
-    """Others of Liger, such as cross_entropy, replace what measurements use, or were not tried."""
-    return name in get_args(LigerKernel) and asked.get(name, not (normalised and name in OVERWRITING))
 
 
 def check_loss(model: Any, nature: Nature) -> None:

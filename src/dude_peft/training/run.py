@@ -865,12 +865,10 @@ class _Run:
     def _apply_liger(self, model: Any) -> None:
         if not self.config.train.use_liger_kernel:
             return
-        from dude_peft.methods import METHODS
         from dude_peft.training.liger import apply_liger_, restored
 
         self.held.enter_context(restored())
-        normalised = METHODS[self.config.adapter.method].normalised
-        self.liger = apply_liger_(model, self.config.train, normalised=normalised)
+        self.liger = apply_liger_(model, self.config.train)
         self.display.say(f"note: kernels of {self.liger}; all numbers of this run are with them")
 
     def _begin(self, data: RunData, world_size: int) -> None:
