@@ -127,7 +127,7 @@ def used(adapter: Path, folder: Path) -> dict[str, str]:
     asked.write_text("\n".join(QUESTIONS) + "\n", encoding="utf-8")
     where = str(adapter)
     found = {
-        "verify": dude("verify", where),
+        "verify": dude("verify", where, keep="files:"),
         "chat": dude("chat", where, stdin=QUESTIONS[0] + "\n"),
         "generate": dude("generate", where, "--file", str(asked), "--max-new-tokens", "12"),
         "merge": dude("merge", where, "-o", str(folder / f"{name}-merged"), keep="KL("),
@@ -149,7 +149,7 @@ def dude(*words: str, stdin: str = "", keep: str = "") -> str:
     done = subprocess.run([*_DUDE, *words], input=stdin, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"dude {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip() and keep in line]
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip() and keep in line]
     return lines[-1]
 
 

@@ -342,3 +342,12 @@ def test_another_quantisation_is_another_run(place, whole):
 def test_gguf_weights_are_not_quantised_again():
     with pytest.raises(ValueError, match="GGUF weights are dequantised; save them with save_pretrained"):
         ModelSection(name_or_path="m", gguf_file="a.gguf", quantization={"method": "nf4"})
+
+
+@pytest.mark.slow
+def test_an_export_for_stock_peft_says_what_peft_cannot_do_over_int8(whole, tmp_path):
+    """On CPUs its DoRA loses the weights' scales in the first forward; the export is compared over all prompts."""
+    done = dude("export", whole("int8") / "adapter", "--to", "peft", "-o", tmp_path / "peft")
+    assert done.returncode == 0, done.stderr
+    assert "over int8 weights on GPUs alone" in done.stderr
+    assert "KL(tuned || export)" in done.stderr + done.stdout

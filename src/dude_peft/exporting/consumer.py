@@ -55,10 +55,21 @@ def main() -> None:
                 module.support_avx512bf16_for_cpu = False
             if hasattr(module, "init_8bit_state"):
                 module.training = True
+                _keep_scales(module)
         with torch.inference_mode():
             outputs = [model(input_ids=torch.tensor([row])).logits[0].float() for row in ids]
     tensors = {f"out.{i}": output.contiguous() for i, output in enumerate(outputs)}
     safetensors.torch.save_file(tensors, request["output"])
+
+
+def _keep_scales(layer: Any) -> None:
+    """On CPUs stock PEFT's DoRA loses the scales of 8-bit weights in its first forward, on GPUs it does not."""
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+
+    def give_back(module: Any, inputs: Any) -> None:
+        module.weight.SCB = scales
+
+    layer.register_forward_pre_hook(give_back)
 
 
 def _own_ids(request: dict[str, Any], config: Any) -> list[list[int]]:

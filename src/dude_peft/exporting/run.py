@@ -318,7 +318,17 @@ class _Export:
         if target.kind == "peft":
             from dude_peft.exporting.plain import write_stock
 
-            write_stock(self.weighted[0].adapter, folder, base.source.name_or_path, base.model)
+            adapter = self.weighted[0].adapter
+            write_stock(adapter, folder, base.source.name_or_path, base.model)
+            if (
+                base.quantization is not None
+                and base.quantization["config"].get("load_in_8bit")
+                and adapter.config.spec.normalised
+            ):
+                self.display.warn(
+                    "stock PEFT runs this adapter over int8 weights on GPUs alone: on a CPU its second forward fails, "
+                    "for it has lost the scales"
+                )
             return self._prove("peft", folder, base, scratch)
         if target.kind == "lora":
             return self._lora(target, base, folder, scratch)
