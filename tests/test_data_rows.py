@@ -213,8 +213,18 @@ def test_all_bad_lines_are_counted_and_twenty_are_named(tmp_path):
     path = write(tmp_path, GOOD + b"\n" + b"{]\n" * 3 + GOOD)
     assert fault(path).startswith(f"{path}:2:2: malformed JSON")
     assert fault(path).endswith("(3 bad lines: 2, 3, 4)")
-    message = fault(write(tmp_path, b"{]\n" * 45))
-    assert message.endswith("(45 bad lines: " + ", ".join(str(i) for i in range(1, 21)) + ", ...)")
+    message = fault(write(tmp_path, GOOD + b"\n" + b"{]\n" * 45))
+    assert message.endswith("(45 bad lines: " + ", ".join(str(i) for i in range(2, 22)) + ", ...)")
+
+
+def test_a_fault_of_all_rows_is_told_once_with_what_to_write(tmp_path):
+    message = fault(write(tmp_path, b'{"ask_for": "q", "reply_is": "a"}\n' * 45))
+    assert "--column prompt=ask_for --column completion=reply_is" in message
+    assert message.endswith("(all 45 lines have this fault)")
+    message = fault(write(tmp_path, b'{"a": "q", "b": "a"}\n' * 45))
+    assert "if 'a' asks and 'b' answers, data.columns: {prompt: a, completion: b}" in message
+    assert "--column prompt=a --column completion=b" in message
+    assert "21" not in message
 
 
 def test_a_file_cut_off_in_its_last_line_is_named_so(tmp_path):

@@ -977,3 +977,17 @@ def test_a_text_is_text_too(place, tmp_path):
     for special_tokens, found in (("text", 0), ("allow", 1)):
         blocks = read_text(text, ControlTokens(tokenizer, special_tokens), 512).blocks
         assert (tokenizer.eos_token_id in {token for block in blocks for token in block}) == found
+
+
+def test_one_is_one_and_two_are_many(scored, capsys):
+    from dude_peft.evaluation.record import Counts
+    from dude_peft.evaluation.table import show
+    from dude_peft.terminal.display import Display
+
+    counts = Counts(cut_prompts={"gsm8k": 1}, unstopped={"gsm8k": 1, "other": 2}, empty={"gsm8k": 1})
+    show(Display(), dataclasses.replace(scored[0], counts={"model": counts}))
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "gsm8k, model: 1 prompt longer than the model reads, cut at the beginning" in told
+    assert "gsm8k, model: 1 generation that never stopped" in told
+    assert "other, model: 2 generations that never stopped" in told
+    assert "gsm8k, model: 1 empty generation" in told

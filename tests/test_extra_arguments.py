@@ -168,7 +168,10 @@ def test_full_determinism_is_on_while_the_run_trains(places, tmp_path, monkeypat
 
 
 def test_a_field_written_beside_the_keys_is_told_where_it_belongs(tmp_path):
-    for name, told in (("adam_beta2", "write it into train.extra_arguments"), ("use_liger_kernel", "hides the logits")):
+    for name, told in (
+        ("adam_beta2", "write it into train.extra_arguments"),
+        ("dataloader_num_workers", "nothing to do"),
+    ):
         with pytest.raises(ConfigError, match=rf"key 'train\.{name}' is unknown; .*{told}"):
             load_config(settings(tmp_path, tmp_path / "out", **{name: 0.9}))
 

@@ -6,6 +6,8 @@ There is no GPU here: what is spread is spread over memory and disk. `accelerate
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from dude_peft import DudeConfig, load_adapter
 from dude_peft.answer.fingerprint import model_fingerprint
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import ModelSection, RunConfig
-from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.errors import ArtifactError, BusyError, ConfigError, DudeError, ResourceError
 from dude_peft.model.load import load_model
 from dude_peft.training import run as run_module
 from dude_peft.training.run import run
@@ -123,6 +125,7 @@ def test_a_spread_run_resumes_bit_by_bit(place, whole, spread, tmp_path, monkeyp
 def test_the_files_of_a_spread_run_merge_and_verify(spread, tmp_path):
     merged = dude("merge", spread / "adapter", "-o", tmp_path / "merged")
     assert merged.returncode == 0, merged.stderr
+    assert merged.stdout.endswith(f"next:\n  dude chat {tmp_path / 'merged'}\n")
     verified = dude("verify", spread / "adapter")
     assert verified.returncode == 0, verified.stderr
 
@@ -226,6 +229,93 @@ def test_layers_read_what_they_need_where_it_is(tmp_path, spread, name):
     assert any(is_offloaded(module) for module in loaded.modules())
 
 
+# --- the other commands ---------------------------------------------------------------------------------------------
+
+WORDS = ("--device-map", "auto", "--max-memory", "cpu=400000")
+
+
+@pytest.mark.slow
+def test_a_spread_adapter_answers_as_it_does_on_one_device(spread, place, tmp_path):
+    asked = ("--file", place / "test.jsonl", "--max-new-tokens", "4", "--base-too")
+    whole, away = (dude("generate", spread / "adapter", *asked, *words) for words in ((), WORDS))
+    assert away.returncode == 0, away.stderr
+    assert away.stdout == whole.stdout != ""
+    chat = [sys.executable, "-m", "dude_peft", "chat", str(spread / "adapter"), "--max-new-tokens", "4", *WORDS]
+    talked = subprocess.run(chat, input="say 1\n", capture_output=True, text=True, timeout=300, check=False)
+    assert talked.returncode == 0, talked.stderr
+    (tmp_path / "text.txt").write_text("Some general text. " * 40)
+    losses = []
+    for name, words in (("whole", ()), ("away", WORDS)):
+        found = dude("eval", spread / "adapter", "--text", tmp_path / "text.txt", "-o", tmp_path / name, *words)
+        assert found.returncode == 0, found.stderr
+        assert f"next:\n  dude report {tmp_path / name} -o {tmp_path / name}.html" in found.stdout
+        losses.append(json.loads((tmp_path / name / "results.json").read_text())["text"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_model_is_placed_for_answers(spread, place):
+    from dude_peft.answer.speaker import open_speaker
+    from dude_peft.terminal.display import Display
+
+    how: dict[str, Any] = {"base": None, "gguf_file": None, "notes": Display(quiet=True)}
+    speaker = open_speaker(str(spread / "adapter"), device_map="auto", max_memory=["cpu=400000"], **how)
+    assert offloaded_layers(speaker.model)
+    ids = torch.tensor([[1, 2, 3]])
+    whole = open_speaker(str(spread / "adapter"), **how)
+    with torch.inference_mode():
+        assert torch.allclose(speaker.model(input_ids=ids).logits, whole.model(input_ids=ids).logits, atol=1e-5)
+    for device_map, max_memory, told in (
+        (None, ["cpu=1"], "--max-memory counts with --device-map"),
+        ("auto", ["cpu"], "write DEVICE=SIZE"),
+        ("auto", ["cpu=10000"], "the input embeddings are offloaded"),
+    ):
+        with pytest.raises(DudeError, match=told):
+            open_speaker(str(spread / "adapter"), device_map=device_map, max_memory=max_memory, **how)
+
+
+def test_what_comes_next_places_the_model_as_the_run_did(place, tmp_path):
+    from dude_peft.training.next_commands import next_commands
+
+    config = RunConfig(**settings(place, tmp_path, SPREAD))
+    report: Any = type("Report", (), {"after": None})()
+    chat, *_, last = next_commands(config, tmp_path, report)
+    assert chat == ["chat", str(tmp_path / "adapter"), *WORDS]
+    assert last[0] == "export"
+    assert "--device-map" not in last
+
+
+def test_a_plan_tells_what_is_where(place, tmp_path):
+    from dude_peft.planning.run import plan
+
+    how = settings(place, tmp_path / "out", SPREAD)
+    away = plan(RunConfig(**how), quiet=True)
+    whole = plan(RunConfig(**settings(place, tmp_path / "out", {})), quiet=True)
+    weights = away.as_dict()["placement"]
+    assert set(weights) == {"cpu", "disk"}
+    model = load_model(ModelSection(name_or_path=str(place / "model"), **SPREAD), str(place / "model"))
+    assert weights["disk"] == sum(parameter.nbytes for name, parameter in model.named_parameters() if parameter.is_meta)
+    assert away.cost.bill.weights == whole.cost.bill.weights - weights["disk"]
+    kept = plan(
+        RunConfig(**settings(place, tmp_path / "out", SPREAD, train={"gradient_checkpointing": False})), quiet=True
+    )
+    assert kept.cost.bill.weights == whole.cost.bill.weights  # they stay until the backward
+    named = {"device_map": {"": "cpu", "model.layer.1": "disk"}}
+    with pytest.raises(ConfigError, match=r"no module 'model\.layer\.1'"):
+        plan(RunConfig(**settings(place, tmp_path / "out", named)), quiet=True)
+
+
+def test_two_runs_in_one_offload_folder_are_told(place, tmp_path):
+    from dude_peft.folder.lock import locked_folder
+
+    model = {**SPREAD, "offload_folder": str(tmp_path / "away")}
+    told = pytest.raises(BusyError, match=r"model\.offload_folder: .* is in use by process")
+    with locked_folder(str(tmp_path / "away"), "model.offload_folder"), told:
+        start(place, tmp_path / "out", model)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="one folder"):
+        RunConfig(**settings(place, tmp_path / "away", model))
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -291,9 +381,10 @@ def test_a_head_on_the_disk_is_refused(place, tmp_path):
 
 
 def test_a_map_of_a_module_that_the_model_has_not_is_refused(place, tmp_path):
-    model = {"device_map": {"": "cpu", "model.layer.1": "cpu"}}
-    with pytest.raises(ConfigError, match=r"no module 'model\.layer\.1'; closest: 'model\.layers\.1'"):
-        start(place, tmp_path / "out", model)
+    for device in ("cpu", "disk"):
+        model = {"device_map": {"": "cpu", "model.layer.1": device}}
+        with pytest.raises(ConfigError, match=r"no module 'model\.layer\.1'; closest: 'model\.layers\.1'"):
+            start(place, tmp_path / "out", model)
 
 
 def test_embeddings_on_the_disk_are_refused(place, tmp_path):

@@ -327,7 +327,13 @@ def test_the_command_shows_the_table_of_a_model(tmp_path):
     plain = run_dude("methods", cwd=tmp_path)
     assert plain.returncode == 0
     assert all(f"{name}: {row.summary}" in plain.stdout for name, row in METHODS.items())
-    assert "whole SVD" in plain.stdout
+    assert len(plain.stdout.splitlines()) == len(METHODS) + 3  # a title, and what to do next
+    one = run_dude("methods", "milora", cwd=tmp_path)
+    assert "whole SVD" in one.stdout
+    assert "dora" not in one.stdout
+    unknown = run_dude("methods", "milra", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert "closest: 'milora'" in unknown.stderr
     refused = run_dude("methods", "--r", "0", cwd=tmp_path)
     assert refused.returncode == 2
     assert table._repr_html_().startswith("<table>")

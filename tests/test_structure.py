@@ -101,7 +101,7 @@ def test_every_module_imports_with_the_core_dependencies(path):
         pytest.importorskip("lm_eval", reason=f"{path.name} needs lm_eval, which is not installed here")
     importlib.import_module(name)
     extras = {"datasets", "matplotlib", "gguf", "trl", "bitsandbytes", "torchao", "llama_cpp", "scipy", "math_verify"}
-    extras |= {"ray", "PIL"}
+    extras |= {"ray", "PIL", "liger_kernel"}
     assert not {n.split(".")[0] for n in imports_of(path, top_level_only=True)} & extras
 
 

@@ -197,6 +197,8 @@ def evaluate(
     batch_size: int | None = None,
     base: str | None = None,
     gguf_file: str | None = None,
+    device_map: str | None = None,
+    max_memory: Sequence[str] | None = None,
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Evaluation:
@@ -219,6 +221,8 @@ def evaluate(
         batch_size: sequences at a time; None finds it.
         base: base model of the adapter; None takes its own.
         gguf_file: the GGUF file that is the (base) model.
+        device_map: `auto` spreads the model over GPUs, CPU and disk; a device has all of it; None is the fastest one.
+        max_memory: the most that `auto` puts on a device, each as DEVICE=SIZE; None is what is free.
         overwrite: replace finished results; their answers are used again.
         quiet: print nothing.
 
@@ -232,7 +236,17 @@ def evaluate(
     options = EvalOptions(
         tuple(tasks), _path(data_dir), limit, seed, chat_template, num_fewshot, batch_size, _path(text), special_tokens
     )
-    return scored(str(name), options, Path(output), base=base, gguf_file=gguf_file, overwrite=overwrite, quiet=quiet)
+    return scored(
+        str(name),
+        options,
+        Path(output),
+        base=base,
+        gguf_file=gguf_file,
+        device_map=device_map,
+        max_memory=max_memory,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
 
 
 @checked

@@ -247,6 +247,10 @@ def compare(
 
 @app.command(epilog="Example: dude methods --model MODEL --r 8")
 def methods(
+    method: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="One method, with all that is known of it; default: all."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="M", help="Count this model's numbers: a folder, a hub id or package:NAME."),
@@ -267,6 +271,7 @@ def methods(
 
     made = dude_peft.method_table(
         model,
+        method=method,
         r=r,
         target_modules=module_names(target_modules) or "all-linear",
         gguf_file=gguf_file,
@@ -591,11 +596,27 @@ _TopP = Annotated[float, _decimal("--top-p", help="Draw from the likeliest token
 _Seed = Annotated[int, _whole(help="Seed of the draw.")]
 
 
+_DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="auto: spread the model over GPUs, CPU and disk; or a device, cpu or cuda:0. Default: the fastest one.",
+    ),
+]
+_MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option("--max-memory", metavar="DEVICE=SIZE", help="Of --device-map auto, as 0=20GiB. Repeat it."),
+]
+
+
 @app.command(epilog="Example: dude chat runs/mine/adapter --compare")
 def chat(
     name: _Speaker,
     base: _Base = None,
     gguf_file: _GgufFile = None,
+    device_map: _DeviceMap = None,
+    max_memory: _MaxMemory = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer too.")] = False,
     template: _Template = None,
@@ -615,6 +636,8 @@ def chat(
             name,
             base=base,
             gguf_file=gguf_file,
+            device_map=device_map,
+            max_memory=max_memory,
             system=system,
             compare=compare,
             template=template,
@@ -649,6 +672,8 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     base: _Base = None,
     gguf_file: _GgufFile = None,
+    device_map: _DeviceMap = None,
+    max_memory: _MaxMemory = None,
     base_too: Annotated[bool, typer.Option("--base-too", help="Add the base model's completion.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No template: continue the text as it is.")] = False,
     as_rows: Annotated[
@@ -680,6 +705,8 @@ def generate(
             overwrite=overwrite,
             base=base,
             gguf_file=gguf_file,
+            device_map=device_map,
+            max_memory=max_memory,
             template=template,
             special_tokens=special_tokens,
             raw=raw,
@@ -739,6 +766,8 @@ def evaluate(
     ] = False,
     base: _Base = None,
     gguf_file: _GgufFile = None,
+    device_map: _DeviceMap = None,
+    max_memory: _MaxMemory = None,
     debug: _Debug = False,
 ) -> None:
     """Score an adapter and its base by lm-evaluation-harness. The same command again resumes."""
@@ -765,6 +794,8 @@ def evaluate(
             batch_size=batch_size,
             base=base,
             gguf_file=gguf_file,
+            device_map=device_map,
+            max_memory=max_memory,
             overwrite=overwrite,
             quiet=False,
         )

@@ -27,6 +27,10 @@ _BROUGHT_ALONG = "transformers_modules."
 """Begins the names that transformers gives to modules of a model's own."""
 
 
+KERNELS = "dude_kernels"
+"""Attribute of a model whose layers compute with other kernels than transformers': which they are, in words."""
+
+
 def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
     """All of a model and where it runs that decides what it answers, to hash."""
     return [
@@ -37,6 +41,7 @@ def answering_parts(model: Any, tokenizer: Any) -> list[Any]:
         [str(model.dtype), model.device.type, torch.backends.cuda.matmul.fp32_precision],
         {**versions(), "tokenizers": metadata.version("tokenizers")},
         own_code(model),
+        *([kernels] if (kernels := getattr(model, KERNELS, None)) else []),
     ]
 
 

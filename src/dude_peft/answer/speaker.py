@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.manifest import CONFIG_FILE
 from dude_peft.config.reading import read_values
-from dude_peft.config.schema import ModelSection
+from dude_peft.config.schema import SHARED_OUT, ModelSection
 from dude_peft.data.control_tokens import SPECIAL_TOKENS, ControlTokens
 from dude_peft.data.template import KINDS, Template
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter, refuse_run_folder
 from dude_peft.exporting.base import source_named, source_of
 from dude_peft.exporting.foreign import ForeignAdapter, open_foreign
@@ -106,7 +106,15 @@ class Speaker:
             yield
 
 
-def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: Display) -> Speaker:
+def open_speaker(
+    name: str,
+    *,
+    base: str | None,
+    gguf_file: str | None,
+    notes: Display,
+    device_map: str | None = None,
+    max_memory: Sequence[str] | None = None,
+) -> Speaker:
     """Load an adapter with its base model, or a plain model.
 
     Args:
@@ -114,9 +122,11 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
         notes: where progress is shown.
+        device_map: `auto` spreads the model over GPUs, CPU and disk, a device has all of it; None is the fastest one.
+        max_memory: the most that `auto` puts on a device, each as DEVICE=SIZE; None is what is free.
 
     Raises:
-        ConfigError: it cannot be found, is not causal, or --base beside a plain model.
+        ConfigError: it cannot be found, is not causal, cannot be placed so, or --base beside a plain model.
         ArtifactError: a damaged adapter, or another base model.
         NumericsError: NaN or Inf in the adapter.
         ResourceError: it does not fit into memory.
@@ -134,13 +144,16 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
         raise ConfigError(f"--base needs an adapter; {shown(name, 300)} has no {CONFIG_FILE}")
     else:
         source = source_named(name, gguf_file)
+    source = _placed(source, saved, device_map, max_memory)
     with notes.waiting("loading the model"):
         where = locate(source)
         trained = data_of_the_run(saved)
         tokenizer = tokenizer_of(source, where, name, saved, trained)
         sight = sight_of(source, where, tokenizer, _own_processor(saved))
         model = _model(source, where, saved)
-    if saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
+    if device_map is not None:
+        _check_placed(model)
+    elif saved is None or saved.quantization is None:  # what is quantised stays where it was quantised
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     check_causal(nature_of(model, int(tokenizer.pad_token_id)))
     quiet_router_(model)
@@ -149,6 +162,42 @@ def open_speaker(name: str, *, base: str | None, gguf_file: str | None, notes: D
     template, special_tokens = writing_of(trained)
     adapted = saved is not None
     return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation)
+
+
+def _placed(
+    source: ModelSection,
+    saved: SavedAdapter | ForeignAdapter | None,
+    device_map: str | None,
+    max_memory: Sequence[str] | None,
+) -> ModelSection:
+    """The source with what --device-map and --max-memory say."""
+    if device_map is None and not max_memory:
+        return source
+    if max_memory and device_map not in SHARED_OUT:
+        raise ConfigError(f"--max-memory counts with --device-map: {', '.join(SHARED_OUT)}; give one of them")
+    if source.gguf_file is not None:
+        raise ConfigError("--device-map: GGUF weights are dequantised in memory; leave it out")
+    if saved is not None and saved.quantization is not None:
+        raise ConfigError("--device-map: a quantised base is on one device; leave it out")
+    if saved is not None and isinstance(saved, ForeignAdapter):
+        raise ConfigError("--device-map: an adapter of PEFT's own was not tried with it; leave it out")
+    if saved is not None and saved.config.target_parameters:
+        raise ConfigError("--device-map: adapted experts are whole tensors in memory; leave it out")
+    pairs = [pair.rpartition("=") for pair in max_memory or ()]
+    if wrong := next((shown("".join(pair), 80) for pair in pairs if not (pair[0] and pair[2])), None):
+        raise ConfigError(f"--max-memory {wrong}: write DEVICE=SIZE, such as 0=20GiB or cpu=60GiB")
+    most = {device: int(size) if size.isdecimal() else size for device, _, size in pairs} or None
+    return source.model_copy(update={"device_map": device_map, "max_memory": most})
+
+
+def _check_placed(model: Any) -> None:
+    from dude_peft.tuner.offloaded import is_offloaded
+
+    if is_offloaded(model.get_input_embeddings()):
+        raise ResourceError(
+            "--device-map: the input embeddings are offloaded, but prompts begin there; give the device that computes "
+            "more in --max-memory"
+        )
 
 
 def _refuse_scorer(saved: SavedAdapter | ForeignAdapter) -> None:

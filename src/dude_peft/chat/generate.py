@@ -58,6 +58,8 @@ def generate(
     overwrite: bool = False,
     base: str | None = None,
     gguf_file: str | None = None,
+    device_map: str | None = None,
+    max_memory: Sequence[str] | None = None,
     base_too: bool = False,
     raw: bool = False,
     as_rows: bool = False,
@@ -87,6 +89,8 @@ def generate(
         overwrite: replace an output that is there.
         base: base model of the adapter; None takes its own.
         gguf_file: the GGUF file that is the (base) model.
+        device_map: `auto` spreads the model over GPUs, CPU and disk; a device has all of it; None is the fastest one.
+        max_memory: the most that `auto` puts on a device, each as DEVICE=SIZE; None is what is free.
         base_too: add the base model's completion.
         raw: no template: continue the text as it is.
         as_rows: rows that `train` reads: prompt and completion alone.
@@ -137,7 +141,9 @@ def generate(
 
     notes = Display(stderr=True, quiet=quiet)
     with gathered_warnings(notes.warn):
-        speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
+        speaker = open_speaker(
+            name, base=base, gguf_file=gguf_file, notes=notes, device_map=device_map, max_memory=max_memory
+        )
         if base_too and not speaker.adapted:
             raise ConfigError(f"--base-too: {shown(name, 300)} is a model, not an adapter; leave --base-too out")
         written = None if raw else speaker.template(template, special_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dude_peft.answer.decoding import Decoding
@@ -22,6 +22,8 @@ def chat(
     *,
     base: str | None = None,
     gguf_file: str | None = None,
+    device_map: str | None = None,
+    max_memory: Sequence[str] | None = None,
     system: str | None = None,
     template: str | None = None,
     special_tokens: str | None = None,
@@ -37,6 +39,8 @@ def chat(
         name: folder or hub id of an adapter or a model, or `package:NAME`.
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
+        device_map: `auto` spreads the model over GPUs, CPU and disk; a device has all of it; None is the fastest one.
+        max_memory: the most that `auto` puts on a device, each as DEVICE=SIZE; None is what is free.
         system: the system message; None for none.
         template: auto, chat or plain; None takes the training's.
         special_tokens: what one is that a text spells, text or, by allow, the token; None takes the training's.
@@ -61,7 +65,9 @@ def chat(
 
     notes = Display(stderr=True)
     with gathered_warnings(notes.warn):
-        speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=notes)
+        speaker = open_speaker(
+            name, base=base, gguf_file=gguf_file, notes=notes, device_map=device_map, max_memory=max_memory
+        )
         decoding.start()
         written = speaker.template(template, special_tokens)
         conversation = Conversation(written, speaker.tokenizer, speaker.positions, speaker.vocabulary, system)

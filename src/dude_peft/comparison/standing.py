@@ -35,7 +35,7 @@ def best_method(summary: Summary) -> str | None:
 
 def _row(found: Comparison, each: MethodSummary) -> tuple[str, ...]:
     chosen = found.protocol["chosen"].get(each.method)
-    untested = each.learning_rate is None  # its final runs were never started
+    runs = each.trials + (each.finals if each.tested else 0)
     interval = "" if each.interval is None else " to ".join(_amount(end, found.primary) for end in each.interval)
     return (
         each.method,
@@ -43,7 +43,7 @@ def _row(found: Comparison, each: MethodSummary) -> tuple[str, ...]:
         "" if chosen is None else f"{chosen['validation_loss']:.4f}",
         "" if each.mean is None else _amount(each.mean, found.primary),
         interval,
-        f"{each.failed_trials + (0 if untested else each.failed)} of {each.trials + (0 if untested else each.finals)}",
+        f"{each.failed_trials + (each.failed if each.tested else 0)} of {runs}",
     )
 
 

@@ -74,6 +74,11 @@ class MethodSummary:
     trained_parameters: float | None
     start_seconds: float | None
 
+    @property
+    def tested(self) -> bool:
+        """Whether its final runs were started: some setting had trials that all ended well."""
+        return self.learning_rate is not None
+
 
 @dataclass(frozen=True)
 class SeedTest:
@@ -432,7 +437,7 @@ def _notes(methods: Sequence[MethodSummary], table: _Table, luck: dict[str, floa
     for method in methods:
         if method.failed == method.finals and method.finals:
             why = "every final run failed"
-            if method.learning_rate is None:
+            if not method.tested:
                 why = "no setting had trials that all ended well, so none was tested"
             found.append(f"{method.method}: {why}{'; it stands last' if some else ''}.")
         elif method.failed:

@@ -26,6 +26,10 @@ def idle_key(config: Any, judged: tuple[str, ...]) -> str | None:
             train.lr_scheduler_type == "constant" and train.warmup_steps > 0 and _is_set(train, "warmup_steps"),
             "train.lr_scheduler_type: constant; set that to constant_with_warmup",
         ),
+        "train.liger_kernel_config": (
+            train.liger_kernel_config is not None and not train.use_liger_kernel,
+            "a run without Liger's kernels; set train.use_liger_kernel: true",
+        ),
         "data.general_share": (
             train.objective != "mol" and _is_set(data, "general_share"),
             f"train.objective: {train.objective}; set that to mol",

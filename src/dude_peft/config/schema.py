@@ -185,6 +185,10 @@ _Placed = Annotated[dict[str, Text | CountOrZero], BeforeValidator(_as_text), Fi
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
+LigerKernel = Literal["rms_norm", "fused_linear_cross_entropy"]
+"""Others of Liger's (rope, swiglu, geglu) write into the outputs of adapted layers, which gradients may need."""
+
+
 SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of model.device_map by which accelerate decides what is where."""
 
@@ -1081,6 +1085,14 @@ class TrainSection(Section):
     tf32: bool = False
     """Products of float32 matrices in TF32, on GPUs from Ampere on."""
 
+    use_liger_kernel: bool = False
+    """Liger's Triton kernels: a loss in chunks, without the logits of all tokens, and layers that keep less. They serve
+    the whole run, measurements included."""
+
+    liger_kernel_config: dict[LigerKernel, bool] | None = None
+    """Which of them: `{fused_linear_cross_entropy: false}` or `{rms_norm: false}` leaves one out. Liger's rope, swiglu
+    and geglu are never taken: they write into the outputs of adapted layers."""
+
     extra_arguments: dict[Text, Any] = {}
     """Other fields of TrainingArguments, such as adam_beta2. A field that a run sets itself, or that would break resume
     or the order of the rows, is refused."""
@@ -1092,6 +1104,7 @@ class TrainSection(Section):
         faults = {
             "train.bf16": self.bf16,
             "train.torch_compile": self.torch_compile,
+            "train.use_liger_kernel": self.use_liger_kernel,
             "train.orthogonality": bool(self.orthogonality),
             f"train.objective: {self.objective}": self.objective != "sft",
             "train.curriculum": self.curriculum is not None,
@@ -1106,6 +1119,11 @@ class TrainSection(Section):
         if found := fault(self.extra_arguments, self):
             raise ValueError(found)
         return self
+
+    @property
+    def chunks_loss(self) -> bool:
+        """Whether Liger's fused loss is taken, which never has the logits of all tokens."""
+        return self.use_liger_kernel and (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
 
     @model_validator(mode="after")
     def _settings_of_the_objective(self) -> TrainSection:
@@ -1459,6 +1477,45 @@ class RunConfig(Section):
         for key, (contradicts, reason) in others.items():
             if contradicts:
                 raise ValueError(f"keys 'train.torch_compile' and '{key}': {reason}, or leave torch_compile out")
+        return self
+
+    @model_validator(mode="after")
+    def _folders_apart(self) -> RunConfig:
+        away = self.model.offload_folder
+        if away is not None and os.path.realpath(away) == os.path.realpath(self.output_dir):
+            raise ValueError("keys 'model.offload_folder' and 'output_dir' are one folder; change one")
+        return self
+
+    @model_validator(mode="after")
+    def _what_liger_replaces(self) -> RunConfig:
+        train, adapter = self.train, self.adapter
+        if not train.use_liger_kernel:
+            return self
+        others = {
+            "train.objective": (
+                train.chunks_loss and train.objective != "sft",
+                f"the loss of {train.objective} takes logits, which Liger's fused loss never makes; add "
+                "train.liger_kernel_config: {fused_linear_cross_entropy: false}",
+            ),
+            "train.objective: grpo": (
+                train.rewarded is not None,
+                "answers drawn through Liger's kernels were not tried; choose another objective",
+            ),
+            "train.torch_compile": (train.torch_compile, "the two were not tried together; set it to false"),
+            "train.trainer": (train.trainer == "trl", "TRL measures logits of its own; set it to transformers"),
+            "model.device_map": (
+                self.model.is_hooked,
+                "Liger replaces the forwards that bring weights to the device; leave it out",
+            ),
+            "adapter.target_parameters": (
+                bool(adapter.target_parameters),
+                "Liger computes experts itself, without their adapters; leave it out",
+            ),
+            "adapter.method": (adapter.foreign, f"{adapter.method} was not tried; choose a method of dude methods"),
+        }
+        for key, (contradicts, reason) in others.items():
+            if contradicts:
+                raise ValueError(f"keys 'train.use_liger_kernel' and '{key}': {reason}, or leave use_liger_kernel out")
         return self
 
     @model_validator(mode="after")

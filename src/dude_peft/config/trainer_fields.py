@@ -28,7 +28,7 @@ _OF_ONE_NAME = (
     "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
     "warmup_steps", "optim", "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "tf32",
     "gradient_checkpointing", "neftune_noise_alpha", "logging_steps", "report_to", "save_steps", "save_total_limit",
-    "seed", "train_sampling_strategy", "torch_compile",
+    "seed", "train_sampling_strategy", "torch_compile", "use_liger_kernel", "liger_kernel_config",
 )  # fmt: skip
 _SET_BY = {
     **{name: f"train.{name}" for name in _OF_ONE_NAME},
@@ -83,9 +83,6 @@ _REASONS = {
         "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
     ),
     "it picks kernels by timing them, so a resumed run would not repeat the bits": ("torch_compile_mode",),
-    "Liger's fused loss hides the logits that the run checks; train.torch_compile fuses without that": (
-        "use_liger_kernel", "liger_kernel_config",
-    ),
     "rows are tokenised before training and mapped into memory, so workers have nothing to do": (
         "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
         "dataloader_multiprocessing_context",

@@ -6,6 +6,7 @@ from dude_peft.data.formats import Row
 from dude_peft.errors import DataError
 
 MAX_REPORTED = 20
+_FEW = 3
 
 
 class BadRows:
@@ -16,21 +17,30 @@ class BadRows:
         self._first: DataError | None = None
         self._places: list[int] = []
         self._count = 0
+        self._alike = True
 
     def add(self, place: int, error: DataError) -> None:
         """Notes one bad row at `place`."""
         if self._first is None:
             self._first = error
+        self._alike = self._alike and _fault(error) == _fault(self._first)
         if len(self._places) < MAX_REPORTED:
             self._places.append(place)
         self._count += 1
 
-    def raise_if_any(self) -> None:
-        """Raises one DataError for all rows noted; returns where there are none."""
+    def raise_if_any(self, tried: int) -> None:
+        """Raises one DataError for all rows noted; returns where there are none.
+
+        Args:
+            tried: how many rows there were, good ones among them. Where all have one fault, no place says more.
+        """
         if self._first is None:
             return
         if self._count == 1:
             raise self._first
+        if self._alike and self._count == tried > _FEW:
+            every = f"all {tried} {self._unit.split()[0]}"
+            raise DataError(f"{self._first} ({every} have this fault)") from self._first
         places = ", ".join(map(str, self._places)) + (", ..." if self._count > MAX_REPORTED else "")
         raise DataError(f"{self._first} ({self._count} bad {self._unit}: {places})") from self._first
 
@@ -47,9 +57,9 @@ def good_rows(
         empty: the error's text where there are no attempts at all.
     """
     bad = BadRows(unit)
-    made, tried = 0, False
+    made = tried = 0
     for place, attempt in attempts:
-        tried = True
+        tried += 1
         try:
             row = attempt()
         except DataError as error:
@@ -59,6 +69,11 @@ def good_rows(
         made += 1
         if made == limit:
             break
-    bad.raise_if_any()
+    bad.raise_if_any(tried)
     if not tried:
         raise DataError(empty)
+
+
+def _fault(error: DataError) -> str:
+    """Without the place that it begins with."""
+    return str(error).partition(": ")[2]

@@ -577,10 +577,19 @@ class Reading:
         if absent := self.columns.absent(names):
             ours, theirs = absent[0]
             near = closest(theirs, names)
-            hint = f"closest: {written({ours: near})}" if near else "name a column of the data"
+            meant = written({ours: near}) if near else found
+            listed = ", ".join(quoted(name) for name in names[:6]) or "none"
+            hint = f"closest: {meant}" if meant else f"name one of the data's own ({listed})"
             return f"no column is called {quoted(theirs)}, which data.columns names for {ours}; {hint}"
         listed = ", ".join(quoted(name) for name in names[:6]) or "none"
-        return f"no known format in the {kind} ({listed}); {f'closest: {found}' if found else FORMATS_HINT}"
+        if found is None:
+            texts = [name for name, value in record.values().items() if value is None or isinstance(value, str)]
+            example = written(dict(zip(("prompt", "completion"), texts, strict=False))) if len(texts) > 1 else None
+            meant = f": if {quoted(texts[0])} asks and {quoted(texts[1])} answers, {example}" if example else ""
+            found = FORMATS_HINT + meant
+        else:
+            found = f"closest: {found}"
+        return f"no known format in the {kind} ({listed}); {found}"
 
 
 def _preference(record: Record) -> str:

@@ -97,8 +97,7 @@ def prepare(
         ]
         total = limit
     root = cache or cache_folder()
-    if kind == "scores":
-        template = template.unclosed()
+    template = template.of_kind(kind)
     settings = {
         "format": _FORMAT,
         "tokenizer": _tokenizer_sha256(tokenizer),

@@ -117,6 +117,10 @@ class Template:
         self._written: set[tuple[str, bool]] = set()  # of FIXED parts, without and with tools
         ControlTokens(tokenizer, special_tokens)  # a wrong word is told now
 
+    def of_kind(self, kind: str) -> Template:
+        """The template of rows that hold this to learn (`objectives.KINDS`): what is scored stays unclosed."""
+        return self.unclosed() if kind == "scores" else self
+
     def unclosed(self) -> Template:
         """The same template, whose conversations are, to the last token, what the chat template writes."""
         return Template(self._tokenizer, self.kind, self.special_tokens, closes=False)

@@ -31,6 +31,7 @@ def abilities(devices: Sequence[Seen]) -> list[Ability]:
         _of_package("hub data sets", "datasets", "train"),
         _of_package("rows with images", "PIL", "vision"),
         _of_package("TRL's trainers", "trl", "trl"),
+        _of_package("Liger's kernels", "liger_kernel", "liger"),
         _of_package("comparisons on a Ray cluster", "ray", "ray"),
         _deepspeed(gpu),
         _flash_attention(gpu),

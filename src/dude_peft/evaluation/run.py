@@ -26,6 +26,7 @@ from dude_peft.evaluation.task_names import GSM8K, check_names, is_yaml
 from dude_peft.machine import processes
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def evaluate(
     *,
     base: str | None = None,
     gguf_file: str | None = None,
+    device_map: str | None = None,
+    max_memory: Sequence[str] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
@@ -53,6 +56,8 @@ def evaluate(
         output: folder of the results.
         base: base model of the adapter; None takes its own.
         gguf_file: name of the GGUF file that is the (base) model.
+        device_map: `auto` spreads the model over GPUs, CPU and disk; a device has all of it; None is the fastest one.
+        max_memory: the most that `auto` puts on a device, each as DEVICE=SIZE; None is what is free.
         overwrite: replace the results of a finished evaluation; its answers are used again.
         quiet: print nothing.
 
@@ -80,8 +85,11 @@ def evaluate(
             from dude_peft.answer.speaker import open_speaker
         with processes.first_before_others():
             chosen = load_chosen(options, output / TASKS)
-        speaker = open_speaker(name, base=base, gguf_file=gguf_file, notes=display)
+        speaker = open_speaker(
+            name, base=base, gguf_file=gguf_file, notes=display, device_map=device_map, max_memory=max_memory
+        )
         found = measure(speaker, options, output, display=display, chosen=chosen)
+    tell_next(display, ["report", str(output), "-o", f"{output}.html"])
     return found
 
 

@@ -12,13 +12,14 @@ def show(display: Display, evaluation: Evaluation) -> None:
     """Prints scores, differences and what one should know of them; subjects are in results.json alone."""
     show_facts(display, f"{evaluation.model}: 95 % intervals", facts_of(evaluation))
     for whose, counts in evaluation.counts.items():
-        for what, by_task in (
-            ("prompts longer than the model reads, cut at their beginning", counts.cut_prompts),
-            ("generations that never stopped", counts.unstopped),
-            ("empty generations", counts.empty),
+        for one, many, by_task in (
+            ("prompt longer", "prompts longer", counts.cut_prompts),
+            ("generation that never stopped", "generations that never stopped", counts.unstopped),
+            ("empty generation", "empty generations", counts.empty),
         ):
+            cut = " than the model reads, cut at the beginning" if by_task is counts.cut_prompts else ""
             for task, count in by_task.items():
-                display.warn(f"{task}, {whose}: {count} {what}")
+                display.warn(f"{task}, {whose}: {count} {one if count == 1 else many}{cut}")
     if evaluation.second_opinion is None and any(measure.task in GSM8K for measure in evaluation.measures):
         display.say("no second opinion on GSM8K's answers: pip install 'dude-peft[math]'")
     for task, found in (evaluation.second_opinion or {}).items():

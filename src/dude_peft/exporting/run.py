@@ -22,6 +22,7 @@ from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL, SCORES
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import quiet_imports
 
 if TYPE_CHECKING:
@@ -191,9 +192,14 @@ def merge(
         display = Display(quiet=quiet)
         made = merge_foreign(foreign[0], settings.output, base, verify=verify, display=display)
         display.say(f"written: {shown(output, None)}")
+        tell_next(display, ["chat", str(output)])
         return Export(settings.output, made)
     how = Combination(combination, density, seed)
-    return _Export(settings, list(map(str, adapters)), weights, base, gguf_file).run(Target("merged"), how)
+    export = _Export(settings, list(map(str, adapters)), weights, base, gguf_file)
+    merged = export.run(Target("merged"), how)
+    if export.weighted[0].adapter.config.task_type != SCORES:  # a reward model writes nothing
+        tell_next(export.display, ["chat", str(output)])
+    return merged
 
 
 def _check_task(adapter: SavedAdapter, target: Target) -> None:

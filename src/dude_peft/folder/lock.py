@@ -6,11 +6,12 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dude_peft.artifact.durable import take
 from dude_peft.doors import open_file
-from dude_peft.errors import BusyError
+from dude_peft.errors import BusyError, ConfigError, ResourceError
 from dude_peft.show import shown
 
 NAME = ".dude-lock"
@@ -49,8 +50,12 @@ class RunLock:
     Not the library filelock's, which does not tell who has the lock.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: str = "output_dir") -> None:
         """Takes the lock.
+
+        Args:
+            folder: that is there.
+            key: what names it in a configuration, for the message.
 
         Raises:
             BusyError: another process has it; the message names process and host.
@@ -65,8 +70,7 @@ class RunLock:
                 owner = self._owner()
                 os.close(self._descriptor)
                 raise BusyError(
-                    f"output_dir: {shown(folder, 300)} is in use by {owner}; wait for it to end, or choose "
-                    "another folder"
+                    f"{key}: {shown(folder, 300)} is in use by {owner}; wait for it to end, or choose another folder"
                 )
             if self._is_at_path():
                 break
@@ -99,3 +103,28 @@ class RunLock:
             if name or time.monotonic() > end:
                 return shown(name) or "another process"
             time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def locked_folder(path: str, key: str) -> Iterator[None]:
+    """Within: no other run has the folder of a configuration's key, which is made where it is not there.
+
+    Raises:
+        BusyError: another process has it.
+        ConfigError: it is a file.
+        ResourceError: it cannot be made or written.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{key}: {shown(folder, 300)} is a file; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder, key)
+    except OSError as error:
+        raise ResourceError(
+            f"{key}: {shown(folder, 300)} cannot be written ({error.strerror}); choose another"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -286,12 +286,13 @@ def load_model(
     return _made_ready(model, section)
 
 
-def load_empty(section: ModelSection, where: str) -> PreTrainedModel:
+def load_empty(section: ModelSection, where: str, task_type: TaskType = CAUSAL) -> PreTrainedModel:
     """The model of `load_model` without its values, on the meta device, for a process that is sent a share of them.
 
     Args:
         section: what the configuration says; it is not quantised.
         where: from `locate`.
+        task_type: which head it has.
 
     Raises:
         ConfigError: it cannot be found, or is no causal language model.
@@ -302,7 +303,8 @@ def load_empty(section: ModelSection, where: str) -> PreTrainedModel:
     if section.attn_implementation is not None:
         settings._attn_implementation = section.attn_implementation
     dtype = dtype_of(section, settings, where)
-    model: PreTrainedModel = model_of(settings, section.name_or_path, dtype, section.trust_remote_code)
+    code = section.trust_remote_code
+    model: PreTrainedModel = model_of(settings, section.name_or_path, dtype, code, task_type=task_type)
     return _made_ready(model, section)
 
 
@@ -324,15 +326,16 @@ def _placement(section: ModelSection) -> dict[str, Any]:
         return {}
     options: dict[str, Any] = {"device_map": section.device_map}
     if isinstance(section.device_map, Mapping):
-        options["device_map"] = {name: _numbered(device) for name, device in section.device_map.items()}
+        options["device_map"] = {name: numbered(device) for name, device in section.device_map.items()}
     if section.max_memory is not None:
-        options["max_memory"] = {_numbered(device): most for device, most in section.max_memory.items()}
+        options["max_memory"] = {numbered(device): most for device, most in section.max_memory.items()}
     if section.offload_folder is not None:
         options["offload_folder"] = section.offload_folder
     return options
 
 
-def _numbered(device: str | int) -> str | int:
+def numbered(device: str | int) -> str | int:
+    """A device as accelerate knows it: GPUs by their number, which is text in a configuration."""
     return int(device) if isinstance(device, str) and device.isdecimal() else device
 
 

@@ -20,6 +20,7 @@ from dude_peft.model.quantised import (
     quantization_of,
 )
 from dude_peft.planning.attention import set_attention_
+from dude_peft.planning.liger import set_liger_
 from dude_peft.planning.packed import countable, pack_
 from dude_peft.show import shown
 from dude_peft.tuner import DudeConfig
@@ -43,6 +44,7 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
     quantization = _quantization(config, settings, dtype_of(config.model, settings, where))
     model = bare_model(config, settings, where)
     set_attention_(model, config)
+    set_liger_(model, config)
     if config.adapter.peft is not None:
         return adapt_empty(model, config.adapter.peft)
     if quantization is not None:

@@ -137,6 +137,7 @@ def cost(
         "bf16": train.autocasts,
         "checkpointing": train.gradient_checkpointing,
         "packed": config.data.packing,
+        "chunked": train.chunks_loss,
         "gpu": gpu,
     }
     try:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dude_peft.model.outputs import is_scorer
 from dude_peft.planning.layers import decoder_layers
+from dude_peft.planning.liger import loss_in_chunks
 from dude_peft.planning.live_bytes import NOTHING, LiveBytes, Stretch
 
 
@@ -47,6 +48,7 @@ def dry_step(
     bf16: bool,
     checkpointing: bool,
     packed: bool = False,
+    chunked: bool = False,
     gpu: bool = False,
 ) -> DryStep:
     """Runs the step and takes its memory apart.
@@ -59,6 +61,7 @@ def dry_step(
         bf16: bfloat16 autocast.
         checkpointing: gradient checkpointing.
         packed: the rows are laid end to end, as one.
+        chunked: the loss is taken in chunks, as Liger does.
         gpu: whether a GPU trains.
     """
     adapted: Any = model
@@ -73,7 +76,8 @@ def dry_step(
             _watch(decoder_layers(adapted, kinds), step, live)
             ids = torch.zeros(*((1, rows * length) if packed else (rows, length)), dtype=torch.long)
             beside = "position_ids" if packed else "attention_mask"
-            loss = _loss(adapted, {"input_ids": ids, beside: torch.ones_like(ids), "labels": ids}, bf16)
+            batch = {"input_ids": ids, beside: torch.ones_like(ids), "labels": ids}
+            loss = _loss(adapted, batch, bf16, chunked)
             loss.backward()
             last = live.stretch()
     if kinds:
@@ -84,7 +88,10 @@ def dry_step(
     return step
 
 
-def _loss(model: Any, batch: dict[str, Tensor], bf16: bool) -> Any:
+def _loss(model: Any, batch: dict[str, Tensor], bf16: bool, chunked: bool) -> Any:
+    if chunked:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return loss_in_chunks(model, batch)
     scores = is_scorer(model)
     if scores:  # any loss of two numbers is as large as another
         del batch["labels"]

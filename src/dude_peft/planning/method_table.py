@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from dude_peft.task_types import CAUSAL
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
 from dude_peft.terminal.html import table
+from dude_peft.terminal.next_steps import tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 # Of a trained number in training: itself, its gradient and Adam's two moments, all in float32.
@@ -65,10 +67,14 @@ class MethodTable:
         return {"model": self.model, "r": self.r, "layers": self.layers, "methods": [asdict(row) for row in self.rows]}
 
     def show(self, display: Display) -> None:
-        """Prints a block for each method."""
-        display.say(self._title())
-        for row in self.rows:
+        """Prints a line for each method; a block of all that is known where there is one."""
+        if len(self.rows) == 1:
+            row = self.rows[0]
+            display.say(self._title())
             show_facts(display, f"{row.name}: {row.summary}", list(zip(_HEADER[2:], _cells(row)[2:], strict=True)))
+            return
+        show_facts(display, f"methods, {self._title()}", [(row.name, _line(row)) for row in self.rows])
+        tell_next(display, ["methods", self.rows[0].name])
 
     def __repr__(self) -> str:
         return f"MethodTable({len(self.rows)} methods, {self._title()})"
@@ -82,6 +88,11 @@ class MethodTable:
         return f"{self.layers} layers of {shown(self.model, 300)}, r = {self.r}"
 
 
+def _line(row: MethodRow) -> str:
+    trained = f"{row.trained:,}" if isinstance(row.trained, int) else row.trained
+    return f"{row.summary}; trains {trained}"
+
+
 _HEADER = (
     "method", "what it is", "take it for", "trained", "kept beside; memory in training", "start", "step beside W0",
     "experts", "learning rate", "source",
@@ -92,6 +103,7 @@ _HEADER = (
 def method_table(
     model: str | Path | None = None,
     *,
+    method: str | None = None,
     r: int = 16,
     target_modules: str | Sequence[str] = "all-linear",
     gguf_file: str | None = None,
@@ -104,6 +116,7 @@ def method_table(
 
     Args:
         model: a folder, a hub id or `package:NAME`, whose layers are counted; None gives formulas.
+        method: this one alone; None compares all.
         r: rank.
         target_modules: the layers, as adapter.target_modules.
         gguf_file: the GGUF file in the model's folder, where it is one of several.
@@ -120,10 +133,15 @@ def method_table(
         raise ConfigError("a GGUF file counts only with a model; add --model, or leave it out")
     if model == "":
         raise ConfigError("the model's name is empty; give a folder, a hub id or package:NAME")
+    if method is not None and method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1)
+        hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
+        raise ConfigError(f"there is no method {shown(repr(method), 120)}; {hint}")
+    chosen = METHODS.values() if method is None else [METHODS[method]]
     model = None if model is None else str(model)
     display = Display(quiet=quiet)
     shapes = None if model is None else _shapes(model, gguf_file, r, target_modules, display)
-    made = MethodTable(model, r, len(shapes or ()), tuple(_row(method, shapes, r) for method in METHODS.values()))
+    made = MethodTable(model, r, len(shapes or ()), tuple(_row(each, shapes, r) for each in chosen))
     if not quiet:
         made.show(display)
     return made

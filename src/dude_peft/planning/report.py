@@ -13,6 +13,7 @@ from dude_peft.errors import ResourceError
 from dude_peft.planning.bill import Cost, rows_of_batch
 from dude_peft.planning.device import Device
 from dude_peft.planning.disk import Disk
+from dude_peft.planning.placed import Placed
 from dude_peft.planning.remedies import Remedy
 from dude_peft.planning.rows import Rows, optimizer_steps
 from dude_peft.planning.speed import products_per_second
@@ -56,6 +57,8 @@ class Plan:
     """The processes that train together; the bill is of one of them."""
     budget: Spent | None = None
     """adapter.budget as ranks, which `config` has too."""
+    placed: Placed | None = None
+    """Where model.device_map puts the frozen weights."""
     speed: float | None = None
     """Floating-point operations a second of this device's products."""
 
@@ -166,6 +169,7 @@ class Plan:
                 "host_memory": self.host_memory,
                 "sent_per_step": cost.exchange.sent,
             },
+            "placement": None if self.placed is None else self.placed.weights,
             "remedies": [{"set": remedy.settings, "total": remedy.total} for remedy in self.remedies],
             "disk": asdict(self.disk),
             "data": asdict(self.rows) if self.rows else None,
@@ -222,6 +226,9 @@ class Plan:
         facts = [
             ("trained parameters", f"{static.trainable_parameters:,} of {static.total_parameters:,} ({share:.2f} %)")
         ]
+        if self.placed is not None:
+            parts = ", ".join(f"{size(each)} on {_device(name)}" for name, each in self.placed.weights.items())
+            facts.append(("frozen weights between steps", parts))
         if self.rows is None:
             facts.append(("rows", "not on this machine, so not counted; rows of data.max_length are assumed"))
         else:
@@ -258,6 +265,10 @@ class Plan:
         if wanted is None or wanted.max_new_tokens is None or answers is None:
             return None
         return {"answers": answers, "most_tokens": answers * wanted.max_new_tokens}
+
+
+def _device(name: str) -> str:
+    return f"GPU {name}" if name.isdecimal() else shown(name)
 
 
 def size(number: float) -> str:

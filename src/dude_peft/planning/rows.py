@@ -76,11 +76,9 @@ def count_rows(
     options["reading"] = Reading(Columns(data.columns), kind=kind, streaming=data.streaming)
     sample, total, images = _sampled(partial(stream_any, source, **options))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    template = Template(tokenizer, data.template, data.special_tokens)
+    template = Template(tokenizer, data.template, data.special_tokens).of_kind(kind)
     if kind in PAIRED:
-        both = _pairs(
-            sample, template.unclosed() if kind == "scores" else template, tokenizer, data.max_length, vocabulary
-        )
+        both = _pairs(sample, template, tokenizer, data.max_length, vocabulary)
         lengths, conversations = [sum(pair) for pair in both], [max(pair) for pair in both]
     else:
         encoded = encode(

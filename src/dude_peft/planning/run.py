@@ -111,8 +111,10 @@ def _made(
     from dude_peft.planning.bill import cost
     from dude_peft.planning.disk import disk
     from dude_peft.planning.optimizers import state_bytes
+    from dude_peft.planning.placed import placed
     from dude_peft.planning.remedies import remedies
     from dude_peft.planning.report import Plan
+    from dude_peft.training.liger import check_head, check_liger
 
     reward_models = 0
     if not config.adapter.foreign:
@@ -131,7 +133,7 @@ def _made(
     if method is not None and (text := learning_rate_warning(method, train.learning_rate, from_rows=from_rows)):
         warnings.append(text)
     if config.model.is_hooked:
-        warnings.append("model.device_map: memory and time are counted as if the model were on one device")
+        warnings.append("model.device_map: the time is counted as if the model were on one device")
     if train.fp16:
         warnings.append("train.fp16: counted as train.bf16, which has the same size")
     if train.objective == "mol":
@@ -178,8 +180,11 @@ def _made(
             check_installed(asked.method)
             if device.here:
                 check_runs(asked, dtype_of(config.model, settings, where), "cuda" if device.gpu else "cpu")
+        if device.here:
+            check_liger(train, settings, "cuda" if device.gpu else "cpu")
         # Adapting writes into the configuration.
         model = adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
+        check_head(model, train)
     with display.waiting("rows"):
         rows = _rows(config, where, tokenizer, model)
     if rows is not None and rows.images:
@@ -193,13 +198,17 @@ def _made(
 
     def evaluate(changed: RunConfig, tokens: int) -> Cost:
         found = cost(changed, settings, where, tokens, gpu=device.gpu, spread=spread)
-        return replace(found, bill=replace(found.bill, reward_models=reward_models))
+        bill = replace(found.bill, reward_models=reward_models)
+        if (places := placed(changed, settings, where, device)) is not None:
+            bill = places.on(bill, checkpointing=changed.train.gradient_checkpointing)
+        return replace(found, bill=bill)
 
     with display.waiting("dry step"):
         found = evaluate(config, length)
     states = state_bytes(train.optim, [p for p in model.parameters() if p.requires_grad])
     made = Plan(config, device, found, rows, length, disk(model, method, states, config.output_dir))
     made.warnings, made.budget, made.spread = warnings, spent, spread
+    made.placed = placed(config, settings, where, device)
     if found.uncounted:
         warnings.append(f"activations are not counted, because the step cannot run without weights: {found.uncounted}")
     if spread.strategy == "zero3" and spread.processes > 1:

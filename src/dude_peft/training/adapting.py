@@ -23,6 +23,7 @@ from dude_peft.training.budget import Spent
 from dude_peft.training.context import RunContext
 from dude_peft.training.end_token import end_token_warning
 from dude_peft.training.full_precision import FullPrecision
+from dude_peft.training.liger import check_head
 from dude_peft.training.model_checks import (
     check_attention,
     check_beginning,
@@ -118,6 +119,7 @@ def adapt(
     if base is not None:
         adapted = _Adapting(context, origin, model, base, data, pad_id).adapted(scored=scored)
         check_adapted(adapted.model)
+        check_head(adapted.model, context.config.train)
         writes = context.config.train.task_type == CAUSAL
         if writes and (warning := end_token_warning(adapted.model, data.train, tokenizer)):
             context.warn(warning)

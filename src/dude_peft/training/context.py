@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ class RunContext:
     seconds: dict[str, float] = field(default_factory=dict)
     """Of every phase."""
     warnings: list[str] = field(default_factory=list)
+    held: ExitStack = field(default_factory=ExitStack)
+    """What the run has until its end: the lock of its offload folder, Liger's kernels in transformers."""
 
     def settle(self, adapter: AdapterSection) -> None:
         """From here on the run has this adapter."""

@@ -17,6 +17,7 @@ from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.training.context import RunContext
 from dude_peft.training.half import half_warning
+from dude_peft.training.liger import apply_liger_, check_loss, restored
 from dude_peft.training.model_checks import (
     check_answers_fit,
     check_attention,
@@ -26,7 +27,7 @@ from dude_peft.training.model_checks import (
     probe,
     record_of_head,
 )
-from dude_peft.training.placement import check_placed, placement_notes
+from dude_peft.training.placement import check_map, check_placed, placement_notes
 from dude_peft.training.stages import measures_pass_rates
 from dude_peft.training.strategy import has_whole, is_split
 
@@ -51,6 +52,8 @@ class Base:
     """What is recorded of the head that a reward model starts with."""
     parts: list[Any] | None
     """What the scores of the base model depend on, where other runs may know them."""
+    kernels: str
+    """Liger's version and those of its kernels that the model has; empty without."""
 
 
 def load_base(
@@ -85,13 +88,15 @@ def load_base(
     writes = config.train.task_type == CAUSAL
     with context.phase("model"), context.display.waiting("loading the model"):
         model: Any
+        if isinstance(config.model.device_map, dict):
+            check_map(load_empty(config.model, where, config.train.task_type), config.model)
         if whole:
             how: Any = {"task_type": config.train.task_type, "head_seed": config.train.seed}
             model = load_model(_section(context), where, **how)
         else:
             model = load_empty(_section(context), where)
         if config.model.device_map is not None:
-            check_placed(model, config.model)
+            check_placed(model)
         head = None
         if not writes:  # where it reads the score: at the last token that is another one
             model.config.get_text_config().pad_token_id = pad_id
@@ -103,9 +108,12 @@ def load_base(
             model.generation_config = processes.from_first(model.generation_config)
         elif config.model.device_map is None:
             model.to(device)
+        kernels = _with_liger(context, model)
         # The same in all processes: what follows from it, they do together.
         nature: Any = processes.from_first(nature_of(model, pad_id) if whole else None)
         check_nature(nature, config)
+        if config.train.chunks_loss:
+            check_loss(model, nature)
         if not split:
             check_attention(model, config.model.attn_implementation)
         quiet_router_(model)
@@ -132,7 +140,17 @@ def load_base(
             check_packs(model)
     for note in filter(None, (*notes, gguf_note(config.model))):
         context.display.say(f"note: {note}")
-    return model, logits, Base(nature, company, share, head, parts)
+    return model, logits, Base(nature, company, share, head, parts, kernels)
+
+
+def _with_liger(context: RunContext, model: Any) -> str:
+    train = context.config.train
+    if not train.use_liger_kernel:
+        return ""
+    context.held.enter_context(restored())
+    told = apply_liger_(model, train)
+    context.display.say(f"note: kernels of {told}; all numbers of this run are with them")
+    return told
 
 
 def _section(context: RunContext) -> ModelSection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import ModelSection, RunConfig
 from dude_peft.data.objectives import KINDS, PAIRED
 from dude_peft.data.rows import local_file
 from dude_peft.folder.record import ADAPTER, RunReport
@@ -22,6 +22,7 @@ def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[li
     last = ["merge", adapter] if config.adapter.foreign else ["export", adapter, *base, "--to", "merged"]
     if config.train.task_type == SCORES:
         return [["verify", adapter], [*last, "-o", f"{folder}-merged"]]
+    base += _placed(config.model)
     return [
         ["chat", adapter, *base],
         *_ways_to_judge(config, folder, adapter, base, report),
@@ -39,6 +40,16 @@ def tell_next_of(context: RunContext, report: RunReport, *, paged: bool) -> None
         )
     page = [] if paged else [["report", str(folder), "-o", f"{folder}.html"]]
     tell_next(context.display, *next_commands(config, folder, report), *page)
+
+
+def _placed(section: ModelSection) -> list[str]:
+    """A model that was spread is spread again; these commands find a place for every module themselves."""
+    if not section.is_hooked:
+        return []
+    found = ["--device-map", section.device_map if isinstance(section.device_map, str) else "auto"]
+    for device, size in (section.max_memory or {}).items():
+        found += ["--max-memory", f"{device}={size}"]
+    return found
 
 
 def _ways_to_judge(

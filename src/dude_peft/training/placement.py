@@ -53,11 +53,24 @@ def check_placement(config: RunConfig, processes: int) -> None:
             raise ConfigError(f"{_KEY}: {fault}; or leave {_KEY} out")
 
 
-def check_placed(model: Any, section: ModelSection) -> None:
+def check_map(model: Any, section: ModelSection) -> None:
+    """Looks at a model, with or without weights, before its weights go where the map says.
+
+    Raises:
+        ConfigError: the map names what the model does not have, or sends nothing anywhere.
+    """
+    if isinstance(section.device_map, Mapping):
+        known = {name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())}
+        if unknown := next((name for name in section.device_map if name not in known), None):
+            near = difflib.get_close_matches(unknown, known, n=1)
+            hint = f"closest: {quoted(near[0], 200)}" if near else 'write {"": cpu} for all of it'
+            raise ConfigError(f"{_KEY}: {type(model).__name__} has no module {quoted(unknown, 200)}; {hint}")
+
+
+def check_placed(model: Any) -> None:
     """Looks at a loaded model, whose map accelerate may have made.
 
     Raises:
-        ConfigError: the map names what the model does not have, which accelerate passes over.
         ResourceError: what a run needs in memory is offloaded: the input embeddings, where batches go to, or a head
             that is trained whole.
     """
@@ -65,12 +78,6 @@ def check_placed(model: Any, section: ModelSection) -> None:
     from dude_peft.tuner.heads import behind_backbone
     from dude_peft.tuner.offloaded import is_offloaded
 
-    if isinstance(section.device_map, Mapping):
-        known = {name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())}
-        if unknown := next((name for name in section.device_map if name not in known), None):
-            near = difflib.get_close_matches(unknown, known, n=1)
-            hint = f"closest: {quoted(near[0], 200)}" if near else 'write {"": cpu} for all of it'
-            raise ConfigError(f"{_KEY}: {type(model).__name__} has no module {quoted(unknown, 200)}; {hint}")
     if is_scorer(model):
         for name in behind_backbone(model):
             if any(map(is_offloaded, model.get_submodule(name).modules())):

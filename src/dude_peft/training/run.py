@@ -19,6 +19,7 @@ from dude_peft.config.schema import AdapterSection, DpoSection, RunConfig
 from dude_peft.errors import ArtifactError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
+from dude_peft.folder.lock import locked_folder
 from dude_peft.folder.record import (
     ADAPTER,
     CONFIG,
@@ -113,7 +114,7 @@ def run(
         silent = quiet or not processes.is_first()
         context = _context(resolved, folder, strategy, quiet=silent)
         this = _Run(context, start, scorer, card_of, write_page, weights_only=weights_only)
-        with gathered_warnings(context.warn), context.stop.listening(), this.judging():
+        with gathered_warnings(context.warn), context.stop.listening(), this.judging(), context.held:
             return this.go()
     finally:
         folder.release()
@@ -202,6 +203,9 @@ class _Run:
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
             check_placement(config, processes.count())
+            if config.model.offload_folder is not None:
+                held = locked_folder(config.model.offload_folder, "model.offload_folder")
+                self.context.held.enter_context(held)
             scored = self.scorer is not None
             for note in check_strategy(config, self.context.strategy, processes.count(), scored=scored):
                 self.context.warn(note)
@@ -212,6 +216,12 @@ class _Run:
             from dude_peft.training.quantised_base import check_quantisation
         arguments = training_arguments(config, self.context.strategy)
         check_quantisation(self.context, self.asked, where, arguments.device)
+        if config.train.use_liger_kernel:
+            with self.context.phase("kernels"), quiet_imports():
+                from dude_peft.model.load import load_settings
+                from dude_peft.training.liger import check_liger
+
+                check_liger(config.train, load_settings(config.model, where), arguments.device)
         with self.context.phase("data"):
             self.tokenizer = load_tokenizer(config.model, where, config.data.chat_template)
             self.sight = sight_of(config.model, where, self.tokenizer)
@@ -477,6 +487,8 @@ class _Run:
         now = environment(self.model.device, world_size, self.context.strategy)
         if (placed := placed_as(self.model)) is not None:
             now["device_map"] = placed
+        if self.base.kernels:
+            now["kernels"] = self.base.kernels
         if self.resumed is None:
             identity = Identity(
                 self.config.model_dump(mode="json"),

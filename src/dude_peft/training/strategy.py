@@ -36,6 +36,8 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
         raise ConfigError("train.dpo.precompute_ref_log_probs measures in one process; leave it, or --launch, out")
     if strategy == "ddp":
         return []
+    if config.train.use_liger_kernel:
+        raise ConfigError(f"train.use_liger_kernel: it reads whole weights, and {strategy} splits them; choose ddp")
     if config.train.rewarded is not None:
         raise ConfigError(f"train.objective: grpo: {strategy} splits the model, which has to answer whole; choose ddp")
     if config.train.task_type != CAUSAL:
