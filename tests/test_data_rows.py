@@ -224,7 +224,7 @@ def test_a_fault_of_all_rows_is_told_once_with_what_to_write(tmp_path):
     message = fault(write(tmp_path, b'{"a": "q", "b": "a"}\n' * 45))
     assert "if 'a' asks and 'b' answers, data.columns: {prompt: a, completion: b}" in message
     assert "--column prompt=a --column completion=b" in message
-    assert "21" not in message
+    assert "21" not in message.replace(str(tmp_path), "")
 
 
 def test_a_file_cut_off_in_its_last_line_is_named_so(tmp_path):

@@ -377,7 +377,7 @@ def test_a_head_on_the_disk_is_refused(place, tmp_path):
     pairs.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 2)
     rows, small = {"train": str(pairs), "test": str(pairs)}, {"device_map": "auto", "max_memory": {"cpu": 300_000}}
     with pytest.raises(ResourceError, match=r"model\.device_map: the head 'score' is offloaded"):
-        start(place, tmp_path / "out", small, data=rows, train={"objective": "reward"})
+        start(place, tmp_path / "out", small, data=rows, train={"objective": "reward"}, evaluation={"enabled": False})
 
 
 def test_a_map_of_a_module_that_the_model_has_not_is_refused(place, tmp_path):
