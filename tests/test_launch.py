@@ -16,10 +16,13 @@ import pytest
 import served
 import torch
 from night import some_by_day
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama, write_rows
 from transformers import PreTrainedModel
 
+from dude_peft import DudeConfig
+from dude_peft.machine.ddp import keep_frozen_from_ddp
 from dude_peft.machine.launch import _wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals as on POSIX")
@@ -111,6 +114,21 @@ def test_two_processes_train_as_one(places, tmp_path, strategy, dtype):
     assert report["steps"] == 8
     assert report["tokens"] == json.loads((one / "report.json").read_text())["tokens"]
     assert not list(two.rglob(".dude-*"))
+
+
+def test_ddp_neither_sends_nor_writes_frozen_weights(tmp_path):
+    model = get_peft_model(tiny_llama(), DudeConfig(r=4, target_modules=["q_proj"]))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    keep_frozen_from_ddp(model)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path / 'meeting'}")
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        sent = {name for name, _ in model.named_parameters()} - wrapped.parameters_to_ignore
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sent == {name for name, _ in model.named_parameters()} - frozen
+    assert sent
+    assert frozen
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from dude_peft.machine import processes
+from dude_peft.machine.ddp import keep_frozen_from_ddp
 from dude_peft.machine.sharding import split
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
@@ -175,6 +176,8 @@ class _Adapting:
                 processes.from_first(None)
         if processes.count() > 1 and not config.adapter.foreign:
             keep_fingerprints(found)
+            if context.strategy == "ddp":
+                keep_frozen_from_ddp(found)
         transformers.set_seed(config.train.seed)
         return Adapted(found, exact, from_base)
 
