@@ -166,6 +166,31 @@ def quantised() -> str:
     return _table([f"SmolLM2-135M ({_link(name)})", "weights quantised", "residual, r = 16", "r = 64", "r = 128"], rows)
 
 
+def objectives() -> str:
+    rows = []
+    for objective, what in (("dpo", "pairs whose better answer has the larger reward"), ("grpo", "right answers")):
+        name = f"2026-11-30-{objective}-smollm2"
+        results = _record(name)["results"]
+        before = results["table"]["before"]
+        for case, runs in results["runs"].items():
+            after = results["table"][case]
+            counts = ", ".join(f"{run['right']:.0f}" for run in runs)
+            began = ", ".join(f"{run['right_before']:.0f}" for run in runs) if before["measure"] else "none"
+            rows.append(
+                [
+                    f"{case} ({_link(name)})",
+                    f"{what}, of {runs[0]['asked']:.0f}",
+                    began,
+                    counts,
+                    f"{100 * after['measure']:.0f} % ± {100 * after['measure_half_width']:.0f}",
+                    f"{after['general'] - before['general']:+.3f}",
+                    f"{after['kl']:.3f} ± {after['kl_half_width']:.3f}",
+                ]
+            )
+    header = ["SmolLM2-135M, three seeds", "measure", "before, by seed", "after, by seed", "after, 95 %"]
+    return _table([*header, "general loss", "KL to the base"], rows)
+
+
 def qlora() -> str:
     name = "2026-11-30-qlora"
     found = _record(name)["results"]
@@ -446,6 +471,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "mmlu": mmlu,
     "exports": exports,
     "quantised": quantised,
+    "objectives": objectives,
     "qlora": qlora,
     "mol": mol,
     "family": family,

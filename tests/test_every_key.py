@@ -49,7 +49,11 @@ NOT_HERE = {
     "train.grpo.rewards.model": f"{BESIDE}test_reward_models",
     "train.grpo.rewards.template": f"{BESIDE}test_reward_models",
     "train.fp16": GPU,
+    "train.gradient_checkpointing": "memory alone",
+    "train.report_to": "a tracker, which may not be installed",
     "train.tf32": GPU,
+    "train.use_liger_kernel": f"{GPU}: test_liger",
+    "train.liger_kernel_config": f"{GPU}: test_liger",
     "train.torch_compile": "a compiler's time: test_train_compile",
     "train.extra_arguments": "test_extra_arguments",
     "train.curriculum.reward": f"{BESIDE}test_curriculum",
@@ -70,12 +74,10 @@ PAIRS = {"data": {"train": "builtin:preferences", "test": "builtin:preferences",
 LABELS = {"data": dict.fromkeys(("train", "test"), "builtin:unpaired-preferences")}
 BASES: dict[str, dict] = {
     "sft": {},
-    "patient pairs": {
-        **PAIRS,
-        "train": {"objective": "dpo"},
-        "evaluation": {"eval_steps": 1, "early_stopping_patience": 1},
-    },
-    "patient": {"evaluation": {"eval_steps": 1, "early_stopping_patience": 1}, "train": {"learning_rate": 0.5}},
+    "saving": {"train": {"save_steps": 1}},
+    "watched": {"evaluation": {"eval_steps": 1}, "train": {"learning_rate": 0.5}},
+    "watched pairs": {**PAIRS, "train": {"objective": "dpo"}, "evaluation": {"eval_steps": 1}},
+    "patient": {"evaluation": {"eval_steps": 1, "early_stopping_patience": 1}},
     "dpo": {**PAIRS, "train": {"objective": "dpo"}},
     "robust": {**PAIRS, "train": {"objective": "dpo", "dpo": {"loss_type": "robust", "label_smoothing": 0.1}}},
     "orpo": {**PAIRS, "train": {"objective": "orpo"}},
@@ -90,10 +92,15 @@ BASES: dict[str, dict] = {
     "grpo": {"train": {"objective": "grpo", "grpo": {"rewards": [_LETTERS, _LENGTH], "num_iterations": 2,
                                                      "num_generations": 2, "max_completion_length": 6}}},
     "mol": {"data": {"general": "general.jsonl"}, "train": {"objective": "mol"}},
-    "budget": {"adapter": {"budget": {"parameters": "1%", "by": "gradient"}}},
+    "budget": {"adapter": {"budget": {"parameters": "4%", "by": "gradient"}}},
     "staged": {"train": {"curriculum": {"by": "length", "stages": 2}}},
-    "staged by rate": {"train": {"curriculum": {"samples": 2, "max_new_tokens": 2}}},
 }  # fmt: skip
+BASES["staged by rate"] = {
+    "train": {
+        **BASES["grpo"]["train"],
+        "curriculum": {"reward": "format", "samples": 4, "max_new_tokens": 4, "stages": 2},
+    }
+}
 
 KEYS: list[tuple[str, str, object]] = [
     ("sft", "model.name_or_path", "other"),
@@ -114,8 +121,8 @@ KEYS: list[tuple[str, str, object]] = [
     ("sft", "adapter.norm_gradient", "exact"),
     ("sft", "adapter.svd_tol", 0.5),
     ("sft", "adapter.svd_seed", 7),
-    ("budget", "adapter.budget.parameters", "2%"),
-    ("budget", "adapter.budget.by", "fisher"),
+    ("budget", "adapter.budget.parameters", "5%"),
+    ("budget", "adapter.budget.by", "uniform"),
     ("budget", "adapter.budget.calibration_rows", 3),
     ("budget", "adapter.budget.min_r", 1),
     ("budget", "adapter.budget.max_r", 3),
@@ -133,7 +140,7 @@ KEYS: list[tuple[str, str, object]] = [
     ("mol", "data.general", "general_test.jsonl"),
     ("mol", "data.general_share", 0.25),
     ("sft", "data.general_test", "general.jsonl"),
-    ("sft", "data.max_length", 48),
+    ("sft", "data.max_length", 24),
     ("sft", "data.packing", True),
     ("dpo", "train.objective", "orpo"),
     ("dpo", "train.dpo.beta", 0.5),
@@ -195,20 +202,18 @@ KEYS: list[tuple[str, str, object]] = [
     ("sft", "train.seed", 5),
     ("sft", "train.logging_steps", 2),
     ("sft", "train.movement_steps", 1),
-    ("sft", "train.report_to", ["tensorboard"]),
     ("sft", "train.save_steps", 2),
-    ("sft", "train.save_total_limit", 1),
+    ("saving", "train.save_total_limit", 3),
     ("sft", "train.bf16", True),
-    ("sft", "train.gradient_checkpointing", True),
     ("sft", "evaluation.enabled", False),
     ("sft", "evaluation.rows", 2),
     ("sft", "evaluation.max_new_tokens", 3),
     ("sft", "evaluation.batch_size", 1),
     ("sft", "evaluation.eval_steps", 1),
-    ("patient pairs", "evaluation.metric_for_best_model", "rewards/accuracies"),
-    ("patient", "evaluation.early_stopping_patience", 2),
+    ("watched pairs", "evaluation.metric_for_best_model", "rewards/accuracies"),
+    ("watched", "evaluation.early_stopping_patience", 1),
     ("patient", "evaluation.early_stopping_threshold", 50.0),
-    ("patient", "evaluation.load_best_model_at_end", False),
+    ("watched", "evaluation.load_best_model_at_end", False),
 ]
 
 
@@ -249,7 +254,9 @@ def place(tmp_path_factory) -> Path:
     for name in ("model", "other"):
         (folder / name / "generation_config.json").write_text(json.dumps(stops))
     for name, start, count in (("train", 0, 12), ("test", 50, 4)):
-        rows = [{"prompt": "say it " * (1 + n % 3), "completion": f"{n}<|end|>!"} for n in range(start, start + count)]
+        rows = [
+            {"prompt": "say it " * (1 + n % 3), "completion": f"{n}<|system|>!"} for n in range(start, start + count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("general", "general_test"):
         texts = [f"{name} once upon a time {number}" for number in range(4)]
