@@ -439,6 +439,19 @@ def costs() -> str:
     return _table(["what", "ratio (quartiles), or figure"], rows)
 
 
+def limits() -> str:
+    rows = []
+    for size, what in (("small", "8 layers of 512, 256 tokens"), ("wide", "12 layers of 768, 1,024 tokens")):
+        for dtype in ("float32", "bfloat16"):
+            name = f"2026-11-30-step-{size}-{dtype}"
+            for title, found in _record(name)["results"].items():
+                now, before = found["rows"]["DuDe"], found["rows"]["DuDe, other version"]
+                rank = title.rpartition(", ")[2]
+                bound = f"{now['flops_ratio']:.2f} · {now['bytes_ratio']:.2f}"
+                rows.append([f"a step, {what}, {dtype}, {rank} ({_link(name)})", bound, _ratio(before), _ratio(now)])
+    return _table(["what", "bound: operations · bytes", "code of 25 Nov", "now"], rows)
+
+
 def plan_published() -> str:
     name = "2026-11-30-plan-published"
     rows = []
@@ -486,6 +499,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "host-memory": host_memory,
     "costs": costs,
+    "limits": limits,
     "plan-published": plan_published,
     "lm-eval-agreement": lm_eval_agreement,
 }

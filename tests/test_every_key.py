@@ -58,6 +58,7 @@ NOT_HERE = {
     "train.extra_arguments": "test_extra_arguments",
     "train.curriculum.reward": f"{BESIDE}test_curriculum",
     "train.curriculum.threshold": f"{BESIDE}test_curriculum",
+    "evaluation.metric_for_best_model": "which steps differ is luck: test_preference",
     "evaluation.samples": "how many answers are shown",
     "evaluation.tasks": f"{BESIDE}test_eval_in_training",
     "evaluation.tasks_data_dir": f"{BESIDE}test_eval_in_training",
@@ -76,7 +77,9 @@ BASES: dict[str, dict] = {
     "sft": {},
     "saving": {"train": {"save_steps": 1}},
     "watched": {"evaluation": {"eval_steps": 1}, "train": {"learning_rate": 0.5}},
-    "watched pairs": {**PAIRS, "train": {"objective": "dpo"}, "evaluation": {"eval_steps": 1}},
+    "impatient": {
+        "evaluation": {"eval_steps": 1, "early_stopping_patience": 3, "early_stopping_threshold": 50.0},
+    },
     "patient": {"evaluation": {"eval_steps": 1, "early_stopping_patience": 1}},
     "dpo": {**PAIRS, "train": {"objective": "dpo"}},
     "robust": {**PAIRS, "train": {"objective": "dpo", "dpo": {"loss_type": "robust", "label_smoothing": 0.1}}},
@@ -99,6 +102,7 @@ BASES["staged by rate"] = {
     "train": {
         **BASES["grpo"]["train"],
         "curriculum": {"reward": "format", "samples": 4, "max_new_tokens": 4, "stages": 2},
+        "max_steps": 8,
     }
 }
 
@@ -140,7 +144,7 @@ KEYS: list[tuple[str, str, object]] = [
     ("mol", "data.general", "general_test.jsonl"),
     ("mol", "data.general_share", 0.25),
     ("sft", "data.general_test", "general.jsonl"),
-    ("sft", "data.max_length", 24),
+    ("sft", "data.max_length", 36),
     ("sft", "data.packing", True),
     ("dpo", "train.objective", "orpo"),
     ("dpo", "train.dpo.beta", 0.5),
@@ -210,8 +214,7 @@ KEYS: list[tuple[str, str, object]] = [
     ("sft", "evaluation.max_new_tokens", 3),
     ("sft", "evaluation.batch_size", 1),
     ("sft", "evaluation.eval_steps", 1),
-    ("watched pairs", "evaluation.metric_for_best_model", "rewards/accuracies"),
-    ("watched", "evaluation.early_stopping_patience", 1),
+    ("impatient", "evaluation.early_stopping_patience", 1),
     ("patient", "evaluation.early_stopping_threshold", 50.0),
     ("watched", "evaluation.load_best_model_at_end", False),
 ]
