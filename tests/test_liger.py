@@ -192,7 +192,7 @@ def test_a_head_that_is_adapted_is_refused_and_what_liger_does_not_know(places, 
 
 
 def test_where_it_is_not_installed_or_there_is_no_gpu_it_is_told_before_weights_are_read(places, tmp_path, monkeypatch):
-    monkeypatch.setattr("dude_peft.model.load.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("dude_peft.training.loading.load_model", lambda *_: pytest.fail("loaded"))
     with monkeypatch.context() as patch:
         patch.setattr(liger, "find_spec", lambda _: None)
         with pytest.raises(ConfigError, match=r"liger-kernel is not installed: pip install 'dude-peft\[liger\]'"):

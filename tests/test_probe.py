@@ -28,11 +28,11 @@ from dude_peft.data.packing import packs_apart
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
 from dude_peft.errors import ConfigError
-from dude_peft.model import probe
 from dude_peft.model.load import load_model
 from dude_peft.model.prefix import shares_prefixes
 from dude_peft.model.probe import company_of, nature_of, quiet_router_
 from dude_peft.terminal.display import Display
+from dude_peft.training import loading
 from dude_peft.training.run import run
 
 PAD = 257
@@ -287,7 +287,7 @@ class Padded(torch.nn.Module):
 
 def test_padding_behind_a_row_that_shows_is_told(tmp_path, monkeypatch):
     assert not nature_of(Padded().eval(), PAD).right_padding
-    monkeypatch.setattr(probe, "nature_of", lambda *given: replace(nature_of(*given), right_padding=False))
+    monkeypatch.setattr(loading, "nature_of", lambda *given: replace(nature_of(*given), right_padding=False))
     with pytest.raises(ConfigError, match=r"per_device_train_batch_size: padding after a row changes .* set it to 1"):
         trained("llama", tmp_path)
     trained("llama", tmp_path, train={"per_device_train_batch_size": 1, "max_steps": 1})
