@@ -28,7 +28,7 @@ import measure
 import peft
 import torch
 from rich.console import Console
-from throughput import ALPHA, RANK, TARGETS, Clock, dude_train
+from throughput import ALPHA, RANK, TARGETS, Clock, dude_train, trl_settings
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from dude_peft.config.schema import RunConfig
@@ -95,20 +95,7 @@ def trl_lora(config: RunConfig, where: str, tokenizer: Any, examples: TrainingSe
     rows = [_asked(examples[index], tokenizer) for index in range(len(examples))]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {
-            "output_dir": folder,
-            "max_steps": config.train.max_steps,
-            "per_device_train_batch_size": config.train.per_device_train_batch_size,
-            "learning_rate": RATE,
-            "use_cpu": not torch.accelerator.is_available(),
-            "bf16": config.train.bf16,
-            "gradient_checkpointing": False,
-            "optim": config.train.optim,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1000,
-        }
+        common = trl_settings(config, folder)
         settings: dict[str, Any] = {
             "train_dataset": Dataset.from_list(rows),
             "processing_class": tokenizer,

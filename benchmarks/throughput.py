@@ -57,27 +57,34 @@ class Clock(TrainerCallback):
         return (last - first) / (end - start)
 
 
+def trl_settings(config: RunConfig, folder: str) -> dict[str, Any]:
+    """What a trainer of TRL takes in the place of our run."""
+    return {
+        "output_dir": folder,
+        "max_steps": config.train.max_steps,
+        "per_device_train_batch_size": config.train.per_device_train_batch_size,
+        "learning_rate": config.train.learning_rate,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": config.train.bf16,
+        "gradient_checkpointing": False,
+        "optim": config.train.optim,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": config.train.logging_steps,
+    }
+
+
 def trl_lora(config: RunConfig, where: str, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     """SFTTrainer as its documentation has it."""
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
-            output_dir=folder,
-            max_steps=config.train.max_steps or 1,
-            per_device_train_batch_size=config.train.per_device_train_batch_size,
-            learning_rate=RATE,
+            **trl_settings(config, folder),
             packing=True,
             max_length=config.data.max_length,
-            use_cpu=not torch.accelerator.is_available(),
-            bf16=config.train.bf16,
-            gradient_checkpointing=False,
             include_num_input_tokens_seen="all",
-            optim=config.train.optim,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1000,
         )
         lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
         clock = Clock()

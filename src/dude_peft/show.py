@@ -19,6 +19,11 @@ def quoted(text: object, limit: int = 40) -> str:
     return f"'{shown(text, limit)}'"
 
 
+def reason_of(error: BaseException, limit: int) -> str:
+    """What went wrong in another library, for a message of ours: the kind of error, and its text on one line."""
+    return f"{type(error).__name__}: {shown(' '.join(str(error).split()), limit)}"
+
+
 def shown_lines(text: str) -> str:
     """`text` with what `shown` escapes escaped, but newlines, tabs and the spaces of other scripts kept."""
     return "".join(c if c in _HARMLESS else shown(c) for c in text)

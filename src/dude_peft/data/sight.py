@@ -19,7 +19,7 @@ from dude_peft.data.formats import Row
 from dude_peft.data.pictures import Picture, opened
 from dude_peft.data.template import Pieces
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
-from dude_peft.show import quoted, shown
+from dude_peft.show import quoted, reason_of
 
 TOO_OLD = "rows with images need transformers 5.12 or newer: pip install -U transformers"
 """What is said where its processors do not tell what they write in place of an image."""
@@ -184,7 +184,7 @@ class Sight:
                 "the size in preprocessor_config.json"
             ) from error
         except Exception as error:  # each family's processor raises its own
-            reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+            reason = reason_of(error, 200)
             raise DataError(f"{where}: the model's processor does not take an image ({reason}); replace it") from error
 
 

@@ -17,7 +17,7 @@ from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, Counts
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.machine.processes import gathered
-from dude_peft.show import shown
+from dude_peft.show import reason_of, shown
 from dude_peft.terminal.display import Display
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Scorer:
             of_a_task = isinstance(error, (ValueError, AssertionError, LookupError, TypeError, re.error, TemplateError))
             if comes_of_memory(error) or not (own or of_a_task):
                 raise
-            reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+            reason = reason_of(error, 200)
             tasks = ", ".join(dict.fromkeys(self._names[task] for task in self._tasks))
             raise ConfigError(
                 f"lm-eval cannot run {shown(tasks, 200)} on {shown(self._speaker.name, 300)} ({reason}); run the tasks "

@@ -17,7 +17,7 @@ from dude_peft.errors import ConfigError, DataError, DudeError
 from dude_peft.evaluation.local_tasks import is_local, only, write_tasks
 from dude_peft.evaluation.task_code import LARGEST_YAML_BYTES, UNSAFE, files_with_code, guarded
 from dude_peft.evaluation.task_names import LLM_ADAPTERS, WORDMATH, is_yaml, unknown
-from dude_peft.show import quoted, shown
+from dude_peft.show import quoted, reason_of, shown
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _own_errors(name: str) -> Iterator[None]:
     except DudeError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        reason = reason_of(error, 200)
         if is_yaml(name):
             raise ConfigError(f"--tasks: {shown(name, 300)} cannot be loaded as a task ({reason})") from error
         raise DataError(

@@ -30,7 +30,7 @@ from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.record import ADAPTER
-from dude_peft.show import shown
+from dude_peft.show import reason_of, shown
 from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.config import adapter_folder
 from dude_peft.tuner.patterns import check_patterns
@@ -200,7 +200,7 @@ def _fetch_tokenizer(name: str) -> None:
     try:
         snapshot_download(name, allow_patterns=list(TOKENIZER_FILES))
     except Exception as error:  # the hub client's errors have no common base
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        reason = reason_of(error, 200)
         raise ConfigError(
             f"the tokenizer of {shown(name)} cannot be downloaded ({reason}); download the adapter, and give its folder"
         ) from error

@@ -18,7 +18,7 @@ from dude_peft.exporting.check import Difference, record, run_consumer, run_live
 from dude_peft.exporting.foreign import ForeignAdapter
 from dude_peft.model.architecture import fetch_checkpoint
 from dude_peft.model.load import load_model, locate
-from dude_peft.show import shown
+from dude_peft.show import reason_of, shown
 from dude_peft.terminal.display import Display
 from dude_peft.tuner.foreign import load_foreign
 from dude_peft.tuner.same_base import with_remedy
@@ -95,7 +95,7 @@ def _write(adapter: ForeignAdapter, source: Any, where: str, original: Path, fol
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # each tuner has its own way to say that it cannot
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        reason = reason_of(error, 200)
         raise ConfigError(
             f"PEFT does not merge {adapter.method} into this model ({reason}); use it as it is"
         ) from error

@@ -21,7 +21,7 @@ from dude_peft.doors import check_folder
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.model.gguf_once import forget, parsed_once
-from dude_peft.show import a_, shown
+from dude_peft.show import a_, reason_of, shown
 from dude_peft.task_types import CAUSAL, SCORES, TaskType
 
 if TYPE_CHECKING:
@@ -426,7 +426,7 @@ def loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
             raise ResourceError(
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        reason = reason_of(error, 200)
         if section.attn_implementation is not None and "ttention" in str(error):
             raise ConfigError(
                 f"model.attn_implementation: {section.attn_implementation} does not work here ({reason}); leave it "

@@ -24,7 +24,7 @@ from dude_peft.data.trial import distance, text_ids, traceless, trial_length, tr
 from dude_peft.errors import ConfigError, DudeError
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.model.outputs import is_scorer, of_each_token
-from dude_peft.show import shown
+from dude_peft.show import reason_of
 
 _FACTOR = 4
 _TRIFLE_AHEAD, _TRIFLE_PADDING, _TRIFLE_SHARED = 0.05, 0.01, 0.05
@@ -285,5 +285,5 @@ def _refused(model: Any, what: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+        reason = reason_of(error, 200)
         raise ConfigError(f"model {_name(model)} {what} ({reason}); use another model or model.dtype") from error

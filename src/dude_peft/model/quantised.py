@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dude_peft.config.schema import ModelSection, QuantizationSection
 from dude_peft.errors import ConfigError
-from dude_peft.show import shown
+from dude_peft.show import reason_of, shown
 from dude_peft.terminal.quiet import quiet_imports
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
@@ -261,7 +261,7 @@ def _fault(asked: QuantizationSection, dtype: torch.dtype, device: Any) -> str |
     except ConfigError:
         raise
     except Exception as error:  # whatever its kernels raise
-        return f"{type(error).__name__}: {shown(' '.join(str(error).split()), 120)}"
+        return reason_of(error, 120)
     if _distance(applied, W) > _WORST_ERROR:
         return "it applies other weights than it was given"
     gradient = torch.ones_like(y) @ applied

@@ -17,7 +17,7 @@ from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
 from dude_peft.planning.packed import PackedLinear
 from dude_peft.planning.spread import ALONE, Exchange, Spread, exchange_of
-from dude_peft.show import shown
+from dude_peft.show import reason_of
 from dude_peft.tuner import DudeLinear
 
 # A process that has done nothing yet: libraries, and on a GPU its context and the workspace of its products. Assumed.
@@ -147,7 +147,7 @@ def cost(
             step = dry_step(adapted(), 0, rows, length, **options)
     except Exception as error:  # of any operator that cannot be traced: experts in float32, say
         step, order = DryStep(), []
-        uncounted = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+        uncounted = reason_of(error, 160)
     trained = sum(parameter.nbytes for parameter in static.trained)
     # From the second pass on all gradients are there, and whole: they are sent with the last pass.
     held = exchange.trained if train.gradient_accumulation_steps > 1 else None

@@ -24,7 +24,7 @@ from dude_peft.config.schema import LigerKernel, TrainSection
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError
 from dude_peft.model.probe import Nature
-from dude_peft.show import shown
+from dude_peft.show import reason_of, shown
 
 _KEY = "train.use_liger_kernel"
 _FUSED = "fused_linear_cross_entropy"
@@ -113,7 +113,7 @@ def check_loss(model: Any, nature: Nature) -> None:
             return
         fault = "its fused loss is not the cross-entropy of the logits"
     except Exception as error:  # whatever its kernels raise
-        fault = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+        fault = reason_of(error, 160)
     finally:
         model.zero_grad()
     raise ConfigError(f"{_KEY} does not work on this model and device ({fault}); {_WITHOUT}, or leave it out")

@@ -17,7 +17,7 @@ from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.machine.processes import gathered
 from dude_peft.model.outputs import with_scores
 from dude_peft.model.probe import Nature, check_causal
-from dude_peft.show import shown
+from dude_peft.show import reason_of
 from dude_peft.task_types import CAUSAL
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.heads import behind_backbone, newly_initialised
@@ -138,7 +138,7 @@ def check_attention(model: Any, wanted: str | None) -> None:
                 return
             fault = "its gradient is not finite"
         except Exception as error:  # whatever its kernels raise
-            fault = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 160)}"
+            fault = reason_of(error, 160)
         finally:
             handle.remove()
             model.zero_grad()

@@ -25,7 +25,7 @@ from dude_peft.artifact.manifest import CONFIG_FILE, WEIGHTS_FILE, BaseRecord, M
 from dude_peft.doors import read_json
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.peft_file import PREFIX, checked_settings, is_foreign
-from dude_peft.show import quoted, shown
+from dude_peft.show import quoted, reason_of, shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import prints_beside
@@ -193,7 +193,7 @@ def _same(seen: Any) -> tuple[Any, ...]:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {shown(' '.join(str(error).split()), 200)}"
+    return reason_of(error, 200)
 
 
 @torch.inference_mode()
