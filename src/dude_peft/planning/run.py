@@ -197,7 +197,8 @@ def _made(
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
     def evaluate(changed: RunConfig, tokens: int) -> Cost:
-        found = cost(changed, settings, where, tokens, gpu=device.gpu, spread=spread)
+        begins = 0 if rows is None else rows.begins
+        found = cost(changed, settings, where, tokens, gpu=device.gpu, begins=begins, spread=spread)
         bill = replace(found.bill, reward_models=reward_models)
         if (places := placed(changed, settings, where, device)) is not None:
             bill = places.on(bill, checkpointing=changed.train.gradient_checkpointing)
