@@ -1,0 +1,19 @@
+"""How products of float32 are computed, which is the process's and not a run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def precision_kept() -> Iterator[None]:
+    """After the block: TF32 as it was, whatever the Trainer has set within (`train.tf32`)."""
+    import torch
+
+    backends = torch.backends
+    before = backends.fp32_precision
+    try:
+        yield
+    finally:
+        backends.fp32_precision = before
