@@ -1,4 +1,4 @@
-"""How products of float32 are computed, which is the process's and not a run's."""
+"""Products of float32 in TF32 or not: a switch of the process, which a run leaves as it was."""
 
 from __future__ import annotations
 
