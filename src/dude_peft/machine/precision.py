@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -11,7 +12,7 @@ def precision_kept() -> Iterator[None]:
     """After the block: TF32 as it was, whatever the Trainer has set within (`train.tf32`)."""
     import torch
 
-    backends = torch.backends
+    backends: Any = torch.backends
     before = backends.fp32_precision
     try:
         yield
