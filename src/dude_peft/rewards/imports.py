@@ -9,6 +9,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from dude_peft.doors import read_file
+
+_LARGEST_BYTES = 1 << 20
+
 
 def mentioned(file: Path, root: Path) -> set[str]:
     """Paths of the files below `root` that a Python file's import statements name, and theirs in turn."""
@@ -25,7 +29,7 @@ def mentioned(file: Path, root: Path) -> set[str]:
 
 def _named_in(file: Path, root: Path) -> Iterator[Path]:
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = ast.parse(read_file(file, _LARGEST_BYTES))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # whoever imports it will tell
         return
     for node in ast.walk(tree):
