@@ -158,6 +158,10 @@ def test_wrong_usage_exits_with_2(arguments):
         (["merge", "runs/mine/adapter"], "example: dude merge runs/mine/adapter -o merged"),
         (["train"], "example: dude train run.yaml --set train.max_steps=80"),
         (["train", "run.yaml", "--learning-rate", "3e-4"], "--set train.learning_rate=VALUE"),
+        (
+            ["train", "run.yaml", "--lr", "3e-4"],
+            "--lr; for a key of the run: --set train.learning_rate=VALUE",
+        ),
         (["plan", "run.yaml", "--lora_rank", "8"], "--set adapter.r=VALUE"),
         (["train", "run.yaml", "--outputdir", "x"], "--output-dir"),
         (["merge", "a", "-o", "b", "--lora_rank", "8"], "example: dude merge runs/mine/adapter -o merged"),

@@ -47,7 +47,7 @@ def test_the_row_of_other_tokens_is_told(model, scale):
     forget(model, [2, 9, 10, 11], scale)
     warning = end_token_warning(model, EXAMPLES, Tokenizer())
     assert "never trained on </s>" in warning
-    assert "that of 3 other tokens" in warning
+    assert "equals those of 3 other tokens" in warning
 
 
 def test_other_tokens_rows_are_not_asked_for(model):

@@ -603,6 +603,7 @@ def test_a_plan_counts_both_answers(places, tmp_path):
     pairs = plan(path)
     assert pairs.rows.rows == 22
     assert pairs.as_dict()["batch"]["rows"] == 4
+    assert "4 conversations, two of each pair, of" in pairs._repr_html_()
     report = check_data(places / "train.jsonl", str(places / "model"), objective="dpo", template="plain")
     assert pairs.rows.tokens_per_row == pytest.approx(report.tokens / 22)
     assert pairs.tokens_per_step == pytest.approx(2 * report.tokens / 22)

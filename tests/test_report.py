@@ -509,6 +509,7 @@ def test_folders_that_are_none_of_the_three(run, tmp_path):
     (damaged / "results.json").write_text('{"model": 3}')
     for folder, words in (
         (tmp_path / "nothing", "no such folder"),
+        (run / "report.json", "is a file; give the folder of a run"),
         (tmp_path / "empty", "is not the folder of a run"),
         (unfinished, "has not finished; run dude train again"),
         (asked, "has not finished; run dude eval again"),

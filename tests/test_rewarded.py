@@ -392,19 +392,19 @@ def test_your_own_reward_gets_what_trl_gives_and_is_part_of_what_the_run_is(plac
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("raise KeyError('solution')", r"the reward mine raised line 4: KeyError: 'solution'"),
+        ("raise KeyError('solution')", r"the reward mine failed: line 4: KeyError: 'solution'"),
         ("time.sleep(60)", r"the reward mine took longer than 1 s, .*raise train.grpo.reward_timeout"),
         ("return [float('nan')] * len(completions)", r"the reward mine gave nan for the answer"),
         ("return [None] * len(completions)", r"the reward mine gave nothing for the answer"),
         ("return [1e300] * len(completions)", r"the reward mine gave 1e\+300"),
         ("return [0.5]", r"the reward mine gave 1 numbers for 4 answers"),
-        ("return 0.5", r"raised it returned float, not a list of numbers"),
-        ("return '1101'", r"raised it returned str, not a list of numbers"),
-        ("return b'1101'", r"raised it returned bytes, not a list of numbers"),
-        ("return ['right'] * len(completions)", r"the reward mine raised .*ValueError"),
+        ("return 0.5", r"the reward mine failed: it returned float, not a list of numbers"),
+        ("return '1101'", r"the reward mine failed: it returned str, not a list of numbers"),
+        ("return b'1101'", r"the reward mine failed: it returned bytes, not a list of numbers"),
+        ("return ['right'] * len(completions)", r"the reward mine failed: .*ValueError"),
         ("os._exit(3)", r"the reward mine ended its process with status 3, .*; correct it, and start over"),
         ("os.kill(os.getpid(), 11)", r"ended its process with signal SIGSEGV, .*; correct it, or if it ran out of mem"),
-        ("sys.exit(3)", r"the reward mine raised line 4: SystemExit"),
+        ("sys.exit(3)", r"the reward mine failed: line 4: SystemExit"),
     ],
 )
 def test_a_reward_that_fails_ends_the_run_with_the_prompt_and_the_row(places, tmp_path, body, words):
@@ -618,7 +618,11 @@ OWN = {"kind": "function", "file": "rewards.py", "function": "mine"}
         ({"rewards": [{"kind": "accuracy"}]}, {}, "train.grpo.rewards"),
         ({"beta": -0.1}, {}, "train.grpo.beta"),
         ({"num_generations": 1}, {}, "train.grpo.num_generations"),
-        ({"num_generations": 3}, {}, "a step, with .* has 8 answers.*num_generations is 3.*whole groups"),
+        (
+            {"num_generations": 3},
+            {},
+            "has 8 answers.*num_generations is 3.*whole groups; set it to [69]$",
+        ),
         ({"temperature": 0}, {}, "train.grpo.temperature"),
         ({"top_p": 1.5}, {}, "train.grpo.top_p"),
         ({"loss_type": "cispo"}, {}, "train.grpo.loss_type"),

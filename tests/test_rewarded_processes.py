@@ -153,7 +153,7 @@ def test_two_processes_that_were_cut_between_iterations_go_on_bit_by_bit(places,
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("raise KeyError('solution')", "the reward mine raised line 6: KeyError: 'solution', on the prompt "),
+        ("raise KeyError('solution')", "the reward mine failed: line 6: KeyError: 'solution', on the prompt "),
         ("return [float('nan')] * len(completions)", "the reward mine gave nan for the answer "),
         ("time.sleep(60)", "the reward mine took longer than 1 s, on the prompt "),
     ],

@@ -225,6 +225,8 @@ def test_a_misspelt_key_names_line_and_closest(file, key):
         ("base_model=x", "'model.name_or_path'"),
         ("model=gpt2", "'model.name_or_path'"),
         ("model.seed=1", "'train.seed'"),
+        ("train.beta=1", "'train.dpo.beta'"),
+        ("train.num_generations=4", "'train.grpo.num_generations'"),
     ],
 )
 def test_the_closest_key_is_found_across_sections(file, override, closest):

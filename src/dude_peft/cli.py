@@ -873,6 +873,8 @@ def _usage(error: Any, *, debug: bool) -> None:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         sys.exit(ConfigError.exit_code)
+    if getattr(error, "possibilities", None) == ["--help"]:
+        error.possibilities = []  # click takes it for what --lr meant
     example = getattr(getattr(context, "command", None), "epilog", None)
     hint = _key_of(error, command) or (f"{example[:1].lower()}{example[1:]}; " if example else "")
     message = f"{error.format_message().rstrip('.')}; {hint}{command} --help lists the options"

@@ -477,6 +477,18 @@ def _known_keys(kind: type[Section] = RunConfig) -> list[str]:
     return names
 
 
+def _deeper(kind: type[Section]) -> dict[str, str]:
+    """The words of sections inside sections, each with the first key that has it: beta is train.dpo.beta."""
+    found: dict[str, str] = {}
+    for name in kind.model_fields:
+        outer = _inside(kind, name)
+        for inner in [] if outer is None else outer.model_fields:
+            section = _inside(outer, inner)
+            for word in [] if section is None else section.model_fields:
+                found.setdefault(word, f"{name}.{inner}.{word}")
+    return found
+
+
 def _siblings(key: Key, kind: type[Section]) -> list[str]:
     section: type[Section] | None = kind
     for part in key[:-1]:
@@ -490,6 +502,8 @@ def closest_key(key: Key, kind: type[Section] = RunConfig) -> str | None:
     siblings = _siblings(key, kind)
     elsewhere = {known.rpartition(".")[2]: known for known in _known_keys(kind)}
     if meant := (our_key(last) if kind is RunConfig else None) or elsewhere.get(last):
+        return meant
+    if meant := _deeper(kind).get(last):
         return meant
     if near := _near(last, siblings) or _abbreviated(last, siblings):
         return f"{prefix}.{near}" if prefix else near

@@ -11,6 +11,7 @@ import difflib
 import itertools
 import os
 import re
+from math import gcd
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -1394,12 +1395,13 @@ class RunConfig(Section):
                 )
             return self
         budget, answers = self.adapter.budget, settings.num_generations
-        step = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
+        batch, forwards = self.train.per_device_train_batch_size, self.train.gradient_accumulation_steps
+        step, unit = batch * forwards, answers // gcd(answers, forwards)
         others = {
             "train.per_device_train_batch_size": (
                 step % answers > 0,
                 f"a step, with gradient_accumulation_steps, has {step} answers, and train.grpo.num_generations is "
-                f"{answers}; a step needs whole groups",
+                f"{answers}; a step needs whole groups; set it to {-(-batch // unit) * unit}",
             ),
             "data.packing": (self.data.packing, "answers are padded to one length; set it to false"),
             "data.train_on": (self.data.train_on != "answers", "the model's own answers are trained; leave it out"),

@@ -597,8 +597,8 @@ def _preference(record: Record) -> str:
     chosen = record.peek("chosen")
     how = "messages" if isinstance(chosen, (list, tuple)) else "completion"
     return (
-        f"{', '.join(there)}: preference data, which fit {objectives_for('pairs')} (dude data check: --objective dpo); "
-        f"to train on the chosen answers only, set {written({how: 'chosen'})}"
+        f"{', '.join(there)}: preference data, which fit {objectives_for('pairs')} (dude data check and config new: "
+        f"--objective dpo); to train on the chosen answers only, set {written({how: 'chosen'})}"
     )
 
 

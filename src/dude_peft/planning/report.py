@@ -215,7 +215,11 @@ class Plan:
             whole.append((f"of all {self.spread.processes} processes", size(self.memory)))
         whole.append((f"available, {self.device.name}", size(self.device.memory)))
         step = "a step" if self.spread.processes == 1 else "a step in each process"
-        yield f"peak memory of {step}, {batch} rows of {self.length} tokens; in {cost.peak_in}", parts + whole
+        rows = "answers" if self.config.train.rewarded else "rows"
+        if self.config.train.sides == 2:
+            rows = "conversations, two of each pair,"
+        title = f"peak memory of {step}, {batch} {rows} of {self.length} tokens; the peak is in {cost.peak_in}"
+        yield title, parts + whole
         yield "the run", self._facts()
         if self.remedies:
             yield "changes that would fit", [(str(each), size(each.total)) for each in self.remedies]
@@ -233,7 +237,8 @@ class Plan:
             facts.append(("rows", "not on this machine, so not counted; rows of data.max_length are assumed"))
         else:
             counted = "" if self.rows.counted >= self.rows.rows else f", {self.rows.counted:,} of them counted"
-            facts.append(("rows", f"{self.rows.rows:,} of {self.rows.tokens_per_row:,.0f} tokens on average{counted}"))
+            told = f"{self.rows.rows:,} of {self.rows.tokens_per_row:,.0f} tokens on average{counted}"
+            facts.append(("rows" if train.sides == 1 else "pairs", told))
         if self.steps is not None:
             facts.append(("optimizer steps", f"{self.steps:,} of {self.tokens_per_step:,.0f} tokens"))
         if self.rows is not None and self.steps is not None:

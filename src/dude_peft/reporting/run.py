@@ -115,6 +115,8 @@ def page_of(folder: Path, weight_of: WeightOf | None = None) -> Path:
 def _kind(folder: Path) -> str:
     """The file that tells what the folder is."""
     named = shown(folder, 300)
+    if folder.is_file():
+        raise ArtifactError(f"{named} is a file; give the folder of a run, its output_dir, or of a comparison")
     if not folder.is_dir():
         raise ArtifactError(f"{named}: no such folder; give the folder of a run, an evaluation or a comparison")
     found = [name for name in (_COMPARISON, _RUN, _EVALUATION) if (folder / name).is_file()]

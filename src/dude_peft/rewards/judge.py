@@ -184,7 +184,7 @@ class Judge:
             what = f"needs more than {self._gib:g} GiB of memory ({shown(found['fault'], 200)})"
             raise self._fault(number, what, group, todo)
         if "fault" in found:
-            raise self._fault(number, f"raised {shown(found['fault'], 400)}", group)
+            raise self._fault(number, f"failed: {shown(found['fault'], 400)}", group)
         return list(found["scores"])
 
     def _checked(self, number: int, values: list[Any], group: Group) -> list[float]:

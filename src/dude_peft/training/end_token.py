@@ -38,8 +38,9 @@ def end_token_warning(model: Any, examples: Sequence[Mapping[str, Sequence[int]]
         if (others := _same_rows(weight, end)) > 0:
             token = shown(tokenizer.convert_ids_to_tokens(end))
             return (
-                f"answers may not end: the model was never trained on {token}, its output row is that of {others:,} "
-                "other tokens and stays frozen; take a model that knows its end token, as an instruct model does"
+                f"answers may not end: the model was never trained on {token}; its output row equals those of "
+                f"{others:,} other tokens, and stays frozen; take a model that knows its end token, "
+                "as an instruct model does"
             )
     return None
 
