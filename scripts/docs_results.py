@@ -331,7 +331,17 @@ def memory() -> str:
 
 
 def host_memory() -> str:
-    name = "2026-11-29-host-memory"
+    return _host_memory("2026-11-29-host-memory")
+
+
+def host_memory_ddp() -> str:
+    return _host_memory("2026-11-30-host-memory-ddp")
+
+
+def _host_memory(name: str) -> str:
+    """With what `dude plan` told, where the record has that."""
+    results = _record(name)["results"]
+    planned = all("planned_models" in found for found in results.values())
     rows = [
         [
             title,
@@ -339,12 +349,13 @@ def host_memory() -> str:
             f"{found['ratio']:.2f}",
             f"{found['own_mb']:,.0f} MB",
             f"{found['models']:.2f}",
+            *([f"{found['planned_models']:.2f}"] if planned else []),
             "yes" if found["same_losses"] else "no",
         ]
-        for title, found in _record(name)["results"].items()
+        for title, found in results.items()
     ]
     head = [f"host memory of all processes ({_link(name)})", "peak", "over one process", "programs alone"]
-    return _table([*head, "models above that", "same losses"], rows)
+    return _table([*head, "models above that", *(["`dude plan`"] if planned else []), "same losses"], rows)
 
 
 def _objective_speeds() -> list[list[str]]:
@@ -498,6 +509,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "step-layer": step_layer,
     "memory": memory,
     "host-memory": host_memory,
+    "host-memory-ddp": host_memory_ddp,
     "costs": costs,
     "limits": limits,
     "plan-published": plan_published,

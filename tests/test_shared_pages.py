@@ -172,7 +172,7 @@ def memory() -> None:
     gathered(None)
     grown = sum(gathered(proportional())) - before
     gathered(None)
-    assert 0.9 * weights < grown < 1.2 * weights
+    assert 0.9 < grown / weights < 1.2, grown / weights
     dist.destroy_process_group()
 
 
@@ -191,7 +191,6 @@ def test_a_run_with_one_model_is_the_run_with_a_model_in_each_process(places, tm
     one, each = write_config(places, tmp_path / "one"), write_config(places, tmp_path / "each")
     done = dude("train", one, *launched)
     assert done.returncode == 0, done.stderr
-    assert "base model of its own" not in done.stderr
     alone = subprocess.run(
         [sys.executable, "-m", "dude_peft.cli", "train", str(each), *launched],
         env={**environment(), "PYTHONPATH": without_memfd(tmp_path / "path")},
@@ -200,7 +199,8 @@ def test_a_run_with_one_model_is_the_run_with_a_model_in_each_process(places, tm
         check=False,
     )
     assert alone.returncode == 0, alone.stderr
-    assert alone.stderr.count("each process has a base model of its own (memfd_create does not work here") == 1
+    told = "warning: each process has a base model of its own (memfd_create does not work here"
+    assert (done.stdout.count(told), alone.stdout.count(told)) == (0, 1)
     assert losses(tmp_path / "one") == losses(tmp_path / "each")
     assert all(torch.equal(tensors(tmp_path / "each")[name], each) for name, each in tensors(tmp_path / "one").items())
 

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dude_peft.machine.pages import MappedFiles
+from dude_peft.machine.pages import MappedFiles, return_freed_blocks
 from dude_peft.machine.places import Part, Place, empty_ones, parts_of, places_of, put, unlike
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _ALIGNED_BYTES = 64  # as torch's allocator on CPUs
 _TOKEN_BYTES = 32
+_AT_ONCE_BYTES = 2**27
+"""Moved before the memory that was left behind is given back."""
 
 
 class NotSharedError(Exception):
@@ -90,7 +92,7 @@ class Shared:
         token = secrets.token_bytes(_TOKEN_BYTES)
         os.ftruncate(self._file, end)
         _write(self._file, memoryview(token), 0)
-        memory, files = _mapped(self._file, end), MappedFiles()
+        memory, files, returned = _mapped(self._file, end), MappedFiles(), 0
         while tensors:
             place = found[-len(tensors)]
             tensor = tensors.pop(0)
@@ -99,6 +101,11 @@ class Shared:
                 _write(self._file, _bytes_of(values, place.stride), place.offset)
                 files.let_go(values)
                 tensor.data = _tensor(memory, place)
+                del values
+            if place.offset - returned > _AT_ONCE_BYTES:
+                return_freed_blocks()
+                returned = place.offset
+        return_freed_blocks()
         return Offer(f"/proc/{os.getpid()}/fd/{self._file}", token, end, tuple(found))
 
 
