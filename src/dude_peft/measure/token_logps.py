@@ -45,13 +45,33 @@ def token_logps(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Ten
     return _by_place(logits, labels, temperature, entropy=True)
 
 
+def logps_at(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+    """Of each place log q[label], q = softmax(logits[place]), (n,), as `row_logps` takes them and in its memory.
+
+    Which tokens are judged is given here, not looked up, so that it runs where tensors have no values.
+
+    Args:
+        logits: (tokens, V).
+        places: (n,), tokens that are judged.
+        labels: (n,), what each is judged for.
+    """
+    return _logps(logits, places, labels, 1.0, entropy=False)[0]
+
+
+def _logps(
+    logits: Tensor, places: Tensor, labels: Tensor, temperature: float, *, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        logits, places, labels, temperature, entropy
+    )
+    return found
+
+
 def _by_place(logits: Tensor, labels: Tensor, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     judged = labels[:, 1:] != IGNORE
     row, token = judged.nonzero(as_tuple=True)
     places = row * labels.shape[1] + token
-    logps, entropies = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        logits.flatten(0, 1), places, labels[row, token + 1], temperature, entropy
-    )
+    logps, entropies = _logps(logits.flatten(0, 1), places, labels[row, token + 1], temperature, entropy=entropy)
     each = logps.new_zeros(judged.shape).index_put((row, token), logps)
     others = logps.new_zeros(judged.shape).index_put((row, token), entropies) if entropy else entropies
     return each, others, judged

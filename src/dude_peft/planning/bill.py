@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dude_peft.config.schema import RunConfig, TrainSection
+from dude_peft.config.schema import (
+    CpoSection,
+    DpoSection,
+    GrpoSection,
+    Paired,
+    RewardModelSection,
+    RunConfig,
+    TrainSection,
+)
 from dude_peft.planning.adapted import adapted_model
-from dude_peft.planning.dry_step import DryStep, dry_step
+from dude_peft.planning.dry_step import DryStep, Judged, dry_step
 from dude_peft.planning.layers import shorten
 from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
@@ -106,6 +114,7 @@ def cost(
     length: int,
     *,
     gpu: bool,
+    begins: int = 0,
     whole: bool = False,
     spread: Spread = ALONE,
 ) -> Cost:
@@ -117,6 +126,7 @@ def cost(
         where: from `train.model.locate`.
         length: tokens of the longest row; the batch is filled with such rows.
         gpu: whether a GPU trains.
+        begins: tokens in front of the first judged one of any row, where answers are judged.
         whole: run all layers instead of one of each kind; slower, and the same.
         spread: the processes that train together.
 
@@ -133,11 +143,12 @@ def cost(
     order = [] if whole else shorten(model)
     kinds = len(set(order))
     rows, uncounted = rows_of_batch(train), ""
-    options = {
+    options: dict[str, Any] = {
         "bf16": train.autocasts,
         "checkpointing": train.gradient_checkpointing,
         "packed": config.data.packing,
         "chunked": train.chunks_loss,
+        "judged": _judged(train, length, begins),
         "gpu": gpu,
     }
     try:
@@ -172,6 +183,18 @@ def cost(
         exchanged=peak.exchanged,
     )
     return Cost(static, bill, peak.where, _flops(step, order), exchange, uncounted)
+
+
+def _judged(train: TrainSection, length: int, begins: int) -> Judged | None:
+    section = train.section
+    if section is None or isinstance(section, RewardModelSection):
+        return None
+    answer = max(length - begins, 1)
+    # As `fit` has it: logits in front of the answers are left out, but orpo learns questions too.
+    few = isinstance(section, DpoSection | CpoSection | GrpoSection)
+    logits = min(answer + 1, length) if few else length  # the token before predicts the first judged one
+    imitates = isinstance(section, Paired) and section.nll > 0
+    return Judged(answer, logits, imitated=(answer if few else length) if imitates else 0)
 
 
 def rows_of_batch(train: TrainSection) -> int:

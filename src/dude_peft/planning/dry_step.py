@@ -2,7 +2,8 @@
 
 The tensors say they are on the CPU: there our layer runs block by block, whose temporaries are as small as those of the
 Triton kernels, and the attention is the fused one. The step is Trainer's: autocast around the model, the outputs back
-in float32, the loss with the model's own function. Of the model's outputs Trainer keeps the loss alone.
+in float32, the loss with the model's own function, or with ours where answers are judged. Of the model's outputs
+Trainer keeps the loss alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,23 @@ from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dude_peft.model.outputs import is_scorer
+from dude_peft.measure.token_logps import logps_at
+from dude_peft.model.outputs import can_keep_few, is_scorer
 from dude_peft.planning.layers import decoder_layers
 from dude_peft.planning.liger import loss_in_chunks
 from dude_peft.planning.live_bytes import NOTHING, LiveBytes, Stretch
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a loss of answers takes: log-probabilities of tokens at the end of each row."""
+
+    answer: int
+    """Tokens that are judged."""
+    logits: int
+    """Tokens whose logits are computed, where the model can leave out the others."""
+    imitated: int
+    """Tokens of the first half of the rows, the better answers, whose cross-entropy counts too; 0 for none."""
 
 
 @dataclass
@@ -49,6 +63,7 @@ def dry_step(
     checkpointing: bool,
     packed: bool = False,
     chunked: bool = False,
+    judged: Judged | None = None,
     gpu: bool = False,
 ) -> DryStep:
     """Runs the step and takes its memory apart.
@@ -62,6 +77,7 @@ def dry_step(
         checkpointing: gradient checkpointing.
         packed: the rows are laid end to end, as one.
         chunked: the loss is taken in chunks, as Liger does.
+        judged: what a loss of answers takes; None for the cross-entropy of all tokens.
         gpu: whether a GPU trains.
     """
     adapted: Any = model
@@ -77,7 +93,7 @@ def dry_step(
             ids = torch.zeros(*((1, rows * length) if packed else (rows, length)), dtype=torch.long)
             beside = "position_ids" if packed else "attention_mask"
             batch = {"input_ids": ids, beside: torch.ones_like(ids), "labels": ids}
-            loss = _loss(adapted, batch, bf16, chunked)
+            loss = _loss(adapted, batch, bf16, chunked, judged)
             loss.backward()
             last = live.stretch()
     if kinds:
@@ -88,17 +104,32 @@ def dry_step(
     return step
 
 
-def _loss(model: Any, batch: dict[str, Tensor], bf16: bool, chunked: bool) -> Any:
+def _loss(model: Any, batch: dict[str, Tensor], bf16: bool, chunked: bool, judged: Judged | None) -> Any:
     if chunked:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return loss_in_chunks(model, batch)
     scores = is_scorer(model)
-    if scores:  # any loss of two numbers is as large as another
+    few: dict[str, int] = {}
+    if scores or judged is not None:  # any loss of a few numbers is as large as another
         del batch["labels"]
+        if judged is not None and judged.logits < batch["input_ids"].shape[1] and can_keep_few(model):
+            few = {"logits_to_keep": judged.logits}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        outputs = model(**batch)
+        outputs = model(**batch, **few)
     found = convert_to_fp32(outputs) if bf16 else outputs
+    if judged is not None:
+        return _summed(found.logits, judged)
     return found.logits.sum() if scores else found.loss
+
+
+def _summed(logits: Tensor, judged: Judged) -> Tensor:
+    loss = _of_the_last(logits, judged.answer)
+    return loss + _of_the_last(logits[: len(logits) // 2], judged.imitated) if judged.imitated else loss
+
+
+def _of_the_last(logits: Tensor, tokens: int) -> Tensor:
+    places = torch.arange(logits.shape[0] * logits.shape[1]).view(logits.shape[:2])[:, -tokens:].flatten()
+    return logps_at(logits.flatten(0, 1), places, torch.zeros_like(places)).sum()
 
 
 def _watch(layers: list[nn.Module], step: DryStep, live: LiveBytes) -> None:

@@ -41,6 +41,8 @@ class Rows:
     """Rows whose tokens were counted; the other figures follow in proportion."""
     images: bool = False
     """Whether rows have images, whose tokens are counted like others."""
+    begins: int = 0
+    """Tokens in front of the first judged one, of the row that has the fewest; 0 where all count."""
 
 
 def count_rows(
@@ -77,8 +79,9 @@ def count_rows(
     sample, total, images = _sampled(partial(stream_any, source, **options))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template, data.special_tokens).of_kind(kind)
+    begins = 0
     if kind in PAIRED:
-        both = _pairs(sample, template, tokenizer, data.max_length, vocabulary)
+        both, begins = _pairs(sample, template, tokenizer, data.max_length, vocabulary)
         lengths, conversations = [sum(pair) for pair in both], [max(pair) for pair in both]
     else:
         encoded = encode(
@@ -93,8 +96,11 @@ def count_rows(
             **eyes,
         )
         lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
-        if answers is not None:
-            lengths = conversations = [each["labels"].count(IGNORE) + answers for each in encoded.examples]
+        if kind != "answers" or answers is not None:
+            prompts = [each["labels"].count(IGNORE) for each in encoded.examples]
+            begins = min(prompts)
+            if answers is not None:
+                lengths = conversations = [prompt + answers for prompt in prompts]
     if answers is not None:
         check_answers_fit(model, max(conversations) - answers, answers, "train.grpo.max_completion_length")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -108,7 +114,7 @@ def count_rows(
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
     longest = max(conversations) if len(sample) == total else data.max_length + (answers or 0)
-    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images)
+    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images, begins)
 
 
 def _sampled(rows: Callable[[], Iterator[Row]]) -> tuple[list[Row], int, bool]:
@@ -125,15 +131,18 @@ def _sampled(rows: Callable[[], Iterator[Row]]) -> tuple[list[Row], int, bool]:
     return (begun[::step] if few else list(itertools.islice(rows(), 0, None, step))), total, images
 
 
-def _pairs(rows: list[Row], template: Template, tokenizer: Any, max_length: int, vocabulary: int) -> list[list[int]]:
-    """Tokens of both conversations of each pair that fits."""
-    encoder, found = PairEncoder(template, tokenizer, max_length=max_length), []
+def _pairs(
+    rows: list[Row], template: Template, tokenizer: Any, max_length: int, vocabulary: int
+) -> tuple[list[list[int]], int]:
+    """Tokens of both conversations of each pair that fits, and those in front of the first judged one of any."""
+    encoder, found, begins = PairEncoder(template, tokenizer, max_length=max_length), [], max_length
     for row, sides in encoder.examples(rows):
         for example in sides:
             check_ids(row.source, example.ids, tokenizer, vocabulary)
+            begins = min(begins, example.labels.count(IGNORE))
         found += [[len(example.ids) for example in sides]] if sides else []
     encoder.check_any(len(found))
-    return found
+    return found, begins
 
 
 def optimizer_steps(train: TrainSection, rows: int, processes: int = 1) -> int:

@@ -29,6 +29,7 @@ from dude_peft.training.task_scores import ScorerOf, scorer_for
 if TYPE_CHECKING:
     from dude_peft.planning.bill import Cost
     from dude_peft.planning.device import Device
+    from dude_peft.planning.placed import Placed
     from dude_peft.planning.report import Plan
     from dude_peft.planning.rows import Rows
     from dude_peft.planning.spread import Spread
@@ -196,6 +197,8 @@ def _made(
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None) or config.data.max_length
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
+    begins = 0 if rows is None else rows.begins
+
     def shares(changed: RunConfig) -> bool:
         quantised = changed.model.gguf_file is None and bool(asked_of(changed.model) or stored)
         # Answers come from merged weights, and PEFT's methods may fold their start into the base: pages of its own.
@@ -203,22 +206,25 @@ def _made(
             return False
         return shares_base(changed, spread.strategy, spread.processes, gpu=device.gpu, quantised=quantised)
 
-    def evaluate(changed: RunConfig, tokens: int) -> Cost:
-        found = cost(changed, settings, where, tokens, gpu=device.gpu, spread=spread)
+    def billed(changed: RunConfig, tokens: int, places: Placed | None) -> Cost:
+        found = cost(changed, settings, where, tokens, gpu=device.gpu, begins=begins, spread=spread)
         bill = replace(found.bill, reward_models=reward_models)
         if shares(changed):
             bill = replace(bill, weights=-(-bill.weights // spread.processes))
-        if (places := placed(changed, settings, where, device)) is not None:
+        if places is not None:
             bill = places.on(bill, checkpointing=changed.train.gradient_checkpointing)
         return replace(found, bill=bill)
 
+    def evaluate(changed: RunConfig, tokens: int) -> Cost:
+        return billed(changed, tokens, placed(changed, settings, where, device))
+
     with display.waiting("dry step"):
-        found = evaluate(config, length)
+        places = placed(config, settings, where, device)
+        found = billed(config, length, places)
     states = state_bytes(train.optim, [p for p in model.parameters() if p.requires_grad])
     made = Plan(config, device, found, rows, length, disk(model, method, states, config.output_dir))
     made.warnings, made.budget, made.spread = warnings, spent, spread
-    made.shares = shares(config)
-    made.placed = placed(config, settings, where, device)
+    made.shares, made.placed = shares(config), places
     if found.uncounted:
         warnings.append(f"activations are not counted, because the step cannot run without weights: {found.uncounted}")
     if spread.strategy == "zero3" and spread.processes > 1:
