@@ -31,7 +31,7 @@ from subjects import (
     other_version,
 )
 from subjects import growth as grown
-from work import counted
+from work import counted, spent
 
 COLUMNS = ["ratio", "ratio_low", "ratio_high", "flops_ratio", "bytes_ratio", "median_seconds"]
 
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing (model)")
     parser.add_argument("--compile", action="store_true", help="under torch.compile (model); nothing is counted")
+    parser.add_argument("--profile", action="store_true", help="show in what the time goes, after it was taken (model)")
     parser.add_argument("--against", type=Path, default=None, help="src folder of another version, timed beside ours")
     parser.add_argument("--cases", default=None, help="names to keep, comma-separated")
     settings = parser.parse_args()
@@ -82,6 +83,10 @@ def model(settings: Any) -> dict[str, Any]:
             title = f"{parameters / 1e6:.1f} M Llama, {settings.dtype}, {_batch(tokens, accumulation)}, r = {rank}"
             show(title, rows, COLUMNS)
             results[title] = {"flops_of_the_frozen_base": flops, "rows": rows}
+            if settings.profile:
+                parts = spent(steps, BASELINE, settings.rounds)
+                show(f"{title}: parts of a step, over all of PEFT LoRA's", parts, list(parts[BASELINE]))
+                results[title]["parts"] = parts
     return results
 
 

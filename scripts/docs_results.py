@@ -432,14 +432,6 @@ def costs() -> str:
                 _ratio(found["an adapter and its base"]["merged in memory"]),
             ]
         )
-    for task, what in (("mmlu", "MMLU, 5 examples"), ("gsm8k", "GSM8K, 8 examples")):
-        name = f"2026-11-29-eval-commands-{task}"
-        times, table = (_record(name)["results"][part] for part in ("times", "table"))
-        questions, rounds = next(iter(table.values()))["questions"], len(times["lm-eval"]["seconds"])
-        size = f"{questions} questions, {rounds} round{'s' * (rounds > 1)} on a busy machine"
-        rows.append(
-            [f"whole command, `dude eval` over lm-eval's, {what}, {size} ({_link(name)})", _ratio(times["dude eval"])]
-        )
     merged, killed = merge_file["merge"], merge_file["killed"]
     rows.append(
         [
@@ -459,8 +451,45 @@ def limits() -> str:
                 now, before = found["rows"]["DuDe"], found["rows"]["DuDe, other version"]
                 rank = title.rpartition(", ")[2]
                 bound = f"{now['flops_ratio']:.2f} · {now['bytes_ratio']:.2f}"
-                rows.append([f"a step, {what}, {dtype}, {rank} ({_link(name)})", bound, _ratio(before), _ratio(now)])
-    return _table(["what", "bound: operations · bytes", "code of 25 Nov", "now"], rows)
+                above = 0.04 if size == "small" else 0.01
+                goal = "1.08" if rank == "r = 128" else ""
+                if size == "small" or dtype == "float32":
+                    goal = f"{now['flops_ratio'] + above:.2f}"
+                against = f"a step, {what}, {dtype}, {rank}, over PEFT LoRA's ({_link(name)})"
+                rows.append([against, bound, goal, _ratio(before), _ratio(now)])
+    rows += [*_waits(), *_evaluations()]
+    return _table(["what", "bound: operations · bytes", "goal", "code of 25 Nov", "now"], rows)
+
+
+def _waits() -> list[list[str]]:
+    """What a user waits for before the first step."""
+    name = "2026-11-30-waiting"
+    found = _record(name)["results"]
+    alone = found["import"]["python alone"]["median_seconds"]
+    more = [f"{1000 * (found['import'][row]['median_seconds'] - alone):.0f} ms" for row in _VERSIONS]
+    first = _ratio(found["train"]["to the first step"])
+    rows = [
+        [f"`import dude_peft`, more than Python alone ({_link(name)})", "", "50 ms", *more],
+        [f"`dude train` from Enter to the first step, over the code of 25 Nov ({_link(name)})", "", "0.50", "1", first],
+    ]
+    return rows
+
+
+_VERSIONS = ("import dude_peft, before", "import dude_peft")
+
+
+def _evaluations() -> list[list[str]]:
+    """Whole commands over lm-eval's own."""
+    before = _ratio(_record("2026-11-25-eval-smollm2")["results"]["one model"]["dude eval"])
+    rows = []
+    for task, what, goal in (("mmlu", "MMLU, 5 examples", "0.33"), ("gsm8k", "GSM8K, 8 examples", "0.67")):
+        name = f"2026-11-30-eval-commands-{task}"
+        times, table = (_record(name)["results"][part] for part in ("times", "table"))
+        questions = next(iter(table.values()))["questions"]
+        against = f"`dude eval` over lm-eval's command, {what}, {questions} questions ({_link(name)})"
+        now = f"{_ratio(times['dude eval'])}; processor time {times['dude eval']['cpu_ratio']:.2f}"
+        rows.append([against, "", goal, before, now])
+    return rows
 
 
 def plan_published() -> str:

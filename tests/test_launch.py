@@ -22,8 +22,11 @@ from tiny import save_tiny, tiny_llama, write_rows
 from transformers import PreTrainedModel
 
 from dude_peft import DudeConfig
+from dude_peft.errors import ConfigError
+from dude_peft.machine import launch as launch_module
 from dude_peft.machine.ddp import keep_frozen_from_ddp
 from dude_peft.machine.launch import _wait
+from dude_peft.machine.processes import is_launched
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals as on POSIX")
 
@@ -254,6 +257,50 @@ def memory() -> None:
     grown = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < (0.1 if is_first() else 0.65) * weights
     dist.destroy_process_group()
+
+
+NO_LAUNCHERS = [
+    ({"RANK": "1"}, "RANK=1, as no launcher"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK or LOCAL_RANK, as no launcher"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2 and no LOCAL_RANK"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "unset RANK, WORLD_SIZE, LOCAL_RANK"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+    ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 and no RANK or WORLD_SIZE"),
+]
+
+
+@pytest.mark.parametrize(("told", "words"), NO_LAUNCHERS, ids=[" ".join(told) for told, _ in NO_LAUNCHERS])
+def test_a_place_among_processes_that_no_launcher_gave_is_refused(monkeypatch, told, words):
+    """RANK=1 alone once ended in an internal error, far into the run."""
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        is_launched()
+    assert words in str(caught.value)
+
+
+def test_the_command_refuses_it_and_leaves_no_folder(places, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    done = served.fresh("train", write_config(places, tmp_path / "out"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "RANK=1" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_of_a_cluster_does_not_stand_for_a_launcher(monkeypatch):
+    """`--launch ddp --processes 2` with RANK=0 around once trained in one process."""
+    started = []
+    monkeypatch.setattr(launch_module, "launch", lambda arguments, processes: started.append(processes) or 0)
+    for told in ({}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}):
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            launch_module.launch_if_first("ddp", 2)
+    assert started == [2, 2, 2]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch_module.launch_if_first("ddp", 1)
+    with pytest.raises(ConfigError, match="--processes 2: the launcher has started 1"):
+        launch_module.launch_if_first("ddp", 2)
 
 
 def program(code: str, rank: int, processes: int, port: list[int] = []) -> subprocess.Popen[str]:  # noqa: B006

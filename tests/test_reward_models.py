@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_preference import start
-from test_rewarded import LETTERS, code, grpo, interrupted, rollouts, whole_result, write
+from test_rewarded import LETTERS, code, grpo, interrupted, judge_of, rollouts, whole_result, write
 from test_scored import settings as reward_run
 from test_scored import write_pairs
 from test_train_resume import _CutError, cut_at
@@ -130,6 +130,25 @@ def test_a_cut_run_refuses_another_helper_of_its_rewards(places, tmp_path, monke
         start(grpo(places, tmp_path / "out", section=section, train={"max_steps": 2}))
     helper.write_text("SCALE = 0.1\n")
     start(grpo(places, tmp_path / "out", section=section, train={"max_steps": 2}))
+
+
+def test_a_helper_that_is_imported_when_a_reward_is_called_is_part_of_the_run_as_well(tmp_path):
+    section = code(tmp_path, "import helpers\n    from pack.inner import SCALE\n    return [0.0] * len(completions)")
+    for name, text in {
+        "helpers.py": "def late():\n    import deeper\n",
+        "deeper.py": "import json, helpers\n",
+        "pack/__init__.py": "",
+        "pack/inner.py": "from . import beside\nSCALE = 1\n",
+        "pack/beside.py": "",
+        "unused.py": "",
+        "json.py.txt": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    judge = judge_of(section)
+    judge.close()
+    names = ["deeper.py", "helpers.py", "pack/__init__.py", "pack/beside.py", "pack/inner.py"]
+    assert list(judge.beside) == [str(tmp_path / name) for name in names]
 
 
 # --- refused ------------------------------------------------------------------------------------------------------

@@ -399,6 +399,8 @@ def test_your_own_reward_gets_what_trl_gives_and_is_part_of_what_the_run_is(plac
         ("return [1e300] * len(completions)", r"the reward mine gave 1e\+300"),
         ("return [0.5]", r"the reward mine gave 1 numbers for 4 answers"),
         ("return 0.5", r"raised it returned float, not a list of numbers"),
+        ("return '1101'", r"raised it returned str, not a list of numbers"),
+        ("return b'1101'", r"raised it returned bytes, not a list of numbers"),
         ("return ['right'] * len(completions)", r"the reward mine raised .*ValueError"),
         ("os._exit(3)", r"the reward mine ended its process with status 3, .*; correct it, and start over"),
         ("os.kill(os.getpid(), 11)", r"ended its process with signal SIGSEGV, .*; correct it, or if it ran out of mem"),
@@ -467,6 +469,19 @@ def test_what_a_reward_has_started_ends_with_it(tmp_path):
             time.sleep(0.05)
         other.kill()
         pytest.fail("it goes on")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process")
+def test_a_copy_that_a_reward_makes_of_its_process_answers_nothing(tmp_path):
+    """`os.fork()` comes back twice, and the answers of the two were taken for those to two prompts."""
+    body = (
+        "copied = os.fork() == 0\n    time.sleep(0 if copied else 0.3)\n"
+        "    return [9.0 if copied else float(len(each)) for each in completions]"
+    )
+    judge = judge_of(code(tmp_path, body) | {"reward_timeout": 30.0})
+    for text in ("a", "bbb", "cc"):
+        assert judge.score(Group("a:1", "q", [text], [[1]], "1")) == [[len(text)]]
+    judge.close()
 
 
 @LIMITED

@@ -297,21 +297,24 @@ def test_a_run_goes_on_with_the_same_tokenizer_alone(tmp_path):
         run(RunConfig(**settings), quiet=True)
 
 
-def test_a_run_goes_on_at_the_date_of_its_beginning(tmp_path, monkeypatch):
+def test_a_run_goes_on_at_the_date_of_its_beginning_and_leaves_it_to_no_other(tmp_path, monkeypatch):
+    """In one process a new run once had the date of a run that was resumed before it."""
     dated = "{{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATE
     monkeypatch.setattr("tiny.CHAT_TEMPLATE", dated)
-    clock.set_moment("2026-01-02T03:04:05")
+    monkeypatch.setattr(clock, "now", lambda: "2026-01-02T03:04:05")
     settings = one_run(tmp_path)
-    clock.set_moment("2026-01-03T00:00:00")
-    run(RunConfig(**settings), quiet=True)  # has ended, and says so
-    assert clock.moment() == "2026-01-02T03:04:05"
+    monkeypatch.setattr(clock, "now", lambda: "2026-01-03T00:00:00")
+    run(RunConfig(**settings), quiet=True)  # has ended, and says so: its rows are the same tokens
+    run(RunConfig(**settings | {"output_dir": str(tmp_path / "other")}), quiet=True)
+    moments = [json.loads((tmp_path / name / "run.json").read_text())["moment"] for name in ("out", "other")]
+    assert moments == ["2026-01-02T03:04:05", "2026-01-03T00:00:00"]
 
 
 def test_what_a_template_sees_of_the_clock_is_part_of_the_cache():
-    clock.set_moment("2026-01-02T03:04:05")
-    assert clock.seen_by("{{ bos_token }}") == []
-    assert clock.seen_by("""{{ strftime_now('%d %b') }}{{ strftime_now("%Y") }}""") == ["02 Jan", "2026"]
-    assert clock.seen_by("{% set f = '%Y' %}{{ strftime_now(f) }}") == ["2026-01-02T03:04:05"]
+    with clock.at("2026-01-02T03:04:05"):
+        assert clock.seen_by("{{ bos_token }}") == []
+        assert clock.seen_by("""{{ strftime_now('%d %b') }}{{ strftime_now("%Y") }}""") == ["02 Jan", "2026"]
+        assert clock.seen_by("{% set f = '%Y' %}{{ strftime_now(f) }}") == ["2026-01-02T03:04:05"]
 
 
 def test_the_format_is_told(tmp_path):

@@ -304,6 +304,21 @@ def test_tf32_is_off_inside_and_as_it_was_afterwards():
         matmul.fp32_precision = before
 
 
+def test_tf32_that_all_of_torch_has_is_not_pinned_to_products():
+    """Who switches it off for all of torch later would have found products in TF32 still."""
+    backends = torch.backends
+    before = backends.fp32_precision
+    try:
+        backends.fp32_precision = "tf32"
+        with svd_module.full_precision_products(torch.device("cuda")):
+            assert backends.cuda.matmul.fp32_precision == "ieee"
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+        backends.fp32_precision = "ieee"
+        assert backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        backends.fp32_precision = before
+
+
 @pytest.mark.parametrize("shape", [(40, 60), (600, 900)])
 def test_views_and_parameters(shape):
     out, in_ = shape

@@ -295,6 +295,8 @@ WRONG = [
     ("train.max_steps", "KEY=VALUE"),
     ("=1", "KEY=VALUE"),
     ("train..x=1", "KEY=VALUE"),
+    ("train.learning_rate=", "no value; give one, or train.learning_rate=null for the default"),
+    ("model.quantization= ", "no value"),
     ("output_dir.x=1", "not a section"),
     ("train.max_steps=[1", "not valid YAML"),
     ("train.max_steps=&a 1", "anchors"),

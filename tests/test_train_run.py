@@ -28,8 +28,10 @@ from dude_peft.folder.run_folder import RunFolder
 from dude_peft.model import load as model_module
 from dude_peft.model.load import load_model, load_tokenizer, locate
 from dude_peft.terminal.quiet import gathered_warnings
+from dude_peft.training import fit
 from dude_peft.training.model_checks import check_attention, check_start
 from dude_peft.training.run import _Run, run
+from dude_peft.training.variables import check_variables
 
 trained = _Run._train
 
@@ -372,6 +374,49 @@ def test_a_mistake_leaves_no_folder(settings, tmp_path, changes, error, match):
         start(settings, **changes)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "train"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {}),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", {}),
+        ("ACCELERATE_DYNAMO_MODE", "max-autotune", {"torch_compile": True}),
+        ("ACCELERATE_USE_FSDP", "true", {}),
+        ("ACCELERATE_USE_DEEPSPEED", "1", {}),
+    ],
+)
+def test_a_variable_by_which_accelerate_would_train_otherwise_is_refused(
+    settings, tmp_path, monkeypatch, name, value, train
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value}, by which accelerate would train otherwise"):
+        start(settings, train=train)
+    assert not (tmp_path / "out").exists()
+
+
+def test_variables_that_switch_nothing_on_are_left_alone(settings, monkeypatch):
+    """Those of a plain `accelerate launch`, and half precision where the configuration has it anyway."""
+    off = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "DYNAMO_MODE": "default", "USE_FSDP": "false"}
+    for name, value in off.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    check_variables(RunConfig(**settings).train)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_variables(RunConfig(**settings | {"train": settings["train"] | {"bf16": True}}).train)
+
+
+def test_a_run_leaves_tf32_as_it_was(settings, monkeypatch):
+    """Trainer switches it on for the process, and the next run of a session had it."""
+    arguments = fit.training_arguments
+
+    def switched_on(*given):
+        torch.backends.fp32_precision = "tf32"
+        return arguments(*given)
+
+    monkeypatch.setattr(fit, "training_arguments", switched_on)
+    before = torch.backends.fp32_precision
+    start(settings, train={"max_steps": 1}, evaluation={"enabled": False})
+    assert torch.backends.fp32_precision == before != "tf32"
 
 
 def test_a_row_longer_than_the_model_s_positions(settings, tmp_path):

@@ -21,7 +21,7 @@ import dude_peft
 from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
-from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another
+from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another, is_launched
 from dude_peft.show import shown, shown_lines
 from dude_peft.terminal.numbers import integer, number, numbers
 from dude_peft.terminal.quiet import require_room
@@ -829,6 +829,7 @@ def main() -> None:
     try:
         if not light:
             require_room()
+            is_launched()  # a place among processes that no launcher gave is refused
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
         _fail(StoppedError.label, "stopped by Ctrl-C", 128 + signal.SIGINT, debug=False)

@@ -17,6 +17,7 @@ from dude_peft.chat.correct import check_answered, correct
 from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
+from dude_peft.data.clock import at
 from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.kinds import checked
@@ -47,6 +48,7 @@ class Completions(list[dict[str, Any]]):
 
 
 @checked
+@at()
 def generate(
     name: str | Path,
     prompts: Sequence[str] = (),

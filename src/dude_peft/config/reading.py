@@ -321,6 +321,8 @@ def _apply_override(override: str, tree: _Tree) -> None:
     where = f"--set {shown(override, 120)}"
     if not equals or not all(name.split(".")):
         raise ConfigError(f"{where}: this is not KEY=VALUE; write for example --set train.max_steps=80")
+    if not text.strip():  # most likely a shell variable that is not set
+        raise ConfigError(f"{where}: no value; give one, or {shown(name, 80)}=null for the default")
     key: Key = tuple(name.split("."))
     for known in [known for known in tree.places if known[: len(key)] == key]:
         del tree.places[known]

@@ -132,7 +132,9 @@ def full_precision_products(device: torch.device) -> Iterator[None]:
             yield
         finally:
             if device.type == "cuda":
-                matmul.fp32_precision = precision
+                matmul.fp32_precision = "none"  # what it is told for all of torch, which may have been the case
+                if matmul.fp32_precision != precision:
+                    matmul.fp32_precision = precision
 
 
 def _full_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

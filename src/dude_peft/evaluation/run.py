@@ -69,6 +69,7 @@ def evaluate(
         ResourceError: disk, memory or permission.
         BusyError: another process evaluates into this folder.
     """
+    processes.is_launched()  # a place among processes that no launcher gave is refused
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("dude eval needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
     _check_output(output, overwrite)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from dude_peft.errors import ConfigError
-from dude_peft.machine.processes import LAUNCHED, LOST
+from dude_peft.machine.processes import LAUNCHED, LOST, count, is_launched
 from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
 
@@ -41,12 +41,18 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
         processes: how many; None is one a GPU.
 
     Raises:
-        ConfigError: an unknown strategy, a missing package, a number that makes no sense.
+        ConfigError: an unknown strategy, a missing package, a number that makes no sense, or an environment that does
+            not (`is_launched`).
     """
     check_known(strategy)
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--launch zero3 needs DeepSpeed: pip install deepspeed")
-    if "RANK" in os.environ:
+    if is_launched():
+        if processes is not None and processes != count():
+            raise ConfigError(
+                f"--processes {processes}: the launcher has started {count()}; leave --processes out, or unset RANK, "
+                "WORLD_SIZE and LOCAL_RANK"
+            )
         return
     sys.exit(launch(sys.argv[1:], number_of(strategy, processes)))
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from dude_peft.errors import DudeError
+from dude_peft.errors import ConfigError, DudeError
+from dude_peft.show import shown
 
 T = TypeVar("T")
 
@@ -15,7 +16,31 @@ LAUNCHED = "DUDE_LAUNCHED"
 """Of the environment: whether `launch` started this process, and tells why another one ended."""
 LOST = 70
 """Exit code of a process that ended because another one did."""
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""What torch's launcher, and ours, tells a process. Clusters and shells have the first two as well, at times."""
 _OF_ANOTHER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Socket Timeout")
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process.
+
+    Raises:
+        ConfigError: the environment's RANK and WORLD_SIZE make this one of several processes, and no launcher set them:
+            it would wait for the others, or for what the first one makes.
+    """
+    told = {name: os.environ[name] for name in _OF_LAUNCHERS if name in os.environ}
+    numbers = {name: int(text) if text.isdecimal() else -1 for name, text in told.items()}
+    size, whole = numbers.get("WORLD_SIZE", 1), len(told) == len(_OF_LAUNCHERS)
+    fits = min(numbers.values(), default=0) >= 0 and numbers.get("RANK", 0) < size
+    if fits and (whole or (size == 1 and "LOCAL_RANK" not in told)):
+        return whole
+    found = ", ".join(f"{name}={shown(text, 20)}" for name, text in told.items())
+    missing = [name for name in _OF_LAUNCHERS if name not in told] if fits else []
+    without = f" and no {' or '.join(missing)}" if missing else ""
+    raise ConfigError(
+        f"the environment has {found}{without}, as no launcher sets them; unset {', '.join(told)}, and start several "
+        "processes with --launch or torchrun"
+    )
 
 
 def rank() -> int:

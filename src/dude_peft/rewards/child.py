@@ -24,6 +24,7 @@ from dude_peft.artifact.sealed import file_sha256
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.parents import fits
 from dude_peft.rewards.builtin import Reward, builtin
+from dude_peft.rewards.imports import mentioned
 from dude_peft.rewards.memory import limit_memory, spare_memory
 
 _SPARE_SECONDS = 10
@@ -54,7 +55,7 @@ def main() -> None:
         except BaseException as error:  # code of the user's, which may raise anything
             fault = _fault(error, settings.get("file")) | {"reward": len(rewards)}
             break
-    files = [settings.get("file") for settings in first["rewards"]]
+    files, own_number = [settings.get("file") for settings in first["rewards"]], os.getpid()
     print(json.dumps(fault or {"beside": _beside(files)}), file=answers, flush=True)
     for line in requests:
         request = json.loads(line)
@@ -62,13 +63,15 @@ def main() -> None:
         faulthandler.dump_traceback_later(first["seconds"] + _SPARE_SECONDS, exit=True)
         found = _scores(rewards[request["reward"]], request["of"], files[request["reward"]])
         faulthandler.cancel_dump_traceback_later()
+        if os.getpid() != own_number:  # a copy that the reward has made, and that came back as well
+            os._exit(1)
         print(found, file=answers, flush=True)
 
 
 def _scores(reward: Reward, of: dict[str, Any], file: str | None) -> str:
     try:
         found = reward(**_wanted(reward, of))
-        if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
+        if isinstance(found, (str, bytes)) or not (isinstance(found, Sequence) or hasattr(found, "tolist")):
             return json.dumps({"fault": f"it returned {type(found).__name__}, not a list of numbers"})
         values = [None if each is None else float(each) for each in found]
         return json.dumps({"scores": values})
@@ -108,7 +111,7 @@ def _own(settings: dict[str, Any]) -> Reward:
 
 
 def _beside(files: Sequence[str | None]) -> dict[str, str]:
-    """sha256 of each Python file of the user's that lies beside these, or below, and was imported.
+    """sha256 of each Python file of the user's that lies beside these, or below, and was imported, or may be.
 
     Names begin with the folder as `files` have it, so that they stay when a project is moved. Packages are told by
     their versions, also where they are installed below.
@@ -117,9 +120,14 @@ def _beside(files: Sequence[str | None]) -> dict[str, str]:
     paths = {str(path) for module in [*sys.modules.values()] if (path := getattr(module, "__file__", None))}
     imported = {path for path in paths if not path.startswith(installed)}
     found = {}
-    for folder in sorted({os.path.dirname(file) for file in files if file is not None}):
+    own = [file for file in files if file is not None]
+    for folder in sorted({os.path.dirname(file) for file in own}):
         root = f"{Path(folder).absolute()}{os.sep}"
-        for path in sorted(path for path in imported if path.startswith(root) and os.path.isfile(path)):
+        beside = {path for path in imported if path.startswith(root) and os.path.isfile(path)}
+        for file in (file for file in own if os.path.dirname(file) == folder):
+            later = mentioned(Path(file).absolute(), Path(folder).absolute())
+            beside |= {path for path in later if path.startswith(root) and not path.startswith(installed)}
+        for path in sorted(beside):
             found[os.path.join(folder, path.removeprefix(root))] = file_sha256(Path(path))
     return found
 

@@ -31,7 +31,7 @@ class RunContext:
     """Of every phase."""
     warnings: list[str] = field(default_factory=list)
     held: ExitStack = field(default_factory=ExitStack)
-    """What the run has until its end: the lock of its offload folder, Liger's kernels in transformers."""
+    """What the run has until its end: the lock of its offload folder, its moment, Liger's kernels in transformers."""
 
     def settle(self, adapter: AdapterSection) -> None:
         """From here on the run has this adapter."""

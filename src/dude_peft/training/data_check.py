@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dude_peft.config.schema import CurriculumSection, KtoSection, ModelSection
 from dude_peft.data.chat_template import chat_template as own_template
+from dude_peft.data.clock import at
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import Counts
 from dude_peft.data.formats import Reading
@@ -113,6 +114,7 @@ class DataReport:
 
 
 @checked
+@at()
 def check_data(
     source: str | os.PathLike[str],
     model: str,

@@ -35,6 +35,7 @@ from dude_peft.folder.record import (
 from dude_peft.folder.run_folder import RunFolder, save_adapter
 from dude_peft.machine import processes
 from dude_peft.machine.environment import environment
+from dude_peft.machine.precision import precision_kept
 from dude_peft.model.load import with_only_gguf
 from dude_peft.rewards.notes import reward_notes
 from dude_peft.show import shown
@@ -47,6 +48,7 @@ from dude_peft.training.stages import Stages, measures_pass_rates
 from dude_peft.training.start import Start, with_start
 from dude_peft.training.strategy import check_strategy
 from dude_peft.training.task_scores import ScorerOf, TaskScorer, scorer_for
+from dude_peft.training.variables import check_variables
 from dude_peft.version import __version__
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ def run(
         StoppedError: Ctrl-C or SIGTERM; a checkpoint is there.
     """
     check_picture()
+    processes.is_launched()  # a place among processes that no launcher gave is refused
     config, start = with_start(config)
     resolved = config.resolved()
     resolved = resolved.model_copy(update={"model": with_only_gguf(resolved.model)})
@@ -202,6 +205,7 @@ class _Run:
                 self.folder.earlier.check_start(None if self.given is None else self.given.sha256)
                 self.from_base = bool(self.folder.earlier.start.get("is_base", True))
             self._check_rate()
+            check_variables(config.train)
             check_placement(config, processes.count())
             if config.model.offload_folder is not None:
                 held = locked_folder(config.model.offload_folder, "model.offload_folder")
@@ -214,6 +218,7 @@ class _Run:
             from dude_peft.model.processor import sight_of
             from dude_peft.training.fit import training_arguments
             from dude_peft.training.quantised_base import check_quantisation
+        self.context.held.enter_context(precision_kept())
         arguments = training_arguments(config, self.context.strategy)
         check_quantisation(self.context, self.asked, where, arguments.device)
         if config.train.use_liger_kernel:
@@ -364,12 +369,13 @@ class _Run:
             self.context.warn(warning)
 
     def _read(self, world_size: int) -> RunData:
-        from dude_peft.data.clock import moment, set_moment
+        from dude_peft.data.clock import at, now
         from dude_peft.training.image_rows import check_images
         from dude_peft.training.run_data import read
 
         earlier = self.folder.earlier
-        set_moment(processes.from_first(moment() if earlier is None else earlier.moment or moment()))
+        begun = now() if earlier is None else earlier.moment or now()
+        self.context.held.enter_context(at(processes.from_first(begun)))
         with self.display.waiting("reading the rows"):
             data = read(self.config, self.tokenizer, self.sight)
         check_images(self.config, data.images, world_size)
