@@ -73,6 +73,15 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 # --- runs that work -----------------------------------------------------------------------------------------------
 
 
+def test_before_and_after_are_measured_in_the_precision_of_training(settings):
+    train = {"learning_rate": 1e-12, "max_steps": 1, "bf16": True}
+    report = start(settings, train=train)
+    assert report.before.losses == report.after.losses
+    settings["output_dir"] += "-float32"
+    plain = start(settings, train={**train, "bf16": False})
+    assert plain.before.losses != report.before.losses
+
+
 @each_kind
 def test_every_method_trains_from_the_base_and_learns(settings, method):
     report = start(settings, adapter={"method": method})

@@ -36,8 +36,10 @@ def known_or_measured(
         measure: does it now.
     """
     assert base.parts is not None
-    settings = context.config.evaluation
-    how = [settings.batch_size, settings.max_new_tokens, base.nature.company, base.company, base.share]
+    settings, train = context.config.evaluation, context.config.train
+    how: list[Any] = [settings.batch_size, settings.max_new_tokens, base.nature.company, base.company, base.share]
+    if train.autocasts:
+        how.append("bf16" if train.bf16 else "fp16")
     hashes = (data.sha256, data.tokens_sha256)
     rows = [{name: part for name, part in each.items() if name in _JUDGING} for each in hashes]
     key = key_of(*base.parts, rows, tokenizer_parts, how, hardware(device))

@@ -342,7 +342,10 @@ class _Run:
         """Measured now, or by an earlier run of the same base model, rows and settings here; and how long that took."""
 
         def measure() -> tuple[Score | None, float]:
-            with self.model.disable_adapter() if self.from_base else nullcontext():
+            from dude_peft.training.autocast import as_in_training
+
+            base = self.model.disable_adapter() if self.from_base else nullcontext()
+            with base, as_in_training(self.model, self.config.train):
                 found = self._score("before")
             return found, self.context.seconds.get("evaluation_before", 0.0)
 
