@@ -191,6 +191,27 @@ def objectives() -> str:
     return _table([*header, "general loss", "KL to the base"], rows)
 
 
+def equal_compute() -> str:
+    name = "2026-11-30-equal-compute-smollm2"
+    results = _record(name)["results"]
+    before, rows = results["table"]["before"], []
+    for case, runs in results["runs"].items():
+        after = results["table"][case]
+        rows.append(
+            [
+                case.partition(",")[0],
+                ", ".join(f"{run['right_before']:.0f}" for run in runs),
+                ", ".join(f"{run['right']:.0f}" for run in runs),
+                f"{100 * after['measure']:.0f} % ± {100 * after['measure_half_width']:.0f}",
+                f"{after['general'] - before['general']:+.3f}",
+                f"{after['kl']:.3f} ± {after['kl_half_width']:.3f}",
+                f"{after['passes']:,.0f}",
+            ]
+        )
+    head = [f"objective ({_link(name)})", f"right of {runs[0]['asked']:.0f} before, by seed"]
+    return _table([*head, "after, by seed", "after, 95 %", "general loss", "KL to the start", "passes"], rows)
+
+
 def qlora() -> str:
     name = "2026-11-30-qlora"
     found = _record(name)["results"]
@@ -525,6 +546,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "exports": exports,
     "quantised": quantised,
     "objectives": objectives,
+    "equal-compute": equal_compute,
     "qlora": qlora,
     "mol": mol,
     "family": family,
