@@ -6,6 +6,7 @@
 The measure is PSS (/proc/PID/smaps_rollup, so Linux): a page that k processes share counts 1/k in each. A run of a
 model with one block, in as many processes, is what the programs take themselves; `models` is the peak above it over the
 bytes of the weights. Of the peak, `file` are pages of files, which the system takes back when memory is short.
+`planned_models` is what `dude plan` tells of all processes, without what it assumes for the programs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,18 @@ def main() -> None:
         results, notes = measured(settings, folder)
     finally:
         shutil.rmtree(folder)
-    columns = ["peak_mb", "own_mb", "models", "models_low", "models_high", "file_mb", "ratio", "seconds", "same_losses"]
+    columns = [
+        "peak_mb",
+        "own_mb",
+        "models",
+        "models_low",
+        "models_high",
+        "planned_models",
+        "file_mb",
+        "ratio",
+        "seconds",
+        "same_losses",
+    ]
     show("Host memory of all processes together", results, columns)
     for note in notes:
         console.print(note)
@@ -79,6 +91,7 @@ def measured(settings: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
     results = {}
     for name, found in runs.items():
         alone = own[cases[name][1]]["peak"]
+        planned = _planned(folder, *cases[name], settings)
         over = sorted((run["peak"] - alone) / weights for run in found)
         results[name] = {
             "peak_mb": statistics.median(run["peak"] for run in found) / 1e6,
@@ -86,6 +99,8 @@ def measured(settings: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
             "models": statistics.median(over),
             "models_low": over[0],
             "models_high": over[-1],
+            "planned_mb": planned["memory"] / 1e6,
+            "planned_models": (planned["memory"] - planned["runtime"]) / weights,
             "file_mb": statistics.median(run["file"] for run in found) / 1e6,
             "ratio": statistics.median(run["peak"] / one["peak"] for run, one in zip(found, first, strict=True)),
             "seconds": statistics.median(run["seconds"] for run in found),
@@ -103,22 +118,8 @@ def _run(
 ) -> dict[str, Any]:
     """One `dude train`, watched until it ends."""
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    config = {
-        "model": {"name_or_path": str(folder / model)},
-        "adapter": {"r": 4, "lora_alpha": 4, "svd_tol": 0.5},  # random weights have no directions to find
-        "data": {"train": str(folder / "rows.jsonl")},
-        "train": {
-            "learning_rate": 1e-3, "max_steps": settings.steps, "per_device_train_batch_size": 4 // count,
-            "logging_steps": 1,
-        },
-        "evaluation": {"enabled": False},
-        "output_dir": str(out),
-    }  # fmt: skip
-    path = out.with_suffix(".yaml")
-    path.write_text(json.dumps(config), encoding="utf-8")
-    several = [] if count == 1 else ["--launch", strategy, "--processes", str(count)]
-    command = [sys.executable, "-m", "dude_peft.cli", "train", str(path), "--no-page", *several]
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*_command(folder, "train", model, strategy, count, out, settings), "--no-page"]
+    environment = _environment(source)
     start = time.perf_counter()
     log = out.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
@@ -135,6 +136,40 @@ def _run(
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return {"peak": peak["Pss"], "file": peak["Pss_File"], "losses": losses, "seconds": seconds}
+
+
+def _planned(folder: Path, strategy: str, count: int, source: Path, settings: argparse.Namespace) -> dict[str, int]:
+    """What `dude plan` tells of the same run: bytes of all processes, and of those the assumed ones of the programs."""
+    out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    command = [*_command(folder, "plan", "large", strategy, count, out, settings), "--json"]
+    done = subprocess.run(command, env=_environment(source), capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    return {"memory": found["processes"]["memory"], "runtime": count * found["memory"]["runtime"]}
+
+
+def _command(
+    folder: Path, verb: str, model: str, strategy: str, count: int, out: Path, settings: argparse.Namespace
+) -> list[str]:
+    """`dude VERB` of a run, whose configuration is written."""
+    config = {
+        "model": {"name_or_path": str(folder / model)},
+        "adapter": {"r": 4, "lora_alpha": 4, "svd_tol": 0.5},  # random weights have no directions to find
+        "data": {"train": str(folder / "rows.jsonl")},
+        "train": {
+            "learning_rate": 1e-3, "max_steps": settings.steps, "per_device_train_batch_size": 4 // count,
+            "logging_steps": 1,
+        },
+        "evaluation": {"enabled": False},
+        "output_dir": str(out),
+    }  # fmt: skip
+    path = out.with_suffix(".yaml")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    several = [] if count == 1 else ["--launch", strategy, "--processes", str(count)]
+    return [sys.executable, "-m", "dude_peft.cli", verb, str(path), *several]
+
+
+def _environment(source: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _memory(pid: int) -> dict[str, int]:

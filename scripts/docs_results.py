@@ -191,6 +191,27 @@ def objectives() -> str:
     return _table([*header, "general loss", "KL to the base"], rows)
 
 
+def equal_compute() -> str:
+    name = "2026-11-30-equal-compute-smollm2"
+    results = _record(name)["results"]
+    before, rows = results["table"]["before"], []
+    for case, runs in results["runs"].items():
+        after = results["table"][case]
+        rows.append(
+            [
+                case.partition(",")[0],
+                ", ".join(f"{run['right_before']:.0f}" for run in runs),
+                ", ".join(f"{run['right']:.0f}" for run in runs),
+                f"{100 * after['measure']:.0f} % ± {100 * after['measure_half_width']:.0f}",
+                f"{after['general'] - before['general']:+.3f}",
+                f"{after['kl']:.3f} ± {after['kl_half_width']:.3f}",
+                f"{after['passes']:,.0f}",
+            ]
+        )
+    head = [f"objective ({_link(name)})", f"right of {runs[0]['asked']:.0f} before, by seed"]
+    return _table([*head, "after, by seed", "after, 95 %", "general loss", "KL to the start", "passes"], rows)
+
+
 def qlora() -> str:
     name = "2026-11-30-qlora"
     found = _record(name)["results"]
@@ -331,7 +352,17 @@ def memory() -> str:
 
 
 def host_memory() -> str:
-    name = "2026-11-29-host-memory"
+    return _host_memory("2026-11-29-host-memory")
+
+
+def host_memory_ddp() -> str:
+    return _host_memory("2026-11-30-host-memory-ddp")
+
+
+def _host_memory(name: str) -> str:
+    """With what `dude plan` told, where the record has that."""
+    results = _record(name)["results"]
+    planned = all("planned_models" in found for found in results.values())
     rows = [
         [
             title,
@@ -339,12 +370,13 @@ def host_memory() -> str:
             f"{found['ratio']:.2f}",
             f"{found['own_mb']:,.0f} MB",
             f"{found['models']:.2f}",
+            *([f"{found['planned_models']:.2f}"] if planned else []),
             "yes" if found["same_losses"] else "no",
         ]
-        for title, found in _record(name)["results"].items()
+        for title, found in results.items()
     ]
     head = [f"host memory of all processes ({_link(name)})", "peak", "over one process", "programs alone"]
-    return _table([*head, "models above that", "same losses"], rows)
+    return _table([*head, "models above that", *(["`dude plan`"] if planned else []), "same losses"], rows)
 
 
 def _objective_speeds() -> list[list[str]]:
@@ -514,6 +546,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "exports": exports,
     "quantised": quantised,
     "objectives": objectives,
+    "equal-compute": equal_compute,
     "qlora": qlora,
     "mol": mol,
     "family": family,
@@ -527,6 +560,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "step-layer": step_layer,
     "memory": memory,
     "host-memory": host_memory,
+    "host-memory-ddp": host_memory_ddp,
     "costs": costs,
     "limits": limits,
     "plan-published": plan_published,

@@ -1,5 +1,8 @@
 """Chat templates run in a process of their own: a hostile one costs seconds, not hours, and no memory of ours."""
 
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -54,6 +57,16 @@ def test_a_child_that_died_is_replaced():
     template.pieces([ROW])
     renderer._RENDERER._child.process.kill()
     renderer._RENDERER._child.process.wait()
+    assert template.pieces([ROW])[0].texts[1] == "a<|end|>"
+
+
+def test_a_machine_that_computes_something_else_is_no_fault_of_a_template(monkeypatch):
+    template = Template(tiny_tokenizer())
+    template.pieces([ROW])
+    monkeypatch.setattr(renderer, "RENDER_SECONDS", 0.3)
+    child = renderer._RENDERER._child.process.pid
+    os.kill(child, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, (child, signal.SIGCONT)).start()
     assert template.pieces([ROW])[0].texts[1] == "a<|end|>"
 
 

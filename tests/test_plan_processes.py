@@ -22,6 +22,7 @@ from dude_peft.planning.bill import cost
 from dude_peft.planning.live_bytes import LiveBytes
 from dude_peft.planning.run import plan
 from dude_peft.planning.spread import ALONE, Spread
+from dude_peft.training.strategy import shares_base
 
 HERE = Path(__file__).parent
 
@@ -143,6 +144,40 @@ def test_what_is_told_of_processes(places, tmp_path, capsys):
     assert "peak memory of a step in each process" in told
     assert "of all 3 processes" in told
     assert "processes: 3, fsdp2; each sends " in told
+
+
+def test_ddp_on_cpus_has_the_base_model_once(places, tmp_path, capsys):
+    config = RunConfig(**json.loads(write_config(places, tmp_path / "out").read_text()))
+    made = plan(config, strategy="ddp", processes=3)
+    told, bill, weights = capsys.readouterr().out, made.cost.bill, made.cost.static.weights
+    assert bill.weights == -(-weights // 3)
+    assert made.memory == 3 * bill.total
+    assert made.as_dict()["processes"]["share_base"] is True
+    assert "the base model is in memory once, a part in each bill" in " ".join(told.split())
+    alone = plan(config, device_memory="900MiB", strategy="ddp", processes=3, quiet=True)
+    assert alone.cost.bill.weights == weights
+    assert alone.as_dict()["processes"]["share_base"] is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantised"),
+    [
+        ({}, True),
+        ({"model": {"trust_remote_code": True}}, False),
+        ({"train": {"objective": "reward"}}, False),
+    ],
+)
+def test_what_each_process_loads_itself(places, tmp_path, changes, quantised):
+    settings = json.loads(write_config(places, tmp_path / "out").read_text())
+    settings["evaluation"] = {}  # a reward model answers nothing
+    whole = RunConfig(**settings).resolved()
+    assert shares_base(whole, "ddp", 2, gpu=False, quantised=False)
+    assert not shares_base(whole, "ddp", 2, gpu=True, quantised=False)
+    assert not shares_base(whole, "ddp", 1, gpu=False, quantised=False)
+    assert not shares_base(whole, "fsdp2", 2, gpu=False, quantised=False)
+    for key, value in changes.items():
+        settings[key] |= value
+    assert not shares_base(RunConfig(**settings), "ddp", 2, gpu=False, quantised=quantised)
 
 
 @pytest.mark.slow

@@ -111,6 +111,16 @@ def test_a_resolved_run_reads_back_the_same(file, tmp_path):
     assert load_config(path).resolved() == config
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("rft", "--keep correct"), ("simpo", "cpo.loss_type: simpo"), ("ipo", "dpo.loss_type: ipo")]
+)
+def test_an_objective_of_another_name_is_told_in_ours(file, name, words):
+    with pytest.raises(
+        ConfigError, match=rf"'train.objective': expected .* got '{name}'; .*{words}$|{words}, and then"
+    ):
+        load_config(file, [f"train.objective={name}"])
+
+
 def test_an_unknown_method_is_refused_before_anything_is_loaded(file):
     with pytest.raises(ConfigError, match=r"'adapter.method'.*'dudes'.*closest: 'dude'"):
         load_config(file, ["adapter.method=dudes"]).resolved()

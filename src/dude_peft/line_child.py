@@ -11,6 +11,8 @@ import sys
 import threading
 from typing import IO
 
+import psutil
+
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from {module} import main; main()"
 _ENDING_SECONDS = 5.0
 
@@ -58,6 +60,14 @@ class LineChild:
         if not line:
             raise BrokenPipeError("the process ended")
         return line
+
+    def processor_seconds(self) -> float:
+        """What it has computed so far, however long that took on a busy machine; 0 once it has ended."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
 
     def ending(self) -> str:
         """How it ended, once it answers no more: `status 3`, `signal SIGSEGV`."""

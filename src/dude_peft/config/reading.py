@@ -404,7 +404,17 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
         hint = "; give a value, or delete the line"
     elif problem["type"] == "model_type" and len(key) == 1 and (meant := _INSIDE.get(str(key[0]))):
         hint = f"; closest: {meant!r}"
+    elif key == ("train", "objective") and (told := _OF_OTHER_NAMES.get(str(came).lower())):
+        hint = f"; {told}"
     return f"{where}: key {name}: expected {expected}, got {_as_yaml(came)}{hint}"
+
+
+_OF_OTHER_NAMES = {
+    "rft": "rejection sampling is dude generate --as-rows --keep correct, and then sft on what it wrote",
+    "simpo": "it is cpo with train.cpo.loss_type: simpo",
+    "ipo": "it is dpo with train.dpo.loss_type: ipo",
+}
+"""Objectives that others name, and how a run says them."""
 
 
 def _expected(problem: Any) -> str:

@@ -80,21 +80,22 @@ def _documents() -> Callable[[str, dict[str, Any]], str]:
 def _answer(make: Callable[[], str], given: Any) -> dict[str, str]:
     """What `make` makes of what it was given."""
     # Where the parent is gone, nobody else ends a template that hangs: the signal does, in the middle of anything.
-    _alarm(_LONGEST_SECONDS)
+    _signal_after(_LONGEST_SECONDS)
     try:
         text = make()
     except Exception as error:  # a template is a foreign program: beside jinja2's errors it raises any of Python's
         return {"fault": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
     finally:
-        _alarm(0)
+        _signal_after(0)
     if len(text) > _CHARACTERS + _TIMES * len(json.dumps(given)):
         return {"fault": f"it wrote {len(text):,} characters"}
     return {"text": text}
 
 
-def _alarm(seconds: int) -> None:
-    if hasattr(signal, "alarm"):
-        signal.alarm(seconds)
+def _signal_after(seconds: int) -> None:
+    """Of the processor's time; 0 for never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory() -> None:

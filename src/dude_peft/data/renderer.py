@@ -2,10 +2,10 @@
 
 They are chat templates, and those of task files, which `dude eval` reads. A template may loop for hours or ask for
 gigabytes in one expression; neither can be stopped in the same process. One child serves the whole process; it is
-started at the first template and ends with its parent. The time is one for
-all that a template is ever asked: a few seconds, and a little more with each message, so that many slow answers cost no
-more than a single one that never comes; a template that has used it up is not asked again. The templates of task files
-share one time: a file may have any number.
+started at the first template and ends with its parent. The time is the processor's, so that a busy machine is no fault
+of a template, and one for all that a template is ever asked: a few seconds, and a little more with each message. Many
+slow answers cost no more than a single one that never comes; a template that has used it up is not asked again. The
+templates of task files share one time: a file may have any number.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ _MESSAGES_PER_REQUEST = 20_000
 
 _OF_TASKS = "templates of task files"
 _START_SECONDS = 120.0
+_LOOK_SECONDS = 0.2
+_LONGEST_SECONDS = 300.0
+"""For one answer, by the clock: of a process that does not compute at all."""
 _TOO_SLOW = "it takes too long"
 
 
@@ -94,17 +97,18 @@ class _Renderer:
             if left <= 0:
                 raise RenderError(_TOO_SLOW, 0)
             child = self._started()
-            begin = time.monotonic()
+            before = child.processor_seconds()
             room = 2**20 + _BYTES_PER_CONVERSATION * count + _BYTES_PER_BYTE * len(data)
             try:
                 child.write(data)
                 for _ in range(count):
-                    line = child.line(begin + left - time.monotonic())
+                    line = _answer(child, before + left)
                     room -= len(line)
                     if room < 0:
                         raise RenderError("it writes far more text than it gets", len(answers))
                     answers.append(json.loads(line))
             except BaseException as error:
+                left -= max(child.processor_seconds() - before, 0.0)
                 self.stop()  # whatever it is doing, its next answer would be to an old question
                 if isinstance(error, queue.Empty):
                     left = -math.inf
@@ -112,9 +116,11 @@ class _Renderer:
                 if isinstance(error, OSError):
                     raise RenderError("its process died; does it need much memory?", len(answers)) from error
                 raise
+            else:
+                left -= child.processor_seconds() - before
             finally:
                 # What was not needed for these messages is none of the next ones'.
-                self._left[whose] = min(left - (time.monotonic() - begin), RENDER_SECONDS)
+                self._left[whose] = min(left, RENDER_SECONDS)
         return answers
 
     def _started(self) -> LineChild:
@@ -134,6 +140,17 @@ class _Renderer:
         child, self._child = self._child, None
         if child is not None:
             child.stop()
+
+
+def _answer(child: LineChild, until: float) -> bytes:
+    """The next line. Raises queue.Empty where the child has computed until then without one."""
+    end = time.monotonic() + _LONGEST_SECONDS
+    while True:
+        try:
+            return child.line(max(until - child.processor_seconds(), _LOOK_SECONDS))
+        except queue.Empty:
+            if child.processor_seconds() >= until or time.monotonic() >= end:
+                raise
 
 
 def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:

@@ -26,6 +26,13 @@ def return_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
+def return_freed_blocks() -> None:
+    """Gives the pages of freed blocks back to the system, once: those between blocks that are in use, too."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 class MappedFiles:
     """The files that this process has mapped by now, such as safetensors' that weights are views of.
 

@@ -9,11 +9,11 @@ same code runs on GPUs and on CPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ConfigError
 from dude_peft.machine.pages import MappedFiles, return_large_blocks
+from dude_peft.machine.places import Part, empty_ones, parts_of, places_of, put, unlike
 from dude_peft.machine.processes import count, from_first, gathered, is_first
 from dude_peft.parents import require
 from dude_peft.show import shown
@@ -21,21 +21,6 @@ from dude_peft.show import shown
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-_Place = tuple[dict[str, Any], str]
-"""Where a tensor of a module stands: a dictionary of the module's, and the key in it."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What all processes have to know of a tensor before its values come."""
-
-    names: tuple[str, ...]
-    """A tied one has several."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    is_parameter: bool
-    is_trained: bool
 
 
 def check_sharding() -> None:
@@ -61,9 +46,9 @@ def split(model: Any, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     return_large_blocks()
-    places = _places(model)
-    needed = gathered({name: holder[key].is_meta for name, (holder, key) in places.items()})
-    parts = from_first(_parts(places, needed[-1]) if is_first() else [])
+    places = places_of(model)
+    needed = gathered(empty_ones(places))
+    parts = from_first(parts_of(places, needed[-1]) if is_first() else [])
     _check_same(model, parts, needed[-1])
     values: dict[str, Tensor] = {}
     for part in parts:
@@ -72,7 +57,7 @@ def split(model: Any, device: torch.device) -> None:
             values[part.names[0]] = holder[key].detach()
         if part.is_parameter:
             empty = torch.empty(part.shape, dtype=part.dtype, device="meta")
-            _put(places, part, nn.Parameter(empty, requires_grad=part.is_trained))
+            put(places, part, nn.Parameter(empty, requires_grad=part.is_trained))
     mesh = init_device_mesh(device.type, (count(),))
     _wrap(model, mesh)
     files = MappedFiles()
@@ -80,9 +65,9 @@ def split(model: Any, device: torch.device) -> None:
         whole = values.pop(part.names[0]) if is_first() else torch.empty(part.shape, dtype=part.dtype, device=device)
         if part.is_parameter:
             holder, key = places[part.names[0]]
-            _put(places, part, _share(whole, mesh, holder[key]))
+            put(places, part, _share(whole, mesh, holder[key]))
         else:
-            _put(places, part, _copy(whole, device))
+            put(places, part, _copy(whole, device))
         if is_first():
             files.let_go(whole)
     model.get_base_model()._is_distributed_loading_by_transformers = True
@@ -138,51 +123,9 @@ def _copy(whole: Tensor, device: torch.device) -> Tensor:
     return found
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
-    """Every tensor of a model by its name: parameters, buffers, and what its modules keep beside them."""
-    from torch import Tensor
-
-    return {
-        f"{prefix}.{key}": (holder, key)
-        for prefix, module in model.named_modules()
-        for holder in (module._parameters, module._buffers, vars(module))
-        for key, value in holder.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _parts(places: dict[str, _Place], needed: dict[str, bool]) -> list[_Part]:
-    """The first process's tensors; of what is neither parameter nor buffer, those that others have no values of."""
-    from torch import nn
-
-    tensors = {name: holder[key] for name, (holder, key) in places.items()}
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    parts = []
-    for name, tensor in tensors.items():
-        all_names = names[id(tensor)]
-        registered = any(not _is_attribute(places[each]) for each in all_names)
-        if name == all_names[0] and (registered or any(needed.get(each) for each in all_names)):
-            kind = isinstance(tensor, nn.Parameter)
-            parts.append(_Part(tuple(all_names), tuple(tensor.shape), tensor.dtype, kind, tensor.requires_grad))
-    return parts
-
-
-def _is_attribute(place: _Place) -> bool:
-    return "_parameters" in place[0]  # of a module's own dictionary
-
-
-def _put(places: dict[str, _Place], part: _Part, tensor: Tensor) -> None:
-    for name in part.names:
-        holder, key = places[name]
-        holder[key] = tensor
-
-
-def _check_same(model: Any, parts: list[_Part], needed: dict[str, bool]) -> None:
+def _check_same(model: Any, parts: list[Part], needed: dict[str, bool]) -> None:
     """All processes look at the same, so all refuse it."""
-    sent = {name for part in parts for name in part.names}
-    if different := sorted((sent - needed.keys()) | {name for name, is_empty in needed.items() if is_empty} - sent):
+    if different := unlike(parts, needed):
         raise ConfigError(
             f"--launch fsdp2: {type(model.get_base_model()).__name__} has other tensors where it is made without its "
             f"checkpoint ({len(different)}, first: {shown(different[0], 100)}); use --launch ddp"

@@ -47,7 +47,7 @@ def remedies(config: RunConfig, cost: Cost, length: int, memory: int, evaluate: 
     """
     found: list[Remedy] = []
     always = _always(cost)
-    wide = cost.bill.weights > 3 * (cost.static.total_parameters - cost.static.trainable_parameters)
+    wide = cost.static.weights > 3 * (cost.static.total_parameters - cost.static.trainable_parameters)
     ways = list(_ways(config, length, wide, packed=cost.static.packed_parameters > 0))
     for steps in ways:
         smallest = steps[-1]

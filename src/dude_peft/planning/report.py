@@ -61,6 +61,8 @@ class Plan:
     """Where model.device_map puts the frozen weights."""
     speed: float | None = None
     """Floating-point operations a second of this device's products."""
+    shares: bool = False
+    """Whether the processes have one base model in memory; the bill of each has its part of it."""
 
     def measure_speed(self) -> None:
         """Times products on this device, in the dtype that the run computes in."""
@@ -166,6 +168,7 @@ class Plan:
                 "number": self.spread.processes,
                 "strategy": None if self.spread.processes == 1 else self.spread.strategy,
                 "memory": self.memory,
+                "share_base": self.shares,
                 "host_memory": self.host_memory,
                 "sent_per_step": cost.exchange.sent,
             },
@@ -251,7 +254,9 @@ class Plan:
             facts.append(("pass rates, measured once", f"{told}; not counted in the time"))
         if self.spread.processes > 1:
             sent = size(self.cost.exchange.sent)
-            facts.append(("processes", f"{self.spread.processes}, {self.spread.strategy}; each sends {sent} a step"))
+            told = f"{self.spread.processes}, {self.spread.strategy}; each sends {sent} a step"
+            told += "; the base model is in memory once, a part in each bill" if self.shares else ""
+            facts.append(("processes", told))
         if self.host_memory is not None:
             facts.append(("host memory at the start", f"at most {size(self.host_memory)}"))
         disk = self.disk

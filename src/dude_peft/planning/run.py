@@ -23,7 +23,7 @@ from dude_peft.training.image_rows import check_images
 from dude_peft.training.placement import check_placement
 from dude_peft.training.run_data import glance, seeing
 from dude_peft.training.start import with_start
-from dude_peft.training.strategy import check_dense, check_strategy
+from dude_peft.training.strategy import check_dense, check_strategy, shares_base
 from dude_peft.training.task_scores import ScorerOf, scorer_for
 
 if TYPE_CHECKING:
@@ -199,9 +199,18 @@ def _made(
 
     begins = 0 if rows is None else rows.begins
 
+    def shares(changed: RunConfig) -> bool:
+        quantised = changed.model.gguf_file is None and bool(asked_of(changed.model) or stored)
+        # Answers come from merged weights, and PEFT's methods may fold their start into the base: pages of its own.
+        if changed.train.rewarded is not None or changed.adapter.foreign:
+            return False
+        return shares_base(changed, spread.strategy, spread.processes, gpu=device.gpu, quantised=quantised)
+
     def billed(changed: RunConfig, tokens: int, places: Placed | None) -> Cost:
         found = cost(changed, settings, where, tokens, gpu=device.gpu, begins=begins, spread=spread)
         bill = replace(found.bill, reward_models=reward_models)
+        if shares(changed):
+            bill = replace(bill, weights=-(-bill.weights // spread.processes))
         if places is not None:
             bill = places.on(bill, checkpointing=changed.train.gradient_checkpointing)
         return replace(found, bill=bill)
@@ -215,7 +224,7 @@ def _made(
     states = state_bytes(train.optim, [p for p in model.parameters() if p.requires_grad])
     made = Plan(config, device, found, rows, length, disk(model, method, states, config.output_dir))
     made.warnings, made.budget, made.spread = warnings, spent, spread
-    made.placed = places
+    made.shares, made.placed = shares(config), places
     if found.uncounted:
         warnings.append(f"activations are not counted, because the step cannot run without weights: {found.uncounted}")
     if spread.strategy == "zero3" and spread.processes > 1:

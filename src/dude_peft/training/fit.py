@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -95,6 +96,9 @@ def training_arguments(config: RunConfig, strategy: str = "ddp") -> TrainingArgu
     if strategy == "fsdp2" and count() > 1:
         check_sharding()
     on_cpu = config.model.is_on_cpu or not torch.accelerator.is_available()
+    if count() > 1 and on_cpu and strategy == "ddp":
+        # accelerate numbers CPUs by processes, and torch copies whatever it moves from `cpu` to `cpu:0`.
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     try:
         arguments = kind(
             output_dir=config.output_dir,

@@ -9,10 +9,10 @@ from dude_peft.answer.fingerprint import answering_parts
 from dude_peft.config.schema import ModelSection
 from dude_peft.machine import processes
 from dude_peft.measure.score import begin_alike
-from dude_peft.model.load import gguf_note, load_empty, load_model
+from dude_peft.model.load import gguf_note, load_empty, load_model, load_settings
 from dude_peft.model.prefix import shares_exactly
 from dude_peft.model.probe import Nature, company_note, company_of, nature_of, quiet_router_
-from dude_peft.model.quantised import check_trains, method_of, stored_config
+from dude_peft.model.quantised import asked_of, check_trains, method_of, stored_config
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.training.context import RunContext
@@ -22,14 +22,16 @@ from dude_peft.training.model_checks import (
     check_answers_fit,
     check_attention,
     check_fits,
+    check_mapped,
     check_nature,
     check_packs,
     probe,
     record_of_head,
 )
+from dude_peft.training.one_load import load_once
 from dude_peft.training.placement import check_map, check_placed, placement_notes
 from dude_peft.training.stages import measures_pass_rates
-from dude_peft.training.strategy import has_whole, is_split
+from dude_peft.training.strategy import has_whole, is_split, shares_base
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +92,9 @@ def load_base(
         model: Any
         if isinstance(config.model.device_map, dict):
             check_map(load_empty(config.model, where, config.train.task_type), config.model)
-        if whole:
+        if shared := _shares_base(context, where, device):
+            model = load_once(context, where)
+        elif whole:
             how: Any = {"task_type": config.train.task_type, "head_seed": config.train.seed}
             model = load_model(_section(context), where, **how)
         else:
@@ -136,6 +140,8 @@ def load_base(
         if scores and not resumed and processes.count() == 1 and not config.model.is_hooked:
             parts = answering_parts(model, tokenizer)
         logits = probe(model, data.train, pad_id) if whole else None
+        if shared and logits is not None:
+            check_mapped(logits)
         if config.data.packing and whole:
             check_packs(model)
     for note in filter(None, (*notes, gguf_note(config.model))):
@@ -151,6 +157,14 @@ def _with_liger(context: RunContext, model: Any) -> str:
     told = apply_liger_(model, train)
     context.display.say(f"note: kernels of {told}; all numbers of this run are with them")
     return told
+
+
+def _shares_base(context: RunContext, where: str, device: torch.device) -> bool:
+    model, count = context.config.model, processes.count()
+    if count == 1:
+        return False
+    quantised = model.gguf_file is None and bool(asked_of(model) or stored_config(load_settings(model, where)))
+    return shares_base(context.config, context.strategy, count, gpu=device.type != "cpu", quantised=quantised)
 
 
 def _section(context: RunContext) -> ModelSection:

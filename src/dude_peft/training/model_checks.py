@@ -14,7 +14,7 @@ from dude_peft.data.batches import head, pad_right
 from dude_peft.data.packing import packs_apart
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError, DataError, NumericsError
-from dude_peft.machine.processes import gathered
+from dude_peft.machine.processes import gathered, local_rank, rank
 from dude_peft.model.outputs import with_scores
 from dude_peft.model.probe import Nature, check_causal
 from dude_peft.show import reason_of
@@ -27,6 +27,10 @@ from dude_peft.tuner.untouched import as_base
 _ROWS, _TOKENS = 2, 64
 _FAR = 0.1
 """Of the largest logit; between two devices, in bfloat16, roundings make up to a hundredth."""
+_NEAR = 0.01
+"""Of the largest logit; between two processes of one machine."""
+_SEEN = 4096
+"""Logits that are compared."""
 
 
 def record_of_head(model: Any, seed: int) -> dict[str, Any]:
@@ -216,6 +220,25 @@ def check_shares(whole: Tensor | None, split: Tensor) -> None:
         raise NumericsError(
             "the split model computes something else than the whole one; use --launch ddp, and report this with the "
             "model's name"
+        )
+
+
+def check_mapped(logits: Tensor) -> None:
+    """Compares what the processes of a machine compute from one base model in memory; every process has to call it.
+
+    Args:
+        logits: `probe` of the base model, in this process.
+
+    Raises:
+        NumericsError: one of them computes another function.
+    """
+    seen = logits.detach().float().flatten()[:_SEEN].cpu()
+    first = gathered(seen)[rank() - local_rank()]
+    far = distance(first, seen) > _NEAR * float(first[torch.isfinite(first)].abs().max())
+    if any(gathered(far)):
+        raise NumericsError(
+            "the base model computes something else in the processes that map its memory; leave --launch out, and "
+            "report this with the model's name"
         )
 
 

@@ -82,3 +82,17 @@ def is_split(strategy: str) -> bool:
 def has_whole(strategy: str) -> bool:
     """Whether this process loads the model."""
     return not is_split(strategy) or is_first()
+
+
+def shares_base(config: RunConfig, strategy: str, processes: int, *, gpu: bool, quantised: bool) -> bool:
+    """Whether the processes of a machine have one base model in memory, which the first of them loads.
+
+    Args:
+        config: of the run.
+        strategy: ddp, fsdp2 or zero3.
+        processes: how many.
+        gpu: whether GPUs train; each has memory of its own.
+        quantised: whether the base model is quantised, or stored so.
+    """
+    plain = not quantised and not config.model.trust_remote_code and config.train.task_type == CAUSAL
+    return strategy == "ddp" and processes > 1 and plain and not gpu
