@@ -85,6 +85,8 @@ def spent(cases: dict[str, Callable[[], Any]], baseline: str, rounds: int) -> di
                 whole = time.perf_counter() - begun
             parts = dict.fromkeys([*_KINDS, _OTHERS], 0.0)
             for event in profiled.key_averages():
+                if not event.key.startswith("aten::"):  # a function of Python's, or of autograd
+                    continue
                 kind = next(
                     (kind for kind, names in _KINDS.items() if event.key.startswith(names)), "elementwise and sums"
                 )
