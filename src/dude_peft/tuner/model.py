@@ -145,9 +145,10 @@ class DudeModel(BaseTuner):
         self._starts.clear()
         for wrapper in self._wrappers():
             wrapper.training = wrapper.original_module.training
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if config.bias != "none" and config._loading is None and not any("bias" in name for name in trained):
-            warnings.warn(f"bias: {config.bias} trains nothing here, for these layers have no bias", stacklevel=2)
+        if config.bias != "none" and config._loading is None:
+            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            if not any("bias" in name for name in trained):
+                warnings.warn(f"bias: {config.bias} trains nothing here, for these layers have no bias", stacklevel=2)
 
     @override
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -316,6 +317,8 @@ class DudeModel(BaseTuner):
 
     def _check_one_each(self, names: Sequence[str]) -> None:
         """Refuse two adapters at a time that train the same module whole: one copy of it can be in use."""
+        if len(set(names)) < 2:
+            return
         for place, wrapper in self.model.named_modules():
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
                 own = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
@@ -560,7 +563,8 @@ class DudeModel(BaseTuner):
         places: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
-        for module_name, layer in _adapted_layers(model, adapter_name):
+        layers = list(_adapted_layers(model, adapter_name))
+        for module_name, layer in layers:
             keys = {name: f"{layer.place(module_name)}.{layer.form.name(name)}" for name in stock_names(spec)}
             found = {name: remaining.pop(key) for name, key in keys.items() if key in remaining}
             missing += [key for name, key in keys.items() if name not in found]
@@ -573,12 +577,13 @@ class DudeModel(BaseTuner):
             for place in places[id(layer)]:
                 for name, tensor in state.kept.items():
                     loaded[_state_key(place, name, adapter_name, spec.delta)] = tensor
-        extra = _foreign(remaining, model, config)
+        extra = _foreign(remaining, model, config) if remaining else []
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
-        _check_whole(remaining, model)
+        if remaining:
+            _check_whole(remaining, model)
         config._loading = None
-        for _, layer in _adapted_layers(model, adapter_name):
+        for _, layer in layers:
             layer.scaling[adapter_name] = layer.own_scaling[adapter_name]  # that of the file, which has it folded in
         return {**loaded, **remaining}
 
