@@ -6,8 +6,8 @@
 svd         the top 16 triplets of a 4096 x 4096 matrix against a full SVD: time, and the energy that is missed
 model       `get_peft_model` on a Llama of about 100 M parameters, against PEFT's ways to start
 threads     layers one after the other with all of torch's threads, several layers at a time, and batched by shape
-checkpoint  `dude init` on a checkpoint with every shape of a Llama 7B in bfloat16, random weights with a spectrum that
-            falls as 1/sqrt(i); `--layers` of its 32, the rest by extrapolation
+checkpoint  `dude init` on a checkpoint with every shape of a Llama 7B (or 70B, `--shapes`) in bfloat16, random weights
+            with a spectrum that falls as 1/sqrt(i); `--layers` of all, the rest by extrapolation
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ from dude_peft import DudeConfig
 from dude_peft.core.svd import top_svd
 
 PARTS = ("svd", "model", "threads", "checkpoint")
-SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-SEVEN_B_LAYERS = 32
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+SHAPES = {
+    "7B": (dict(zip(_SIZES, (4096, 11008, 32, 32), strict=True)), 32),
+    "70B": (dict(zip(_SIZES, (8192, 28672, 64, 8), strict=True)), 80),
+}
+"""Of one layer, and how many layers there are."""
 TIMES = ["median_seconds", "ratio", "ratio_low", "ratio_high"]
 
 
@@ -47,7 +51,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768, help="model: hidden size")
     parser.add_argument("--model-layers", type=int, default=12)
     parser.add_argument("--slow", action="store_true", help="model: PEFT's full-SVD pissa too")
-    parser.add_argument("--layers", type=int, default=2, help="checkpoint: how many of the 32 layers are made")
+    parser.add_argument("--shapes", choices=[*SHAPES], default="7B", help="checkpoint: whose")
+    parser.add_argument("--layers", type=int, default=2, help="checkpoint: how many of its layers are made")
     parser.add_argument("--workers", type=int, default=None, help="checkpoint: of dude init")
     parser.add_argument("--folder", type=Path, default=None, help="checkpoint: where it is made for the time")
     settings = parser.parse_args()
@@ -208,7 +213,8 @@ def checkpoint_part(settings, notes):
     """`dude init` by subprocess, its peak memory per process."""
     folder = Path(tempfile.mkdtemp(prefix="dude-init-", dir=settings.folder))
     try:
-        largest = _make_checkpoint(folder / "model", settings.layers)
+        shape, whole = SHAPES[settings.shapes]
+        largest = _make_checkpoint(folder / "model", shape, settings.layers)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", _MEASURED, folder / "model", folder / "adapter"]
         done = subprocess.run(
@@ -223,21 +229,21 @@ def checkpoint_part(settings, notes):
         "layers": settings.layers,
         "largest_tensor_mib": largest / 2**20,
         "limit_mib": 3 * largest / 2**20 + 512,
-        "extrapolated_seconds": found["seconds"] + found["layers_seconds"] * (SEVEN_B_LAYERS / settings.layers - 1),
+        "extrapolated_seconds": found["seconds"] + found["layers_seconds"] * (whole / settings.layers - 1),
     }
-    show("dude init", {f"{settings.layers} of {SEVEN_B_LAYERS} layers of a 7B": found}, list(found))
-    if settings.layers < SEVEN_B_LAYERS:
+    show("dude init", {f"{settings.layers} of {whole} layers of a {settings.shapes}": found}, list(found))
+    if settings.layers < whole:
         notes.append(
-            f"dude init: {settings.layers} of {SEVEN_B_LAYERS} layers were made; the whole is the imports once and the "
+            f"dude init: {settings.layers} of {whole} layers were made; the whole is the imports once and the "
             "layers' time by proportion; every shape is there, so the peak memory is the whole's"
         )
     return found
 
 
-def _make_checkpoint(folder: Path, layers: int) -> int:
+def _make_checkpoint(folder: Path, shape: dict[str, int], layers: int) -> int:
     """Writes one shard a layer; returns the bytes of the largest adapted tensor."""
     folder.mkdir()
-    config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=layers, dtype="bfloat16", **SEVEN_B)
+    config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=layers, dtype="bfloat16", **shape)
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in transformers.LlamaForCausalLM(config).state_dict().items()}

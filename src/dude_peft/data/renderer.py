@@ -145,12 +145,12 @@ class _Renderer:
 def _answer(child: LineChild, until: float) -> bytes:
     """The next line. Raises queue.Empty where the child has computed until then without one."""
     end = time.monotonic() + _LONGEST_SECONDS
-    while True:
+    while (left := until - child.processor_seconds()) > 0 and time.monotonic() < end:
         try:
-            return child.line(max(until - child.processor_seconds(), _LOOK_SECONDS))
+            return child.line(max(left, _LOOK_SECONDS))
         except queue.Empty:
-            if child.processor_seconds() >= until or time.monotonic() >= end:
-                raise
+            continue  # it may have waited for the processor
+    raise queue.Empty
 
 
 def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
