@@ -494,15 +494,18 @@ def _waits() -> list[list[str]]:
         bound = f"{1 + now['read and hash']['ratio']:.2f}: PEFT's work, then all read and hashed"
         against = f"loading an adapter, over PEFT's LoRA, {dtype} ({_link(name)})"
         rows.append([against, bound, "1.30", _ratio(_record(old)["results"]["dude"]), _ratio(now["dude"])])
-    old, name = "2026-11-24-init", "2026-11-30-init"
-    found = [_record(each)["results"]["checkpoint"]["extrapolated_seconds"] for each in (old, name)]
-    seconds = [f"{each:.0f} s" for each in found]
-    rows.append(
-        [f"`dude init` of a 7B's shapes, two cores, from two of 32 layers ({_link(name)})", "", "80 s", *seconds]
-    )
+    wholes = {name: _record(name)["results"]["checkpoint"] for name in ("2026-11-24-init", *_STARTS)}
+    before, seven, seventy = (f"{found['extrapolated_seconds']:.0f} s" for found in wholes.values())
+    peak = wholes[_STARTS[1]]["worker_mib"]
+    for what, name, *cells in (
+        ("7B's shapes, two cores, from two of 32 layers", _STARTS[0], "80 s", before, seven),
+        ("70B's shapes, two cores, from one of 80 layers", _STARTS[1], "", "", f"{seventy}, {peak:.0f} MiB a process"),
+    ):
+        rows.append([f"`dude init` of a {what} ({_link(name)})", "", *cells])
     return rows
 
 
+_STARTS = ("2026-11-30-init", "2026-11-30-init-70b")
 _VERSIONS = ("import dude_peft, before", "import dude_peft")
 
 
