@@ -87,10 +87,8 @@ def spent(cases: dict[str, Callable[[], Any]], baseline: str, rounds: int) -> di
             for event in profiled.key_averages():
                 if not event.key.startswith("aten::"):  # a function of Python's, or of autograd
                     continue
-                kind = next(
-                    (kind for kind, names in _KINDS.items() if event.key.startswith(names)), "elementwise and sums"
-                )
-                parts[kind] += event.self_cpu_time_total / 1e6
+                kinds = (kind for kind, names in _KINDS.items() if event.key.startswith(names))
+                parts[next(kinds, _OTHERS)] += event.self_cpu_time_total / 1e6
             parts["between"] = whole - sum(parts.values())
             for kind, seconds in {**parts, "all": whole}.items():
                 found[name][kind] = found[name].get(kind, 0.0) + seconds
