@@ -430,22 +430,11 @@ class Standardised(nn.Conv2d):
         ),
         (lambda: nn.ConvTranspose2d(4, 8, 3), "ConvTranspose2d, which is not a linear layer"),
         (lambda: nn.EmbeddingBag(9, 8), "EmbeddingBag, which is not a linear layer"),
-        (lambda: nn.MultiheadAttention(8, 2), "MultiheadAttention, which is not a linear layer"),
     ],
 )
 def test_what_is_no_plain_map_is_refused_by_name(layer, words):
     with pytest.raises(ConfigError, match=words):
         peft.get_peft_model(of(layer()), DudeConfig(r=2, target_modules=["0"]))
-
-
-def test_attention_that_torch_fuses_is_refused_by_name():
-    for settings, words in (
-        ({"target_modules": ["in_proj_weight"]}, "is a parameter of MultiheadAttention.*modules_to_save"),
-        ({"target_modules": [], "target_parameters": ["in_proj_weight"]}, "MultiheadAttention has shape.*no stack"),
-        ({"target_modules": ["out_proj"]}, "which nn.MultiheadAttention never calls"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            peft.get_peft_model(of(nn.MultiheadAttention(8, 2)), DudeConfig(r=2, **settings))
 
 
 def test_one_of_two_tied_layers_is_refused():

@@ -33,8 +33,8 @@ from dude_peft.show import shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.combine import Combination
+from dude_peft.tuner.named import targets_named
 from dude_peft.tuner.same_base import settings_fault
-from dude_peft.tuner.stacks import stack_of
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,8 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for weighted in adapters:
         adapter = weighted.adapter
-        stacks, loaded = adapter.stacks, adapter.loaded
-        absent = [name for name in stacks if stack_of(base.model, name) is None]
-        absent += [
-            name
-            for name in adapter.base
-            if name not in stacks and (name not in modules or not frozen.is_supported(modules[name]))
-        ]
+        loaded, found = adapter.loaded, targets_named(base.model, adapter.base)
+        absent = [name for name in adapter.base if name not in found]
         if absent:
             raise ArtifactError(
                 f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model does not have "

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.form import OUT_PROJECTION
 from dude_peft.artifact.manifest import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -167,11 +168,20 @@ class DudeConfig(PeftConfig):
 
     @property
     def is_stock(self) -> bool:
-        """Whether its files are a stock LoRA or DoRA; else they are under a type that stock PEFT refuses."""
-        return self.spec.ranked and not self.target_parameters
+        """Whether its files are a stock LoRA or DoRA; else they are under a type that stock PEFT refuses.
+
+        Of a new adapter it is known once its layers are.
+        """
+        return self.spec.ranked and not self.target_parameters and not self._fused
+
+    @property
+    def _fused(self) -> bool:
+        """Whether it adapts an nn.MultiheadAttention."""
+        return any(name.endswith(OUT_PROJECTION) for name in self._layers())
 
     def rank_and_alpha(self, layer_name: str) -> tuple[int, float]:
-        """Rank r and lora_alpha of one layer, its patterns considered."""
+        """Rank r and lora_alpha of one layer, its patterns considered; both of an attention go by its name."""
+        layer_name = layer_name.removesuffix(OUT_PROJECTION)
         r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer_name), self.r)
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.lora_alpha)
         return r, alpha
@@ -190,6 +200,11 @@ class DudeConfig(PeftConfig):
                 f"method {self.method!r} gives experts a magnitude, which stock PEFT's target_parameters have not; use "
                 "--to merged or gguf"
             )
+        if self._fused:  # its PR 3774
+            raise ConfigError(
+                "stock PEFT 0.21 refuses a magnitude on nn.MultiheadAttention, and adds the change of its output "
+                "projection twice; use --to merged"
+            )
         if not self.spec.ranked:
             raise ConfigError(
                 f"method {self.method!r} trains whole matrices, which a stock adapter cannot hold; use --to merged or "
@@ -203,7 +218,7 @@ class DudeConfig(PeftConfig):
         if self.spec.rank_stabilized:
             lora_alpha *= math.sqrt(self.r)
             # alpha' = alpha sqrt(r) depends on both patterns, so they are written out layer by layer.
-            own = {exactly(name): self.rank_and_alpha(name) for name in self._layers()}
+            own = {exactly(name): self.rank_and_alpha(name) for name in self._matched()}
             own = {name: pair for name, pair in own.items() if pair != (self.r, self.lora_alpha)}
             rank_pattern = {name: r for name, (r, _) in own.items()}
             alpha_pattern = {name: alpha * math.sqrt(r) for name, (r, alpha) in own.items()}
@@ -325,13 +340,17 @@ class DudeConfig(PeftConfig):
 
     def _in_any_order(self, key: str) -> dict[str, Any]:
         """rank_pattern or alpha_pattern as files keep it."""
-        return in_any_order(getattr(self, key), self._layers())
+        return in_any_order(getattr(self, key), self._matched())
 
     def _layers(self) -> list[str]:
         """Names of the adapted layers, as far as a model or a file has told them."""
         if self._base is not None:
             return list(self._base.layers)
         return [] if self._loading is None else list(self._loading.base)
+
+    def _matched(self) -> list[str]:
+        """Of these the names that patterns are compared with."""
+        return [name for name in self._layers() if not name.endswith(OUT_PROJECTION)]
 
     def _check_stock(self, found: dict[str, Any], directory: Path) -> None:
         """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
@@ -355,7 +374,7 @@ class DudeConfig(PeftConfig):
     def _warn_of_lost_order(self, directory: Path) -> None:
         """Files of before format 4 have the patterns sorted, whatever their order was in training."""
         for key in _PATTERNS:
-            if found := overlapping(getattr(self, key), self._layers()):
+            if found := overlapping(getattr(self, key), self._matched()):
                 layer, (one, other, *_) = found
                 warnings.warn(
                     f"adapter {shown(directory, 300)}: {quoted(one)} and {quoted(other)} of its {key} both match "

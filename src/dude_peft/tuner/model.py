@@ -21,9 +21,11 @@ from peft.utils import (
     ModulesToSaveWrapper,
 )
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from dude_peft.artifact.base_settings import base_settings
+from dude_peft.artifact.form import OUT_PROJECTION
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.artifact.stacks import from_disk, to_disk
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, layer_tensors, stock_names
@@ -38,6 +40,7 @@ from dude_peft.show import a_, quoted, shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose, packed_layers
+from dude_peft.tuner.attention import DudeAttention, projections_of, why_no_attention
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.experts import DudeExperts, layers_in
@@ -268,14 +271,17 @@ class DudeModel(BaseTuner):
             factors = [total.factors(layer) for layer in layers]
         ranks = {layer.layer_name: total.rank_in(layer) for layer in layers}
         r = max(ranks.values())
+        own_ranks = {
+            exactly(name): rank for name, rank in ranks.items() if rank != r and not name.endswith(OUT_PROJECTION)
+        }
         configs[adapter_name] = replace(
             configs[adapters[0]],
             method="dora" if total.magnitude else "lora",
             r=r,
             lora_alpha=r,
-            rank_pattern={exactly(name): rank for name, rank in ranks.items() if rank != r},
-            alpha_pattern={exactly(name): rank for name, rank in ranks.items() if rank != r},
-            target_modules=sorted(ranks),
+            rank_pattern=own_ranks,
+            alpha_pattern=own_ranks,
+            target_modules=sorted(name for name in ranks if not name.endswith(OUT_PROJECTION)),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -359,18 +365,25 @@ class DudeModel(BaseTuner):
             raise ConfigError(_no_target(config, model, names))
         for name, module in targets:
             layer = _base_of(module)
+            if isinstance(layer, nn.MultiheadAttention):
+                _check_attention(name, layer, config)
+                continue
             if reason := frozen.why_not(layer):
-                raise ConfigError(
-                    f"target '{name}' {reason}; adapt linear layers, and train others in full with "
-                    f"modules_to_save=[{name.rpartition('.')[2]!r}]"
-                )
+                place, _, last = name.rpartition(".")
+                remedy = f"adapt linear layers, and train others in full with modules_to_save=[{last!r}]"
+                if isinstance(layer, NonDynamicallyQuantizableLinear):
+                    remedy = f"name the attention itself, '{place}'"
+                raise ConfigError(f"target '{name}' {reason}; {remedy}")
             if is_map(layer) and not config.spec.ranked:
                 raise ConfigError(
                     f"target '{name}' is {a_(type(layer).__name__)}, which method {config.method!r} does not adapt; "
                     "choose a method with a rank, or leave the layer out"
                 )
-            check_rank(config.spec, name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
-            weight = frozen.plain_weight(layer)
+        parts = [part for name, module in targets for part in _parts_of(name, module).items()]
+        for name, part in parts:
+            frozen_part = part.target() if isinstance(part, DudeLinear) else part
+            check_rank(config.spec, name, frozen.shape_of(frozen_part), config.rank_and_alpha(name)[0])
+            weight = frozen.plain_weight(frozen_part)
             if weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
         _check_saved_modules(config, names)
@@ -383,7 +396,7 @@ class DudeModel(BaseTuner):
                 f"'{both}' is in target_modules and, by its ending, in modules_to_save={config.modules_to_save}, where "
                 "PEFT compares the endings of names; leave it out of one, or write longer names"
             )
-        return [*targets]
+        return parts
 
     @override
     def _inject_parameters(
@@ -423,11 +436,13 @@ class DudeModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, DudeLinear):
-            target.add(adapter_name, peft_config, meta=self._meta, starts=self._starts.pop(current_key, None))
+            for layer in _layers_of(target):
+                starts = self._starts.pop(layer.layer_name, None)
+                layer.add(adapter_name, peft_config, meta=self._meta, starts=starts)
             return
-        kind = DudeEmbedding if isinstance(target, nn.Embedding) else DudeConv if is_map(target) else DudeLinear
-        layer = kind(target, current_key)
-        self._put_in_place(layer, adapter_name, peft_config)
+        layer = _layer_for(target, current_key)
+        for each in _layers_of(layer):
+            self._put_in_place(each, adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
@@ -614,6 +629,24 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
+def _layer_for(target: nn.Module, name: str) -> DudeLinear:
+    """The layer of ours that goes in the place of a frozen one."""
+    if isinstance(target, nn.MultiheadAttention):
+        return DudeAttention(target, name)
+    kind = DudeEmbedding if isinstance(target, nn.Embedding) else DudeConv if is_map(target) else DudeLinear
+    return kind(target, name)
+
+
+def _layers_of(layer: DudeLinear) -> list[DudeLinear]:
+    """The layer itself, and the one inside an attention."""
+    return [layer, layer.out_projection] if isinstance(layer, DudeAttention) else [layer]
+
+
+def _parts_of(name: str, module: nn.Module) -> dict[str, nn.Module | Stack]:
+    """What an adapter of a target changes, by the names of the layers."""
+    return projections_of(name, module) if isinstance(_base_of(module), nn.MultiheadAttention) else {name: module}
+
+
 def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -716,7 +749,8 @@ def _needless(model: nn.Module, config: DudeConfig) -> Iterator[str]:
     for name, module in model.named_modules():
         place = name if name.startswith(_PEFT_PREFIX) else f"{_PEFT_PREFIX}{name}"
         if isinstance(module, DudeLinear):
-            yield from (f"{place}.{part}" for part in (untrained, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
+            inner = "base_layer.in_proj_" if isinstance(module, DudeAttention) else untrained
+            yield from (f"{place}.{part}" for part in (inner, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
             yield from (f"{place}.{part}.{adapter}." for part in ("lora_t", "lora_f") for adapter in module.r)
         elif isinstance(module, ModulesToSaveWrapper):
             yield from (f"{place}.{part}." for part in ("original_module", "modules_to_save"))
@@ -777,7 +811,9 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
         name, parameter = parameters[0]
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
         remedy = "name stacks of experts in target_parameters"
-        if parameter.ndim != 3:
+        if owner == "MultiheadAttention":
+            remedy = "name the attention itself"
+        elif parameter.ndim != 3:
             remedy = "leave it out, or train its module whole with modules_to_save"
         return f"target_modules: '{wanted}' is a parameter of {owner} ('{name}'), not a linear layer; {remedy}"
     hint = closest(wanted, _last_parts(names))
@@ -855,6 +891,19 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
             f"target '{adapted}' was resized from {before} to {now} tokens, but no file has the new rows; save and "
             "reload the resized model, then adapt it, or train the layer in full with modules_to_save"
         )
+
+
+def _check_attention(name: str, attention: nn.MultiheadAttention, config: DudeConfig) -> None:
+    reason = why_no_attention(attention)
+    if reason is None and not config.spec.ranked:
+        reason = f"is a MultiheadAttention, which method {config.method!r} does not adapt"
+    if reason is not None:
+        raise ConfigError(f"target '{name}' {reason}; leave it out, or choose another method")
+    for key, usual in (("lora_dropout", 0), ("bias", "none")):
+        if (value := getattr(config, key)) != usual:
+            raise ConfigError(
+                f"{key}={value!r} has no meaning for '{name}', a MultiheadAttention; leave one of them out"
+            )
 
 
 def _check_tied(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
