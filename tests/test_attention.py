@@ -218,7 +218,8 @@ def test_save_and_load_are_bit_equal(method, tmp_path):
     # PEFT 0.21 adds the change of the output projection twice (its PR 3774): it must not take the file for a LoRA.
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "DUDE"
     found = dude_peft.verify(tmp_path)
-    assert (found.layers, found.stock_refusal[:46]) == (4, "stock PEFT refuses an adapter of nn.Multihead")
+    assert found.layers == 4
+    assert "stock PEFT refuses an adapter of nn.MultiheadAttention" in found.stock_refusal
     for changed in ("attn.in_proj_weight", "attn.out_proj.weight", "attn.in_proj_bias"):
         other = net()
         other.get_parameter(changed).add_(0.01)

@@ -437,13 +437,6 @@ def test_what_is_no_plain_map_is_refused_by_name(layer, words):
         peft.get_peft_model(of(layer()), DudeConfig(r=2, target_modules=["0"]))
 
 
-def test_one_of_two_tied_layers_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"'model\.embed_tokens' shares its weight with 'lm_head' .*tie_word_embeddings"
-    ):
-        peft.get_peft_model(make("gemma3-tied"), DudeConfig(r=2, target_modules=["embed_tokens"]))
-
-
 def test_a_rank_that_a_map_cannot_have_and_a_method_without_one():
     with pytest.raises(ConfigError, match=r"r=10 is more than layer 'conv' \(out 12, in 9\)"):
         peft.get_peft_model(net(geometry="depthwise"), DudeConfig(r=10, target_modules=["conv"]))

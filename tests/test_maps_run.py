@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers as hf
+from models import perturb
 from test_train_resume import _CutError, cut_at
 from tiny import save_tiny, write_rows
 
 import dude_peft
 from dude_peft.config.schema import RunConfig
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.training import run as run_module
 from dude_peft.training.run import run
 
@@ -39,18 +41,24 @@ def settings(places: Path, out: Path, model: str = "model", **adapter: object) -
     }
 
 
+@pytest.fixture(scope="module", params=["model", "tied"])
+def model(request) -> str:
+    """One whose embedding is its own, and one whose output layer has the same weight."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def trained(places) -> Path:
+def trained(places, model) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "loss_curve", lambda *_: b"")
-        found = run(RunConfig(**settings(places, places / "whole")), quiet=True)
+        found = run(RunConfig(**settings(places, places / f"whole-{model}", model)), quiet=True)
     assert found.after.loss < found.before.loss - 0.2
-    return places / "whole"
+    return places / f"whole-{model}"
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(places, trained, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_bits(places, model, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "loss_curve", lambda *_: b"")
-    wanted = RunConfig(**settings(places, tmp_path / "out"))
+    wanted = RunConfig(**settings(places, tmp_path / "out", model))
     with monkeypatch.context() as patch:
         cut_at(3, patch)
         with pytest.raises(_CutError):
@@ -60,33 +68,55 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(places, trained, tmp_path, 
     assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_the_plan_and_the_checks_know_the_embedding(places, trained):
+def test_the_plan_and_the_checks_know_the_embedding(places, model, trained):
     report = json.loads((trained / "report.json").read_text())
-    planned = dude_peft.plan(settings(places, places / "planned"))
+    planned = dude_peft.plan(settings(places, places / f"planned-{model}", model))
     assert planned.cost.static.trainable_parameters == report["trainable_parameters"]
     assert not planned.cost.uncounted
-    found = dude_peft.verify(trained / "adapter", base=str(places / "model"))
-    assert (found.layers, found.stock_refusal, found.saved_whole) == (3, "", ())
+    found = dude_peft.verify(trained / "adapter", base=str(places / model))
+    assert (found.layers, found.saved_whole) == (3, ())
+    assert ("tied embeddings" in found.stock_refusal) == (model == "tied")
+    with pytest.raises(ArtifactError, match=r"the output layer (were two|shared one weight); give the base model"):
+        dude_peft.verify(trained / "adapter", base=str(places / ("model" if model == "tied" else "tied")))
     page = dude_peft.report(trained, trained / "again.html").path.read_text()
     assert "embed_tokens" in page
 
 
-def test_what_cannot_be_done_with_an_embedding_is_refused(places, trained, tmp_path):
+def test_what_cannot_be_done_with_an_embedding_is_refused(places, model, trained, tmp_path):
     with pytest.raises(ConfigError, match=r"'model\.embed_tokens' is no linear layer, and no program serves"):
         dude_peft.export(trained / "adapter", "lora:8", tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"shares its weight with 'lm_head'"):
-        run(RunConfig(**settings(places, tmp_path / "run", "tied")), quiet=True)
     with pytest.raises(ConfigError, match=r"adapter\.budget: 'model\.embed_tokens' is no linear layer"):
-        run(RunConfig(**settings(places, tmp_path / "run", budget={"parameters": 2000})), quiet=True)
+        run(RunConfig(**settings(places, tmp_path / "run", model, budget={"parameters": 2000})), quiet=True)
+    if model == "tied":
+        with pytest.raises(ConfigError, match=r"stock PEFT keeps the factors of tied layers twice.*--to merged"):
+            dude_peft.export(trained / "adapter", "peft", tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_merged_and_stock_exports_are_the_live_adapter(places, trained, tmp_path):
-    for target in ("merged", "peft"):
+def test_merged_and_stock_exports_are_the_live_adapter(places, model, trained, tmp_path):
+    for target in ("merged",) if model == "tied" else ("merged", "peft"):
         made = dude_peft.export(trained / "adapter", target, tmp_path / target)
         assert made.record["difference"]["kl_tuned_export"] <= 1e-9
         assert made.record["difference"]["kl_tuned_base"] >= 1e-4
-    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    live = dude_peft.load_adapter(hf.AutoModelForCausalLM.from_pretrained(places / "model"), trained / "adapter")
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    live = dude_peft.load_adapter(hf.AutoModelForCausalLM.from_pretrained(places / model), trained / "adapter")
     weight = live.base_model.model.model.embed_tokens.effective_weight()
-    assert torch.equal(model.model.embed_tokens.weight, weight.T)
+    assert torch.equal(merged.model.embed_tokens.weight, weight.T)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (model == "tied")
+
+
+@pytest.mark.slow
+def test_two_adapters_of_a_tied_weight_are_added_up_or_refused(places, tmp_path):
+    base = str(places / "tied")
+    for name, targets in (("both", ["embed_tokens"]), ("other", ["embed_tokens", "q_proj"]), ("head", ["lm_head"])):
+        made = hf.AutoModelForCausalLM.from_pretrained(base)
+        made = peft.get_peft_model(made, dude_peft.DudeConfig(r=2, target_modules=targets))
+        perturb(made, seed=len(name))
+        made.save_pretrained(tmp_path / name)
+    adapters = [tmp_path / "both", tmp_path / "other"]
+    found = dude_peft.merge(adapters, tmp_path / "sum", weights=[0.5, 2.0], base=base)
+    assert found.record["difference"]["kl_tuned_export"] <= 1e-9
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "sum")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    with pytest.raises(ConfigError, match="which share their weight; they cannot be combined"):
+        dude_peft.merge([tmp_path / "both", tmp_path / "head"], tmp_path / "no", base=base)

@@ -59,7 +59,6 @@ _LARGEST_ALPHA = 1e38  # what float32 holds
 # Keys of PEFT's LoraConfig that people bring along -> what does the same here.
 _INSTEAD = {
     "trainable_token_indices": "train added tokens with the whole embedding: modules_to_save=['embed_tokens']",
-    "ensure_weight_tying": "list both layers in modules_to_save: ['embed_tokens', 'lm_head']",
 }
 
 
@@ -134,6 +133,8 @@ class DudeConfig(PeftConfig):
     """Relative gain of captured energy at which the top-r SVD stops; 0: a full SVD."""
     svd_seed: int = 0
     """Seed of the SVD's start block, and of random directions."""
+    ensure_weight_tying: bool = False
+    """Adapt a tied output layer and the embedding as one; set by itself where the embedding is a target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +173,7 @@ class DudeConfig(PeftConfig):
 
         Of a new adapter it is known once its layers are.
         """
-        return self.spec.ranked and not self.target_parameters and not self._fused
+        return self.spec.ranked and not (self.target_parameters or self.ensure_weight_tying or self._fused)
 
     @property
     def _fused(self) -> bool:
@@ -199,6 +200,10 @@ class DudeConfig(PeftConfig):
             raise ConfigError(
                 f"method {self.method!r} gives experts a magnitude, which stock PEFT's target_parameters have not; use "
                 "--to merged or gguf"
+            )
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                "stock PEFT keeps the factors of tied layers twice, and unties them when it merges; use --to merged"
             )
         if self._fused:  # its PR 3774
             raise ConfigError(
@@ -334,8 +339,9 @@ class DudeConfig(PeftConfig):
         once = {"modules_to_save": _unique(self.modules_to_save)}
         patterns = {name: self._in_any_order(name) for name in _PATTERNS}
         fields = {**self.to_dict(), **once, **patterns, "peft_type": DUDE_TYPE.value}
-        if not self.target_parameters:  # a key that versions before it do not know
-            del fields["target_parameters"]
+        for name in ("target_parameters", "ensure_weight_tying"):  # which versions before do not know
+            if not fields[name]:
+                del fields[name]
         return fields
 
     def _in_any_order(self, key: str) -> dict[str, Any]:

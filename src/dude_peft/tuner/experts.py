@@ -68,7 +68,7 @@ class DudeExperts(DudeLinear):
         if self.disable_adapters:
             own: Tensor | None = self.lora_unmerged_weight
             return own
-        names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        names = self.unmerged_names()
         return self._weight_with(names) if names else None
 
     @property

@@ -60,6 +60,7 @@ from dude_peft.tuner.stack_targets import check_stacks, patterns_of_stacks, stac
 from dude_peft.tuner.stacks import Stack
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
+from dude_peft.tuner.tied import DudeTiedHead, sharing, why_not_tied
 from dude_peft.tuner.weighted import plan_sum
 
 # Modules whose children are named after adapters.
@@ -134,6 +135,7 @@ class DudeModel(BaseTuner):
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}
             self._leave_out(model, config)
+        self._tied = self._ties(model, config)
         self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
             targets = [*self._check_targets(model, config, stacks), *stacks.items()]
@@ -145,6 +147,7 @@ class DudeModel(BaseTuner):
             )
         with self._places_of(model), patterns_of_stacks(config, stacks):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._tie(model)
         self._starts.clear()
         for wrapper in self._wrappers():
             wrapper.training = wrapper.original_module.training
@@ -359,12 +362,16 @@ class DudeModel(BaseTuner):
         targets = [
             (name, module)
             for name, module in model.named_modules()
-            if name and not set(_INSIDE) & set(name.split(".")) and self._check_target_module_exists(config, name)
+            if name and name not in self._tied and self._is_target(config, name)
         ]
         if not targets and (config.target_modules or not stacks):
             raise ConfigError(_no_target(config, model, names))
         for name, module in targets:
             layer = _base_of(module)
+            if isinstance(module, DudeTiedHead):
+                raise ConfigError(
+                    f"target '{name}' follows the embedding, which another adapter changes; name the embedding itself"
+                )
             if isinstance(layer, nn.MultiheadAttention):
                 _check_attention(name, layer, config)
                 continue
@@ -388,15 +395,60 @@ class DudeModel(BaseTuner):
                 check_finite(name, weight)
         _check_saved_modules(config, names)
         _check_output_layer(model, targets)
-        _check_tied(model, targets)
         whole = trained_whole(model, config)
         check_stacks(stacks, config, whole)
-        if both := next((name for name, _ in targets if name in whole), None):
+        if both := next((name for name in (*dict(targets), *self._tied) if name in whole), None):
             raise ConfigError(
                 f"'{both}' is in target_modules and, by its ending, in modules_to_save={config.modules_to_save}, where "
                 "PEFT compares the endings of names; leave it out of one, or write longer names"
             )
         return parts
+
+    def _is_target(self, config: DudeConfig, name: str) -> bool:
+        return not set(_INSIDE) & set(name.split(".")) and bool(self._check_target_module_exists(config, name))
+
+    def _ties(self, model: nn.Module, config: DudeConfig) -> dict[str, str]:
+        """Layers that share the weight of a target embedding, with its name; the configuration is told of them."""
+        found: dict[str, str] = {}
+        asked = config.ensure_weight_tying
+        for name, module in model.named_modules():
+            if not isinstance(_base_of(module), nn.Embedding) or set(_INSIDE) & set(name.split(".")):
+                continue
+            others = sharing(model, module)
+            named = self._is_target(config, name)
+            if not named and asked and any(self._is_target(config, other) for other in others):
+                _add_target(config, name)
+                named = True
+            if named:
+                _check_tied(name, others)
+                found |= dict.fromkeys(others, name)
+        if config._loading is not None and asked != bool(found):
+            then, now = ("shared one weight", "are two") if asked else ("were two", "share one weight")
+            raise ArtifactError(
+                f"the adapter was trained where the embedding and the output layer {then}, and here they {now}; load "
+                "the base model it was trained on"
+            )
+        if asked and not found:
+            raise ConfigError(
+                "ensure_weight_tying: no target is an embedding that shares its weight with an output layer; leave it "
+                "out, or name the embedding in target_modules"
+            )
+        config.ensure_weight_tying = bool(found)
+        return found
+
+    def _tie(self, model: nn.Module) -> None:
+        """Put a layer of ours into the place of every output layer that follows an embedding."""
+        for name, source in self._tied.items():
+            embedding, target = model.get_submodule(source), model.get_submodule(name)
+            if isinstance(embedding, DudeEmbedding) and not isinstance(target, DudeTiedHead):
+                layer = DudeTiedHead(target, embedding)
+                layer.train(target.training)
+                self._replace_module(model, "", layer, target)
+
+    @override
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        # PEFT warns of tied layers here, which ours keep tied, or untie where the output layer alone is a target.
+        pass
 
     @override
     def _inject_parameters(
@@ -435,6 +487,8 @@ class DudeModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if current_key in self._tied:
+            return  # it follows its embedding
         if isinstance(target, DudeLinear):
             for layer in _layers_of(target):
                 starts = self._starts.pop(layer.layer_name, None)
@@ -748,7 +802,9 @@ def _needless(model: nn.Module, config: DudeConfig) -> Iterator[str]:
     untrained = "base_layer." if config.bias == "none" else "base_layer.weight"
     for name, module in model.named_modules():
         place = name if name.startswith(_PEFT_PREFIX) else f"{_PEFT_PREFIX}{name}"
-        if isinstance(module, DudeLinear):
+        if isinstance(module, DudeTiedHead):
+            yield f"{place}.{untrained}"
+        elif isinstance(module, DudeLinear):
             inner = "base_layer.in_proj_" if isinstance(module, DudeAttention) else untrained
             yield from (f"{place}.{part}" for part in (inner, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
             yield from (f"{place}.{part}.{adapter}." for part in ("lora_t", "lora_f") for adapter in module.r)
@@ -906,20 +962,22 @@ def _check_attention(name: str, attention: nn.MultiheadAttention, config: DudeCo
             )
 
 
-def _check_tied(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
-    """An embedding that shares its weight with another layer would be taken apart from it by its own adapter."""
-    for name, module in targets:
-        embedding = _base_of(module)
-        if not isinstance(embedding, nn.Embedding):
-            continue
-        for other, layer in model.named_modules():
-            layer = _base_of(layer)
-            if layer is not embedding and getattr(layer, "_parameters", {}).get("weight") is embedding.weight:
-                raise ConfigError(
-                    f"target '{name}' shares its weight with '{other}' (tied embeddings), and an adapter would change "
-                    "one of the two; load the model with tie_word_embeddings=False, or train both whole with "
-                    f"modules_to_save=[{name.rpartition('.')[2]!r}, {other.rpartition('.')[2]!r}]"
-                )
+def _add_target(config: DudeConfig, name: str) -> None:
+    """Make a layer a target, as PEFT does with the embedding of a tied output layer."""
+    if isinstance(config.target_modules, str):
+        config.target_modules = rf"(?:{config.target_modules}|{re.escape(name)})"
+    else:
+        config.target_modules = {*(config.target_modules or ()), name}  # type: ignore[assignment]
+
+
+def _check_tied(name: str, others: Mapping[str, nn.Module]) -> None:
+    for other, layer in others.items():
+        if reason := why_not_tied(layer):
+            raise ConfigError(
+                f"target '{name}' shares its weight with '{other}' (tied embeddings), which {reason}: they "
+                "cannot be adapted as one; load the model with tie_word_embeddings=False, or train both whole with "
+                f"modules_to_save=[{name.rpartition('.')[2]!r}, {other.rpartition('.')[2]!r}]"
+            )
 
 
 def _told_apart(wanted: Iterable[str], model: nn.Module, adapters: Iterable[str]) -> list[str]:
