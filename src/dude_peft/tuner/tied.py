@@ -72,13 +72,11 @@ class DudeTiedHead(nn.Module, BaseTunerLayer):
         """Logits under the embedding's active adapters, (*, in) -> (*, out)."""
         if self.disable_adapters:
             return self._own_output(x, *args, **kwargs)
-        names = self.embedding.unmerged_names()
-        y: Tensor = self.base_layer(x, *args, **kwargs) if len(names) != 1 or self.embedding.merged else x
-        if not names:
-            return y
-        if y is x:
+        names, merged = self.embedding.unmerged_names(), self.embedding.merged
+        if len(names) == 1 and not merged:
             return self._adapt(names[0], x)
-        base_out = self._own_output(x, *args, **kwargs) if self.embedding.merged else y
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        base_out = self._own_output(x, *args, **kwargs) if names and merged else y
         for name in names:
             y = y + (self._adapt(name, x) - base_out)
         return y
