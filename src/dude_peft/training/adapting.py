@@ -176,7 +176,7 @@ class _Adapting:
                     found = load(self._model, str(start), is_trainable=True)
                 processes.from_first(None)
         if processes.count() > 1 and not config.adapter.foreign:
-            if False and context.strategy != "ddp":
+            if context.strategy != "ddp":
                 check_whole(found, context.strategy)
             keep_fingerprints(found)
             if context.strategy == "ddp":

@@ -232,7 +232,7 @@ class DudeConfig(PeftConfig):
             lora_alpha=_int_if_whole(lora_alpha),  # type: ignore[arg-type]  # PEFT computes with floats too
             lora_dropout=self.lora_dropout,
             target_modules=_sorted(self.target_modules),
-            target_parameters=self.target_parameters,
+            target_parameters=self._stock_parameters(),
             exclude_modules=_sorted(self.exclude_modules),
             rank_pattern=rank_pattern,
             alpha_pattern={name: _int_if_whole(alpha) for name, alpha in alpha_pattern.items()},
@@ -250,6 +250,13 @@ class DudeConfig(PeftConfig):
         # LoraConfig makes sets of these, whose order in the file would change from process to process.
         stock.target_modules, stock.exclude_modules = _sorted(stock.target_modules), _sorted(stock.exclude_modules)
         return stock
+
+    def _stock_parameters(self) -> list[str] | None:
+        """Of stacks in some layers alone the whole names: stock PEFT does not look at layers_to_transform there."""
+        wanted = self.target_parameters
+        if wanted is None or self.layers_to_transform is None:
+            return wanted
+        return [name for name in self._layers() if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
     @override
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -495,12 +502,10 @@ def _check_stacks(config: DudeConfig) -> None:
     for key, value, usual in (
         ("lora_dropout", config.lora_dropout, 0),
         ("bias", config.bias, "none"),
-        ("layers_to_transform", config.layers_to_transform, None),
     ):
         if value != usual:
             raise ConfigError(
                 f"{key}={shown(repr(value))} has no meaning for experts (target_parameters); leave it out"
-                + ("" if key != "layers_to_transform" else ", and write the whole names of the parameters")
             )
 
 

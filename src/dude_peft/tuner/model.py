@@ -129,7 +129,7 @@ class DudeModel(BaseTuner):
                 f"target_modules is not set, and PEFT has no default for {type(model).__name__}; 'all-linear' adapts "
                 "every linear layer"
             ) from error
-        stacks = stacks_of(model, config.target_parameters or ())
+        stacks = _stacks(model, config)
         check_patterns(vars(config), [*(name for name, _ in model.named_modules() if name), *stacks])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
@@ -456,7 +456,7 @@ class DudeModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        names = list(stacks_of(model, peft_config.target_parameters))
+        names = list(_stacks(model, peft_config))
         for name in names:
             place, _, parameter_name = name.rpartition(".")
             outer = model.get_submodule(place)
@@ -917,6 +917,18 @@ def _wanted_layers(config: DudeConfig) -> set[int]:
 def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
     wanted = _wanted_layers(config)
     return not wanted or _layer_index(name, config) in wanted
+
+
+def _stacks(model: nn.Module, config: DudeConfig) -> dict[str, Stack]:
+    """The stacks of experts that are targets, by their names."""
+    found = stacks_of(model, config.target_parameters or ())
+    wanted = {name: stack for name, stack in found.items() if _is_wanted_layer(name, config)}
+    if found and not wanted:
+        raise ConfigError(
+            f"layers_to_transform={config.layers_to_transform!r} leaves no stack of target_parameters "
+            f"(first: {quoted(next(iter(found)), 200)}); name layers that have experts"
+        )
+    return wanted
 
 
 def _check_layers(config: DudeConfig, names: list[str]) -> None:
