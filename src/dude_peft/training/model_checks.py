@@ -169,8 +169,8 @@ def check_whole(model: Any, strategy: str) -> None:
         if isinstance(module, (DudeAttention, DudeTiedHead)):
             what = "an attention" if isinstance(module, DudeAttention) else "a tied output layer"
             raise ConfigError(
-                f"adapter.target_modules: '{shown(name)}' is {what} and needs whole weights, and {strategy} splits "
-                "them; use --launch ddp"
+                f"adapter.target_modules: '{shown(name.removeprefix('base_model.model.'))}' is {what} and needs whole "
+                f"weights, and {strategy} splits them; use --launch ddp"
             )
 
 
