@@ -468,22 +468,3 @@ def test_torch_s_own_launcher_works_as_well(places, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "report.json").read_text())["steps"] == 8
-
-
-@pytest.mark.slow
-@FSDP2
-def test_a_tied_weight_trains_in_two_processes_as_in_one_or_is_refused(places, tmp_path):
-    save_tiny(places / "tied", tie_word_embeddings=True)
-    runs = {"one": [], "two": ["--launch", "ddp", "--processes", "2"], "cut": ["--launch", "fsdp2", "--processes", "2"]}
-    for name, arguments in runs.items():
-        rows = 2 if arguments else 4
-        config = write_config(places, tmp_path / name, dtype="tied", per_device_train_batch_size=rows)
-        settings = json.loads(config.read_text())
-        config.write_text(json.dumps({**settings, "adapter": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}))
-        done = dude(config, *arguments)
-        assert done.returncode == (2 if name == "cut" else 0), done.stderr
-    assert "'lm_head' is a tied output layer and needs whole weights" in done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    found, wanted = tensors(tmp_path / "two"), tensors(tmp_path / "one")
-    for name, tensor in wanted.items():
-        assert torch.allclose(found[name], tensor, atol=1e-5), name

@@ -23,6 +23,7 @@ from dude_peft import DudeConfig, load_adapter
 from dude_peft.core.reference import reference_direction
 from dude_peft.errors import ArtifactError, ConfigError
 from dude_peft.methods import METHODS
+from dude_peft.training.model_checks import check_whole
 from dude_peft.tuner.tied import DudeTiedHead
 
 slow = pytest.mark.slow
@@ -294,6 +295,12 @@ def test_a_masked_language_model_has_a_bias_behind():
     perturb(model)
     expected = logits(model)
     assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_a_model_that_is_to_be_split_is_refused():
+    with pytest.raises(ConfigError, match="'lm_head' is a tied output layer and needs whole weights, and fsdp2"):
+        check_whole(adapted(), "fsdp2")
+    check_whole(adapted(target_modules=["lm_head"]), "fsdp2")
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
