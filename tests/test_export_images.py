@@ -83,9 +83,9 @@ def test_a_wrong_merge_of_a_vision_layer_is_found(family, tmp_path, monkeypatch)
     right = merging.layers_of
 
     def wrong(*given: Any) -> Any:
-        """Leaves out the last adapted layer that only images go through."""
+        """Leaves out an adapted layer that only images go through, not the last one, which LLaVA does not use."""
         layers = right(*given)
-        eye = [name for name in layers if "language_model" not in name and "text_model" not in name][-1]
+        eye = next(name for name in layers if "language_model" not in name and "text_model" not in name)
         return {name: layer for name, layer in layers.items() if name != eye}
 
     monkeypatch.setattr(merging, "layers_of", wrong)
