@@ -27,7 +27,7 @@ _TORCHAO = "torchao:"
 _WITH_KERNELS = "gptq"
 """gptqmodel's format; of its kernels some have no backward."""
 _UNPROVEN = "awq"
-"""A run trained on it, but its layers have other bytes in the next process: no adapter could be shown to belong to it."""
+"""A run trained on it, but every command then found other weights than the run had."""
 _USUAL = (*BITSANDBYTES, "torchao:int8_weight_only")
 _SIDE = 256
 _WORST_ERROR = 0.5
@@ -68,8 +68,8 @@ def trainable_config(stored: Mapping[str, Any]) -> Any:
     method = method_of(stored)
     if method == _UNPROVEN:
         raise ConfigError(
-            "the checkpoint is stored in AWQ, whose layers are rewritten as they are loaded and used, so that no adapter "
-            "can be shown to belong to them; give the unquantised checkpoint, with model.quantization: nf4"
+            "the checkpoint is stored in AWQ, and an adapter trained on it would be refused afterwards, because its "
+            "weights are not found to be the same; give the unquantised checkpoint, with model.quantization: nf4"
         )
     try:
         config: Any = AutoQuantizationConfig.from_dict(dict(stored))
