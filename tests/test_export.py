@@ -736,31 +736,31 @@ def test_the_smallest_rank_that_reaches_a_kl_is_found(worded, tmp_path):
 def test_the_comparison_is_the_textbook():
     generator = torch.Generator().manual_seed(0)
     live, out, base = (torch.randn(5, 7, generator=generator) for _ in range(3))
-    found = compare({"live.0": live, "base.0": base}, {"out.0": out}, 1)
+    found = compare({"live.0": live, "base.0": base}, {"out.0": out}, [0])
     assert found.kl_tuned_export == pytest.approx(kl(live, out), rel=1e-5)
     assert found.kl_tuned_base == pytest.approx(kl(live, base), rel=1e-5)
     assert found.logits == pytest.approx(float((live - out).abs().max() / live.abs().max()))
     assert found.agreement == float((live.argmax(-1) == out.argmax(-1)).float().mean())
     with pytest.raises(NumericsError, match="NaN or Inf"):
-        compare({"live.0": live, "base.0": base}, {"out.0": out * float("nan")}, 1)
+        compare({"live.0": live, "base.0": base}, {"out.0": out * float("nan")}, [0])
 
 
 def test_ruled_out_tokens_are_equal_where_both_rule_them_out():
     generator = torch.Generator().manual_seed(0)
     live, out, base = (torch.randn(5, 7, generator=generator) for _ in range(3))
-    expected = compare({"live.0": live, "base.0": base}, {"out.0": out}, 1)
+    expected = compare({"live.0": live, "base.0": base}, {"out.0": out}, [0])
 
     def masked(logits):
         return torch.cat([logits, torch.full((5, 2), -torch.inf)], dim=1)
 
-    assert compare({"live.0": masked(live), "base.0": masked(base)}, {"out.0": masked(out)}, 1) == expected
+    assert compare({"live.0": masked(live), "base.0": masked(base)}, {"out.0": masked(out)}, [0]) == expected
     allowing = torch.cat([live, torch.ones(5, 2)], dim=1)
     for ours, theirs, who in ((masked(live), allowing, "live adapter"), (allowing, masked(out), "export")):
         with pytest.raises(NumericsError, match=f"the {who} is the only one that gives token 7 .* one of 10 "):
-            compare({"live.0": ours, "base.0": masked(base)}, {"out.0": theirs}, 1)
+            compare({"live.0": ours, "base.0": masked(base)}, {"out.0": theirs}, [0])
     nothing = torch.full((5, 9), -torch.inf)
     with pytest.raises(NumericsError, match="live adapter itself gives NaN or Inf"):
-        compare({"live.0": nothing, "base.0": masked(base)}, {"out.0": nothing}, 1)
+        compare({"live.0": nothing, "base.0": masked(base)}, {"out.0": nothing}, [0])
 
 
 @pytest.mark.slow

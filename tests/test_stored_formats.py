@@ -272,3 +272,8 @@ def test_an_older_transformers_is_told_of(monkeypatch):
     monkeypatch.setattr(AutoQuantizationConfig, "from_dict", lambda config: SimpleNamespace())
     with pytest.raises(ConfigError, match="upgrade transformers"):
         quantised.trainable_config({"quant_method": "compressed-tensors"})
+
+
+def test_awq_is_refused_before_anything_is_trained():
+    with pytest.raises(ConfigError, match=r"stored in AWQ.*give the unquantised checkpoint"):
+        quantised.trainable_config({"quant_method": "awq", "bits": 4, "group_size": 32})

@@ -19,6 +19,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file
+from served import dude
 from tiny_vision import BY_DAY, COLOURS, FAMILIES, picture, row, save_seeing, write_seen
 
 from dude_peft import DudeConfig
@@ -28,7 +29,7 @@ from dude_peft.data.batches import pad_right
 from dude_peft.data.encode import encode, prompt_ids
 from dude_peft.data.rows import load_rows
 from dude_peft.data.template import Template
-from dude_peft.errors import ArtifactError, DataError, DudeError
+from dude_peft.errors import ArtifactError, ConfigError, DataError, DudeError
 from dude_peft.measure.score import complete, item_losses
 from dude_peft.model.load import load_model, load_tokenizer
 from dude_peft.model.processor import sight_of
@@ -362,7 +363,7 @@ def test_what_has_no_place_for_images_is_refused_before_the_model_is_loaded(
 # --- the other commands -------------------------------------------------------------------------------------------
 
 
-def test_the_plan_counts_image_tokens_and_says_what_it_leaves_out(places, tmp_path):
+def test_the_plan_counts_image_tokens(places, tmp_path):
     made = plan(RunConfig(**settings(places / "model", places / "data/rows.jsonl", tmp_path / "run")))
     section = ModelSection(name_or_path=str(places / "model"))
     tokenizer = load_tokenizer(section, str(places / "model"))
@@ -370,7 +371,57 @@ def test_the_plan_counts_image_tokens_and_says_what_it_leaves_out(places, tmp_pa
     rows = load_rows(places / "data/rows.jsonl")
     examples = encode(rows, Template(tokenizer), tokenizer, 128, sight=sight).examples
     assert made.rows.longest == max(len(each["input_ids"]) for each in examples)
-    assert any("vision tower" in warning and "are not" in warning for warning in made.warnings)
+    tokens = [sum(token in sight.marks for token in each["input_ids"]) for each in examples]
+    assert (made.rows.image_tokens, made.rows.image_tokens_per_row) == (max(tokens), sum(tokens) / len(tokens))
+
+
+def test_rows_without_images_move_nothing_that_reads_images(places, tmp_path):
+    """Where the eyes alone are adapted, a batch of text is learned from with a gradient of 0."""
+    row_of = [row("none", question=f"No image {number}?") for number in range(3)] + [row("red", "pics/red.png")]
+    rows = write_seen(places / "data/mostly.jsonl", row_of)
+    train = {"max_steps": 4, "save_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    adapter = {"target_modules": ["fc1", "linear_1"]}
+    made = settings(places / "model", rows, tmp_path / "run", train=train, adapter=adapter)
+    start({**made, "evaluation": {"enabled": False}})
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert sorted(norms)[:3] == [0, 0, 0] < [max(norms)]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_a_model_in_shares_reads_no_images(strategy, places, tmp_path):
+    config = RunConfig(**settings(places / "model", places / "data/rows.jsonl", tmp_path / "run"))
+    with pytest.raises(ConfigError, match=f"rows with images do not train with {strategy}; choose --launch ddp"):
+        plan(config, strategy=strategy, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["LLaVA", "Qwen2-VL"])
+def test_two_processes_train_as_one(family, tmp_path):
+    """Rows with no, one and two images; adapters on the eyes alone, of which one process may see nothing in a batch."""
+    model = save_seeing(tmp_path / "model", family)
+    rows = mixed_rows(tmp_path / "data")
+    train = {"max_steps": 6, "logging_steps": 1, "learning_rate": 0.003, "gradient_accumulation_steps": 2}
+    targets = r".*(encoder|visual|multi_modal).*(q_proj|fc1|linear_1|qkv)"
+    for name, batch, launch in (("one", 2, []), ("two", 1, ["--launch", "ddp", "--processes", "2"])):
+        wanted = settings(
+            model,
+            rows,
+            tmp_path / name,
+            adapter={"target_modules": targets, "lora_dropout": 0.0},
+            train={**train, "per_device_train_batch_size": batch},
+        )
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(wanted), encoding="utf-8")
+        done = dude("train", tmp_path / f"{name}.yaml", *launch)
+        assert done.returncode == 0, done.stderr
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(two[name], tensor, rtol=0, atol=1e-5) for name, tensor in one.items())
+    assert one.keys() == two.keys()
 
 
 def test_answers_to_images_are_those_of_the_run(finished, places, tmp_path):

@@ -99,7 +99,9 @@ def _gemma3() -> tuple[Any, Any, Any]:
         eoi_token_index=_FIRST + 2,
     )
     eye = hf.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
-    return hf.Gemma3ForConditionalGeneration(config), tokenizer, ("Gemma3Processor", eye, {"image_seq_length": 4})
+    model: Any = hf.Gemma3ForConditionalGeneration(config)
+    model.model.multi_modal_projector.mm_input_projection_weight.data.normal_(std=0.2)  # zeros pass nothing on
+    return model, tokenizer, ("Gemma3Processor", eye, {"image_seq_length": 4})
 
 
 def _llava() -> tuple[Any, Any, Any]:

@@ -31,7 +31,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST_BYTES = 64 * 2**20
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
-_INSTALL = "images need Pillow, which is not installed: pip install 'dude-peft[vision]'"
+INSTALL = "images need Pillow, which is not installed: pip install 'dude-peft[vision]'"
+"""What is said where it is missing."""
 _WIDE = ("I", "F")
 """Beginnings of Pillow's modes of 16 and 32 bits, whole numbers and fractions: as RGB they are cut, not scaled."""
 _KNOWN = 2**16
@@ -177,7 +178,7 @@ def _header(data: bytes) -> Image:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise ConfigError(_INSTALL) from error
+        raise ConfigError(INSTALL) from error
     if not data:
         raise DataError("is an empty file; save the image again")
     most = Image.MAX_IMAGE_PIXELS or 2**27

@@ -153,6 +153,16 @@ class Sight:
                 made[name] = torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))
         return made
 
+    def prompt(self, image: Any, text: str) -> dict[str, Any]:
+        """Everything that the model reads of an image with a text behind it, outside of any template.
+
+        Raises:
+            ConfigError: the processor cannot be had.
+            DataError: it does not take the image.
+        """
+        found = self._asked([[image]], [self._token + text], "the prompt with an image", return_tensors="pt")
+        return dict(found)
+
     def _refuse_spellings(self, row: Row) -> None:
         for message in row.messages:
             for name in self._names:

@@ -1,7 +1,7 @@
 """The process that loads an export as its users will: stock transformers or stock PEFT without our package; llama.cpp.
 
 Run as a script, by its path, with one JSON object on standard input; writes logits `out.N` of every prompt to a
-safetensors file.
+safetensors file. The last prompt may have an image, whose pixels are those that the live adapter read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
             model: Any = _automatic(request["export"], scores=request["scores"]).from_pretrained(
                 request["export"], trust_remote_code=False, dtype="auto"
             )
-            ids = _own_ids(request, model.config.get_text_config()) or ids
+            own = _own_ids(request, model.config.get_text_config())
+            ids = own + ids[len(own) :]  # what has an image was written by a processor
         else:
             import peft
 
@@ -57,7 +58,11 @@ def main() -> None:
                 module.training = True
                 _keep_scales(module)
         with torch.inference_mode():
-            outputs = [model(input_ids=torch.tensor([row])).logits[0].float() for row in ids]
+            asked: list[dict[str, Any]] = [{"input_ids": torch.tensor([row])} for row in ids]
+            asked[-1] |= {
+                name.removeprefix("seen."): each for name, each in prompts.items() if name.startswith("seen.")
+            }
+            outputs = [model(**prompt).logits[0].float() for prompt in asked]
     tensors = {f"out.{i}": output.contiguous() for i, output in enumerate(outputs)}
     safetensors.torch.save_file(tensors, request["output"])
 

@@ -14,10 +14,11 @@ from dude_peft.artifact.json_text import json_text
 from dude_peft.core.finite import first_not_finite
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.exporting.base import source_of
-from dude_peft.exporting.check import Difference, record, run_consumer, run_live, summary, tolerance
+from dude_peft.exporting.check import Difference, beyond_rounding, record, run_consumer, run_live, summary
 from dude_peft.exporting.foreign import ForeignAdapter
 from dude_peft.model.architecture import fetch_checkpoint
 from dude_peft.model.load import load_model, locate
+from dude_peft.model.processor import own_processor
 from dude_peft.show import reason_of, shown
 from dude_peft.terminal.display import Display
 from dude_peft.tuner.foreign import load_foreign
@@ -60,16 +61,15 @@ def merge_foreign(
             tokenizer = next((str(at) for at in (adapter.folder, original) if (at / _TOKENIZER).is_file()), None)
             parts = [{"path": str(adapter.folder.absolute()), "weight": 1.0}]
             with display.waiting("running the live adapter and the merged model"):
-                live = run_live(source.model_dump(), parts, tokenizer, False, scratch)
+                processor = own_processor(adapter.folder)
+                live = run_live(source.model_dump(), parts, tokenizer, False, scratch, processor=processor)
                 found = run_consumer("merged", folder, live, {}, scratch)
             display.say(summary(found))
             assert isinstance(found, Difference), "a model that writes"
-            limit = tolerance({dtype}, found.kl_tuned_base)
-            if found.kl_tuned_export > limit:
-                raise NumericsError(
-                    f"PEFT's merge of {adapter.method} is not what the adapter does: its mean KL(tuned || export) is "
-                    f"{found.kl_tuned_export:.1e} nats a token, more than rounding can explain ({limit:.1e})"
-                )
+            if live.blind:
+                display.warn(f"compared on text alone: {shown(live.blind, 300)}")
+            if fault := beyond_rounding(found, {dtype}):
+                raise NumericsError(f"PEFT's merge of {adapter.method} is not what the adapter does: its {fault}")
             made = {"verified": True, "difference": record(found)}
         else:
             display.warn("not verified: --no-verify")

@@ -448,6 +448,8 @@ class _Export:
         from dude_peft.model.load import locate
 
         live = self._live(base, scratch)
+        if kind == "gguf" and live.sees:
+            self.display.warn("compared on text alone: a GGUF file of this kind has no vision tower")
         source = base.source
         origin: dict[str, Any] = {"where": locate(source), "gguf_file": source.gguf_file, "revision": source.revision}
         # The adapter's; of an adapter on several, the checkpoint's own, or what `load_model` makes of a GGUF file.
@@ -463,6 +465,7 @@ class _Export:
 
     def _live(self, base: Base, scratch: Path) -> Live:
         from dude_peft.exporting.check import run_live
+        from dude_peft.model.processor import own_processor
 
         if self.live is None:
             own = self.weighted[0].adapter.folder if len(self.weighted) == 1 else base.folder
@@ -480,11 +483,14 @@ class _Export:
                     scratch,
                     base.quantization,
                     base.task_type,
+                    own_processor(own),
                 )
+            if self.live.blind:
+                self.display.warn(f"compared on text alone: {shown(self.live.blind, 300)}")
         return self.live
 
     def _judge(self, kind: str, found: Difference | ScoreDifference, quantisation: str, live: str | None) -> None:
-        from dude_peft.exporting.check import tolerance
+        from dude_peft.exporting.check import beyond_rounding
         from dude_peft.exporting.scores import ScoreDifference
 
         if not self.combination.by_rows:
@@ -498,14 +504,17 @@ class _Export:
         limit, what = self.settings.max_kl, "above --max-kl"
         if limit is None and kind == "lora":
             limit, what = found.kl_tuned_base, "no nearer to the adapter than the base model is"
-        elif limit is None:
-            limit = tolerance(self._dtypes(live), found.kl_tuned_base, quantisation)
-            what = "more than rounding can explain"
-        if found.kl_tuned_export > limit:
+        if limit is None:
+            if fault := beyond_rounding(found, self._dtypes(live), quantisation):
+                raise NumericsError(f"the export's {fault}; choose a wider --dtype or type")
+            return
+        kl = found.kl_tuned_export
+        if self.settings.max_kl is not None and found.with_image is not None:
+            kl = max(kl, found.with_image.kl_tuned_export)
+        if kl > limit:
             hint = "choose a larger rank" if kind == "lora" else "choose a wider --dtype or type"
             raise NumericsError(
-                f"the export's mean KL(tuned || export) is {found.kl_tuned_export:.1e} nats a token, {what} "
-                f"({limit:.1e}); {hint}"
+                f"the export's mean KL(tuned || export) is {kl:.1e} nats a token, {what} ({limit:.1e}); {hint}"
             )
 
     def _dtypes(self, live: str | None) -> set[Any]:

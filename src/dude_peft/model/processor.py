@@ -56,6 +56,11 @@ def sight_of(section: ModelSection, where: str, tokenizer: Any, files_at: Path |
     return Sight(load, tokenizer, marks=marks, parts=parts, files=files)
 
 
+def own_processor(folder: Path) -> str | None:
+    """The folder of an adapter, where it brought its processor along."""
+    return str(folder.absolute()) if any((folder / name).is_file() for name in PROCESSOR_FILES) else None
+
+
 def _files(section: ModelSection, where: str) -> list[Path]:
     """The processor's files, in the model's folder or in the hub's cache."""
     if os.path.isabs(where):

@@ -24,8 +24,10 @@ from dude_peft.terminal.quiet import quiet_imports
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 _TORCHAO = "torchao:"
-_WITH_KERNELS = ("gptq", "awq")
-"""gptqmodel's formats; of its kernels some have no backward."""
+_WITH_KERNELS = "gptq"
+"""gptqmodel's format; of its kernels some have no backward."""
+_UNPROVEN = "awq"
+"""A run trained on it, but every command then found other weights than the run had."""
 _USUAL = (*BITSANDBYTES, "torchao:int8_weight_only")
 _SIDE = 256
 _WORST_ERROR = 0.5
@@ -50,7 +52,7 @@ def stored_config(settings: Any) -> dict[str, Any] | None:
 def trainable_config(stored: Mapping[str, Any]) -> Any:
     """A format's settings for `from_pretrained`, so that a checkpoint in it can be trained on wherever it is loaded.
 
-    They dequantise fp8, mxfp4 and compressed-tensors, and choose a kernel with a backward for GPTQ and AWQ.
+    They dequantise fp8, mxfp4 and compressed-tensors, and choose a kernel with a backward for GPTQ.
 
     Args:
         stored: how the checkpoint is quantised, from `stored_config`.
@@ -64,6 +66,11 @@ def trainable_config(stored: Mapping[str, Any]) -> Any:
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     method = method_of(stored)
+    if method == _UNPROVEN:
+        raise ConfigError(
+            "the checkpoint is stored in AWQ, and an adapter trained on it would be refused afterwards, because its "
+            "weights are not found to be the same; give the unquantised checkpoint, with model.quantization: nf4"
+        )
     try:
         config: Any = AutoQuantizationConfig.from_dict(dict(stored))
     except Exception as error:  # each format's settings check themselves, by errors of their own
@@ -79,7 +86,7 @@ def trainable_config(stored: Mapping[str, Any]) -> Any:
             "the checkpoint is stored in compressed-tensors, which this transformers does not dequantise while it "
             "loads; upgrade transformers, or give the unquantised checkpoint"
         )
-    if method in _WITH_KERNELS:
+    if method == _WITH_KERNELS:
         config.backend = "auto_trainable"
         return config
     return None

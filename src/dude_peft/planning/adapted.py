@@ -27,13 +27,14 @@ from dude_peft.tuner import DudeConfig
 from dude_peft.tuner.foreign import adapt_empty
 
 
-def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
+def adapted_model(config: RunConfig, settings: Any, where: str, *, sees: bool = False) -> Any:
     """The model under its adapter, all tensors on the meta device.
 
     Args:
         config: of the run.
         settings: of the model, from `train.model.load_settings`.
         where: from `train.model.locate`.
+        sees: whether its batches have images.
 
     Raises:
         ConfigError: whatever the real run would refuse (targets, ranks, a model that is none), or a format of
@@ -43,7 +44,7 @@ def adapted_model(config: RunConfig, settings: Any, where: str) -> Any:
         check_plain(config.model, settings, "adapter.method")
     quantization = _quantization(config, settings, dtype_of(config.model, settings, where))
     model = bare_model(config, settings, where)
-    set_attention_(model, config)
+    set_attention_(model, config, sees=sees)
     set_liger_(model, config)
     if config.adapter.peft is not None:
         return adapt_empty(model, config.adapter.peft)

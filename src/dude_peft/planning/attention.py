@@ -15,7 +15,7 @@ from dude_peft.config.schema import RunConfig
 _FLASH, _UNMASKED = "dude_counted_blockwise", "dude_counted_sdpa"
 
 
-def set_attention_(model: Any, config: RunConfig) -> None:
+def set_attention_(model: Any, config: RunConfig, *, sees: bool = False) -> None:
     """Has the model compute attention as it will in the run, with as many bytes.
 
     A batch of one row has no padding, so transformers makes no mask for sdpa, unless attention is local. Under fake
@@ -24,6 +24,7 @@ def set_attention_(model: Any, config: RunConfig) -> None:
     Args:
         model: of the run, without an adapter.
         config: of the run.
+        sees: whether batches have images; their masks are known, so transformers decides itself.
     """
     wanted, train = config.model.attn_implementation, config.train
     if wanted in ("flash_attention_2", "flash_attention_3", "flex_attention"):
@@ -32,7 +33,7 @@ def set_attention_(model: Any, config: RunConfig) -> None:
     text = model.config.get_text_config()
     padded = train.per_device_train_batch_size * train.sides > 1 or config.data.packing
     local = set(getattr(text, "layer_types", None) or ()) - {"full_attention"} or getattr(text, "sliding_window", None)
-    if not padded and not local and text._attn_implementation == "sdpa":
+    if not sees and not padded and not local and text._attn_implementation == "sdpa":
         model.set_attn_implementation(_UNMASKED)
 
 

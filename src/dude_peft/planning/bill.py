@@ -18,12 +18,14 @@ from dude_peft.config.schema import (
     RunConfig,
     TrainSection,
 )
+from dude_peft.data.batches import Example
 from dude_peft.planning.adapted import adapted_model
 from dude_peft.planning.dry_step import DryStep, Judged, dry_step
 from dude_peft.planning.layers import shorten
 from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
 from dude_peft.planning.packed import PackedLinear
+from dude_peft.planning.seen import seen_batch
 from dude_peft.planning.spread import ALONE, Exchange, Spread, exchange_of
 from dude_peft.show import reason_of
 from dude_peft.tuner import DudeLinear
@@ -88,6 +90,8 @@ class Cost:
     """The part of the step in which the most lives."""
     flops: int
     """Of the matrix products of one forward and backward pass."""
+    flops_before: int
+    """Of these, what comes before the layers: the vision tower's."""
     exchange: Exchange
     """What the processes of the run send one another."""
     uncounted: str = ""
@@ -117,6 +121,7 @@ def cost(
     begins: int = 0,
     whole: bool = False,
     spread: Spread = ALONE,
+    example: Example | None = None,
 ) -> Cost:
     """The bill of a run's training step in one process.
 
@@ -129,13 +134,16 @@ def cost(
         begins: tokens in front of the first judged one of any row, where answers are judged.
         whole: run all layers instead of one of each kind; slower, and the same.
         spread: the processes that train together.
+        example: with the most images of those that are learned; None where none has any.
 
     Raises:
         ConfigError: whatever the real run would refuse.
+        DataError: an image was changed since the rows were read.
     """
 
     def adapted() -> Any:
-        return adapted_model(config, type(settings).from_dict(settings.to_dict()), where)
+        own = type(settings).from_dict(settings.to_dict())
+        return adapted_model(config, own, where, sees=example is not None)
 
     model, train = adapted(), config.train
     static = _static(model, spread)
@@ -143,6 +151,9 @@ def cost(
     order = [] if whole else shorten(model)
     kinds = len(set(order))
     rows, uncounted = rows_of_batch(train), ""
+    batch = None if example is None else seen_batch(example, rows, length)
+    # Trainer takes all batches of an optimizer step at once. One more waits where they are made: on the CPU.
+    taken, waiting = train.gradient_accumulation_steps, int(not gpu)
     options: dict[str, Any] = {
         "bf16": train.autocasts,
         "checkpointing": train.gradient_checkpointing,
@@ -150,6 +161,8 @@ def cost(
         "chunked": train.chunks_loss,
         "judged": _judged(train, length, begins),
         "gpu": gpu,
+        "batch": batch,
+        "batches": taken + waiting,
     }
     try:
         step = dry_step(model, kinds, rows, length, **options)
@@ -168,6 +181,8 @@ def cost(
     ]
     at_once = step_bytes(train.optim, static.trained, gpu=gpu)
     moments.append(_Moment("the optimizer's step", 0, trained, at_once, exchange.kept))
+    if batch is not None:  # those of the last step are still there
+        moments.append(_Moment("the next images", 0, 0, (2 * taken + waiting) * _bytes([*batch.values()])))
     peak = max(moments, key=lambda moment: moment.total)
     in_head = peak.where == _HEAD
     bill = Bill(
@@ -182,7 +197,9 @@ def cost(
         runtime=RUNTIME_BYTES,
         exchanged=peak.exchanged,
     )
-    return Cost(static, bill, peak.where, _flops(step, order), exchange, uncounted)
+    return Cost(
+        static, bill, peak.where, _flops(step, order), step.before.flops + step.after.flops, exchange, uncounted
+    )
 
 
 def _judged(train: TrainSection, length: int, begins: int) -> Judged | None:
@@ -229,6 +246,7 @@ def _static(model: nn.Module, spread: Spread) -> Static:
 
 
 _HEAD = "the loss"
+_BEFORE = "what is before the layers: embeddings, images"
 
 
 def _moments(step: DryStep, order: list[int], exchange: Exchange) -> list[_Moment]:
@@ -237,10 +255,11 @@ def _moments(step: DryStep, order: list[int], exchange: Exchange) -> list[_Momen
     Layers of one kind leave behind the same and need the same, so a sum over the layers is exact.
     """
     forward, backward = exchange.in_forward, exchange.in_backward
-    parts = [("the embeddings", step.before, forward)]
+    parts = [(_BEFORE, step.before, forward)]
     parts += [(f"the forward of layer {index}", step.forward[kind], forward) for index, kind in enumerate(order)]
     parts.append((_HEAD, step.head, exchange.in_loss if order else max(forward, backward)))
     parts += [(f"the backward of layer {i}", step.backward[order[i]], backward) for i in reversed(range(len(order)))]
+    parts.append((f"the backward of {_BEFORE}", step.after, backward))
     moments = []
     live = gradients = 0
     for where, stretch, exchanged in parts:
@@ -251,7 +270,7 @@ def _moments(step: DryStep, order: list[int], exchange: Exchange) -> list[_Momen
 
 
 def _flops(step: DryStep, order: list[int]) -> int:
-    ends: list[Stretch] = [step.before, step.head]
+    ends: list[Stretch] = [step.before, step.head, step.after]
     layers = [step.forward[kind] for kind in order] + [step.backward[kind] for kind in order]
     return sum(stretch.flops for stretch in ends + layers)
 

@@ -8,6 +8,7 @@ Trainer keeps the loss alone.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from dude_peft.model.outputs import can_keep_few, is_scorer
 from dude_peft.planning.layers import decoder_layers
 from dude_peft.planning.liger import loss_in_chunks
 from dude_peft.planning.live_bytes import NOTHING, LiveBytes, Stretch
+from dude_peft.planning.seen import known
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class DryStep:
     """The parts of a step, in the order in which they happen."""
 
     before: Stretch = NOTHING
-    """Inputs, embeddings, masks."""
+    """Inputs, embeddings, masks, the vision tower."""
     forward: list[Stretch] = field(default_factory=list)
     """The forward of every kind of layer."""
     head: Stretch = NOTHING
     """Final norm, logits, loss, and their backward."""
     backward: list[Stretch] = field(default_factory=list)
-    """The backward of every kind of layer, by kind; the first layer's with what comes before it."""
+    """The backward of every kind of layer, by kind."""
+    after: Stretch = NOTHING
+    """The backward of what is before the layers."""
 
     def has(self, kinds: int) -> bool:
         """Whether every layer ran, once each and one after the other."""
@@ -65,6 +69,8 @@ def dry_step(
     chunked: bool = False,
     judged: Judged | None = None,
     gpu: bool = False,
+    batch: dict[str, Tensor] | None = None,
+    batches: int = 1,
 ) -> DryStep:
     """Runs the step and takes its memory apart.
 
@@ -79,6 +85,8 @@ def dry_step(
         chunked: the loss is taken in chunks, as Liger does.
         judged: what a loss of answers takes; None for the cross-entropy of all tokens.
         gpu: whether a GPU trains.
+        batch: with images, whose numbers are known; None for one of text, by its size.
+        batches: with images that are in memory together.
     """
     adapted: Any = model
     step = DryStep()
@@ -88,16 +96,26 @@ def dry_step(
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted.config.use_cache = False
         adapted.train()
-        with LiveBytes([p for p in adapted.parameters() if p.requires_grad], gpu=gpu) as live:
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        with known() if batch else nullcontext(), LiveBytes(trained, gpu=gpu) as live:
             _watch(decoder_layers(adapted, kinds), step, live)
-            ids = torch.zeros(*((1, rows * length) if packed else (rows, length)), dtype=torch.long)
-            beside = "position_ids" if packed else "attention_mask"
-            batch = {"input_ids": ids, beside: torch.ones_like(ids), "labels": ids}
-            loss = _loss(adapted, batch, bf16, chunked, judged)
+            others: list[Tensor] = []
+            if batch is None:
+                ids = torch.zeros(*((1, rows * length) if packed else (rows, length)), dtype=torch.long)
+                beside = "position_ids" if packed else "attention_mask"
+                given = {"input_ids": ids, beside: torch.ones_like(ids), "labels": ids}
+            else:
+                given = {name: tensor.clone() for name, tensor in batch.items()}  # which is counted
+                others = [torch.empty(t.shape, dtype=t.dtype) for t in given.values() for _ in range(batches - 1)]
+            loss = _loss(adapted, given, bf16, chunked, judged)
             loss.backward()
             last = live.stretch()
+            del others
     if kinds:
-        step.backward.append(last)
+        if len(step.backward) < kinds:  # nothing before the layers has a gradient
+            step.backward.append(last)
+        else:
+            step.after = last
         step.backward.reverse()  # it came last layer first
     else:
         step.head = last
@@ -137,13 +155,16 @@ def _watch(layers: list[nn.Module], step: DryStep, live: LiveBytes) -> None:
     if not layers:
         return
 
-    def begins(*_: Any) -> None:
-        if not step.forward:
-            step.before = live.stretch()
+    def begins(layer: nn.Module, inputs: Any) -> None:
+        if step.forward:  # checkpointing runs it once more
+            return
+        step.before = live.stretch()
+        if inputs and inputs[0].requires_grad:
+            inputs[0].register_hook(lambda gradient: arrives(-1))
 
     def ends(layer: nn.Module, inputs: Any, output: Any) -> None:
         number = len(step.forward)
-        if number == len(layers):  # checkpointing runs it once more
+        if number == len(layers):
             return
         step.forward.append(live.stretch())
         hidden: Any = output if isinstance(output, Tensor) else output[0]

@@ -14,7 +14,8 @@ def shorten(model: nn.Module) -> list[int]:
 
     Two layers are of one kind where they have the same modules, tensors and (sliding or full) attention. The first two
     are kinds of their own: nothing before the first wants a gradient, and the second does not free its input's
-    predecessor, the embeddings, which the model holds on to. Kinds are numbered in the order in which they stay.
+    predecessor, the embeddings, which the model holds on to. So are those behind which a vision tower's features are
+    added (deepstack). Kinds are numbered in the order in which they stay.
 
     Args:
         model: adapted; changed in place.
@@ -28,11 +29,13 @@ def shorten(model: nn.Module) -> list[int]:
     if layers is None:
         return []
     types = list(getattr(text, "layer_types", None) or ())
+    added = len(getattr(getattr(settings, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    alone = max(2, added + 1)
     kinds: dict[Hashable, int] = {}
     kept: list[int] = []
     order = []
     for index, layer in enumerate(layers):
-        signature = (min(index, 2), types[index] if types else None, _signature(layer))
+        signature = (min(index, alone), types[index] if types else None, _signature(layer))
         if signature not in kinds:
             kinds[signature] = len(kept)
             kept.append(index)

@@ -82,7 +82,10 @@ class Plan:
         """Of one optimizer step in all processes, with rows of the mean length."""
         sides = self.config.train.sides
         mean = self.rows.tokens_per_row / (self.length * sides) if self.rows else 1.0
-        return self.cost.flops * mean * self.config.train.gradient_accumulation_steps * self.spread.processes
+        before = self.cost.flops_before
+        seen = self.rows.image_tokens_per_row / self.rows.image_tokens if self.rows and self.rows.image_tokens else mean
+        flops = (self.cost.flops - before) * mean + before * seen
+        return flops * self.config.train.gradient_accumulation_steps * self.spread.processes
 
     @property
     def least_seconds(self) -> float | None:
@@ -175,7 +178,7 @@ class Plan:
             "placement": None if self.placed is None else self.placed.weights,
             "remedies": [{"set": remedy.settings, "total": remedy.total} for remedy in self.remedies],
             "disk": asdict(self.disk),
-            "data": asdict(self.rows) if self.rows else None,
+            "data": self.rows.as_dict() if self.rows else None,
             "steps": self.steps,
             "pass_rates": self._pass_rates(),
             "tokens_per_step": round(self.tokens_per_step, 1),

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dude_peft.config.schema import DataSection, ShareSection, Sources, TrainSection
+from dude_peft.data.batches import Example
 from dude_peft.data.columns import Columns
 from dude_peft.data.encode import check_ids, encode
 from dude_peft.data.encode_pairs import PairEncoder
@@ -43,6 +44,15 @@ class Rows:
     """Whether rows have images, whose tokens are counted like others."""
     begins: int = 0
     """Tokens in front of the first judged one, of the row that has the fewest; 0 where all count."""
+    image_tokens: int = 0
+    """Of the row that has the most of those that were counted."""
+    image_tokens_per_row: float = 0.0
+    widest: Example | None = None
+    """The row that has the most image tokens, with its images."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers."""
+        return {name: value for name, value in vars(self).items() if name != "widest"}
 
 
 def count_rows(
@@ -80,6 +90,7 @@ def count_rows(
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     template = Template(tokenizer, data.template, data.special_tokens).of_kind(kind)
     begins = 0
+    seen: dict[str, Any] = {}
     if kind in PAIRED:
         both, begins = _pairs(sample, template, tokenizer, data.max_length, vocabulary)
         lengths, conversations = [sum(pair) for pair in both], [max(pair) for pair in both]
@@ -96,6 +107,7 @@ def count_rows(
             **eyes,
         )
         lengths = conversations = [len(example["input_ids"]) for example in encoded.examples]
+        seen = _seen(encoded.examples)
         if kind != "answers" or answers is not None:
             prompts = [each["labels"].count(IGNORE) for each in encoded.examples]
             begins = min(prompts)
@@ -114,7 +126,19 @@ def count_rows(
         packs = len(pack(lengths, data.max_length, data.seed))
         return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
     longest = max(conversations) if len(sample) == total else data.max_length + (answers or 0)
-    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images, begins)
+    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images, begins, **seen)
+
+
+def _seen(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Image tokens of the rows, and the row that has the most; pixels are as many as tokens of them."""
+    counts = [_image_tokens(example) for example in examples]
+    most = max(counts)
+    widest = examples[counts.index(most)] if most else None
+    return {"image_tokens": most, "image_tokens_per_row": sum(counts) / len(counts), "widest": widest}
+
+
+def _image_tokens(example: Example) -> int:
+    return sum(token in example["shown"].sight.marks for token in example["input_ids"]) if "shown" in example else 0
 
 
 def _sampled(rows: Callable[[], Iterator[Row]]) -> tuple[list[Row], int, bool]:

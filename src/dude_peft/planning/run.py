@@ -189,15 +189,16 @@ def _made(
     with display.waiting("rows"):
         rows = _rows(config, where, tokenizer, model)
     if rows is not None and rows.images:
-        check_images(config, 1, spread.processes)
-        warnings.append(
-            "rows with images: their tokens are counted; the memory and the time of the vision tower, which reads the "
-            "pixels, are not"
-        )
+        check_images(config, 1, spread.strategy, spread.processes)
+        if rows.counted < rows.rows:
+            warnings.append(
+                f"rows with images: {rows.counted} of {rows.rows} rows were looked at; the bill is of a batch of the "
+                "row that has the most image tokens among these"
+            )
     positions = getattr(settings.get_text_config(), "max_position_embeddings", None) or config.data.max_length
     length = min(config.data.max_length, positions) if rows is None else rows.longest
 
-    begins = 0 if rows is None else rows.begins
+    begins, widest = (0, None) if rows is None else (rows.begins, rows.widest)
 
     def shares(changed: RunConfig) -> bool:
         quantised = changed.model.gguf_file is None and bool(asked_of(changed.model) or stored)
@@ -207,7 +208,7 @@ def _made(
         return shares_base(changed, spread.strategy, spread.processes, gpu=device.gpu, quantised=quantised)
 
     def billed(changed: RunConfig, tokens: int, places: Placed | None) -> Cost:
-        found = cost(changed, settings, where, tokens, gpu=device.gpu, begins=begins, spread=spread)
+        found = cost(changed, settings, where, tokens, gpu=device.gpu, begins=begins, spread=spread, example=widest)
         bill = replace(found.bill, reward_models=reward_models)
         if shares(changed):
             bill = replace(bill, weights=-(-bill.weights // spread.processes))

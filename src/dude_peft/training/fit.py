@@ -33,6 +33,7 @@ from dude_peft.training.extra_arguments import handed_on
 from dude_peft.training.general import GeneralMeter, general_scores
 from dude_peft.training.group_order import GroupOrder
 from dude_peft.training.half import check_half
+from dude_peft.training.image_rows import are_mixed, reached
 from dude_peft.training.judged_loss import JudgedLoss
 from dude_peft.training.labelled import LabelledLoss
 from dude_peft.training.loop import Loop
@@ -243,7 +244,9 @@ class Training:
         uses_cache = getattr(model.config, "use_cache", None)
         model.config.use_cache = False  # keys and values of a training forward are never read again
         try:
-            with loop.running(total), compiling() if arguments.torch_compile else nullcontext():
+            compiles = compiling() if arguments.torch_compile else nullcontext()
+            reaches = reached(model) if are_mixed(self.examples) else nullcontext()
+            with loop.running(total), compiles, reaches:
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))
         except (RuntimeError, MemoryError) as error:
             if "without overflow" in str(error):  # torch's word for a Python number that its own type cannot hold
@@ -287,6 +290,9 @@ class Training:
             else None,
         }
         step_rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * arguments.world_size
+        if arguments.world_size > 1 and are_mixed(examples):
+            # One process may have a batch without images, whose loss does not reach the vision tower.
+            arguments.ddp_find_unused_parameters = True
         if section.trainer == "trl":
             from dude_peft.training.trl_trainer import lengths, trl_trainer
 

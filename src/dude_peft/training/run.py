@@ -381,7 +381,7 @@ class _Run:
         self.context.held.enter_context(at(processes.from_first(begun)))
         with self.display.waiting("reading the rows"):
             data = read(self.config, self.tokenizer, self.sight)
-        check_images(self.config, data.images, world_size)
+        check_images(self.config, data.images, self.context.strategy, world_size)
         if earlier is not None:
             earlier.check_data(data.sha256)
             earlier.check_tokens(data.tokens_sha256)
