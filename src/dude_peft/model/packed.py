@@ -29,9 +29,10 @@ def unpack_(model: nn.Module) -> None:
     layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
     told = from_first({name: _facts(layer) for name, layer in layers.items()} if is_first() else {})
     for name in told.keys() & layers.keys():
-        layer = layers[name]
+        layer = layers.pop(name)
         tensors = _tensors(layer) if is_first() else {}
         model.set_submodule(name, UnpackedLinear(layer, told[name], tensors))
+        layer.weight = None  # which has a reference to the layer
 
 
 class UnpackedLinear(nn.Module):
