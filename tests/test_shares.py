@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from served import dude
-from test_launch import FSDP2, losses, write_config
+from test_launch import FSDP2, losses, program, wait_for, write_config
 from tiny import save_tiny, write_rows
 
 from dude_peft.data.prefixes import heads
@@ -102,3 +102,46 @@ def test_the_scores_are_those_of_one_process(places, tmp_path):
             assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-5 if when == "after" else 1e-6)
             assert found["tokens"] == wanted["tokens"]
             assert [answer["text"] for answer in found["answers"]] == [answer["text"] for answer in wanted["answers"]]
+
+
+@pytest.mark.slow
+@FSDP2
+def test_who_has_its_last_token_waits_for_the_others():
+    wait_for([program("import test_shares; test_shares.answers()", rank, 2) for rank in range(2)])
+
+
+def answers() -> None:
+    """One process of the test above: the answers of one of them end at once."""
+    import torch.distributed as dist
+    from peft import get_peft_model
+    from tiny import tiny_llama, tiny_tokenizer
+
+    from dude_peft import DudeConfig
+    from dude_peft.machine.processes import is_first
+    from dude_peft.machine.sharding import is_cut, split
+    from dude_peft.measure.score import complete
+    from dude_peft.tuner.load import put_on_empty
+
+    dist.init_process_group("gloo")
+    config, tokenizer = DudeConfig(r=2, target_modules="all-linear"), tiny_tokenizer()
+    prompts = [list(range(start, start + length)) for start, length in ((3, 4), (40, 9), (80, 12))]
+    how = {"max_new_tokens": 6, "batch_size": 1}
+    whole = get_peft_model(tiny_llama(), config)
+    ids = torch.tensor([prompts[0]])
+    first = whole(input_ids=ids).logits[0, -1].argmax()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(first))
+    wanted = complete(whole, tokenizer, prompts, **how)
+    assert wanted[0] == ""
+    assert all(wanted[1:])
+    model = whole
+    if not is_first():
+        with torch.device("meta"):
+            empty = tiny_llama()
+        model = put_on_empty(empty, config)
+    assert not is_cut(model)
+    split(model, torch.device("cpu"))
+    assert is_cut(model)
+    model(input_ids=ids)  # not inference mode, as in a run
+    assert complete(model, tokenizer, prompts, **how, spread=True) == wanted
+    assert complete(model, tokenizer, prompts, **how) == wanted
+    dist.destroy_process_group()
