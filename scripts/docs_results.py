@@ -382,6 +382,10 @@ def host_memory_ddp() -> str:
     return _host_memory("2026-11-30-host-memory-ddp")
 
 
+def host_memory_nf4() -> str:
+    return _host_memory("2026-11-30-host-memory-nf4")
+
+
 def _host_memory(name: str) -> str:
     """With what `dude plan` told, where the record has that."""
     results = _record(name)["results"]
@@ -594,6 +598,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "host-memory": host_memory,
     "host-memory-load": host_memory_load,
     "host-memory-ddp": host_memory_ddp,
+    "host-memory-nf4": host_memory_nf4,
     "costs": costs,
     "limits": limits,
     "plan-published": plan_published,
