@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,48 @@ def answers() -> None:
     assert complete(model, tokenizer, prompts, **how, spread=True) == wanted
     assert complete(model, tokenizer, prompts, **how) == wanted
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "reward"])
+def test_pairs_and_labels_are_shared_as_well(monkeypatch, kind):
+    """Each of two processes measures its part, and the parts add up to all."""
+    from tiny import tiny_llama
+
+    from dude_peft.config.schema import DpoSection, KtoSection, OrpoSection, RewardModelSection
+    from dude_peft.training import label_scores, pair_scores, scored_pairs
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            f"{side}{name}": torch.randint(3, 250, (length + shift,), generator=generator).tolist()
+            for side, shift in (("", 0), ("rejected_", 3))
+            for name in ("input_ids", "labels")
+        }
+        for length in (5, 9, 6, 12, 7)
+    ]
+    model = tiny_llama()
+    if kind == "reward":
+        llama, scored = model, torch.nn.Module()
+        scored.device = model.device
+        scored.forward = lambda **batch: SimpleNamespace(logits=llama(**batch).logits[:, -1, :1])
+        model = scored
+    module = {"kto": label_scores, "reward": scored_pairs}.get(kind, pair_scores)
+
+    def measured(spread: bool):
+        if kind == "kto":
+            return label_scores.LabelMeter(rows, KtoSection(), 257, 2, 64, "any", spread)._logps(model, rows)
+        if kind == "reward":
+            return scored_pairs.ScoreMeter(rows, RewardModelSection(), 257, 3, "any", spread)._measured(model)[:1]
+        settings = OrpoSection() if kind == "orpo" else DpoSection()
+        return pair_scores.PairMeter(rows, settings, 257, 3, "any", spread)._measured(model)
+
+    wanted, parts = measured(False), []
+    monkeypatch.setattr(shares, "count", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(shares, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(module, "together", lambda found, spread: parts.append(found) or found)
+        measured(True)
+    monkeypatch.setattr(module, "together", lambda found, spread: parts[0] + parts[1])
+    assert not torch.equal(parts[0], parts[1])
+    for found, each in zip(measured(True), wanted, strict=True):
+        assert torch.equal(found, each)
