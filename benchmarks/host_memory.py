@@ -6,6 +6,8 @@
 The measure is PSS (/proc/PID/smaps_rollup, so Linux): a page that k processes share counts 1/k in each. A run of a
 model with one block, in as many processes, is what the programs take themselves; `models` is the peak above it over the
 bytes of the weights. Of the peak, `file` are pages of files, which the system takes back when memory is short.
+`load` is the same until the adapted model is there, cut and handed out: before the first step. With `--quantization`
+the weights are those of the checkpoint, which is not quantised.
 `planned_models` is what `dude plan` tells of all processes, without what it assumes for the programs.
 """
 
@@ -31,6 +33,8 @@ from transformers import PreTrainedTokenizerFast
 
 _EVERY_SECONDS = 0.1
 _ROWS = 8
+_LOADED = "parameters train"
+"""Of the line that a run writes between loading and training."""
 _SOURCE = Path(__file__).parents[1] / "src"
 
 
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--processes", type=numbers, default=[2, 4], help="comma-separated")
     parser.add_argument("--strategies", default="fsdp2", help="comma-separated")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--quantization", default="none", help="of the base: none, nf4, fp4, int8")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=56)
     parser.add_argument("--steps", type=int, default=2)
@@ -56,6 +61,8 @@ def main() -> None:
         "models",
         "models_low",
         "models_high",
+        "load_mb",
+        "load_models",
         "planned_models",
         "file_mb",
         "ratio",
@@ -79,7 +86,8 @@ def measured(settings: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
             if settings.before is not None:
                 cases[f"{strategy}, {count} processes, before"] = (strategy, count, settings.before.resolve())
             cases[f"{strategy}, {count} processes"] = (strategy, count, _SOURCE)
-    own = {count: _run(folder, "small", strategy, count, _SOURCE, settings) for strategy, count, _ in cases.values()}
+    alike = {case[:2] for case in cases.values()}
+    own = {case: _run(folder, "small", *case, _SOURCE, settings) for case in sorted(alike)}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     names = list(cases)
     for turn in range(settings.rounds):
@@ -90,7 +98,7 @@ def measured(settings: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
     first = runs["one process"]
     results = {}
     for name, found in runs.items():
-        alone = own[cases[name][1]]["peak"]
+        alone, loading = (own[cases[name][:2]][phase] for phase in ("peak", "load"))
         planned = _planned(folder, *cases[name], settings)
         over = sorted((run["peak"] - alone) / weights for run in found)
         results[name] = {
@@ -99,6 +107,8 @@ def measured(settings: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
             "models": statistics.median(over),
             "models_low": over[0],
             "models_high": over[-1],
+            "load_mb": statistics.median(run["load"] for run in found) / 1e6,
+            "load_models": statistics.median((run["load"] - loading) / weights for run in found),
             "planned_mb": planned["memory"] / 1e6,
             "planned_models": (planned["memory"] - planned["runtime"]) / weights,
             "file_mb": statistics.median(run["file"] for run in found) / 1e6,
@@ -107,8 +117,10 @@ def measured(settings: argparse.Namespace, folder: Path) -> tuple[dict[str, dict
             "losses": found[0]["losses"],
             "same_losses": all(_close(run["losses"], first[0]["losses"], settings.dtype) for run in found),
         }
+    quantised = "" if settings.quantization == "none" else f", quantised to {settings.quantization}"
     note = (
-        f"weights: {weights / 1e6:,.0f} MB in {settings.layers} blocks of {settings.dtype}; one reading of {_ROWS} rows"
+        f"weights: {weights / 1e6:,.0f} MB in {settings.layers} blocks of {settings.dtype}{quantised}; one reading of "
+        f"{_ROWS} rows"
     )
     return results, [note]
 
@@ -124,10 +136,12 @@ def _run(
     log = out.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        peak = {"Pss": 0, "Pss_File": 0}
+        peak, load, loading = {"Pss": 0, "Pss_File": 0}, 0, True
         while process.poll() is None:
             now = _memory(process.pid)
             peak = max(peak, now, key=lambda found: found["Pss"])
+            loading = loading and _LOADED not in log.read_text(encoding="utf-8")
+            load = max(load, now["Pss"]) if loading else load
             time.sleep(_EVERY_SECONDS)
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}: {log.read_text(encoding='utf-8')[-2000:]}")
@@ -135,7 +149,7 @@ def _run(
     losses = [line["loss"] for line in lines if "loss" in line]
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
-    return {"peak": peak["Pss"], "file": peak["Pss_File"], "losses": losses, "seconds": seconds}
+    return {"peak": peak["Pss"], "load": load, "file": peak["Pss_File"], "losses": losses, "seconds": seconds}
 
 
 def _planned(folder: Path, strategy: str, count: int, source: Path, settings: argparse.Namespace) -> dict[str, int]:
@@ -152,7 +166,7 @@ def _command(
 ) -> list[str]:
     """`dude VERB` of a run, whose configuration is written."""
     config = {
-        "model": {"name_or_path": str(folder / model)},
+        "model": {"name_or_path": str(folder / model), "quantization": settings.quantization},
         "adapter": {"r": 4, "lora_alpha": 4, "svd_tol": 0.5},  # random weights have no directions to find
         "data": {"train": str(folder / "rows.jsonl")},
         "train": {
@@ -169,7 +183,10 @@ def _command(
 
 
 def _environment(source: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    """Lines are written at once: they tell what the run is at."""
+    return {
+        **os.environ, "PYTHONPATH": str(source), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
+    }  # fmt: skip
 
 
 def _memory(pid: int) -> dict[str, int]:

@@ -355,8 +355,35 @@ def host_memory() -> str:
     return _host_memory("2026-11-29-host-memory")
 
 
+def host_memory_load() -> str:
+    """What of the peak is there before the first step."""
+    name = "2026-11-30-host-memory"
+    rows = [
+        [
+            title,
+            f"{found['load_mb']:,.0f} MB",
+            f"{found['load_models']:.2f}",
+            f"{found['peak_mb']:,.0f} MB",
+            f"{found['models']:.2f}",
+            f"{found['planned_models']:.2f}",
+        ]
+        for title, found in _record(name)["results"].items()
+    ]
+    head = [
+        f"host memory of all processes ({_link(name)})",
+        "until the first step",
+        "models above the programs",
+        "peak",
+    ]
+    return _table([*head, "models above the programs", "`dude plan`"], rows)
+
+
 def host_memory_ddp() -> str:
     return _host_memory("2026-11-30-host-memory-ddp")
+
+
+def host_memory_nf4() -> str:
+    return _host_memory("2026-11-30-host-memory-nf4")
 
 
 def _host_memory(name: str) -> str:
@@ -569,7 +596,9 @@ MAKERS: dict[str, Callable[[], str]] = {
     "step-layer": step_layer,
     "memory": memory,
     "host-memory": host_memory,
+    "host-memory-load": host_memory_load,
     "host-memory-ddp": host_memory_ddp,
+    "host-memory-nf4": host_memory_nf4,
     "costs": costs,
     "limits": limits,
     "plan-published": plan_published,

@@ -197,7 +197,7 @@ def test_the_command(places, tmp_path):
         ([], ["--processes", "2"], "--processes goes with --launch"),
         ([], ["--launch", "ddpp", "--processes", "2"], "choose ddp, fsdp2, zero3"),
         (["--set", "train.torch_compile=true"], ["--launch", "ddp", "--processes", "2"], "works in one process"),
-        (["--set", "model.quantization=int8"], ["--launch", "fsdp2", "--processes", "2"], "cannot be split"),
+        (["--set", "model.quantization=nf4"], ["--launch", "zero3", "--processes", "2"], "cannot be split"),
         (["--set", "train.movement_steps=2"], ["--launch", "fsdp2", "--processes", "2"], "movement_steps: it needs"),
         (["--set", "train.orthogonality=0.1"], ["--launch", "zero3", "--processes", "2"], "needs whole weights"),
     ],

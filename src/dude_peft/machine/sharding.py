@@ -73,6 +73,15 @@ def split(model: Any, device: torch.device) -> None:
     model.get_base_model()._is_distributed_loading_by_transformers = True
 
 
+def is_cut(model: Any) -> bool:
+    """Whether all processes have to call the model, because each holds a share of it."""
+    if count() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def cut_again(model: Any) -> None:
     """Gives a split model its shares back, of which a forward without a backward keeps some gathered.
 

@@ -16,6 +16,8 @@ from dude_peft.data.batches import Company, grouped, pad_left, pad_right
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.prefixes import heads
 from dude_peft.data.sight import SeenPrompt
+from dude_peft.machine.sharding import is_cut
+from dude_peft.measure.shares import Turn, all_of, together, turns
 from dude_peft.model.prefix import KeptPrefix, Tree, tree_logits
 
 if TYPE_CHECKING:
@@ -48,11 +50,12 @@ def held_out_loss(
     batch_size: int,
     company: Company = "any",
     share: bool = False,
+    spread: bool = False,
     advance: Advance = lambda rows: None,
 ) -> float:
     """Mean cross-entropy in nats over all trained tokens of all `examples`; every token counts the same."""
     how: dict[str, Any] = {"pad_id": pad_id, "batch_size": batch_size, "company": company, "share": share}
-    return item_losses(model, examples, **how, advance=advance).mean
+    return item_losses(model, examples, **how, spread=spread, advance=advance).mean
 
 
 def begin_alike(
@@ -77,6 +80,7 @@ def item_losses(
     batch_size: int,
     company: Company = "any",
     share: bool = False,
+    spread: bool = False,
     advance: Advance = lambda rows: None,
 ) -> ItemLosses:
     """The loss of each example by itself.
@@ -88,21 +92,32 @@ def item_losses(
         batch_size: examples at a time.
         company: which of them may share a batch.
         share: compute what they begin with once, where that pays; only for a model that `shares_exactly`.
+        spread: each process of the run scores a part of them; all have to call this, and all get all losses.
         advance: called after every batch.
     """
     model.eval()
-    losses, tokens = [0.0] * len(examples), [0] * len(examples)
+    found = torch.zeros(2, len(examples), dtype=torch.float64)
     batches = grouped([len(example["input_ids"]) for example in examples], batch_size, company)
     shared: list[tuple[int, ...]] = _loss_heads(examples, batches) if share else [()] * len(batches)
     kept = KeptPrefix(model)
-    for indices, head in zip(batches, shared, strict=True):
-        rows = [examples[index] for index in indices]
-        logits, labels, counts = _behind(kept, head, rows, pad_id) if head else _whole(model, rows, pad_id)
+    for turn in turns(batches, shared, spread=spread):
+        _refresh(kept, turn)
+        rows = [examples[index] for index in turn.rows]
+        logits, labels, counts = _behind(kept, turn.head, rows, pad_id) if turn.head else _whole(model, rows, pad_id)
         each = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()
-        for index, count, own in zip(indices, counts, torch.split(each, counts), strict=True):
-            losses[index], tokens[index] = float(own.sum()) / max(count, 1), count
-        advance(len(rows))
-    return ItemLosses(tuple(losses), tuple(tokens))
+        if turn.counts:
+            for index, count, own in zip(turn.rows, counts, torch.split(each, counts), strict=True):
+                found[0, index], found[1, index] = float(own.sum()) / max(count, 1), count
+        advance(turn.done)
+    losses, tokens = together(found, spread=spread)
+    return ItemLosses(tuple(losses.tolist()), tuple(tokens.long().tolist()))
+
+
+def _refresh(kept: KeptPrefix, turn: Turn) -> None:
+    """Computes a beginning in the same turn as all other processes."""
+    if turn.fresh:
+        kept.clear()
+        kept.of(turn.fresh)
 
 
 _Judged = tuple[Tensor, Tensor, list[int]]
@@ -156,16 +171,20 @@ def complete(
     batch_size: int,
     company: Company = "any",
     share: bool = False,
+    spread: bool = False,
     advance: Advance = lambda rows: None,
 ) -> list[str]:
     """Greedy continuation of every prompt (token ids), in the order given, up to the end of the model's turn.
 
-    `share` computes what prompts begin with once, as `item_losses` does.
+    `share` computes what prompts begin with once, and `spread` gives each process a part, as `item_losses` does.
     """
     with only_ends(model, tokenizer) as ends:
         batches = grouped([len(prompt) for prompt in prompts], batch_size, company)
         shared: list[tuple[int, ...]] = _prompt_heads(prompts, batches) if share else [()] * len(batches)
-        return _complete(model, tokenizer, prompts, ends, max_new_tokens, batches, shared, advance)
+        own = turns(batches, shared, spread=spread)
+        texts = _complete(model, tokenizer, prompts, ends, max_new_tokens, own, advance)
+        found = all_of(texts, spread=spread)
+        return [found[index] for index in range(len(prompts))]
 
 
 @contextmanager
@@ -186,21 +205,24 @@ def _complete(
     prompts: Sequence[Sequence[int]],
     ends: set[int],
     max_new_tokens: int,
-    batches: list[list[int]],
-    shared: list[tuple[int, ...]],
+    own: Sequence[Turn],
     advance: Advance,
-) -> list[str]:
+) -> dict[int, str]:
+    """The texts of this process's turns, by the prompts' indices."""
     model.eval()
-    texts = [""] * len(prompts)
+    texts = {}
     kept = KeptPrefix(model)
-    for indices, head in zip(batches, shared, strict=True):
-        batch = pad_left([prompts[index] for index in indices], int(tokenizer.pad_token_id))
+    waits = {"synced_gpus": True} if is_cut(model) else {}  # until the others have their last token, too
+    for turn in own:
+        _refresh(kept, turn)
+        batch = pad_left([prompts[index] for index in turn.rows], int(tokenizer.pad_token_id))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        behind = kept.generating(batch, head)
-        out = model.generate(**behind, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True)
-        for index, row in zip(indices, out[:, batch["input_ids"].shape[1] :], strict=True):
-            texts[index] = _decoded(tokenizer, row, ends)
-        advance(len(indices))
+        behind = kept.generating(batch, turn.head)
+        out = model.generate(**behind, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True, **waits)
+        if turn.counts:
+            for index, row in zip(turn.rows, out[:, batch["input_ids"].shape[1] :], strict=True):
+                texts[index] = _decoded(tokenizer, row, ends)
+        advance(turn.done)
     return texts
 
 

@@ -290,7 +290,7 @@ def load_empty(section: ModelSection, where: str, task_type: TaskType = CAUSAL) 
     """The model of `load_model` without its values, on the meta device, for a process that is sent a share of them.
 
     Args:
-        section: what the configuration says; it is not quantised.
+        section: what the configuration says; quantised by bitsandbytes alone.
         where: from `locate`.
         task_type: which head it has.
 
@@ -298,14 +298,34 @@ def load_empty(section: ModelSection, where: str, task_type: TaskType = CAUSAL) 
         ConfigError: it cannot be found, or is no causal language model.
     """
     from dude_peft.model.architecture import model_of
+    from dude_peft.model.quantised import asked_of, quantization_of, stored_config
 
     settings = load_settings(section, where)
     if section.attn_implementation is not None:
         settings._attn_implementation = section.attn_implementation
     dtype = dtype_of(section, settings, where)
     code = section.trust_remote_code
+    asked, packed = asked_of(section), stored_config(settings)
+    if packed is not None:
+        del settings.quantization_config
+    elif asked is not None:
+        packed = quantization_of(asked, dtype)["config"]
     model: PreTrainedModel = model_of(settings, section.name_or_path, dtype, code, task_type=task_type)
+    if packed is not None:
+        _pack_empty_(model, packed)
     return _made_ready(model, section)
+
+
+def _pack_empty_(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
+    """Puts bitsandbytes' layers in, where transformers puts them while it loads weights."""
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    settings = AutoQuantizationConfig.from_dict(dict(config))
+    quantiser_of: Any = AutoHfQuantizer.from_config  # reads no checkpoint, so there is no code to allow
+    quantiser = quantiser_of(settings, pre_quantized=False)
+    quantiser.preprocess_model(model=model, device_map={"": "meta"})
+    model.hf_quantizer = quantiser
+    quantiser.postprocess_model(model)
 
 
 def _made_ready(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:

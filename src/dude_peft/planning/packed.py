@@ -51,9 +51,9 @@ class PackedLinear(nn.Linear):
         self.out_features, self.in_features = frozen.layer_shape(dense)
         method = method_of(config)
         nested = bool(config.get("bnb_4bit_use_double_quant"))
-        weights, scales = _sizes(method, self.out_features, self.in_features, nested)
-        self.weight = nn.Parameter(torch.empty(weights, dtype=torch.uint8, device="meta"), requires_grad=False)
-        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8, device="meta"))
+        # Scales among them: FSDP2 cuts these as well.
+        size = _bytes(method, self.out_features, self.in_features, nested)
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias: Any = getattr(dense, "bias", None)
         self.keeps_input = method in _ONE_BYTE
         if method not in _ONE_BYTE:
@@ -87,14 +87,14 @@ class _Product(torch.autograd.Function):
         return dy @ dy.new_empty(ctx.shape), None, None, None
 
 
-def _sizes(method: str, out: int, in_: int, nested: bool) -> tuple[int, int]:
+def _bytes(method: str, out: int, in_: int, nested: bool) -> int:
     """Bytes of the packed weights, and of their scales."""
     numbers = out * in_
     if method in _ONE_BYTE:
-        return numbers, _ONE_BYTE[method] * out
+        return numbers + _ONE_BYTE[method] * out
     blocks = math.ceil(numbers / _BLOCK)
     table = _CODE * _FLOAT
     if not nested:
-        return math.ceil(numbers / 2), _FLOAT * blocks + table
+        return math.ceil(numbers / 2) + _FLOAT * blocks + table
     outer = _FLOAT * (math.ceil(blocks / _OUTER_BLOCK) + 1 + _OUTER_BLOCK)
-    return math.ceil(numbers / 2), blocks + outer + table
+    return math.ceil(numbers / 2) + blocks + outer + table

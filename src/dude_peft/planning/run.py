@@ -23,7 +23,7 @@ from dude_peft.training.image_rows import check_images
 from dude_peft.training.placement import check_placement
 from dude_peft.training.run_data import glance, seeing
 from dude_peft.training.start import with_start
-from dude_peft.training.strategy import check_dense, check_strategy, shares_base
+from dude_peft.training.strategy import check_packed, check_strategy, shares_base
 from dude_peft.training.task_scores import ScorerOf, scorer_for
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _made(
     from dude_peft.methods.idle import idle_settings
     from dude_peft.methods.learning_rate import learning_rate_warning
     from dude_peft.model.load import dtype_of
-    from dude_peft.model.quantised import asked_of, check_installed, check_runs, stored_config
+    from dude_peft.model.quantised import asked_of, check_installed, check_runs, method_of, stored_config
     from dude_peft.planning.adapted import adapted_model
     from dude_peft.planning.bill import cost
     from dude_peft.planning.disk import disk
@@ -176,7 +176,8 @@ def _made(
             full_precision(config, settings)
         asked, stored = asked_of(config.model), stored_config(settings)
         if asked is not None or stored is not None:
-            check_dense(spread.strategy, spread.processes)
+            packed_as = method_of(stored or {}) if asked is None else asked.method
+            check_packed(spread.strategy, spread.processes, packed_as)
         if asked is not None and stored is None:
             check_installed(asked.method)
             if device.here:

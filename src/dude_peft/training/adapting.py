@@ -18,6 +18,7 @@ from torch import Tensor
 from dude_peft.machine import processes
 from dude_peft.machine.ddp import keep_frozen_from_ddp
 from dude_peft.machine.sharding import split
+from dude_peft.model.packed import unpack_
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 from dude_peft.training.budget import Spent
@@ -65,6 +66,8 @@ class Adapted:
     """A base model with the adapter of the run."""
 
     model: Any
+    parameters: tuple[int, int]
+    """How many train, and how many there are; of packed weights those that they stand for."""
     exact: bool
     """Whether a fresh adapter leaves the base model as it is."""
     from_base: bool
@@ -72,7 +75,7 @@ class Adapted:
 
     def told(self, origin: Origin, data: RunData) -> str:
         """How much of it trains, on what, and where it begins, in one line."""
-        trainable, total = self.model.get_nb_trainable_parameters()
+        trainable, total = self.parameters
         begun = f"the start {'equals' if self.exact else 'is not'} the base model bit by bit"
         if origin.checkpoint is not None:
             begun = f"started from {shown(origin.checkpoint, 300)}"
@@ -182,7 +185,7 @@ class _Adapting:
             if context.strategy == "ddp":
                 keep_frozen_from_ddp(found)
         transformers.set_seed(config.train.seed)
-        return Adapted(found, exact, from_base)
+        return Adapted(found, found.get_nb_trainable_parameters(), exact, from_base)
 
     def _logits(self, model: Any) -> Tensor:
         return probe(model, self._data.train, self._pad_id)
@@ -228,10 +231,11 @@ def _split(
     """The first process's adapted model, cut and handed out, sure that each process computes what that one did."""
     found = None if whole is None else whole.model
     settings: Any = processes.from_first(None if found is None else found.peft_config["default"])
-    known: Any = processes.from_first(None if whole is None else (whole.exact, whole.from_base))
+    known: Any = processes.from_first(None if whole is None else (whole.parameters, whole.exact, whole.from_base))
     before = None if found is None else probe(found, data.train, pad_id)
     if found is None:
         found = put_on_empty(model, settings)
+    unpack_(found)
     split(found, device)
     check_shares(before, probe(found, data.train, pad_id))
     if (wanted := context.config.model.attn_implementation) is not None:

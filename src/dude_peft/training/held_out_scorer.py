@@ -40,6 +40,7 @@ class HeldOutScorer:
         judge: Judge | None,
         *,
         share: bool,
+        spread: bool,
     ) -> None:
         """Nothing is scored yet.
 
@@ -51,12 +52,13 @@ class HeldOutScorer:
             companies: which rows share a batch of losses, and which prompts one of answers.
             judge: of rewards.
             share: compute what rows begin with once, as `item_losses` has it.
+            spread: each process of the run scores a part of the rows, likewise.
         """
         self._settings, self._objective = config.evaluation, config.train
         self._max_length = config.data.max_length
         self._held_out, self._model, self._tokenizer, self._judge = held_out, model, tokenizer, judge
         self._company, self._answering = companies
-        self._share = share
+        self._share, self._spread = share, spread
         self._pad_id = int(tokenizer.pad_token_id)
         self._meter: PairMeter | LabelMeter | ScoreMeter | None = None
 
@@ -76,6 +78,7 @@ class HeldOutScorer:
             batch_size=self._settings.batch_size,
             company=self._company,
             share=self._share,
+            spread=self._spread,
         )
         if self._judge is None:
             return {"loss": loss}
@@ -105,6 +108,7 @@ class HeldOutScorer:
                     batch_size=self._settings.batch_size,
                     company=self._company,
                     share=self._share,
+                    spread=self._spread,
                     advance=advance,
                 )
             texts = self._answers(advance)
@@ -138,6 +142,7 @@ class HeldOutScorer:
             batch_size=self._settings.batch_size,
             company=self._answering,
             share=self._share,
+            spread=self._spread,
             advance=advance,
         )
 
@@ -155,12 +160,13 @@ class HeldOutScorer:
         if self._meter is None:
             settings, examples = self._objective.preference, self._held_out.examples
             assert settings is not None
-            size, pad_id, company = self._settings.batch_size, self._pad_id, self._company
+            size, pad_id = self._settings.batch_size, self._pad_id
+            how = self._company, self._spread
             if isinstance(settings, KtoSection):
                 longest = most_tokens(self._model, self._max_length)
-                self._meter = LabelMeter(examples, settings, pad_id, size, longest, company)
+                self._meter = LabelMeter(examples, settings, pad_id, size, longest, *how)
             elif isinstance(settings, RewardModelSection):
-                self._meter = ScoreMeter(examples, settings, pad_id, size, company)
+                self._meter = ScoreMeter(examples, settings, pad_id, size, *how)
             else:
-                self._meter = PairMeter(examples, settings, pad_id, size, company)
+                self._meter = PairMeter(examples, settings, pad_id, size, *how)
         return self._meter

@@ -13,6 +13,7 @@ from dude_peft.config.schema import KtoSection
 from dude_peft.data.batches import Company, Example, grouped, pad_right
 from dude_peft.data.mismatched import mismatched
 from dude_peft.data.token_set import TokenSet
+from dude_peft.measure.shares import together, turns
 from dude_peft.measure.token_logps import row_logps
 from dude_peft.training.label_losses import averages, kl_of, losses, summed_up
 from dude_peft.training.pair_scores import PairScores
@@ -33,6 +34,8 @@ class LabelMeter:
     batch_size: int
     max_length: int
     company: Company = "any"
+    spread: bool = False
+    """Whether each process of the run measures a part of them."""
     _base: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
     def scores(self, model: Any, advance: Callable[[int], None] = lambda rows: None) -> PairScores:
@@ -64,11 +67,14 @@ class LabelMeter:
         return (found, others), tokens
 
     def _logps(self, model: Any, rows: list[Any]) -> tuple[Tensor, Tensor]:
-        logps, tokens = torch.zeros(2, len(rows), dtype=torch.float64)
-        for indices in grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company):
-            batch = pad_right([rows[index] for index in indices], self.pad_id)
+        found = torch.zeros(2, len(rows), dtype=torch.float64)
+        batches = grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company)
+        for turn in turns(batches, spread=self.spread):
+            batch = pad_right([rows[index] for index in turn.rows], self.pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             values, counts = row_logps(model(**batch, use_cache=False).logits, labels)
-            logps[indices], tokens[indices] = values.double().cpu(), counts.double().cpu()
+            if turn.counts:
+                found[:, turn.rows] = torch.stack([values.double().cpu(), counts.double().cpu()])
+        logps, tokens = together(found, spread=self.spread)
         return logps, tokens

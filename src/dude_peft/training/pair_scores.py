@@ -14,6 +14,7 @@ from dude_peft.config.schema import OrpoSection, Paired
 from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
+from dude_peft.measure.shares import together, turns
 from dude_peft.measure.token_logps import row_logps
 from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
 from dude_peft.training.preference import NAMES
@@ -47,6 +48,8 @@ class PairMeter:
     pad_id: int
     batch_size: int
     company: Company = "any"
+    spread: bool = False
+    """Whether each process of the run measures a part of them."""
     _base: Tensor | None = field(default=None, init=False)
 
     def scores(self, model: Any, advance: Callable[[int], None] = lambda pairs: None) -> PairScores:
@@ -82,16 +85,19 @@ class PairMeter:
             for example in self.examples
             for side in ("", "rejected_")
         ]
-        logps, tokens, nll, counted = torch.zeros(4, len(rows), dtype=torch.float64)
-        for indices in grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company):
-            batch = pad_right([rows[index] for index in indices], self.pad_id)
+        measured = torch.zeros(4, len(rows), dtype=torch.float64)
+        batches = grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company)
+        for turn in turns(batches, spread=self.spread):
+            batch = pad_right([rows[index] for index in turn.rows], self.pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             logits = model(**batch, use_cache=False).logits
-            found, counts = row_logps(logits, labels)
-            logps[indices], tokens[indices] = found.double().cpu(), counts.double().cpu()
+            found = both = row_logps(logits, labels)
             if isinstance(self.settings, OrpoSection):
-                found, counts = row_logps(logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE))
-            nll[indices], counted[indices] = -found.double().cpu(), counts.double().cpu()
+                both = row_logps(logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE))
+            if turn.counts:
+                measured[:, turn.rows] = torch.stack([each.double().cpu() for each in (*found, *both)])
+        logps, tokens, negative, counted = together(measured, spread=self.spread)
+        nll = -negative
         total = counted[0::2].sum().clamp(min=1)
         return logps, tokens, self.settings.nll * nll[0::2] * (len(rows) // 2) / total

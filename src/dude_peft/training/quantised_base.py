@@ -19,7 +19,7 @@ from dude_peft.model.quantised import (
 )
 from dude_peft.show import shown
 from dude_peft.training.context import RunContext
-from dude_peft.training.strategy import check_dense
+from dude_peft.training.strategy import check_packed
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,8 @@ def check_quantisation(context: RunContext, asked: AdapterSection | None, where:
     check_as_stored(config.model, settings)
     wanted, stored = asked_of(config.model), stored_config(settings)
     if wanted or stored:
-        check_dense(context.strategy, processes.count())
+        method = method_of(stored or {}) if wanted is None else wanted.method
+        check_packed(context.strategy, processes.count(), method)
         if config.model.device_map is not None:
             raise ConfigError("model.device_map: a quantised base is on one device; leave it out")
     if stored and packed_config(settings) is None:

@@ -253,9 +253,10 @@ class _Run:
             from dude_peft.training.held_out_scorer import HeldOutScorer
 
             companies = (self.base.nature.company, self.base.company)
-            self.held_out = HeldOutScorer(
-                self.config, data.held_out, self.model, self.tokenizer, companies, self.judge, share=self.base.share
-            )
+            known = data.held_out, self.model, self.tokenizer, companies, self.judge
+            # With zero3 it was not tried: each process has all rows.
+            spread = self.context.strategy != "zero3"
+            self.held_out = HeldOutScorer(self.config, *known, share=self.base.share, spread=spread)
 
         before, behind_seconds = self._before(data)
         if self.held_out is not None:
@@ -471,7 +472,7 @@ class _Run:
         with context.phase("adapter"), self.display.waiting("making the adapter"):
             scored = self.scorer is not None
             adapted = adapt(context, origin, model, logits, data, self.tokenizer, device, scored=scored)
-        self.model, self.from_base = adapted.model, adapted.from_base
+        self.model, self.parameters, self.from_base = adapted.model, adapted.parameters, adapted.from_base
         self.display.say(adapted.told(origin, data))
 
     def _spend(self, model: Any, data: RunData) -> AdapterSection:
@@ -606,4 +607,5 @@ class _Run:
         from dude_peft.training.run_report import report_of
 
         found = (data, fitted, before, after, tasks)
-        return report_of(self.context, self.base, self.model, *found, asked=self.asked, stages=self.stages)
+        more: dict[str, Any] = {"parameters": self.parameters, "asked": self.asked, "stages": self.stages}
+        return report_of(self.context, self.base, self.model, *found, **more)

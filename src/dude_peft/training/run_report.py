@@ -26,6 +26,7 @@ def report_of(
     after: Score | None,
     tasks: dict[str, Any] | None,
     *,
+    parameters: tuple[int, int],
     asked: AdapterSection | None,
     stages: Stages | None,
 ) -> RunReport:
@@ -40,11 +41,12 @@ def report_of(
         before: score of the held-out rows before training, where there are any.
         after: the same after it.
         tasks: scores of evaluation.tasks.
+        parameters: of the model, how many train, and how many there are.
         asked: the adapter section with a budget, where the run has one.
         stages: of the training rows, where there are any.
     """
     config, folder = context.config, context.folder
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = parameters
     return RunReport(
         method=config.adapter.method,
         seed=config.train.seed,

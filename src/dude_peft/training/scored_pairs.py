@@ -12,6 +12,7 @@ from torch import Tensor
 from dude_peft.config.schema import RewardModelSection
 from dude_peft.data.batches import Company, grouped, pad_right
 from dude_peft.data.token_set import TokenSet
+from dude_peft.measure.shares import together, turns
 from dude_peft.model.outputs import scores_of
 from dude_peft.training.pair_scores import PairScores
 from dude_peft.training.scored import NAMES, score_losses, score_means
@@ -27,6 +28,8 @@ class ScoreMeter:
     batch_size: int
     """Conversations at once."""
     company: Company = "any"
+    spread: bool = False
+    """Whether each process of the run measures a part of them."""
 
     def scores(self, model: Any, advance: Callable[[int], None] = lambda pairs: None) -> PairScores:
         """What `model` makes of them; it is in evaluation mode afterwards."""
@@ -53,8 +56,10 @@ class ScoreMeter:
         ]
         lengths = [len(row["input_ids"]) for row in rows]
         found = torch.zeros(len(rows), dtype=torch.float64)
-        for indices in grouped(lengths, self.batch_size, self.company):
-            batch = pad_right([rows[index] for index in indices], self.pad_id)
+        for turn in turns(grouped(lengths, self.batch_size, self.company), spread=self.spread):
+            batch = pad_right([rows[index] for index in turn.rows], self.pad_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-            found[indices] = scores_of(model, batch).double().cpu()
-        return found, lengths
+            scores = scores_of(model, batch).double().cpu()
+            if turn.counts:
+                found[turn.rows] = scores
+        return together(found, spread=self.spread), lengths

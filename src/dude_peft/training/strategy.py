@@ -5,6 +5,8 @@ from __future__ import annotations
 from dude_peft.config.schema import RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.machine.processes import count, is_first
+from dude_peft.model.quantised import BITSANDBYTES
+from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 
 
@@ -68,10 +70,26 @@ def check_strategy(config: RunConfig, strategy: str, processes: int, *, scored: 
     return []
 
 
-def check_dense(strategy: str, processes: int) -> None:
-    """Raises ConfigError where a quantised base would be split."""
-    if strategy != "ddp" and processes > 1:
-        raise ConfigError(f"--launch {strategy}: a quantised base model cannot be split; use --launch ddp")
+def check_packed(strategy: str, processes: int, method: str) -> None:
+    """Looks at a quantised base that would be split.
+
+    Args:
+        strategy: ddp, fsdp2 or zero3.
+        processes: how many.
+        method: of its quantisation, as `model.quantization` calls it.
+
+    Raises:
+        ConfigError: the strategy does not split this format.
+    """
+    if strategy == "ddp" or processes == 1:
+        return
+    if strategy == "zero3":
+        raise ConfigError("--launch zero3: a quantised base model cannot be split; use --launch fsdp2 or ddp")
+    if method not in BITSANDBYTES:
+        raise ConfigError(
+            f"--launch {strategy}: a base model in {shown(method)} cannot be split; use --launch ddp, or "
+            f"model.quantization: {' or '.join(BITSANDBYTES)}"
+        )
 
 
 def is_split(strategy: str) -> bool:
