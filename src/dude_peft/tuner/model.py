@@ -57,6 +57,7 @@ from dude_peft.tuner.stack_targets import check_stacks, patterns_of_stacks, stac
 from dude_peft.tuner.stacks import Stack
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
+from dude_peft.tuner.together import Together
 from dude_peft.tuner.weighted import plan_sum
 
 # Modules whose children are named after adapters.
@@ -131,6 +132,7 @@ class DudeModel(BaseTuner):
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}
             self._leave_out(model, config)
+        self.__dict__.setdefault("_together", Together())
         self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
             targets = [*self._check_targets(model, config, stacks), *stacks.items()]
@@ -371,7 +373,7 @@ class DudeModel(BaseTuner):
                 )
             check_rank(config.spec, name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
             weight = frozen.plain_weight(layer)
-            if weight is not None and weight.device.type != "meta":
+            if config._loading is None and weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
         _check_saved_modules(config, names)
         _check_output_layer(model, targets)
@@ -406,6 +408,7 @@ class DudeModel(BaseTuner):
     def _put_in_place(self, layer: DudeLinear, adapter_name: str, config: DudeConfig) -> None:
         """A new layer's first adapter, and the state that the layer under it is in."""
         layer.train(layer.base_layer.training)
+        layer.join(self._together)
         layer.set_adapter(self.active_adapters)
         layer.add(adapter_name, config, meta=self._meta, starts=self._starts.pop(layer.layer_name, None))
         if adapter_name not in self.active_adapters:
