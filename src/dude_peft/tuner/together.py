@@ -107,17 +107,18 @@ def _kind(one: Stale) -> tuple[Any, ...] | None:
 
 def _compute(several: list[Stale], adapter_name: str) -> tuple[Tensor, Tensor]:
     first = several[0].tensors
-    out, r = first.dB.shape
+    *rows, r = first.dB.shape  # out; or experts, out
     k = r if first.B0 is None else 2 * r
     wide = torch.promote_types(first.dB.dtype, torch.float32)
-    left, terms = torch.empty(2, len(several), out, k, dtype=wide, device=first.dB.device)
-    for each, *rows in zip(several, left, terms, strict=True):
-        _, products, squares = norm_terms(*each.layer.change(adapter_name, each.tensors), (rows[0], rows[1]))
-        products.addmm_(rows[0], squares, alpha=each.scaling / 2)
+    left, terms = torch.empty(2, len(several), *rows, k, dtype=wide, device=first.dB.device)
+    for each, L, products in zip(several, left, terms, strict=True):
+        squares = norm_terms(*each.layer.change(adapter_name, each.tensors), (L, products))[2]
+        add_product = products.baddbmm_ if L.ndim == 3 else products.addmm_
+        add_product(L, squares, alpha=each.scaling / 2)
     q = change_of(left, terms, several[0].scaling)
     m0 = torch.stack([each.tensors.m0 for each in several if each.tensors.m0 is not None])
     g = gain(m0, torch.stack([each.tensors.magnitude_change() for each in several]), q)
     slope = gain_slope(m0, q).to(g.dtype)
-    for each, *rows in zip(several, g, slope, strict=True):
-        each.layer.keep_gain(adapter_name, each.state, *rows)
+    for each, own_gain, own_slope in zip(several, g, slope, strict=True):
+        each.layer.keep_gain(adapter_name, each.state, own_gain, own_slope)
     return g[0], slope[0]
