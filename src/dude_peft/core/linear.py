@@ -296,5 +296,4 @@ def _stack(
         return cast(dB, dtype), None
     if A0 is None or B0 is None:
         return cast(dB, dtype), cast(dA, dtype)
-    left = torch.cat([cast(dB, dtype), cast(B0, dtype)], dim=1)
-    return left, torch.cat([cast(A0 + dA, dtype), cast(dA, dtype)])
+    return cast(torch.cat([dB, B0], dim=1), dtype), cast(torch.cat([A0 + dA, dA]), dtype)
