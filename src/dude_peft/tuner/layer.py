@@ -295,10 +295,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base = self.target()
         if adapter_name not in self.lora_m0 or not isinstance(base, nn.Module) or is_offloaded(base):
             return None
-        layer, cached = self.tensors(adapter_name), self._gains.get(adapter_name)
-        needed = (*base._parameters.values(), *base._buffers.values(), *layer.learned, layer.A0, layer.B0, layer.m0)
+        needed = (*base._parameters.values(), *base._buffers.values(), *self.kept(adapter_name).values())
         if not all(is_here(tensor) for tensor in needed if tensor is not None):
-            return None
+            return None  # also before a delta is made of them
+        layer, cached = self.tensors(adapter_name), self._gains.get(adapter_name)
         state = self._state(adapter_name, layer)
         return Stale(self, layer, state) if cached is None or cached.state != state else None
 
