@@ -171,8 +171,10 @@ def layout() -> str:
 
 def _rooms() -> list[str]:
     """From the bottom up, as the test of the imports has them."""
-    test = (ROOT / "tests" / "test_structure.py").read_text("utf-8")
-    return re.findall(r'"(\w+)"', "".join(line for line in test.splitlines() if line.startswith("ROOMS")))
+    test = ast.parse((ROOT / "tests" / "test_structure.py").read_text("utf-8"))
+    lists = [node for node in test.body if isinstance(node, (ast.Assign, ast.AugAssign))]
+    named = [node for node in lists if ast.unparse(node).startswith("ROOMS ")]
+    return [room for node in named for room in ast.literal_eval(node.value)]
 
 
 def _described(name: str, path: Path) -> str:

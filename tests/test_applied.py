@@ -242,7 +242,10 @@ def test_a_question_of_dtype_computes_no_weight(monkeypatch):
 def test_heads_of_an_attention_of_torch_are_refused_by_name():
     from dude_peft.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"self_attn\.out_proj' is a .* nn\.MultiheadAttention never calls"):
+    with pytest.raises(
+        ConfigError,
+        match=r"part of an nn\.Multihead.* name the attention itself, 'layers\.0\.self_attn'",
+    ):
         get_peft_model(_encoder(False), DudeConfig(r=3, target_modules=["out_proj"]))
 
 

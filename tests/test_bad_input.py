@@ -74,7 +74,7 @@ def test_a_wrong_setting_is_refused_when_the_config_is_made(settings, parts):
             {"target_modules": ["q_proj"], "layers_to_transform": [9]},
             ("no layer 9", "0 to 1"),
         ),
-        ("gemma3-tied", {"target_modules": ["embed_tokens"]}, ("embed_tokens", "lm_head", "modules_to_save")),
+        ("llama", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, ("ensure_weight_tying",)),
         ("llama", {"target_modules": ["norm"]}, ("LlamaRMSNorm",)),
         ("llama", {"target_modules": ["mlp"]}, ("LlamaMLP",)),
         (

@@ -371,6 +371,25 @@ def test_other_dtypes_and_empty_models(tmp_path):
         assert torch.equal(logits(adapted(moved=False)), base)
 
 
+def test_experts_of_some_layers_alone(tmp_path):
+    model = adapted("lora", layers_to_transform=[1])
+    assert {layer.layer_name for layer in stacks(model)} == {f"model.layers.1.mlp.{name}" for name in BOTH}
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(make("qwen3-moe"), tmp_path)), expected)
+    saved = DudeConfig.from_pretrained(str(tmp_path))
+    assert set(saved.stock().target_parameters) == {f"model.layers.1.mlp.{name}" for name in BOTH}
+    stock = peft.get_peft_model(make("qwen3-moe"), saved.stock())
+    places = [name for name, module in stock.named_modules() if type(module).__name__ == "ParamWrapper"]
+    assert len(places) == 2
+    assert all("layers.1." in name for name in places)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    for name, tensor in make("qwen3-moe").named_parameters():
+        changed = "layers.1" in name and ("experts" in name or "q_proj" in name)
+        assert torch.equal(merged.get_parameter(name), tensor) != changed, name
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +398,7 @@ def test_other_dtypes_and_empty_models(tmp_path):
     [
         ({"target_parameters": ["experts.up_proj"]}, "'experts.up_proj' is not a parameter of Qwen3Moe.*closest"),
         ({"target_parameters": ["gate.weight"]}, r"'model.layers.0.mlp.gate.weight' of a.*shape \[4, 48\].*no stack"),
+        ({"layers_to_transform": [7]}, r"layers_to_transform=\[7\] leaves no stack of target_parameters"),
         ({"r": 33}, "r=33 is more than layer 'model.layers.0.mlp.experts.down_proj'"),
         (
             {"modules_to_save": ["experts"]},
@@ -402,7 +422,6 @@ def test_what_a_model_cannot_have_is_refused_and_leaves_it_alone(settings, words
         ({"target_parameters": [3]}, "must be a list of names"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 has no meaning for experts"),
         ({"bias": "all"}, "bias='all' has no meaning for experts"),
-        ({"layers_to_transform": [0]}, "layers_to_transform.*write the whole names"),
         ({"method": "vera"}, "method 'vera' has no factors A and B for every expert; choose one of dude, "),
         ({"method": "full"}, "method 'full' has no factors"),
     ],

@@ -126,7 +126,6 @@ def test_a_damaged_adapter_of_experts_is_refused(trained, tmp_path):
     [
         ({"lora_dropout": 0.1}, {}, "'adapter.target_parameters' and 'adapter.lora_dropout'"),
         ({"bias": "all"}, {}, "'adapter.target_parameters' and 'adapter.bias'"),
-        ({"layers_to_transform": 1}, {}, "'adapter.layers_to_transform': write whole names"),
         ({"budget": {"parameters": 10_000}}, {}, "'adapter.target_parameters' and 'adapter.budget'"),
         ({"target_modules": [], "target_parameters": None}, {}, "'adapter.target_modules' is empty"),
         ({"method": "lora-xs"}, {}, "method 'lora-xs' has no factors A and B for every expert"),

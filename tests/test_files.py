@@ -24,7 +24,7 @@ from tiny import tiny_llama
 from dude_peft import DudeConfig, load_adapter
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import fingerprint, same_values
-from dude_peft.artifact.manifest import FORMAT_VERSION, WRITING_FORMAT_VERSION, read_manifest
+from dude_peft.artifact.manifest import FORMAT_VERSION, JOINT_FORMAT_VERSION, read_manifest
 from dude_peft.errors import ArtifactError, DudeError, NumericsError
 from dude_peft.methods import METHODS
 from dude_peft.tuner.layer import DudeLinear
@@ -337,8 +337,8 @@ def test_missing_files_and_foreign_adapters(copied, tmp_path):
 
 def test_versions_and_unknown_settings(copied):
     manifest = json.loads(metadata_of(copied)["dude"])
-    rewrite(copied, manifest={**manifest, "format_version": WRITING_FORMAT_VERSION + 1})
-    refused(copied, ArtifactError, f"format {WRITING_FORMAT_VERSION + 1}", "upgrade")
+    rewrite(copied, manifest={**manifest, "format_version": JOINT_FORMAT_VERSION + 1})
+    refused(copied, ArtifactError, f"format {JOINT_FORMAT_VERSION + 1}", "upgrade")
     rewrite(copied, manifest={**manifest, "config": {**manifest["config"], "novelty": 1}})
     refused(copied, ArtifactError, "novelty", "upgrade")
     for broken in (

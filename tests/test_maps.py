@@ -430,29 +430,11 @@ class Standardised(nn.Conv2d):
         ),
         (lambda: nn.ConvTranspose2d(4, 8, 3), "ConvTranspose2d, which is not a linear layer"),
         (lambda: nn.EmbeddingBag(9, 8), "EmbeddingBag, which is not a linear layer"),
-        (lambda: nn.MultiheadAttention(8, 2), "MultiheadAttention, which is not a linear layer"),
     ],
 )
 def test_what_is_no_plain_map_is_refused_by_name(layer, words):
     with pytest.raises(ConfigError, match=words):
         peft.get_peft_model(of(layer()), DudeConfig(r=2, target_modules=["0"]))
-
-
-def test_attention_that_torch_fuses_is_refused_by_name():
-    for settings, words in (
-        ({"target_modules": ["in_proj_weight"]}, "is a parameter of MultiheadAttention.*modules_to_save"),
-        ({"target_modules": [], "target_parameters": ["in_proj_weight"]}, "MultiheadAttention has shape.*no stack"),
-        ({"target_modules": ["out_proj"]}, "which nn.MultiheadAttention never calls"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            peft.get_peft_model(of(nn.MultiheadAttention(8, 2)), DudeConfig(r=2, **settings))
-
-
-def test_one_of_two_tied_layers_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"'model\.embed_tokens' shares its weight with 'lm_head' .*tie_word_embeddings"
-    ):
-        peft.get_peft_model(make("gemma3-tied"), DudeConfig(r=2, target_modules=["embed_tokens"]))
 
 
 def test_a_rank_that_a_map_cannot_have_and_a_method_without_one():

@@ -107,4 +107,6 @@ def instead_of(word: str, section: str = "adapter.") -> str | None:
         return f"set {section}method to {_METHODS[plain]!r}"
     if plain in _FORMATS:
         return f"set model.quantization to {_FORMATS[plain]}"
+    if plain == "ensure_weight_tying":
+        return f"name the embedding in {section}target_modules, and a tied output layer follows it"
     return None

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dude_peft.artifact.stock import STOCK_A, STOCK_B, STOCK_M
 
+# Behind the name of an nn.MultiheadAttention, whose input projection has the module's own: its output projection.
+OUT_PROJECTION = ".base_layer.out_proj"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 _OF_EMBEDDINGS = {STOCK_A: EMBEDDING_A, STOCK_B: EMBEDDING_B}
 

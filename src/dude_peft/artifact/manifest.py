@@ -18,6 +18,7 @@ import safetensors.torch
 
 from dude_peft.artifact.durable import replace_file
 from dude_peft.artifact.fingerprint import TensorPrint, is_print, sha256_of
+from dude_peft.artifact.form import OUT_PROJECTION
 from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
 from dude_peft.artifact.sealed import content_sha256, file_sha256
 from dude_peft.core.threads import single_threaded_pool
@@ -41,9 +42,11 @@ FOREIGN_FORMAT_VERSION = 7
 STACK_FORMAT_VERSION = 8
 # Of adapters that say how their run wrote rows, which readers before do not know.
 WRITING_FORMAT_VERSION = 9
+# Of adapters of nn.MultiheadAttention, and of tied embeddings, which readers before do not know.
+JOINT_FORMAT_VERSION = 10
 _READ = (
     3, FORMAT_VERSION, DELTA_FORMAT_VERSION, WHOLE_FORMAT_VERSION, FOREIGN_FORMAT_VERSION, STACK_FORMAT_VERSION,
-    WRITING_FORMAT_VERSION,
+    WRITING_FORMAT_VERSION, JOINT_FORMAT_VERSION,
 )  # fmt: skip
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's: where the base model stands
@@ -162,6 +165,8 @@ def sealed_metadata(
         manifest = replace(manifest, format_version=version)
     if config.get("target_parameters"):
         manifest = replace(manifest, format_version=STACK_FORMAT_VERSION)
+    if config.get("ensure_weight_tying") or any(name.endswith(OUT_PROJECTION) for name in base.layers):
+        manifest = replace(manifest, format_version=JOINT_FORMAT_VERSION)
     return _sealed(manifest)
 
 
@@ -205,7 +210,7 @@ def cover_tokenizer(directory: Path, writing: dict[str, str] | None = None) -> N
     path = directory / WEIGHTS_FILE
     manifest = _parse(read_header(path).metadata[_KEY], path)
     files = {name: file_sha256(directory / name) for name in tokenizer_files(directory)}
-    version = manifest.format_version if writing is None else WRITING_FORMAT_VERSION
+    version = max(manifest.format_version, WRITING_FORMAT_VERSION if writing is not None else 0)
     covered = replace(manifest, files=files, writing=writing, format_version=version)
     with open_file(path) as file:
         data = file.read()

@@ -396,7 +396,6 @@ class AdapterSection(Section):
             "budget": (self.budget, "ranks are chosen for layers alone"),
             "init_from": (self.init_from, "experts start from the model's own weights"),
             "lora_dropout": (self.lora_dropout, "the change of experts has no input of its own"),
-            "layers_to_transform": (self.layers_to_transform, "write whole names into target_parameters"),
             "bias": (None if self.bias == "none" else self.bias, "biases of experts are not trained"),
         }
         for key, (value, reason) in reasons.items():

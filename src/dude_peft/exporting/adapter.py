@@ -14,7 +14,7 @@ from torch import Tensor
 from dude_peft.artifact.base_settings import PADDING
 from dude_peft.artifact.companions import TEMPLATES
 from dude_peft.artifact.fingerprint import TensorPrint
-from dude_peft.artifact.form import EMBEDDING_A, MATRIX, Form
+from dude_peft.artifact.form import EMBEDDING_A, MATRIX, OUT_PROJECTION, Form
 from dude_peft.artifact.header import DTYPES, StoredTensor, chunks, read_header
 from dude_peft.artifact.manifest import (
     CONFIG_FILE,
@@ -143,8 +143,13 @@ class SavedAdapter:
 
     @property
     def loaded(self) -> list[str]:
-        """Names of the layers whose weight is no matrix, which are merged in memory: experts and convolutions."""
-        return [name for name, seen in self.base.items() if len(seen["shape"]) > 2]
+        """Names of the layers that are merged in memory: their weight is no matrix, or no layer's (attention)."""
+        attentions = {name.removesuffix(OUT_PROJECTION) for name in self.base if name.endswith(OUT_PROJECTION)}
+        return [
+            name
+            for name, seen in self.base.items()
+            if len(seen["shape"]) > 2 or name.removesuffix(OUT_PROJECTION) in attentions
+        ]
 
     def is_other(self, layer: str) -> bool:
         """Whether a layer is no linear layer: experts, an embedding, a convolution."""

@@ -85,7 +85,7 @@ def _under(model: Any, adapters: list[dict[str, Any]], mismatch: bool) -> nn.Mod
                 module.base_layer = dense_layer(base, total.to(model.dtype))
                 continue
             stored = frozen.as_stored(base, total.to(base.weight.dtype))
-            base.weight = nn.Parameter(stored, requires_grad=False)  # its own: tied embeddings keep theirs
+            module.give(nn.Parameter(stored, requires_grad=False))
     return adapted.unload().eval()  # type: ignore[no-any-return]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dude_peft.artifact.base_settings import PADDING
 from dude_peft.artifact.companions import companions, copy_files
@@ -33,8 +33,8 @@ from dude_peft.show import shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.combine import Combination
+from dude_peft.tuner.named import targets_named
 from dude_peft.tuner.same_base import settings_fault
-from dude_peft.tuner.stacks import stack_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Layer:
     stored: StoredTensor
     transposed: bool
     names: list[str]
+    joint: bool
+    """Whether all parameters with these names are changed as one (tied embeddings)."""
     changes: list[tuple[Weighted, str]] = field(default_factory=list)
 
     @property
@@ -96,10 +98,15 @@ def plan_merge(
     written: dict[str, tuple[str, Piece]] = {}  # key -> file, tensor
     shared: dict[str, StoredTensor] = {}  # all names of tied weights that change, each written by itself
     for name, layer in layers.items():
-        key, out_dtype = base.layout.key(f"{name}.weight"), dtype or DTYPES[layer.stored.dtype]
-        output = Piece(key, NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
-        written[key] = Path(layer.stored.file).name, output
-        shared |= {base.layout.key(other): layer.stored for other in layer.names if len(layer.names) > 1}
+        out_dtype, others = dtype or DTYPES[layer.stored.dtype], [base.layout.key(other) for other in layer.names]
+        keys = [base.layout.key(f"{name}.weight")]
+        if layer.joint:  # as often as it is stored
+            keys = sorted({layer.stored.name, *(key for key in others if key in tensors)})
+        elif len(others) > 1:
+            shared |= dict.fromkeys(others, layer.stored)
+        for key in keys:
+            output = Piece(key, NAMES[out_dtype], layer.stored.shape, _Merged(layer, name, out_dtype, combination))
+            written[key] = Path(layer.stored.file).name, output
     last = list(base.checkpoint.files)[-1]
     for name, trained, folder in _trained_whole(adapters):
         if _is_new(base, name):
@@ -158,13 +165,8 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for weighted in adapters:
         adapter = weighted.adapter
-        stacks, loaded = adapter.stacks, adapter.loaded
-        absent = [name for name in stacks if stack_of(base.model, name) is None]
-        absent += [
-            name
-            for name in adapter.base
-            if name not in stacks and (name not in modules or not frozen.is_supported(modules[name]))
-        ]
+        loaded, found = adapter.loaded, targets_named(base.model, adapter.base)
+        absent = [name for name in adapter.base if name not in found]
         if absent:
             raise ArtifactError(
                 f"adapter {shown(adapter.folder, 300)} adapts {len(absent)} layers that the base model does not have "
@@ -182,8 +184,22 @@ def layers_of(base: Base, adapters: Sequence[Weighted]) -> dict[str, Layer]:
                         f"base tensor '{shown(stored.name)}' is {stored.dtype} of shape {stored.shape}, not a plain "
                         "matrix; give the unquantised base model"
                     )
-                layers[name] = Layer(stored, frozen.is_transposed(module), names)
+                joint = isinstance(module, nn.Embedding) and len(names) > 1
+                layers[name] = Layer(stored, frozen.is_transposed(module), names, joint)
+            if isinstance(modules[name], nn.Embedding) and adapter.config.ensure_weight_tying != layers[name].joint:
+                raise ArtifactError(
+                    f"adapter {shown(adapter.folder, 300)} was trained where '{shown(name)}' and the output layer "
+                    f"{'were two' if layers[name].joint else 'shared one weight'}; give the base model it was trained "
+                    "on with --base"
+                )
             layers[name].changes.append((weighted, name))
+    for name, layer in layers.items():
+        both = next((other for other in layers if f"{other}.weight" in layer.names and other != name), None)
+        if layer.joint and both is not None:
+            raise ConfigError(
+                f"one adapter changes '{shown(name)}' and another '{shown(both)}' alone, which share their weight; "
+                "they cannot be combined"
+            )
     return layers
 
 

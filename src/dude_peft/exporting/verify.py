@@ -114,7 +114,8 @@ def verify(
         warnings.append(f"the base model's tokenizer is not the one used in training: {changed}")
     refusal = _stock_refusal(opened, base, gguf_file)
     if refusal:
-        warnings.append(f"{refusal}; use --to {'merged' if config.is_stock or config.spec.normalised else 'peft'}")
+        merged = config.is_stock or config.spec.normalised or not config.target_parameters
+        warnings.append(f"{refusal}; use --to {'merged' if merged else 'peft'}")
     found = Verification(
         method=config.method,
         r=config.r if config.spec.ranked else 0,
@@ -202,6 +203,8 @@ def _stock_refusal(opened: SavedAdapter, base: str | None, gguf_file: str | None
         return f"stock PEFT refuses an adapter of method {opened.config.method}, which has no rank"
     if opened.stacks:
         return "stock PEFT refuses an adapter of experts (target_parameters) as it is saved"
+    if not opened.config.is_stock:
+        return "stock PEFT refuses an adapter of nn.MultiheadAttention or of tied embeddings as it is saved"
     try:
         source = source_of(opened, base, gguf_file)
         settings = load_settings(source, locate(source))

@@ -31,6 +31,7 @@ from dude_peft.training.model_checks import (
     check_reference,
     check_shares,
     check_start,
+    check_whole,
     distance,
     keep_fingerprints,
     probe,
@@ -175,6 +176,8 @@ class _Adapting:
                     found = load(self._model, str(start), is_trainable=True)
                 processes.from_first(None)
         if processes.count() > 1 and not config.adapter.foreign:
+            if context.strategy != "ddp":
+                check_whole(found, context.strategy)
             keep_fingerprints(found)
             if context.strategy == "ddp":
                 keep_frozen_from_ddp(found)

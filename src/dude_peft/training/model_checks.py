@@ -17,11 +17,13 @@ from dude_peft.errors import ConfigError, DataError, NumericsError
 from dude_peft.machine.processes import gathered, local_rank, rank
 from dude_peft.model.outputs import with_scores
 from dude_peft.model.probe import Nature, check_causal
-from dude_peft.show import reason_of
+from dude_peft.show import reason_of, shown
 from dude_peft.task_types import CAUSAL
+from dude_peft.tuner.attention import DudeAttention
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.heads import behind_backbone, newly_initialised
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.tied import DudeTiedHead
 from dude_peft.tuner.untouched import as_base
 
 _ROWS, _TOKENS = 2, 64
@@ -159,6 +161,17 @@ def check_packs(model: Any) -> None:
             f"data.packing: {type(model).__name__} does not keep packed rows apart; set data.packing: false and "
             "train.train_sampling_strategy: group_by_length"
         )
+
+
+def check_whole(model: Any, strategy: str) -> None:
+    """Raises ConfigError for adapted layers that compute with a weight outside of them, which is to be split."""
+    for name, module in model.named_modules():
+        if isinstance(module, (DudeAttention, DudeTiedHead)):
+            what = "an attention" if isinstance(module, DudeAttention) else "a tied output layer"
+            raise ConfigError(
+                f"adapter.target_modules: '{shown(name.removeprefix('base_model.model.'))}' is {what} and needs whole "
+                f"weights, and {strategy} splits them; use --launch ddp"
+            )
 
 
 def keep_fingerprints(model: Any) -> None:

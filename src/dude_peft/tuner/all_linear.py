@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +25,7 @@ from dude_peft.tuner.config import DudeConfig
 _GATE = re.compile(r"(^|[._])(gate|router)(\.|$)")
 _KNOWN = (nn.Linear, Conv1D, BaseTunerLayer)
 """What PEFT's all-linear finds."""
-_UNFIT, _STACKED = "cannot be adapted", "stacked tensors"
+_UNFIT, _STACKED, _FUSED = "cannot be adapted", "stacked tensors", "part of an attention"
 _SEES, _CHOOSES = "not used by text", "gate or router"
 _SMALL = "smaller than r="
 
@@ -52,6 +53,8 @@ def choose(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], config: Du
         rank, _ = config.rank_and_alpha(name)
         if tower is not None:
             group = (tower, _SEES)
+        elif isinstance(layer, NonDynamicallyQuantizableLinear):
+            group = (last, _FUSED)
         elif not frozen.is_supported(layer):
             group = (last, _UNFIT)
         elif _is_gate(name, layer):
@@ -126,6 +129,8 @@ def _line(left: dict[tuple[str, str], int]) -> str:
     ways = []
     if reasons & {_SEES, _CHOOSES}:
         ways.append("list a layer in target_modules to adapt it")
+    if _FUSED in reasons:
+        ways.append("list the nn.MultiheadAttention itself in target_modules to adapt it")
     if _STACKED in reasons:
         ways.append("name stacked tensors in target_parameters to adapt them")
     if any(why.startswith(_SMALL) for why in reasons):

@@ -18,6 +18,10 @@ from dude_peft.tuner import frozen
 from dude_peft.tuner.experts import DudeExperts, innermost, layers_in
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.offloaded import stored
+from dude_peft.tuner.tied import DudeTiedHead
+
+# Ours, with a frozen layer inside.
+_LAYERS = (DudeLinear, DudeTiedHead)
 
 # Of every tensor by its name: where it lies and its version, and the fingerprint taken then.
 Prints = dict[str, tuple[tuple[int, int], TensorPrint]]
@@ -57,8 +61,8 @@ def relied_on(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Buffers that no checkpoint holds (the angles of rotary embeddings) follow from the configuration.
     """
     for prefix, module in _own_modules(model):
-        adapted = isinstance(module, DudeLinear) and not isinstance(module, DudeExperts)
-        inner = module.get_base_layer() if isinstance(module, DudeLinear) else module
+        adapted = isinstance(module, _LAYERS) and not isinstance(module, DudeExperts)
+        inner = module.get_base_layer() if isinstance(module, _LAYERS) else module
         changed = {layer.parameter_name for layer in layers_in(module)} or ({"weight"} if adapted else set())
         for name, parameter in inner.named_parameters(prefix, recurse=False):
             if (last := name.rpartition(".")[2]) not in changed:
@@ -78,7 +82,7 @@ def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
     if isinstance(model, AuxiliaryTrainingWrapper):
         return
     yield prefix, model
-    if isinstance(model, DudeLinear) and not isinstance(model, DudeExperts):
+    if isinstance(model, _LAYERS) and not isinstance(model, DudeExperts):
         return
     for name, child in innermost(model).named_children():
         yield from _own_modules(child, f"{prefix}.{name}" if prefix else name)

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from typing_extensions import override
 
 from dude_peft.artifact.fingerprint import TensorPrint
+from dude_peft.artifact.form import OUT_PROJECTION
 from dude_peft.artifact.manifest import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -58,7 +59,6 @@ _LARGEST_ALPHA = 1e38  # what float32 holds
 # Keys of PEFT's LoraConfig that people bring along -> what does the same here.
 _INSTEAD = {
     "trainable_token_indices": "train added tokens with the whole embedding: modules_to_save=['embed_tokens']",
-    "ensure_weight_tying": "list both layers in modules_to_save: ['embed_tokens', 'lm_head']",
 }
 
 
@@ -133,6 +133,8 @@ class DudeConfig(PeftConfig):
     """Relative gain of captured energy at which the top-r SVD stops; 0: a full SVD."""
     svd_seed: int = 0
     """Seed of the SVD's start block, and of random directions."""
+    ensure_weight_tying: bool = False
+    """Adapt a tied output layer and the embedding as one; set by itself where the embedding is a target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,11 +169,20 @@ class DudeConfig(PeftConfig):
 
     @property
     def is_stock(self) -> bool:
-        """Whether its files are a stock LoRA or DoRA; else they are under a type that stock PEFT refuses."""
-        return self.spec.ranked and not self.target_parameters
+        """Whether its files are a stock LoRA or DoRA; else they are under a type that stock PEFT refuses.
+
+        Of a new adapter it is known once its layers are.
+        """
+        return self.spec.ranked and not (self.target_parameters or self.ensure_weight_tying or self._fused)
+
+    @property
+    def _fused(self) -> bool:
+        """Whether it adapts an nn.MultiheadAttention."""
+        return any(name.endswith(OUT_PROJECTION) for name in self._layers())
 
     def rank_and_alpha(self, layer_name: str) -> tuple[int, float]:
-        """Rank r and lora_alpha of one layer, its patterns considered."""
+        """Rank r and lora_alpha of one layer, its patterns considered; both of an attention go by its name."""
+        layer_name = layer_name.removesuffix(OUT_PROJECTION)
         r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer_name), self.r)
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer_name), self.lora_alpha)
         return r, alpha
@@ -190,6 +201,15 @@ class DudeConfig(PeftConfig):
                 f"method {self.method!r} gives experts a magnitude, which stock PEFT's target_parameters have not; use "
                 "--to merged or gguf"
             )
+        if self.ensure_weight_tying:
+            raise ConfigError(
+                "stock PEFT keeps the factors of tied layers twice, and unties them when it merges; use --to merged"
+            )
+        if self._fused:  # its PR 3774
+            raise ConfigError(
+                "stock PEFT 0.21 refuses a magnitude on nn.MultiheadAttention, and adds the change of its output "
+                "projection twice; use --to merged"
+            )
         if not self.spec.ranked:
             raise ConfigError(
                 f"method {self.method!r} trains whole matrices, which a stock adapter cannot hold; use --to merged or "
@@ -203,7 +223,7 @@ class DudeConfig(PeftConfig):
         if self.spec.rank_stabilized:
             lora_alpha *= math.sqrt(self.r)
             # alpha' = alpha sqrt(r) depends on both patterns, so they are written out layer by layer.
-            own = {exactly(name): self.rank_and_alpha(name) for name in self._layers()}
+            own = {exactly(name): self.rank_and_alpha(name) for name in self._matched()}
             own = {name: pair for name, pair in own.items() if pair != (self.r, self.lora_alpha)}
             rank_pattern = {name: r for name, (r, _) in own.items()}
             alpha_pattern = {name: alpha * math.sqrt(r) for name, (r, alpha) in own.items()}
@@ -212,7 +232,7 @@ class DudeConfig(PeftConfig):
             lora_alpha=_int_if_whole(lora_alpha),  # type: ignore[arg-type]  # PEFT computes with floats too
             lora_dropout=self.lora_dropout,
             target_modules=_sorted(self.target_modules),
-            target_parameters=self.target_parameters,
+            target_parameters=self._stock_parameters(),
             exclude_modules=_sorted(self.exclude_modules),
             rank_pattern=rank_pattern,
             alpha_pattern={name: _int_if_whole(alpha) for name, alpha in alpha_pattern.items()},
@@ -230,6 +250,13 @@ class DudeConfig(PeftConfig):
         # LoraConfig makes sets of these, whose order in the file would change from process to process.
         stock.target_modules, stock.exclude_modules = _sorted(stock.target_modules), _sorted(stock.exclude_modules)
         return stock
+
+    def _stock_parameters(self) -> list[str] | None:
+        """Of stacks in some layers alone the whole names: stock PEFT does not look at layers_to_transform there."""
+        wanted = self.target_parameters
+        if wanted is None or self.layers_to_transform is None:
+            return wanted
+        return [name for name in self._layers() if any(name == one or name.endswith(f".{one}") for one in wanted)]
 
     @override
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -319,19 +346,24 @@ class DudeConfig(PeftConfig):
         once = {"modules_to_save": _unique(self.modules_to_save)}
         patterns = {name: self._in_any_order(name) for name in _PATTERNS}
         fields = {**self.to_dict(), **once, **patterns, "peft_type": DUDE_TYPE.value}
-        if not self.target_parameters:  # a key that versions before it do not know
-            del fields["target_parameters"]
+        for name in ("target_parameters", "ensure_weight_tying"):  # which versions before do not know
+            if not fields[name]:
+                del fields[name]
         return fields
 
     def _in_any_order(self, key: str) -> dict[str, Any]:
         """rank_pattern or alpha_pattern as files keep it."""
-        return in_any_order(getattr(self, key), self._layers())
+        return in_any_order(getattr(self, key), self._matched())
 
     def _layers(self) -> list[str]:
         """Names of the adapted layers, as far as a model or a file has told them."""
         if self._base is not None:
             return list(self._base.layers)
         return [] if self._loading is None else list(self._loading.base)
+
+    def _matched(self) -> list[str]:
+        """Of these the names that patterns are compared with."""
+        return [name for name in self._layers() if not name.endswith(OUT_PROJECTION)]
 
     def _check_stock(self, found: dict[str, Any], directory: Path) -> None:
         """The two files of an adapter say the same of its scale, or one of them was forged. Raises ArtifactError."""
@@ -355,7 +387,7 @@ class DudeConfig(PeftConfig):
     def _warn_of_lost_order(self, directory: Path) -> None:
         """Files of before format 4 have the patterns sorted, whatever their order was in training."""
         for key in _PATTERNS:
-            if found := overlapping(getattr(self, key), self._layers()):
+            if found := overlapping(getattr(self, key), self._matched()):
                 layer, (one, other, *_) = found
                 warnings.warn(
                     f"adapter {shown(directory, 300)}: {quoted(one)} and {quoted(other)} of its {key} both match "
@@ -470,12 +502,10 @@ def _check_stacks(config: DudeConfig) -> None:
     for key, value, usual in (
         ("lora_dropout", config.lora_dropout, 0),
         ("bias", config.bias, "none"),
-        ("layers_to_transform", config.layers_to_transform, None),
     ):
         if value != usual:
             raise ConfigError(
                 f"{key}={shown(repr(value))} has no meaning for experts (target_parameters); leave it out"
-                + ("" if key != "layers_to_transform" else ", and write the whole names of the parameters")
             )
 
 

@@ -68,7 +68,7 @@ class DudeExperts(DudeLinear):
         if self.disable_adapters:
             own: Tensor | None = self.lora_unmerged_weight
             return own
-        names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        names = self.unmerged_names()
         return self._weight_with(names) if names else None
 
     @property
@@ -128,8 +128,15 @@ class DudeExperts(DudeLinear):
             g, slope = self._gain_and_slope(name, state)
             if state.dm is not None:
                 g = g + slope * (state.dm - state.dm.detach())  # its value stays, to the bit
-        factors = (state.dA, state.dB, state.A0, state.B0)
-        return effective_stack(W0, *factors, g, self.scaling[name], transposed=transposed)
+        if W0.ndim > 2:
+            factors = (state.dA, state.dB, state.A0, state.B0)
+            return effective_stack(W0, *factors, g, self.scaling[name], transposed=transposed)
+        dA, dB, A0, B0, g = (
+            None if tensor is None else tensor[None] for tensor in (state.dA, state.dB, state.A0, state.B0, g)
+        )
+        assert dA is not None
+        assert dB is not None
+        return effective_stack(W0[None], dA, dB, A0, B0, g, self.scaling[name], transposed=transposed)[0]
 
     def _own_layer(self) -> Any:
         stack = self.target()

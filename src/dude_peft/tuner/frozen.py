@@ -45,14 +45,13 @@ def is_supported(layer: nn.Module) -> bool:
 def why_not(layer: nn.Module) -> str | None:
     """Why a layer cannot be adapted, as the end of "target 'x' ..."; None where it can.
 
-    The output projection inside nn.MultiheadAttention is refused: its forward is never called, and stock PEFT, which
-    the adapter has to be right in as well, would leave it out silently.
+    The output projection inside nn.MultiheadAttention is none by itself: its forward is never called (`attention.py`).
     """
     if is_map(layer):
         return why_no_map(layer, _PLAIN_DTYPES)
     kind = type(layer).__name__
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return f"is {a_(kind)}, which nn.MultiheadAttention never calls, so stock PEFT drops its change"
+        return "is a part of an nn.MultiheadAttention, which never calls it"
     if not isinstance(layer, (nn.Linear, Conv1D)):
         sized = all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
         if not sized or "Linear" not in kind:

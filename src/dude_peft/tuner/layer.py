@@ -169,7 +169,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return self._own_output(x, *args, **kwargs)
-        names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        names = self.unmerged_names()
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
@@ -208,7 +208,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             own: Tensor = self._own_layer().weight
             return own
         base: Any = self.get_base_layer()
-        names = [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        names = self.unmerged_names()
         if not names or frozen.plain_weight(base) is None or frozen.is_sharded(base.weight):
             return super().weight
         groups = [getattr(self, group) for group in TRAINED]
@@ -403,8 +403,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base layer's own weight back, the very tensor it was."""
         if self.lora_unmerged_weight is not None:
-            base: Any = self.target()
-            base.weight = self.lora_unmerged_weight
+            self.give(self.lora_unmerged_weight)
             self.lora_unmerged_weight = None
         self.merged_adapters = []
 
@@ -428,8 +427,13 @@ class DudeLinear(nn.Module, BaseTunerLayer):
                 f"float32 to merge"
             )
         self.lora_unmerged_weight = original
-        base.weight = nn.Parameter(frozen.as_stored(base, merged), requires_grad=False)
+        self.give(nn.Parameter(frozen.as_stored(base, merged), requires_grad=False))
         self.merged_adapters = names
+
+    def give(self, weight: nn.Parameter) -> None:
+        """Put a weight, as it is stored, into the base layer."""
+        base: Any = self.target()
+        base.weight = weight
 
     def put_sum(self, weights: Mapping[str, float]) -> None:
         """Give the base layer `W0 + sum_i w_i (W'_i - W0)` for good; `weights` are w_i by the adapters' names."""
@@ -437,7 +441,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         base: Any = self.target()
         names = self._names(list(weights))
         merged = self._combined_weight(names, base.weight.dtype, weights)
-        base.weight = nn.Parameter(frozen.as_stored(base, merged), requires_grad=False)
+        self.give(nn.Parameter(frozen.as_stored(base, merged), requires_grad=False))
 
     @torch.no_grad()
     def put_factors(self, adapter_name: str, A: Tensor, B: Tensor, dm: Tensor | None) -> None:
@@ -565,9 +569,13 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def _own_layer(self) -> Any:
         """The base layer with its own weight: itself, or a twin of a merged one, which other threads may be using."""
+        return self.with_own_weight(self.base_layer)
+
+    def with_own_weight(self, layer: nn.Module) -> nn.Module:
+        """A frozen layer that has this one's weight, or where that is merged, a twin with the unmerged one."""
         if self.lora_unmerged_weight is None:
-            return self.base_layer
-        twin = copy.copy(self.get_base_layer())
+            return layer
+        twin = copy.copy(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
         twin._parameters = {**twin._parameters, "weight": self.lora_unmerged_weight}
         return twin
 
@@ -599,11 +607,12 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         if self.lora_unmerged_weight is None:
             yield
             return
-        merged, base.weight = base.weight, self.lora_unmerged_weight
+        merged = base.weight
+        self.give(self.lora_unmerged_weight)
         try:
             yield
         finally:
-            base.weight = merged
+            self.give(merged)
 
     def _product_rows(self, rows: Tensor) -> Tensor:
         """The frozen layer without its bias, (tokens, in) -> (tokens, out)."""
@@ -614,6 +623,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         with no_autocast(rows.device.type):
             base = self.target() if self.lora_unmerged_weight is None else self._own_layer()
             return frozen.product(base, rows)
+
+    def unmerged_names(self) -> list[str]:
+        """The active adapters that are not in the base layer's weight."""
+        return [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
 
     def _names(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.r]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dude_peft.artifact.stock import LayerTensors
 from dude_peft.core.linear import adapted_linear
@@ -46,6 +46,13 @@ class _Mapped(DudeLinear):
         factors = (None, left, None, None, g, bias, factor * self.scaling[name], dm, slope)
         return adapted_linear(base, u, *factors, True, again)
 
+    def live_gain(self, name: str) -> Tensor | None:
+        """Gain as a function that autograd follows; None without a magnitude."""
+        g, _, dm, slope = self._gained(name)
+        if g is None or dm is None or slope is None:
+            return g
+        return g + slope * (dm - dm.detach())  # its value stays, to the bit
+
     def _gained(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gain and bias of an adapter with a magnitude; dm and the gain's slope where the gain is a known value."""
         layer = self.tensors(name)
@@ -61,6 +68,19 @@ class _Mapped(DudeLinear):
 @fits()
 class DudeEmbedding(_Mapped):
     """A frozen embedding with any number of adapters: A (r, num_embeddings), B (embedding_dim, r)."""
+
+    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+        super().__init__(base_layer, layer_name)
+        self._followers: list[Any] = []
+
+    def follow(self, layer: nn.Module) -> None:
+        """From now on a frozen layer gets every weight that the embedding gets: the two are tied."""
+        self._followers.append(layer)
+
+    def give(self, weight: nn.Parameter) -> None:
+        super().give(weight)
+        for layer in self._followers:
+            layer.weight = weight
 
     def _adapt(self, name: str, x: Tensor, base_out: Tensor | None) -> Tensor:
         assert base_out is not None, "only a plain linear layer's product is taken inside"
@@ -115,21 +135,25 @@ class DudeConv(_Mapped):
 
     def _beside(self, name: str, base: Tensor, change: Tensor) -> Tensor:
         """`y = g (base + s change) + (1 - g) bias`, (*, out), with one rounding; by torch's own operations."""
-        dtype, wide = base.dtype, torch.promote_types(base.dtype, torch.float32)
+        wide = torch.promote_types(base.dtype, torch.float32)
         y = torch.add(base.to(wide), change.to(wide), alpha=self.scaling[name])
-        g, bias, dm, slope = self._gained(name)
+        g, bias = self.live_gain(name), getattr(self.get_base_layer(), "bias", None)
         if g is not None:
-            if dm is not None and slope is not None:
-                g = g + slope * (dm - dm.detach())  # its value stays, to the bit
             y = g.to(wide) * y
             if bias is not None:
                 y = y + (1 - g.to(wide)) * bias.to(wide)
-        if is_half(dtype):  # rounded as everywhere, with the gradient of what is rounded
-            rows = base.detach().to(wide).reshape(-1, base.shape[-1])
-            threshold = content_thresholds(rows, dtype, torch.empty_like(rows, dtype=torch.int32))
-            rounded = round_dithered_(y.detach().reshape(rows.shape).clone(), threshold, dtype)
-            y = y + (rounded.view(y.shape) - y.detach())
-        return y.to(dtype)
+        return rounded(y, base)
+
+
+def rounded(y: Tensor, base: Tensor) -> Tensor:
+    """`y` (*, n) in the dtype of `base` (*, n), dithered by what that holds, with the gradient of `y`."""
+    dtype = base.dtype
+    if is_half(dtype):
+        rows = base.detach().to(y.dtype).reshape(-1, base.shape[-1])
+        threshold = content_thresholds(rows, dtype, torch.empty_like(rows, dtype=torch.int32))
+        found = round_dithered_(y.detach().reshape(rows.shape).clone(), threshold, dtype)
+        y = y + (found.view(y.shape) - y.detach())
+    return y.to(dtype)
 
 
 def _stacked(layer: LayerTensors) -> tuple[Tensor, Tensor]:

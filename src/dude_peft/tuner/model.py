@@ -21,9 +21,11 @@ from peft.utils import (
     ModulesToSaveWrapper,
 )
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from dude_peft.artifact.base_settings import base_settings
+from dude_peft.artifact.form import OUT_PROJECTION
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.artifact.stacks import from_disk, to_disk
 from dude_peft.artifact.stock import EXTRA_A0, LayerTensors, layer_tensors, stock_names
@@ -38,6 +40,7 @@ from dude_peft.show import a_, quoted, shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose, packed_layers
+from dude_peft.tuner.attention import DudeAttention, projections_of, why_no_attention
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.experts import DudeExperts, layers_in
@@ -57,6 +60,7 @@ from dude_peft.tuner.stack_targets import check_stacks, patterns_of_stacks, stac
 from dude_peft.tuner.stacks import Stack
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
+from dude_peft.tuner.tied import DudeTiedHead, sharing, why_not_tied
 from dude_peft.tuner.together import Together
 from dude_peft.tuner.weighted import plan_sum
 
@@ -126,13 +130,14 @@ class DudeModel(BaseTuner):
                 f"target_modules is not set, and PEFT has no default for {type(model).__name__}; 'all-linear' adapts "
                 "every linear layer"
             ) from error
-        stacks = stacks_of(model, config.target_parameters or ())
+        stacks = _stacks(model, config)
         check_patterns(vars(config), [*(name for name, _ in model.named_modules() if name), *stacks])
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}
             self._leave_out(model, config)
         self.__dict__.setdefault("_together", Together())
+        self._tied = self._ties(model, config)
         self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
             targets = [*self._check_targets(model, config, stacks), *stacks.items()]
@@ -144,6 +149,7 @@ class DudeModel(BaseTuner):
             )
         with self._places_of(model), patterns_of_stacks(config, stacks):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._tie(model)
         self._starts.clear()
         for wrapper in self._wrappers():
             wrapper.training = wrapper.original_module.training
@@ -270,14 +276,17 @@ class DudeModel(BaseTuner):
             factors = [total.factors(layer) for layer in layers]
         ranks = {layer.layer_name: total.rank_in(layer) for layer in layers}
         r = max(ranks.values())
+        own_ranks = {
+            exactly(name): rank for name, rank in ranks.items() if rank != r and not name.endswith(OUT_PROJECTION)
+        }
         configs[adapter_name] = replace(
             configs[adapters[0]],
             method="dora" if total.magnitude else "lora",
             r=r,
             lora_alpha=r,
-            rank_pattern={exactly(name): rank for name, rank in ranks.items() if rank != r},
-            alpha_pattern={exactly(name): rank for name, rank in ranks.items() if rank != r},
-            target_modules=sorted(ranks),
+            rank_pattern=own_ranks,
+            alpha_pattern=own_ranks,
+            target_modules=sorted(name for name in ranks if not name.endswith(OUT_PROJECTION)),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -355,43 +364,101 @@ class DudeModel(BaseTuner):
         targets = [
             (name, module)
             for name, module in model.named_modules()
-            if name and not set(_INSIDE) & set(name.split(".")) and self._check_target_module_exists(config, name)
+            if name and name not in self._tied and self._is_target(config, name)
         ]
         if not targets and (config.target_modules or not stacks):
             raise ConfigError(_no_target(config, model, names))
         for name, module in targets:
             layer = _base_of(module)
-            if reason := frozen.why_not(layer):
+            if isinstance(module, DudeTiedHead):
                 raise ConfigError(
-                    f"target '{name}' {reason}; adapt linear layers, and train others in full with "
-                    f"modules_to_save=[{name.rpartition('.')[2]!r}]"
+                    f"target '{name}' follows the embedding, which another adapter changes; name the embedding itself"
                 )
+            if isinstance(layer, nn.MultiheadAttention):
+                _check_attention(name, layer, config)
+                continue
+            if reason := frozen.why_not(layer):
+                place, _, last = name.rpartition(".")
+                remedy = f"adapt linear layers, and train others in full with modules_to_save=[{last!r}]"
+                if isinstance(layer, NonDynamicallyQuantizableLinear):
+                    remedy = f"name the attention itself, '{place}'"
+                raise ConfigError(f"target '{name}' {reason}; {remedy}")
             if is_map(layer) and not config.spec.ranked:
                 raise ConfigError(
                     f"target '{name}' is {a_(type(layer).__name__)}, which method {config.method!r} does not adapt; "
                     "choose a method with a rank, or leave the layer out"
                 )
-            check_rank(config.spec, name, frozen.layer_shape(layer), config.rank_and_alpha(name)[0])
-            weight = frozen.plain_weight(layer)
+        parts = [part for name, module in targets for part in _parts_of(name, module).items()]
+        for name, part in parts:
+            frozen_part = part.target() if isinstance(part, DudeLinear) else part
+            check_rank(config.spec, name, frozen.shape_of(frozen_part), config.rank_and_alpha(name)[0])
+            weight = frozen.plain_weight(frozen_part)
             if config._loading is None and weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
         _check_saved_modules(config, names)
         _check_output_layer(model, targets)
-        _check_tied(model, targets)
         whole = trained_whole(model, config)
         check_stacks(stacks, config, whole)
-        if both := next((name for name, _ in targets if name in whole), None):
+        if both := next((name for name in (*dict(targets), *self._tied) if name in whole), None):
             raise ConfigError(
                 f"'{both}' is in target_modules and, by its ending, in modules_to_save={config.modules_to_save}, where "
                 "PEFT compares the endings of names; leave it out of one, or write longer names"
             )
-        return [*targets]
+        return parts
+
+    def _is_target(self, config: DudeConfig, name: str) -> bool:
+        return not set(_INSIDE) & set(name.split(".")) and bool(self._check_target_module_exists(config, name))
+
+    def _ties(self, model: nn.Module, config: DudeConfig) -> dict[str, str]:
+        """Layers that share the weight of a target embedding, with its name; the configuration is told of them."""
+        found: dict[str, str] = {}
+        asked = config.ensure_weight_tying
+        for name, module in model.named_modules():
+            if not isinstance(_base_of(module), nn.Embedding) or set(_INSIDE) & set(name.split(".")):
+                continue
+            named = self._is_target(config, name)
+            if not (named or asked):
+                continue
+            others = sharing(model, module)
+            if not named and asked and any(self._is_target(config, other) for other in others):
+                _add_target(config, name)
+                named = True
+            if named:
+                _check_tied(name, others)
+                found |= dict.fromkeys(others, name)
+        if config._loading is not None and asked != bool(found):
+            then, now = ("shared one weight", "are two") if asked else ("were two", "share one weight")
+            raise ArtifactError(
+                f"the adapter was trained where the embedding and the output layer {then}, and here they {now}; load "
+                "the base model it was trained on"
+            )
+        if asked and not found:
+            raise ConfigError(
+                "ensure_weight_tying: no target is an embedding that shares its weight with an output layer; leave it "
+                "out, or name the embedding in target_modules"
+            )
+        config.ensure_weight_tying = bool(found)
+        return found
+
+    def _tie(self, model: nn.Module) -> None:
+        """Put a layer of ours into the place of every output layer that follows an embedding."""
+        for name, source in self._tied.items():
+            embedding, target = model.get_submodule(source), model.get_submodule(name)
+            if isinstance(embedding, DudeEmbedding) and not isinstance(target, DudeTiedHead):
+                layer = DudeTiedHead(target, embedding)
+                layer.train(target.training)
+                self._replace_module(model, "", layer, target)
+
+    @override
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        # PEFT warns of tied layers here, which ours keep tied, or untie where the output layer alone is a target.
+        pass
 
     @override
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        names = list(stacks_of(model, peft_config.target_parameters))
+        names = list(_stacks(model, peft_config))
         for name in names:
             place, _, parameter_name = name.rpartition(".")
             outer = model.get_submodule(place)
@@ -425,12 +492,16 @@ class DudeModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if current_key in self._tied:
+            return  # it follows its embedding
         if isinstance(target, DudeLinear):
-            target.add(adapter_name, peft_config, meta=self._meta, starts=self._starts.pop(current_key, None))
+            for layer in _layers_of(target):
+                starts = self._starts.pop(layer.layer_name, None)
+                layer.add(adapter_name, peft_config, meta=self._meta, starts=starts)
             return
-        kind = DudeEmbedding if isinstance(target, nn.Embedding) else DudeConv if is_map(target) else DudeLinear
-        layer = kind(target, current_key)
-        self._put_in_place(layer, adapter_name, peft_config)
+        layer = _layer_for(target, current_key)
+        for each in _layers_of(layer):
+            self._put_in_place(each, adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
@@ -617,6 +688,24 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
+def _layer_for(target: nn.Module, name: str) -> DudeLinear:
+    """The layer of ours that goes in the place of a frozen one."""
+    if isinstance(target, nn.MultiheadAttention):
+        return DudeAttention(target, name)
+    kind = DudeEmbedding if isinstance(target, nn.Embedding) else DudeConv if is_map(target) else DudeLinear
+    return kind(target, name)
+
+
+def _layers_of(layer: DudeLinear) -> list[DudeLinear]:
+    """The layer itself, and the one inside an attention."""
+    return [layer, layer.out_projection] if isinstance(layer, DudeAttention) else [layer]
+
+
+def _parts_of(name: str, module: nn.Module) -> dict[str, nn.Module | Stack]:
+    """What an adapter of a target changes, by the names of the layers."""
+    return projections_of(name, module) if isinstance(_base_of(module), nn.MultiheadAttention) else {name: module}
+
+
 def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -718,8 +807,11 @@ def _needless(model: nn.Module, config: DudeConfig) -> Iterator[str]:
     untrained = "base_layer." if config.bias == "none" else "base_layer.weight"
     for name, module in model.named_modules():
         place = name if name.startswith(_PEFT_PREFIX) else f"{_PEFT_PREFIX}{name}"
-        if isinstance(module, DudeLinear):
-            yield from (f"{place}.{part}" for part in (untrained, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
+        if isinstance(module, DudeTiedHead):
+            yield f"{place}.{untrained}"
+        elif isinstance(module, DudeLinear):
+            inner = "base_layer.in_proj_" if isinstance(module, DudeAttention) else untrained
+            yield from (f"{place}.{part}" for part in (inner, "lora_dA.", "lora_dB.", "lora_dm.", "lora_B0"))
             yield from (f"{place}.{part}.{adapter}." for part in ("lora_t", "lora_f") for adapter in module.r)
         elif isinstance(module, ModulesToSaveWrapper):
             yield from (f"{place}.{part}." for part in ("original_module", "modules_to_save"))
@@ -780,7 +872,9 @@ def _unknown_target(wanted: str, model: nn.Module, names: list[str]) -> str:
         name, parameter = parameters[0]
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
         remedy = "name stacks of experts in target_parameters"
-        if parameter.ndim != 3:
+        if owner == "MultiheadAttention":
+            remedy = "name the attention itself"
+        elif parameter.ndim != 3:
             remedy = "leave it out, or train its module whole with modules_to_save"
         return f"target_modules: '{wanted}' is a parameter of {owner} ('{name}'), not a linear layer; {remedy}"
     hint = closest(wanted, _last_parts(names))
@@ -828,6 +922,18 @@ def _is_wanted_layer(name: str, config: DudeConfig) -> bool:
     return not wanted or _layer_index(name, config) in wanted
 
 
+def _stacks(model: nn.Module, config: DudeConfig) -> dict[str, Stack]:
+    """The stacks of experts that are targets, by their names."""
+    found = stacks_of(model, config.target_parameters or ())
+    wanted = {name: stack for name, stack in found.items() if _is_wanted_layer(name, config)}
+    if found and not wanted:
+        raise ConfigError(
+            f"layers_to_transform={config.layers_to_transform!r} leaves no stack of target_parameters "
+            f"(first: {quoted(next(iter(found)), 200)}); name layers that have experts"
+        )
+    return wanted
+
+
 def _check_layers(config: DudeConfig, names: list[str]) -> None:
     there = {index for name in names if (index := _layer_index(name, config)) is not None}
     if missing := sorted(_wanted_layers(config) - there):
@@ -860,20 +966,35 @@ def _check_output_layer(model: Any, targets: list[tuple[str, nn.Module]]) -> Non
         )
 
 
-def _check_tied(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
-    """An embedding that shares its weight with another layer would be taken apart from it by its own adapter."""
-    for name, module in targets:
-        embedding = _base_of(module)
-        if not isinstance(embedding, nn.Embedding):
-            continue
-        for other, layer in model.named_modules():
-            layer = _base_of(layer)
-            if layer is not embedding and getattr(layer, "_parameters", {}).get("weight") is embedding.weight:
-                raise ConfigError(
-                    f"target '{name}' shares its weight with '{other}' (tied embeddings), and an adapter would change "
-                    "one of the two; load the model with tie_word_embeddings=False, or train both whole with "
-                    f"modules_to_save=[{name.rpartition('.')[2]!r}, {other.rpartition('.')[2]!r}]"
-                )
+def _check_attention(name: str, attention: nn.MultiheadAttention, config: DudeConfig) -> None:
+    reason = why_no_attention(attention)
+    if reason is None and not config.spec.ranked:
+        reason = f"is a MultiheadAttention, which method {config.method!r} does not adapt"
+    if reason is not None:
+        raise ConfigError(f"target '{name}' {reason}; leave it out, or choose another method")
+    for key, usual in (("lora_dropout", 0), ("bias", "none")):
+        if (value := getattr(config, key)) != usual:
+            raise ConfigError(
+                f"{key}={value!r} has no meaning for '{name}', a MultiheadAttention; leave one of them out"
+            )
+
+
+def _add_target(config: DudeConfig, name: str) -> None:
+    """Make a layer a target, as PEFT does with the embedding of a tied output layer."""
+    if isinstance(config.target_modules, str):
+        config.target_modules = rf"(?:{config.target_modules}|{re.escape(name)})"
+    else:
+        config.target_modules = {*(config.target_modules or ()), name}  # type: ignore[assignment]
+
+
+def _check_tied(name: str, others: Mapping[str, nn.Module]) -> None:
+    for other, layer in others.items():
+        if reason := why_not_tied(layer):
+            raise ConfigError(
+                f"target '{name}' shares its weight with '{other}' (tied embeddings), which {reason}: they "
+                "cannot be adapted as one; load the model with tie_word_embeddings=False, or train both whole with "
+                f"modules_to_save=[{name.rpartition('.')[2]!r}, {other.rpartition('.')[2]!r}]"
+            )
 
 
 def _told_apart(wanted: Iterable[str], model: nn.Module, adapters: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +26,11 @@ from dude_peft.methods.start import check_finite
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import relied_on
-from dude_peft.tuner.experts import innermost, layers_in
 from dude_peft.tuner.heads import newly_initialised
 from dude_peft.tuner.layer import DudeLinear
+from dude_peft.tuner.named import targets_named
 from dude_peft.tuner.offloaded import is_offloaded, stored
-from dude_peft.tuner.stacks import Stack, stack_of
+from dude_peft.tuner.stacks import Stack
 
 _Fault = tuple[str, str]
 """What is wrong, behind the adapter's name, and what to do."""
@@ -100,7 +100,7 @@ def settings_fault(config: Any, recorded: BaseRecord) -> str:
 
 
 def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: str) -> None:
-    targets = _targets(base, recorded)
+    targets = targets_named(base, recorded)
     absent = [name for name in recorded if name not in targets]
     if absent:
         raise OtherBaseError(
@@ -130,7 +130,7 @@ class _Weights:
 
     def __init__(self, base: nn.Module, recorded: BaseRecord, pool: ThreadPoolExecutor) -> None:
         self._layers = recorded.layers
-        self._modules = _targets(base, self._layers)
+        self._modules = targets_named(base, self._layers)
         held = pool.map(lambda name: _layer_holds(self._modules[name], self._layers[name]), self._layers)
         plain = all(frozen.plain_weight(_base_layer(module)) is not None for module in self._modules.values())
         # Packed layers write into themselves where they are tried, as they are when an adapter is put in.
@@ -218,27 +218,6 @@ def _not_comparable(base: nn.Module) -> list[str]:
 
 def _plain_name(name: str) -> str:
     return re.sub(r"(\.base_layer)+\.", ".", name.replace(".original_module.", "."))
-
-
-def _targets(base: nn.Module, names: Iterable[str]) -> dict[str, frozen.Frozen]:
-    """Layers and stacks by their names, adapted or not, as far as the model has them."""
-    modules, found = dict(base.named_modules()), dict[str, frozen.Frozen]()
-    for name in names:
-        module = modules.get(name)
-        if module is None:
-            place, _, last = name.rpartition(".")
-            outer = modules.get(place)
-            own = [] if outer is None else [one for one in layers_in(outer) if one.parameter_name == last]
-            stack = own[0] if own else None if outer is None else stack_of(innermost(outer), last)
-            if stack is not None:
-                found[name] = stack
-        elif frozen.is_supported(_base_module(module)):
-            found[name] = module
-    return found
-
-
-def _base_module(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, DudeLinear) else module
 
 
 def _base_layer(module: frozen.Frozen) -> frozen.Frozen:

@@ -4,6 +4,8 @@ transformers keeps the experts of a layer in such parameters, and says on the mo
 `is_transposed` is true where they are (experts, in, out). The few classes that do not say are listed here, as their
 code was read. Where neither tells, the stack is refused: a magnitude belongs to an output feature, and the wrong side
 has no meaning.
+
+A matrix (out, in) that a module keeps as such a parameter, as nn.MultiheadAttention does, is a stack of no experts.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _UNSAID = {
 
 @dataclass
 class Stack:
-    """A stack of experts where it lies; `weight` is the parameter, as it is `weight` of a linear layer."""
+    """A stack of experts, or one matrix, where it lies; `weight` is the parameter, as a linear layer calls it."""
 
     module: Any
     name: str
@@ -49,14 +51,14 @@ class Stack:
         setattr(self.module, self.name, parameter)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(experts, out, in)."""
-        experts, rows, columns = self.weight.shape
-        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
+    def shape(self) -> tuple[int, ...]:
+        """(experts, out, in); (out, in) of one matrix."""
+        *experts, rows, columns = self.weight.shape
+        return (*experts, columns, rows) if self.transposed else (*experts, rows, columns)
 
     @property
     def plain_weight(self) -> Tensor:
-        """The (experts, out, in) view of it."""
+        """The (experts, out, in) view of it; (out, in) of one matrix."""
         weight: Tensor = self.weight.detach()
         return weight.mT if self.transposed else weight
 

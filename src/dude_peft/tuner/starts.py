@@ -97,7 +97,7 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> tuple[Start, .
             )
         scaling = config.spec.scaling(r, alpha)
         with one_thread():
-            if isinstance(base, Stack):
+            if isinstance(base, Stack) and len(base.shape) > 2:
                 # A copy of one expert at a time, which the start may overwrite.
                 wide = torch.promote_types(base.weight.dtype, torch.float32)
                 own = replace(options, overwrite=True)
@@ -106,7 +106,7 @@ def start_of_layer(module: Any, name: str, config: DudeConfig) -> tuple[Start, .
             W0 = frozen.dense_weight(base)
             if weight is None or weight.dtype != W0.dtype:  # a copy already
                 options = replace(options, overwrite=True)
-            if not _others or frozen.is_map(base):  # those are never quantised
+            if not _others or frozen.is_map(base) or isinstance(base, Stack):  # those are never quantised
                 return (start_of(config.spec, W0, r, scaling, options, name),)
             full = _others[-1](name, W0)
             begun = start_of(config.spec, full, r, scaling, replace(options, overwrite=True), name)

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+from dude_peft.artifact.form import OUT_PROJECTION
 from dude_peft.show import shown
 
 
@@ -35,6 +36,7 @@ def stock_refusal(model: Any, stock: LoraConfig, layers: Collection[str]) -> str
         stock: the configuration that stock PEFT reads.
         layers: names of the adapted layers.
     """
+    layers = [name for name in layers if not name.endswith(OUT_PROJECTION)]  # whose attention has it along
     settings = getattr(model, "config", None)
     kind = getattr(settings, "model_type", None)
     if kind is None:  # PEFT looks no further either
