@@ -27,6 +27,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=12, help="of the model, which is 768 wide")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--head", type=int, default=0, help="tokens that rows begin with; 0 leaves such rows out")
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     settings = parser.parse_args()
     set_threads(settings)
-    base = llama(getattr(torch, settings.dtype)).to(settings.device)
+    base = llama(getattr(torch, settings.dtype), layers=settings.layers).to(settings.device)
     ids = torch.randint(8192, (1, settings.prompt), device=settings.device)
 
     def continuation(model: Any) -> Callable[[], None]:

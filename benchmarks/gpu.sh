@@ -33,7 +33,7 @@ if [ "$small" = --small ]; then
     one="${shape[*]}" three="${shape[*]}" seven="${shape[*]}"
     layers=(--shapes 64x48 --tokens 32 --ranks 4) rounds=(--rounds 1 --device cpu --threads 1)
     start=(--parts svd --side 64 --r 4) plan=(--hidden 64 --intermediate 128 --layers 1 --vocabulary 128 --length 32)
-    answer=(--prompt 8 --new 2)
+    answer=(--prompt 8 --new 2 --layers 1)
 else
     # Shapes of models with 1, 3 and 7 billion parameters, with fewer of their equal layers.
     one="--hidden 2048 --intermediate 5632 --layers 6 --vocabulary 32000 --tokens 2048"

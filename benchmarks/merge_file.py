@@ -1,17 +1,21 @@
 """`dude merge` of a sharded checkpoint of 3 GB: peak memory, and what is there after it was killed at random.
 
     python benchmarks/merge_file.py --kills 50
+    python benchmarks/merge_file.py --layers 9,18,27,54 --kills 0       how both grow, and what that makes of 100 GB
 
 The checkpoint is a Llama with random bfloat16 weights in shards of 512 MB; the adapter is a `dora` of rank 16 on all
 its linear layers, B and magnitudes moved away from the start. The merge runs in a process of its own, whose peak
 resident memory (VmHWM) is told. Then it is killed (SIGKILL) at times drawn evenly over its whole duration: the output
-has to be absent, or equal to that of a run that nobody disturbed. With --folder on a disk in memory this takes minutes.
+has to be absent, or equal to that of a run that nobody disturbed. Of several sizes a line is laid through the times.
+With --folder on a disk in memory this takes minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +24,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import transformers
-from measure import arguments, console, finish, set_threads, show
+from measure import arguments, console, finish, numbers, set_threads, show
 
 from dude_peft.artifact.manifest import WEIGHTS_FILE, read_manifest, stamp
 from dude_peft.init.run import initialise
@@ -30,23 +34,38 @@ SHARD_BYTES = 512 << 20
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = arguments(__doc__)
-    parser.add_argument("--layers", type=int, default=27, help="27 make 3 GB")
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--layers", default="27", help="27 make 3 GB; several, comma-separated, show the growth")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints are made for the time")
     settings = parser.parse_args()
     set_threads(settings)
-    with tempfile.TemporaryDirectory(dir=settings.folder) as temporary:
-        folder = Path(temporary)
-        size = make_checkpoint(folder / "model", settings.layers)
-        make_adapter(folder / "model", folder / "adapter")
-        console.print(f"checkpoint of {size / 1e9:.2f} GB made")
-        seconds, peak = run(folder)
-        row = {"bytes": size, "seconds": seconds, "peak_mib": peak / 2**20, "limit_mib": 1e9 / 2**20}
-        show("dude merge", {"undisturbed": row}, list(row))
-        found = killed(folder, settings.kills, seconds)
+    rows: dict[str, dict[str, float]] = {}
+    found: dict[str, int] = {}
+    for layers in numbers(settings.layers):
+        with tempfile.TemporaryDirectory(dir=settings.folder) as temporary:
+            folder = Path(temporary)
+            size = make_checkpoint(folder / "model", layers)
+            make_adapter(folder / "model", folder / "adapter")
+            console.print(f"checkpoint of {size / 1e9:.2f} GB made")
+            runs = [run(folder) for _ in range(settings.rounds)]
+            seconds, peak = (statistics.median(values) for values in zip(*runs, strict=True))
+            rows[f"{layers} layers"] = {"bytes": size, "seconds": seconds, "peak_mib": peak / 2**20}
+            if settings.kills:
+                found = killed(folder, settings.kills, seconds)
+    if len(rows) > 1:
+        rows["100 GB, by the line"] = by_the_line(list(rows.values()), 100e9)
+    show("dude merge", rows, ["bytes", "seconds", "peak_mib"])
+    if found:
         show("killed at random", {"SIGKILL": found}, list(found))
-    finish("merge a checkpoint", settings, {"merge": row, "killed": found})
+    finish("merge a checkpoint", settings, {"merge": rows, "killed": found})
+
+
+def by_the_line(rows: list[dict[str, float]], size: float) -> dict[str, float]:
+    """What lines through the measured sizes say of another one."""
+    at = [row["bytes"] for row in rows]
+    lines = {key: statistics.linear_regression(at, [row[key] for row in rows]) for key in ("seconds", "peak_mib")}
+    return {"bytes": size, **{key: line.intercept + line.slope * size for key, line in lines.items()}}
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
@@ -120,6 +139,7 @@ def run(folder: Path) -> tuple[float, int]:
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "print(time.perf_counter() - start, int(status['VmHWM'].split()[0]) * 1024)"
     )
+    shutil.rmtree(folder / "merged", ignore_errors=True)
     command = [sys.executable, "-c", program, *(str(folder / name) for name in ("adapter", "merged", "model"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, peak = done.stdout.split()[-2:]

@@ -502,6 +502,22 @@ def limits() -> str:
     return _table(["what", "bound: operations · bytes", "goal", "code of 25 Nov", "now"], rows)
 
 
+def launches() -> str:
+    record = _record(_LAUNCHES)
+    lora = record["results"]["PEFT LoRA"]
+    rows = []
+    for name, found in record["results"].items():
+        parts = [
+            f"{found[f'{part}_kernels']:.0f} · {found[f'{part}_mib']:,.0f} MiB · {found[f'{part}_us']:.0f} µs"
+            for part in ("forward", "backward", "step")
+        ]
+        ratio = sum(found[f"{part}_us"] for part in ("forward", "backward", "step"))
+        ratio /= sum(lora[f"{part}_us"] for part in ("forward", "backward", "step"))
+        rows.append([name, *parts, f"{ratio:.2f}", f"{found['host'] / lora['host']:.1f}"])
+    head = f"a layer of a 7B block, 2,048 tokens, r = 16 ([record](../benchmarks/results/{_LAUNCHES}.json))"
+    return _table([head, "forward", "backward", "once a step", "GPU time, predicted", "Python's time"], rows)
+
+
 def _waits() -> list[list[str]]:
     """What a user waits for before the first step."""
     name = "2026-11-30-waiting"
@@ -532,6 +548,7 @@ def _waits() -> list[list[str]]:
     return rows
 
 
+_LAUNCHES = "2026-11-30-launches"
 _STARTS = ("2026-11-30-init", "2026-11-30-init-70b")
 _VERSIONS = ("import dude_peft, before", "import dude_peft")
 
@@ -601,6 +618,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "host-memory-nf4": host_memory_nf4,
     "costs": costs,
     "limits": limits,
+    "launches": launches,
     "plan-published": plan_published,
     "lm-eval-agreement": lm_eval_agreement,
 }

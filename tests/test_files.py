@@ -213,6 +213,15 @@ def test_a_base_with_one_other_weight_is_refused(trained):
         load_adapter(base, trained()[0], allow_base_mismatch=True)
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_base_with_nan_is_refused_whatever_may_differ(trained, allowed):
+    base = make("mistral-gqa")
+    base.model.layers[1].mlp.down_proj.weight.data[2, 3] = float("nan")
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.down_proj.*nan at \[2, 3\]"):
+        load_adapter(base, trained()[0], allow_base_mismatch=allowed)
+    assert not any(isinstance(module, DudeLinear) for module in base.modules())
+
+
 def test_another_base_of_the_same_shape_is_refused(trained):
     refused(trained()[0], ArtifactError, "14 of 14", base=make("mistral-gqa", seed=1))
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dude_peft.core.precision import cast
 from dude_peft.core.rounding import content_thresholds, is_half, round_dithered_
 from dude_peft.core.scratch import scratch
 
@@ -71,28 +73,29 @@ def compose(
         return kernels.compose(base, u, left, gain, bias, scaling, keep)
     dtype, wide = base.dtype, torch.promote_types(base.dtype, torch.float32)
     half = is_half(dtype)
-    left_t = left.to(wide).T
-    u = u.to(wide)
-    g = None if gain is None else gain.to(wide)
-    b = None if bias is None or g is None else bias.to(wide)
+    left_t = cast(left, wide).T
+    u = cast(u, wide)
+    g = None if gain is None else cast(gain, wide)
+    b = None if bias is None or g is None else cast(bias, wide)
     shift = None if b is None or g is None else (1 - g) * b
     y = base if overwrite else torch.empty_like(base)
     kept = None if keep is None else torch.empty_like(base, dtype=keep)
-    out = base.shape[1]
-    for rows, count in _blocks(base):
-        v = scratch(count, out, wide, base, "block") if half else y[rows]
+    for base_rows, u_rows, y_rows, kept_rows in _blocks(base, u, y, kept):
+        v = scratch(base_rows, wide, "block") if half else y_rows
         if half or not overwrite:
-            v.copy_(base[rows])
-        threshold = content_thresholds(v, dtype, scratch(count, out, torch.int32, base, "threshold")) if half else None
-        v.addmm_(u[rows], left_t, alpha=scaling)
-        if kept is not None:
-            kept[rows] = v if b is None else v - b
+            v.copy_(base_rows)
+        threshold = None
+        if half:
+            threshold = content_thresholds(v, dtype, scratch(v, torch.int32, "threshold"))
+        v.addmm_(u_rows, left_t, alpha=scaling)
+        if kept_rows is not None:
+            kept_rows.copy_(v if b is None else v - b)
         if g is not None:
             v.mul_(g)
         if shift is not None:
             v.add_(shift)
         if threshold is not None:
-            y[rows] = round_dithered_(v, threshold, dtype)
+            y_rows.copy_(round_dithered_(v, threshold, dtype))
     return y, kept
 
 
@@ -120,32 +123,34 @@ def spread(
     if kernels is not None:
         return kernels.spread(dy, gain, kept, left)
     wide = torch.promote_types(dy.dtype, torch.float32)
-    g = gain.to(wide)
-    tokens, out = dy.shape
+    g = cast(gain, wide)
     buffered = passing and dy.numel() <= _BUFFERED_ELEMENTS
-    dv = scratch(tokens, out, dy.dtype, dy, "dv") if buffered else torch.empty_like(dy)
-    dot = None if kept is None else torch.zeros(out, dtype=wide, device=dy.device)
-    for rows, count in _blocks(dy):
-        d = dy[rows] if dy.dtype == wide else scratch(count, out, wide, dy, "block").copy_(dy[rows])
-        if kept is not None and dot is not None:
-            products = scratch(count, out, wide, dy, "products")
-            if kept.dtype == wide:
-                torch.mul(d, kept[rows], out=products)
+    dv = scratch(dy, dy.dtype, "dv") if buffered else torch.empty_like(dy)
+    dot: Tensor | None = None
+    for dy_rows, kept_rows, dv_rows in _blocks(dy, kept, dv):
+        d = dy_rows if dy.dtype == wide else scratch(dy_rows, wide, "block").copy_(dy_rows)
+        if kept_rows is not None:
+            products = scratch(d, wide, "products")
+            if kept_rows.dtype == wide:
+                torch.mul(d, kept_rows, out=products)
             else:
-                products.copy_(kept[rows]).mul_(d)
-            dot.add_(products.sum(dim=0))
+                products.copy_(kept_rows).mul_(d)
+            part = products.sum(dim=0)
+            dot = part if dot is None else dot.add_(part)
         if dy.dtype == wide:
-            torch.mul(d, g, out=dv[rows])
+            torch.mul(d, g, out=dv_rows)
         else:
-            dv[rows] = d.mul_(g)
+            dv_rows.copy_(d.mul_(g))
     return dv, dot, None if left is None else dv @ left
 
 
-def _blocks(matrix: Tensor) -> Iterator[tuple[slice, int]]:
-    """Rows of the matrix in blocks, and how many each has; all at once but on a CPU in eager mode."""
+def _blocks(matrix: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same rows of all of them, in blocks; all rows at once but on a CPU in eager mode."""
+    tensors = (matrix, *others)
     rows, columns = matrix.shape
-    whole = matrix.device.type != "cpu" or torch.compiler.is_compiling()
-    size = max(1, rows if whole else _BLOCK_ELEMENTS // max(1, columns))
+    size = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    if rows <= size or not matrix.is_cpu or torch.compiler.is_compiling():
+        yield tensors
+        return
     for start in range(0, rows, size):
-        count = min(size, rows - start)
-        yield slice(start, start + count), count
+        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in tensors)

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dude_peft.core.compose import compose, spread
+from dude_peft.core.precision import cast, no_autocast
 
 # From this many tokens on, a float32 layer that keeps a copy of v keeps it as bfloat16; None: always in full. No output
 # feels it, and one gradient does, the magnitude's: each term dy * v of its sum over tokens is rounded by up to 2^-9,
@@ -136,10 +137,10 @@ def _forward(
     seen = x if x_change is None else x_change  # what the change sees
     assert seen is not None
     compute = base_out.dtype
-    with torch.autocast(base_out.device.type, enabled=False):
+    with no_autocast(base_out.device.type):
         left, right = _stack(dA, dB, A0, B0, compute)
         base = base_out.reshape(-1, base_out.shape[-1])
-        u = seen.reshape(-1, seen.shape[-1]).to(compute)
+        u = cast(seen.reshape(-1, seen.shape[-1]), compute)
         if right is not None:
             u = u @ right.T  # (tokens, 2r)
         y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
@@ -211,7 +212,7 @@ class _AdaptedLinear(torch.autograd.Function):
         )
         compute, scaling = u.dtype, ctx.scaling
         need_change = need_change or (need_x and ctx.one_input)
-        with torch.autocast(dy.device.type, enabled=False):
+        with no_autocast(dy.device.type):
             left, right = _stack(dA, dB, A0, B0, compute)
             dy_rows = dy.reshape(-1, dy.shape[-1])
             grad_x = grad_change = grad_dA = grad_dB = grad_gain = grad_bias = grad_dm = None
@@ -229,19 +230,19 @@ class _AdaptedLinear(torch.autograd.Function):
                 if grad_x is not None and ctx.one_input:
                     grad_x = grad_x.add_(w) if right is None else grad_x.addmm_(w, right)
                 elif need_change:
-                    grad_change = (w if right is None else w @ right).view(seen.shape).to(seen.dtype)
+                    grad_change = cast((w if right is None else w @ right).view(seen.shape), seen.dtype)
                 if need_dA:
                     r = dA.shape[0]
                     through_B = w if B0 is None else w[:, :r] + w[:, r:]
-                    grad_dA = (through_B.T @ seen.reshape(-1, seen.shape[-1]).to(compute)).to(dA.dtype)
+                    grad_dA = cast(through_B.T @ cast(seen.reshape(-1, seen.shape[-1]), compute), dA.dtype)
             if grad_x is not None:
                 grad_x = grad_x.view(seen.shape)
             if need_dB:
-                grad_dB = (dv.T @ u).to(dB.dtype).mul_(scaling)
+                grad_dB = cast(dv.T @ u, dB.dtype).mul_(scaling)
             if dot is not None:
-                dg = dot if kept_is_v else dot / gain.to(dot.dtype)
-                grad_gain = dg.to(gain.dtype) if need_gain else None
-                grad_dm = (dg * slope.to(dg.dtype)).to(gain.dtype) if need_dm else None
+                dg = dot if kept_is_v else dot / cast(gain, dot.dtype)
+                grad_gain = cast(dg, gain.dtype) if need_gain else None
+                grad_dm = cast(dg * cast(slope, dg.dtype), gain.dtype) if need_dm else None
             if need_bias and bias is not None and (gain is not None or weight is not None):
                 wide = torch.promote_types(compute, torch.float32)
                 grad_bias = dy_rows.to(wide).sum(dim=0)
@@ -276,7 +277,7 @@ def _product_again(
     frozen_rows: FrozenRows | None,
 ) -> Tensor:
     """The product v without its bias, (tokens, out): for an output that is not there any more."""
-    rows, change_rows = (t.reshape(-1, t.shape[-1]).to(left.dtype) for t in (source, seen))
+    rows, change_rows = (cast(t.reshape(-1, t.shape[-1]), left.dtype) for t in (source, seen))
     if weight is not None:
         base = rows @ weight.T
     elif frozen_rows is None:
@@ -292,7 +293,7 @@ def _stack(
 ) -> tuple[Tensor, Tensor | None]:
     """L = [dB, B0] and R = [A0 + dA; dA]; dB and dA alone where there is no frozen start; no R for the identity."""
     if dA is None:
-        return dB.to(dtype), None
+        return cast(dB, dtype), None
     if A0 is None or B0 is None:
-        return dB.to(dtype), dA.to(dtype)
-    return torch.cat([dB.to(dtype), B0.to(dtype)], dim=1), torch.cat([(A0 + dA).to(dtype), dA.to(dtype)])
+        return cast(dB, dtype), cast(dA, dtype)
+    return cast(torch.cat([dB, B0], dim=1), dtype), cast(torch.cat([A0 + dA, dA]), dtype)

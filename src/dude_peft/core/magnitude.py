@@ -3,8 +3,7 @@
 The norm of V = W0 + s D, with D = dB A + B0 dA, follows from the change alone:
 
     n^2 = m0^2 + q,    q = 2 s <D, W0> + s^2 ||D||^2         (one number per output row, m0 = ||W0||)
-    <D, W0> = rowsum(dB * (W0 A^T)) + rowsum(B0 * (W0 dA^T))
-    ||D||^2 = rowsum((L R R^T) * L)                          L = [dB, B0] (out, 2r),  R = [A; dA] (2r, in)
+      = 2 s rowsum(L * (W0 R^T + s/2 L R R^T)),              L = [dB, B0] (out, 2r),  R = [A; dA] (2r, in)
 
 so the only thing that touches W0 is a product with r rows, which works through a quantised layer's own forward.
 The gain is computed from the two deviations,
@@ -18,7 +17,7 @@ which keeps rows of 1e-25 and of 1e+25 alive; the result is handed out in the ad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +32,9 @@ from dude_peft.core.stack import stack_product
 _CHUNK_ELEMENTS = 1 << 20
 # |g| is kept away from 0 by this much: far below any rounding of an output, and y / g still gives the product back.
 _SMALLEST_GAIN = 1e-30
+
+Change: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+"""What a norm is computed from: W0 dA^T, W0 A0^T, dA, dB, A0, B0, as `norm_change` takes them."""
 
 
 def row_norm(W: Tensor) -> Tensor:
@@ -127,16 +129,37 @@ def norm_change(
 
     Source: DESIGN section 2; the factored norm is DoRA's with the whole matrix multiplied out.
     """
-    A = dA if A0 is None else A0 + dA
-    W0_A = W0_dA if W0_A0 is None else W0_A0 + W0_dA
-    left = dB if B0 is None else torch.cat([dB, B0], dim=-1)
-    right = A if B0 is None else torch.cat([A, dA], dim=-2)
-    wide = _wide(dA)
-    inner = (dB.to(wide) * W0_A).sum(dim=-1)
-    if B0 is not None:
-        inner = inner + (B0.to(wide) * W0_dA).sum(dim=-1)
-    squared = ((left @ (right @ right.mT)).to(wide) * left).sum(dim=-1)
-    return 2 * scaling * inner + scaling**2 * squared
+    left, products, squares = norm_terms(W0_dA, W0_A0, dA, dB, A0, B0)
+    added = torch.baddbmm if left.ndim == 3 else torch.addmm
+    return change_of(left, added(products, left, squares, alpha=scaling / 2), scaling)
+
+
+def norm_terms(
+    W0_dA: Tensor,
+    W0_A0: Tensor | None,
+    dA: Tensor,
+    dB: Tensor,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the change of the norm is made of, from a `Change`: L, `W0 R^T` (out, k), `R R^T` (k, k).
+
+    k is 2r, or r without A0. The first two are written into `out`, where it is given.
+    """
+    if W0_A0 is None or A0 is None or B0 is None:
+        if out is None:
+            return dB, W0_dA, dA @ dA.mT
+        return out[0].copy_(dB), out[1].copy_(W0_dA), dA @ dA.mT
+    right = torch.cat([A0 + dA, dA], dim=-2)
+    L, products = (None, None) if out is None else out
+    left = torch.cat([dB, B0], dim=-1, out=L)
+    return left, torch.cat([W0_A0 + W0_dA, W0_dA], dim=-1, out=products), right @ right.mT
+
+
+def change_of(left: Tensor, terms: Tensor, scaling: float) -> Tensor:
+    """Change of the squared row norm, `q = 2 s rowsum(L * terms)` with terms W0 R^T + s/2 L R R^T: (*, out) float64."""
+    return 2 * scaling * (left.to(_wide(left)) * terms).sum(dim=-1)
 
 
 def gain(m0: Tensor, dm: Tensor, q: Tensor, norm_gradient: str = "detached") -> Tensor:
@@ -238,7 +261,7 @@ def _converted(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     start = 0
     for chunk in _chunks(W):
         stop = start + chunk.shape[0]
-        buffer = scratch(chunk.shape[0], W.shape[1], dtype, W, "weight")
+        buffer = scratch(chunk, dtype, "weight")
         yield slice(start, stop), buffer.copy_(chunk)
         start = stop
 

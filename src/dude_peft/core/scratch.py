@@ -15,22 +15,21 @@ from torch import Tensor
 _kept = threading.local()
 
 
-def scratch(rows: int, columns: int, dtype: torch.dtype, like: Tensor, purpose: str) -> Tensor:
-    """A (rows, columns) buffer of arbitrary content, valid until the same thread asks for the same purpose again.
+def scratch(like: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+    """A buffer of arbitrary content, valid until the same thread asks for the same purpose again.
 
     Args:
-        rows: rows.
-        columns: columns.
+        like: tensor of the same shape and device; only a plain one on the CPU gets a kept buffer.
         dtype: dtype.
-        like: tensor whose device counts; only a plain tensor on the CPU gets a kept buffer.
         purpose: name of the buffer.
     """
-    if like.device.type != "cpu" or torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-        return torch.empty(rows, columns, dtype=dtype, device=like.device)
+    if not like.is_cpu or torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    size = like.numel()
     buffers: dict[Any, Tensor] = _kept.__dict__
     buffer = buffers.get((purpose, dtype))
-    if buffer is None or buffer.numel() < rows * columns:
+    if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
-            buffer = torch.empty(rows * columns, dtype=dtype)
+            buffer = torch.empty(size, dtype=dtype)
         buffers[purpose, dtype] = buffer
-    return buffer[: rows * columns].view(rows, columns)
+    return buffer[:size].view(like.shape)

@@ -19,8 +19,17 @@ from dude_peft.artifact.form import Form
 from dude_peft.artifact.stacks import first_tensors
 from dude_peft.artifact.stock import LayerTensors, layer_tensors
 from dude_peft.core.linear import FrozenProduct, adapted_linear
-from dude_peft.core.magnitude import direction_change, gain, gain_slope, norm_change, row_norm, whole_direction_change
+from dude_peft.core.magnitude import (
+    Change,
+    direction_change,
+    gain,
+    gain_slope,
+    norm_change,
+    row_norm,
+    whole_direction_change,
+)
 from dude_peft.core.orthogonality import orthogonality
+from dude_peft.core.precision import cast, no_autocast
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.methods import Delta, Method
 from dude_peft.methods.start import Start
@@ -33,6 +42,7 @@ from dude_peft.tuner.offloaded import device_of, held, is_offloaded
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
 from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
+from dude_peft.tuner.together import Stale, Together, is_here
 from dude_peft.tuner.weight import readable
 
 # On the layer, by adapter: parameters are trained, buffers are frozen; lora_t and lora_f hold the named tensors of a
@@ -77,6 +87,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._gains: dict[str, _Cached] = {}
         self._mode_changes = 0
         self._number = register(self)
+        self.join(Together())
         self._output_kept = layer_name.rpartition(".")[2] not in _OUTPUT_NOT_KEPT
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
@@ -207,7 +218,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def _weight_with(self, names: list[str]) -> Tensor:
         """The base layer's weight with the changes of some adapters, as autograd follows it."""
         base: Any = self.get_base_layer()
-        with torch.autocast(self._base_device().type, enabled=False):
+        with no_autocast(self._base_device().type):
             W0 = self._base_weight()
             total = frozen.dense_weight(base)
             for name in names:
@@ -267,17 +278,37 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             assert layer.dA is not None
             rows = layer.m0 if layer.dm is None else layer.dm.detach()
             return current_gain(self._number, slot, layer.dA.detach(), layer.dB.detach(), rows)
-        state = (self.scaling[adapter_name], *state_of(layer.learned, lambda: (steps_taken(), self._mode_changes)))
         cached = self._gains.get(adapter_name)
+        state = self._state(adapter_name, layer)
         if cached is None or cached.state != state:
-            # Never tensors of inference mode, also where the first forward is in it: training could not take them.
-            with torch.inference_mode(False), torch.no_grad():
-                q = self._norm_change(adapter_name, layer)
-                g = gain(layer.m0, dm, q)
-                cached = _Cached(state, (g, gain_slope(layer.m0, q).to(g.dtype)))
-            self._gains[adapter_name] = cached
+            return self._together.compute(Stale(self, layer, state), adapter_name)
         g, slope = cached.tensors
         return g, slope
+
+    def join(self, together: Together) -> None:
+        """Have the gain computed with those of other layers."""
+        self._together = together
+        together.join(self)
+
+    def stale(self, adapter_name: str) -> Stale | None:
+        """What is needed to compute the gain ahead of its use; None: it is up to date, or has to wait for its layer."""
+        base = self.target()
+        if adapter_name not in self.lora_m0 or not isinstance(base, nn.Module) or is_offloaded(base):
+            return None
+        needed = (*base._parameters.values(), *base._buffers.values(), *self.kept(adapter_name).values())
+        if not all(is_here(tensor) for tensor in needed if tensor is not None):
+            return None  # also before a delta is made of them
+        layer, cached = self.tensors(adapter_name), self._gains.get(adapter_name)
+        state = self._state(adapter_name, layer)
+        return Stale(self, layer, state) if cached is None or cached.state != state else None
+
+    def _state(self, adapter_name: str, layer: LayerTensors) -> tuple[Any, ...]:
+        """Of all that the gain follows from: its scaling, and what is trained."""
+        return (self.scaling[adapter_name], *state_of(layer.learned, lambda: (steps_taken(), self._mode_changes)))
+
+    def keep_gain(self, adapter_name: str, state: tuple[Any, ...], gain: Tensor, slope: Tensor) -> None:
+        """Take the gain and its slope as those of this state of the trained tensors."""
+        self._gains[adapter_name] = _Cached(state, (gain, slope))
 
     def _start_product(self, adapter_name: str) -> Tensor:
         layer = self.tensors(adapter_name)
@@ -319,20 +350,20 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Differentiable in the trained factors; `core.orthogonality` has the formula. Not for methods with a delta.
         """
         layer = self.tensors(adapter_name)
-        assert layer.dA is not None
-        with torch.autocast(layer.dA.device.type, enabled=False):
-            dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
-            start = None if layer.A0 is None else self._start_product(adapter_name)
-            change = (self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0)
-            return orthogonality(*change, self.scaling[adapter_name], groups)
+        with no_autocast(self._base_device().type):
+            return orthogonality(*self.change(adapter_name, layer), self.scaling[adapter_name], groups)
 
     def _norm_change(self, adapter_name: str, layer: LayerTensors) -> Tensor:
+        with no_autocast(self._base_device().type):
+            return norm_change(*self.change(adapter_name, layer), self.scaling[adapter_name])
+
+    def change(self, adapter_name: str, layer: LayerTensors) -> Change:
+        """What a norm is computed from: W0 dA^T, W0 A0^T, dA, dB, A0, B0."""
         assert layer.dA is not None
-        with torch.autocast(layer.dA.device.type, enabled=False):
-            dA = layer.dA.to(torch.promote_types(layer.dA.dtype, torch.float32))
+        with no_autocast(layer.dB.device.type):
+            dA = cast(layer.dA, torch.promote_types(layer.dA.dtype, torch.float32))
             start = None if layer.A0 is None else self._start_product(adapter_name)
-            scaling = self.scaling[adapter_name]
-            return norm_change(self._product(dA), start, dA, layer.dB.to(dA.dtype), layer.A0, layer.B0, scaling)
+            return self._product(dA), start, dA, cast(layer.dB, dA.dtype), layer.A0, layer.B0
 
     @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -463,15 +494,20 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def kept(self, adapter_name: str) -> dict[str, Tensor]:
         """What one adapter keeps, by the names of `start_tensors`; the tensors themselves, not copies."""
         found: dict[str, Any] = {}
-        for group in ("dA", "dB", "dm", "A0", "B0", "m0"):
-            entries: Any = getattr(self, f"lora_{group}")
-            if adapter_name in entries:
-                entry = entries[adapter_name]
-                found[group] = entry.weight if isinstance(entry, nn.Module) else entry
-        for entries in (self.lora_t, self.lora_f):
-            if adapter_name in entries:
-                for name, tensor in entries[adapter_name].items():
-                    found[name] = tensor
+        modules: Any = self._modules  # past nn.Module's __getattr__, which takes longer than all else here
+        for name in ("dA", "dB", "dm"):
+            entry = modules[f"lora_{name}"]._modules.get(adapter_name)
+            if entry is not None:
+                found[name] = entry._parameters.get("weight")
+                if found[name] is None:  # FSDP1 puts plain tensors in the places of parameters
+                    found[name] = entry.weight
+        for name in ("A0", "B0", "m0"):
+            tensor = modules[f"lora_{name}"]._buffers.get(adapter_name)
+            if tensor is not None:
+                found[name] = tensor
+        for group in ("lora_t", "lora_f"):
+            if adapter_name in modules[group]:
+                found.update(modules[group][adapter_name].items())
         return found
 
     def tensors(self, adapter_name: str) -> LayerTensors:
@@ -510,7 +546,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         product = FrozenProduct(x, held(base, "weight")) if base_out is None else base_out
         bias = held(base, "bias") if g is not None or base_out is None else None
         factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
-        seen = self.lora_dropout[name](x)
+        dropout = self.lora_dropout[name]
+        seen = x if type(dropout) is nn.Identity else dropout(x)
         own = None if base_out is None or seen is x else x
         return adapted_linear(product, seen, *factors, self._output_kept, self._product_rows, own)
 
@@ -553,7 +590,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         computed in the blocks of rows in which `dude merge` computes it, so the bits are the same.
         """
         changes = [((weights or {}).get(name, 1.0), self.tensors(name), self.scaling[name]) for name in names]
-        with self.unmerged(), torch.autocast(self._base_device().type, enabled=False):
+        with self.unmerged(), no_autocast(self._base_device().type):
             base = self.target()
             weight = frozen.plain_weight(base)
             weight = frozen.dense_weight(base) if weight is None else weight
@@ -583,7 +620,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return self._product(rows).T
 
     def _product(self, rows: Tensor) -> Tensor:
-        with torch.autocast(rows.device.type, enabled=False):
+        with no_autocast(rows.device.type):
             base = self.target() if self.lora_unmerged_weight is None else self._own_layer()
             return frozen.product(base, rows)
 
@@ -630,6 +667,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = register(self)  # a copy is a layer of its own
+        self.join(self._together)
         self.refresh()
 
     def __repr__(self) -> str:

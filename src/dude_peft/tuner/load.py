@@ -14,7 +14,7 @@ from torch import nn
 from dude_peft.artifact.base_settings import PADDING
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.core.threads import one_thread
-from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.errors import ArtifactError, ConfigError, NumericsError
 from dude_peft.show import shown
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.same_base import check_base, checked_base
@@ -147,7 +147,7 @@ def _load_first(
         raise ArtifactError(
             f"adapter {shown(path, 300)} has no tensor {shown(error, 200)}, which its settings name; save it again"
         ) from error
-    except ArtifactError:
+    except (ArtifactError, NumericsError):
         if loaded is not None:
             loaded.unload()
             for name in set(vars(model)) - attributes:

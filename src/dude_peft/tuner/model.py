@@ -61,6 +61,7 @@ from dude_peft.tuner.stacks import Stack
 from dude_peft.tuner.starts import compute_starts
 from dude_peft.tuner.stock_loading import warn_if_refused
 from dude_peft.tuner.tied import DudeTiedHead, sharing, why_not_tied
+from dude_peft.tuner.together import Together
 from dude_peft.tuner.weighted import plan_sum
 
 # Modules whose children are named after adapters.
@@ -135,6 +136,7 @@ class DudeModel(BaseTuner):
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = {*(config.target_modules or ()), *packed_layers(model)}
             self._leave_out(model, config)
+        self.__dict__.setdefault("_together", Together())
         self._tied = self._ties(model, config)
         self._meta, self._starts = low_cpu_mem_usage or config._is_sent, dict[str, tuple[Start, ...]]()
         if state_dict is None:
@@ -391,7 +393,7 @@ class DudeModel(BaseTuner):
             frozen_part = part.target() if isinstance(part, DudeLinear) else part
             check_rank(config.spec, name, frozen.shape_of(frozen_part), config.rank_and_alpha(name)[0])
             weight = frozen.plain_weight(frozen_part)
-            if weight is not None and weight.device.type != "meta":
+            if config._loading is None and weight is not None and weight.device.type != "meta":
                 check_finite(name, weight)
         _check_saved_modules(config, names)
         _check_output_layer(model, targets)
@@ -473,6 +475,7 @@ class DudeModel(BaseTuner):
     def _put_in_place(self, layer: DudeLinear, adapter_name: str, config: DudeConfig) -> None:
         """A new layer's first adapter, and the state that the layer under it is in."""
         layer.train(layer.base_layer.training)
+        layer.join(self._together)
         layer.set_adapter(self.active_adapters)
         layer.add(adapter_name, config, meta=self._meta, starts=self._starts.pop(layer.layer_name, None))
         if adapter_name not in self.active_adapters:

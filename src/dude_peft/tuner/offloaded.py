@@ -56,7 +56,9 @@ def offloaded_layers(model: nn.Module) -> list[str]:
 
 def _hook(layer: Any) -> Any:
     """The hook that puts the layer's own tensors in and takes them out again."""
-    hook: Any = getattr(layer, "_hf_hook", None)
+    hook: Any = layer.__dict__.get("_hf_hook")
+    if hook is None:  # the usual layer
+        return None
     hooks = getattr(hook, "hooks", (hook,))  # several in a row
     return next((each for each in hooks if getattr(each, "offload", False) and each.weights_map is not None), None)
 

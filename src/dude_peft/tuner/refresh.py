@@ -51,7 +51,7 @@ def _is_readable(tensor: Tensor) -> bool:
 
 
 def _hash(tensor: Tensor) -> int:
-    values = tensor.detach().contiguous()
+    values = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
     return xxhash.xxh3_64_intdigest(memory_of(values))
 
 

@@ -22,6 +22,7 @@ from dude_peft.artifact.fingerprint import TensorPrint, fingerprint, same_values
 from dude_peft.artifact.manifest import BaseRecord
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.methods.start import check_finite
 from dude_peft.show import shown
 from dude_peft.tuner import frozen
 from dude_peft.tuner.beside import relied_on
@@ -139,6 +140,10 @@ class _Weights:
         wrong = [name for name, holds in zip(self._layers, self._held, strict=True) if not holds]
         if not wrong:
             return None
+        for name in wrong:  # what has the values of training has no others than numbers
+            weight = frozen.plain_weight(_base_layer(self._modules[name]))
+            if weight is not None and weight.ndim == 2:
+                check_finite(name, weight)
         first = wrong[0]
         fault = f"was trained on different base weights: {len(wrong)} of {len(self._layers)} differ (first: '{first}')"
         weight = stored(_base_layer(self._modules[first]), "weight")
