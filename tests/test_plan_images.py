@@ -128,29 +128,6 @@ def test_a_batch_of_the_plan_has_the_tensors_of_the_run(family, tmp_path):
         assert torch.equal(ours[name], tensor), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("targets", [LANGUAGE, EYES], ids=["language", "eyes"])
-@pytest.mark.parametrize("family", ["Qwen3-VL", "Gemma 3", "LLaVA"])
-def test_layers_of_each_kind_stand_for_all(family, targets, train, tmp_path, monkeypatch):
-    """Seven layers; Qwen3-VL adds features of its tower behind the first two of them."""
-    places = Places(tmp_path, family)
-    config = run_of(places.model, {"target_modules": targets}, **train)
-    settings = load_settings(config.model, str(places.model))
-    settings.text_config.num_hidden_layers = 7
-    if hasattr(settings.text_config, "layer_types"):
-        settings.text_config.layer_types = ["sliding_attention"] * 5 + ["full_attention"] * 2
-    if family == "Qwen3-VL":
-        settings.vision_config.deepstack_visual_indexes = [0, 1]
-        settings.text_config.layer_types = None
-    options: dict[str, Any] = {"gpu": False, "example": places.examples[0]}
-    where = str(places.model)
-    few, all_of_them = (cost(config, settings, where, places.longest, whole=w, **options) for w in (False, True))
-    assert few.flops == all_of_them.flops
-    assert few.flops_before < few.flops / 2
-    assert few.bill.total == pytest.approx(all_of_them.bill.total, rel=0.01)
-
-
 def test_more_pixels_need_more_memory_and_more_time(tmp_path):
     """The widest row decides the memory, the mean of all rows the time."""
     places = Places(tmp_path, "Qwen2-VL")

@@ -148,7 +148,8 @@ def cost(
     model, train = adapted(), config.train
     static = _static(model, spread)
     exchange = exchange_of(model, spread, train.gradient_accumulation_steps)
-    order = [] if whole else shorten(model)
+    # Features of images are added behind layers by their numbers (deepstack), so none is left out then.
+    order = [] if whole or example is not None else shorten(model)
     kinds = len(set(order))
     rows, uncounted = rows_of_batch(train), ""
     batch = None if example is None else seen_batch(example, rows, length)
