@@ -337,7 +337,7 @@ def step_layer() -> str:
 
 
 def memory() -> str:
-    name = "2026-11-30-memory"
+    name = "2026-11-24-memory"
     rows = []
     for title, found in _record(name)["results"].items():
         cells = [
