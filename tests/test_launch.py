@@ -25,7 +25,7 @@ from dude_peft import DudeConfig
 from dude_peft.errors import ConfigError
 from dude_peft.machine import launch as launch_module
 from dude_peft.machine.ddp import keep_frozen_from_ddp
-from dude_peft.machine.launch import _wait, number_of
+from dude_peft.machine.launch import _wait
 from dude_peft.machine.processes import is_launched
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals as on POSIX")
@@ -277,12 +277,6 @@ def test_a_place_among_processes_that_no_launcher_gave_is_refused(monkeypatch, t
     with pytest.raises(ConfigError) as caught:
         is_launched()
     assert words in str(caught.value)
-
-
-def test_more_programs_than_the_memory_holds_are_not_started():
-    with pytest.raises(ConfigError, match=r"--processes 100000: the programs alone need about 30000 GiB.*at most \d+"):
-        number_of("fsdp2", 100_000)
-    assert number_of("fsdp2", 4) == 4
 
 
 def test_the_command_refuses_it_and_leaves_no_folder(places, tmp_path, monkeypatch):

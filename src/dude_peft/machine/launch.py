@@ -27,7 +27,6 @@ from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
 
 _PATIENCE_SECONDS = 10.0
-_PROGRAM_GIB = 0.3  # of its own: torch, transformers and this package, before any model
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -83,12 +82,6 @@ def number_of(strategy: str | None, processes: int | None) -> int:
             raise ConfigError("--launch: no GPU found; give --processes N to use the CPU")
     if processes < 1:
         raise ConfigError(f"--processes {processes}: give at least 1")
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if processes * _PROGRAM_GIB > gib:
-        raise ConfigError(
-            f"--processes {processes}: the programs alone need about {processes * _PROGRAM_GIB:.0f} GiB, and this "
-            f"machine has {gib:.0f}; start at most {int(gib / _PROGRAM_GIB)}"
-        )
     return processes
 
 
