@@ -473,11 +473,6 @@ def costs() -> str:
                 _ratio(found["an adapter and its base"]["merged in memory"]),
             ]
         )
-    for title, found in _record(_HEADS)["results"].items():
-        if "head" in title:
-            what = title.partition(",")[0]
-            against = f"{what} that begin with the same 256 tokens, these computed once, over whole rows"
-            rows.append([f"{against} ({_link(_HEADS)})", f"{_ratio(found['head once'])} of the time"])
     grown = list(_record(_MERGES)["results"]["merge"].values())
     measured = ", ".join(f"{row['bytes'] / 1e9:.1f} GB {row['seconds']:.0f} s" for row in grown[:-1])
     rows.append(
@@ -561,7 +556,7 @@ def _waits() -> list[list[str]]:
     return rows
 
 
-_HEADS, _MERGES = "2026-11-30-generate-head", "2026-11-30-merge-growth"
+_MERGES = "2026-11-30-merge-growth"
 _LAUNCHES = "2026-11-30-launches"
 _STARTS = ("2026-11-30-init", "2026-11-30-init-70b")
 _VERSIONS = ("import dude_peft, before", "import dude_peft")
