@@ -274,7 +274,7 @@ class ModelSection(Section):
         if key is not None:
             raise ValueError(
                 f"keys 'model.gguf_file' and 'model.{key}': GGUF weights are dequantised in memory, here "
-                f"{shown(file)}; save them as a dense folder (docs/training.md, 'From a GGUF file'), and give that folder"
+                f"{shown(file)}; save them as a dense folder (docs/training.md, 'From a GGUF file'), and give that"
             )
 
 
