@@ -485,7 +485,7 @@ def costs() -> str:
     rows.append(
         [
             f"`dude merge` of {merged['bytes'] / 1e9:.0f} GB ({_link('2026-11-24-merge-file')})",
-            f"{merged['peak_mib']:.0f} MiB; killed {killed['kills']} times, {killed['torn']} torn files",
+            f"peak memory {merged['peak_mib']:.0f} MiB; killed {killed['kills']} times, {killed['torn']} torn files",
         ]
     )
     return _table(["what", "ratio (quartiles), or figure"], rows)

@@ -332,7 +332,7 @@ def test_missing_files_and_foreign_adapters(copied, tmp_path):
     refused(tmp_path / "stock", ArtifactError, "no DuDe manifest", "peft.PeftModel")
     (copied / CONFIG).unlink()
     refused(copied, ArtifactError, CONFIG, "is missing")
-    refused(tmp_path / "nowhere", ArtifactError, "is not a folder, and cannot be downloaded")
+    refused(tmp_path / "nowhere", ArtifactError, "is not a folder, and cannot be downloaded", "check the path")
 
 
 def test_versions_and_unknown_settings(copied):

@@ -455,6 +455,15 @@ def test_what_cannot_be_launched(places, tmp_path, arguments, words):
     assert done.stderr.count("\n") == 1
 
 
+def test_more_processes_than_the_memory_holds_are_not_started(places, tmp_path):
+    """Ninety-nine of them were once started on two cores, without a word."""
+    done = dude(write_config(places, tmp_path / "out"), "--launch", "ddp", "--processes", "50000")
+    assert done.returncode == 6, done.stderr
+    assert "--processes 50000" in done.stderr
+    assert "; give at most " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 @FSDP2
 def test_torch_s_own_launcher_works_as_well(places, tmp_path):

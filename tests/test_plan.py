@@ -576,3 +576,13 @@ def test_what_the_run_takes_from_the_hub_is_no_file_for_the_plan(source, tmp_pat
 def test_what_the_run_reads_here_is_local_for_the_plan(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_local(source)
+
+
+def test_rows_that_are_too_long_are_told(place, tmp_path):
+    """The plan said "rows: 225 of 344 tokens", and nothing of the rows that the run would leave out."""
+    pairs = [{"prompt": f"say {i}", "completion": "word " * (400 if i % 3 == 0 else 2)} for i in range(9)]
+    rows = tmp_path / "some.jsonl"
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    found = planned(place, {"data.train": str(rows), "data.max_length": 128})
+    assert (found.rows.rows, found.rows.left_out) == (6, 3)
+    assert "3 longer ones are left out" in dict(found._facts())["rows"]

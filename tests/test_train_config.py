@@ -342,7 +342,7 @@ def test_two_lengths_of_a_run_on_the_command_line_are_refused(file):
 
 def test_a_typo_is_told_before_the_key_that_it_hides(file):
     file.write_text(GOOD.replace("name_or_path", "name_or_pth"))
-    assert "closest: 'model.name_or_path' (and 1 more)" in refusal(file)
+    assert "closest: 'model.name_or_path' (and 1 more error)" in refusal(file)
 
 
 def test_a_key_written_twice_names_both_lines(file):

@@ -29,7 +29,7 @@ from dude_peft.config.schema import ModelSection, QuantizationSection
 from dude_peft.errors import ConfigError
 from dude_peft.measure.score import held_out_loss
 from dude_peft.model import quantised
-from dude_peft.model.load import load_model
+from dude_peft.model.load import load_model, with_only_gguf
 from dude_peft.training import run as run_module
 from dude_peft.training.run import run
 
@@ -264,7 +264,7 @@ def test_every_method_trains_and_merges(place, tmp_path, method, name):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("nf8", "choose none, nf4, fp4, int8 or torchao:SCHEME"),
+        ("nf8", "key 'model.quantization': 'nf8' is no format; choose none, nf4, fp4, int8 or torchao:SCHEME"),
         ("torchao", "choose none, nf4, fp4, int8 or torchao:SCHEME"),
         ("torchao:int8", "torchao has no scheme 'int8'; known: "),
         ("torchao:intx_weight_only", "transformers trains no adapters on torchao:intx_weight_only; choose nf4"),
@@ -339,8 +339,17 @@ def test_another_quantisation_is_another_run(place, whole):
     assert 'model.quantization.method: "nf4" -> "int8"' in line
 
 
+@pytest.mark.parametrize(("key", "value"), [("quantization", {"method": "nf4"}), ("device_map", "auto")])
+def test_a_folder_with_one_gguf_file_is_refused_as_if_its_name_were_given(tmp_path, key, value):
+    """dude plan used to accept it, and dude train to end in an error of transformers."""
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match=rf"keys 'model.gguf_file' and 'model.{key}': GGUF weights are dequantised"):
+        with_only_gguf(ModelSection(name_or_path=str(tmp_path), **{key: value}))
+    assert with_only_gguf(ModelSection(name_or_path=str(tmp_path))).gguf_file == "model.gguf"
+
+
 def test_gguf_weights_are_not_quantised_again():
-    with pytest.raises(ValueError, match="GGUF weights are dequantised; save them with save_pretrained"):
+    with pytest.raises(ValueError, match=r"dequantised in memory, here a\.gguf; save them as a dense folder"):
         ModelSection(name_or_path="m", gguf_file="a.gguf", quantization={"method": "nf4"})
 
 

@@ -364,7 +364,7 @@ def _validate(tree: _Tree) -> Any:
         # An unknown key explains a missing one (a typo causes both), so it is told first.
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         more = len({_real_key(tree, problem["loc"])[:2] for problem in problems}) - 1
-        tail = f" (and {more} more)" if more > 0 else ""
+        tail = f" (and {more} more error{'s' if more > 1 else ''})" if more > 0 else ""
         if more > 2 and problems[0]["type"] == "extra_forbidden":
             tail += "; docs/coming-from.md lists the keys of other tools"
         raise ConfigError(_explain(problems, tree) + tail) from None

@@ -142,7 +142,10 @@ class Section(BaseModel):
 def _known_format(value: str) -> str:
     if value in ("none", "nf4", "fp4", "int8") or re.fullmatch(r"torchao:[a-z0-9_]+", value):
         return value
-    raise ValueError("choose none, nf4, fp4, int8 or torchao:SCHEME, such as torchao:int8_weight_only")
+    raise ValueError(
+        f"key 'model.quantization': {shown(value)!r} is no format; choose none, nf4, fp4, int8 or torchao:SCHEME, such "
+        "as torchao:int8_weight_only"
+    )
 
 
 class QuantizationSection(Section):
@@ -237,11 +240,6 @@ class ModelSection(Section):
             raise ValueError(f"key 'model.{name}' has no effect without model.device_map; set it to auto")
         if self.max_memory is not None and self.device_map not in SHARED_OUT:
             raise ValueError(f"key 'model.max_memory' counts with model.device_map: {', '.join(SHARED_OUT)}; set one")
-        if self.device_map is not None and self.gguf_file is not None:
-            raise ValueError(
-                "keys 'model.gguf_file' and 'model.device_map': GGUF weights are dequantised in memory; save them with "
-                "save_pretrained, and give that folder"
-            )
         if self.device_map is not None and self.quantization is not None and self.quantization.method != "none":
             raise ValueError(
                 "keys 'model.quantization' and 'model.device_map': a quantised base is on one device; leave one out"
@@ -263,13 +261,21 @@ class ModelSection(Section):
         return self.device_map == "cpu"
 
     @model_validator(mode="after")
-    def _one_quantisation(self) -> ModelSection:
-        if self.gguf_file is not None and self.quantization is not None and self.quantization.method != "none":
-            raise ValueError(
-                "keys 'model.gguf_file' and 'model.quantization': GGUF weights are dequantised; save them with "
-                "save_pretrained, and quantise that folder"
-            )
+    def _of_gguf(self) -> ModelSection:
+        if self.gguf_file is not None:
+            self.check_gguf(self.gguf_file)
         return self
+
+    def check_gguf(self, file: str) -> None:
+        """Raises ValueError where a key does not go with weights from the GGUF file `file`, written here or found."""
+        key = "device_map" if self.device_map is not None else None
+        if self.quantization is not None and self.quantization.method != "none":
+            key = "quantization"
+        if key is not None:
+            raise ValueError(
+                f"keys 'model.gguf_file' and 'model.{key}': GGUF weights are dequantised in memory, here "
+                f"{shown(file)}; save them as a dense folder (docs/training.md, 'From a GGUF file'), and give that"
+            )
 
 
 class BudgetSection(Section):

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.machine.processes import LAUNCHED, LOST, count, is_launched
 from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
@@ -29,6 +29,8 @@ from dude_peft.show import shown
 _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_PROGRAM_BYTES = 2**29
+"""What a process takes without a model, Python and the libraries (docs/training.md: 508 to 586 MB measured)."""
 
 STRATEGIES = ("ddp", "fsdp2", "zero3")
 
@@ -43,6 +45,7 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
     Raises:
         ConfigError: an unknown strategy, a missing package, a number that makes no sense, or an environment that does
             not (`is_launched`).
+        ResourceError: more processes than the memory holds.
     """
     check_known(strategy)
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
@@ -54,7 +57,22 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
                 "WORLD_SIZE and LOCAL_RANK"
             )
         return
-    sys.exit(launch(sys.argv[1:], number_of(strategy, processes)))
+    number = number_of(strategy, processes)
+    _check_memory(number)
+    sys.exit(launch(sys.argv[1:], number))
+
+
+def _check_memory(processes: int) -> None:
+    """Refuses processes whose programs alone do not fit: the system would end them, or others, in their midst."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if processes * _PROGRAM_BYTES > free:
+        raise ResourceError(
+            f"--processes {processes}: without any model, they need {processes * _PROGRAM_BYTES / 2**30:.0f} GiB of "
+            f"memory, and {free / 2**30:.1f} GiB are free; give at most {max(free // _PROGRAM_BYTES, 1)}, or one for "
+            "each GPU"
+        )
 
 
 def check_known(strategy: str) -> None:

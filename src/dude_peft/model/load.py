@@ -97,12 +97,22 @@ def gguf_note(section: ModelSection) -> str | None:
 
 
 def with_only_gguf(section: ModelSection) -> ModelSection:
-    """The same model; of a folder that holds one GGUF file and no other model, that file."""
+    """The same model; of a folder that holds one GGUF file and no other model, that file.
+
+    Raises:
+        ConfigError: a key that does not go with a GGUF file.
+    """
     folder = folder_of(section.name_or_path)
     if section.gguf_file is not None or folder is None or (folder / "config.json").exists():
         return section
     ggufs = [path.name for path in folder.glob("*.gguf")]
-    return section.model_copy(update={"gguf_file": ggufs[0]}) if len(ggufs) == 1 else section
+    if len(ggufs) != 1:
+        return section
+    try:
+        section.check_gguf(ggufs[0])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return section.model_copy(update={"gguf_file": ggufs[0]})
 
 
 def load_tokenizer(section: ModelSection, where: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:

@@ -134,7 +134,8 @@ class Plan:
         need, have = self.memory, self.device.memory
         if need > have:
             changes = " or ".join(f"{remedy} ({size(remedy.total)})" for remedy in self.remedies)
-            todo = f"fits with {changes}" if changes else "a smaller model or a larger device is needed"
+            fewer = "fewer processes, " if self.spread.processes > 1 and not self.device.gpu else ""
+            todo = f"fits with {changes}" if changes else f"{fewer}a smaller model or a larger device is needed"
             raise ResourceError(
                 f"training needs {size(need)} of memory{self._of_whom()}, but {self.device.name} has {size(have)}; "
                 f"{todo}"
@@ -243,7 +244,9 @@ class Plan:
             facts.append(("rows", "not on this machine, so not counted; rows of data.max_length are assumed"))
         else:
             counted = "" if self.rows.counted >= self.rows.rows else f", {self.rows.counted:,} of them counted"
-            told = f"{self.rows.rows:,} of {self.rows.tokens_per_row:,.0f} tokens on average{counted}"
+            told = f"{self.rows.rows:,}, of {self.rows.tokens_per_row:,.0f} tokens on average{counted}"
+            if self.rows.left_out:
+                told += f"; {self.rows.left_out:,} longer ones are left out, by data.max_length"
             facts.append(("rows" if train.sides == 1 else "pairs", told))
         if self.steps is not None:
             facts.append(("optimizer steps", f"{self.steps:,} of {self.tokens_per_step:,.0f} tokens"))

@@ -47,6 +47,8 @@ class Rows:
     image_tokens: int = 0
     """Of the row that has the most of those that were counted."""
     image_tokens_per_row: float = 0.0
+    left_out: int = 0
+    """Rows that are longer than data.max_length, and so are not trained on."""
     widest: Example | None = None
     """The row that has the most image tokens, with its images."""
 
@@ -121,12 +123,15 @@ def count_rows(
             f"data.max_length: the longest row has {max(conversations)} tokens, but the model can read only "
             f"{positions}; set data.max_length: {positions}"
         )
-    kept = max(1, round(total * (1 - taken) * len(lengths) / len(sample)))
+    trained = total * (1 - taken)
+    kept = max(1, round(trained * len(lengths) / len(sample)))
+    left_out = max(0, round(trained) - kept)
     if data.packing:
         packs = len(pack(lengths, data.max_length, data.seed))
-        return Rows(math.ceil(kept * packs / len(lengths)), data.max_length, sum(lengths) / packs, len(sample))
+        made = math.ceil(kept * packs / len(lengths))
+        return Rows(made, data.max_length, sum(lengths) / packs, len(sample), left_out=left_out)
     longest = max(conversations) if len(sample) == total else data.max_length + (answers or 0)
-    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images, begins, **seen)
+    return Rows(kept, longest, sum(lengths) / len(lengths), len(sample), images, begins, left_out=left_out, **seen)
 
 
 def _seen(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -429,7 +429,8 @@ def adapter_folder(name: str, subfolder: str | None = None, options: dict[str, A
     except Exception as error:  # the hub client's errors have no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(
-            f"'{shown(name, 300)}' is not a folder, and cannot be downloaded from the hub ({shown(first, 200)})"
+            f"'{shown(name, 300)}' is not a folder, and cannot be downloaded from the hub; check the path, or connect "
+            f"to the hub ({shown(first, 200)})"
         ) from error
     check_folder(directory)
     return directory
