@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def by_the_line(rows: list[dict[str, float]], size: float) -> dict[str, float]:
-    """What lines through the measured sizes say of another one."""
-    at = [row["bytes"] for row in rows]
-    lines = {key: statistics.linear_regression(at, [row[key] for row in rows]) for key in ("seconds", "peak_mib")}
-    return {"bytes": size, **{key: line.intercept + line.slope * size for key, line in lines.items()}}
+    """What a line through the measured times says of another size; memory follows from the largest tensors alone."""
+    line = statistics.linear_regression([row["bytes"] for row in rows], [row["seconds"] for row in rows])
+    seconds = line.intercept + line.slope * size
+    return {"bytes": size, "seconds": seconds, "peak_mib": max(row["peak_mib"] for row in rows)}
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
@@ -126,7 +126,7 @@ def make_adapter(model: Path, adapter: Path) -> None:
         tensors[f"{key}.lora_dm"] = m0 * 1e-3
         tensors[f"{key}.lora_magnitude_vector.weight"] = m0 + tensors[f"{key}.lora_dm"]
     safetensors.torch.save_file(tensors, adapter / WEIGHTS_FILE, {"format": "pt"})
-    stamp(adapter, manifest.config, manifest.base)
+    stamp(adapter, manifest.config, manifest.record)
 
 
 def run(folder: Path) -> tuple[float, int]:
