@@ -337,7 +337,7 @@ def step_layer() -> str:
 
 
 def memory() -> str:
-    name = "2026-11-24-memory"
+    name = "2026-11-30-memory"
     rows = []
     for title, found in _record(name)["results"].items():
         cells = [
@@ -473,6 +473,19 @@ def costs() -> str:
                 _ratio(found["an adapter and its base"]["merged in memory"]),
             ]
         )
+    for title, found in _record(_HEADS)["results"].items():
+        if "head" in title:
+            what = title.partition(",")[0]
+            against = f"{what} that begin with the same 256 tokens, these computed once, over whole rows"
+            rows.append([f"{against} ({_link(_HEADS)})", f"{_ratio(found['head once'])} of the time"])
+    grown = list(_record(_MERGES)["results"]["merge"].values())
+    measured = ", ".join(f"{row['bytes'] / 1e9:.1f} GB {row['seconds']:.0f} s" for row in grown[:-1])
+    rows.append(
+        [
+            f"`dude merge`: {measured}; what a line through them says of 100 GB ({_link(_MERGES)})",
+            f"{grown[-1]['seconds'] / 60:.0f} min, {grown[-1]['peak_mib']:.0f} MiB",
+        ]
+    )
     merged, killed = merge_file["merge"], merge_file["killed"]
     rows.append(
         [
@@ -548,6 +561,7 @@ def _waits() -> list[list[str]]:
     return rows
 
 
+_HEADS, _MERGES = "2026-11-30-generate-head", "2026-11-30-merge-growth"
 _LAUNCHES = "2026-11-30-launches"
 _STARTS = ("2026-11-30-init", "2026-11-30-init-70b")
 _VERSIONS = ("import dude_peft, before", "import dude_peft")

@@ -56,7 +56,7 @@ _CACHED = ("_starts", "_gains")
 _OUTPUT_NOT_KEPT = ("q_proj", "k_proj", "o_proj", "down_proj")
 
 
-@fits(uses=("adapter_layer_names", "other_param_names", "_disable_adapters"))
+@fits(uses=("adapter_layer_names", "other_param_names", "_disable_adapters", "_modules"))
 class DudeLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer with any number of adapters.
 
