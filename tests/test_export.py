@@ -218,6 +218,26 @@ def test_a_tied_weight_is_split_only_where_one_side_changes(tmp_path):
     near(logits(load(tmp_path / "tied")), others)
 
 
+@pytest.mark.parametrize(("target", "tied"), [("embed_tokens", True), ("lm_head", False)])
+def test_a_tied_weight_that_is_stored_twice_is_merged(target, tied, tmp_path):
+    base, head = tmp_path / "base", "lm_head.weight"
+    make("gemma3-tied").save_pretrained(base)
+    tensors = safetensors.torch.load_file(base / "model.safetensors")
+    stored = {**tensors, head: tensors["model.embed_tokens.weight"].clone()}
+    safetensors.torch.save_file(stored, base / "model.safetensors", {"format": "pt"})
+    trained = Trained(tmp_path, target_modules=["q_proj", target])
+    merge([trained.adapter], tmp_path / "merged", **QUIET)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is tied
+    found = safetensors.torch.load_file(tmp_path / "merged/model.safetensors")
+    assert found.keys() == stored.keys()
+    assert torch.equal(found[head], found["model.embed_tokens.weight"]) is tied
+    near(logits(load(tmp_path / "merged")), trained)
+    stored[head][5, 3] += 1
+    safetensors.torch.save_file(stored, base / "model.safetensors", {"format": "pt"})
+    call = lambda: merge([trained.adapter], tmp_path / "other", **QUIET)  # noqa: E731
+    refused(call, ArtifactError, "embed_tokens.weight and lm_head.weight", "differ", output=tmp_path / "other")
+
+
 @pytest.mark.parametrize("architecture", ["mistral-gqa", "gemma3-tied"])
 def test_modules_trained_whole_are_merged(architecture, tmp_path):
     trained = Trained(tmp_path, architecture, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])

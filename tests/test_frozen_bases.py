@@ -428,6 +428,27 @@ def test_a_merge_is_refused_in_one_line(quantised):
     assert torch.equal(logits(bare.train()), logits(_base(quantised).train()))
 
 
+def test_a_gain_leaves_the_frozen_layer_to_other_threads(quantised):
+    """Its product is taken without the bias and as in training; another thread's forward may be in the same layer."""
+    model = get_peft_model(_base(quantised), _config())
+    perturb(model)
+    layers, seen = _layers(model.eval()), []
+    placed = [layer.get_base_layer() for layer in layers]
+    expected, biases = logits(model), [layer.bias for layer in placed]
+
+    def look(*_) -> None:
+        seen.append(all(a.bias is b and not a.training for a, b in zip(placed, biases, strict=True)))
+
+    for layer in placed:
+        layer.register_forward_hook(look)
+    for layer in layers:
+        layer.refresh()
+        layer.gain("default")
+    assert len(seen) >= len(layers)
+    assert all(seen)
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("bias", [1.0, 30.0])
 def test_a_large_bias_does_not_reach_the_start_or_the_gain(quantised, bias):
     # Qwen2's key biases are in the hundreds; a bfloat16 layer that adds them has lost the product.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import served
 import torch
+from test_launch import FSDP2
 from test_preference import (
     by_trl,
     lines,
@@ -189,20 +190,25 @@ def test_a_run_that_was_cut_goes_on_bit_by_bit(places, tmp_path, monkeypatch, st
 
 
 @SLOW
+@FSDP2
 def test_two_processes_share_one_estimate_of_kl(places, tmp_path):
     """With one estimate for both, and rows that are all alike in a batch, the number of processes changes nothing."""
     path, found = tmp_path / "rows.jsonl", {}
     rows = [{"prompt": "say", "completion": "yes" if n % 2 else "no, no", "label": n % 2 > 0} for n in range(24)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, size, arguments in (("one", 4, []), ("two", 2, ["--launch", "ddp", "--processes", "2"])):
+    two = ("--processes", "2", "--launch")
+    for name, size, arguments in (("one", 4, ()), ("two", 2, (*two, "ddp")), ("split", 2, (*two, "fsdp2"))):
         train = {"per_device_train_batch_size": size, "max_steps": 6, "learning_rate": 0.003, "logging_steps": 1}
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps(kto(places, tmp_path / name, train=train, data={"train": str(path)})))
         done = served.dude("train", file, *arguments)
         assert done.returncode == 0, done.stderr
-        found[name] = [{key: line[key] for key in ("loss", "kl")} for line in lines(tmp_path / name) if "loss" in line]
-    for one, two in zip(*found.values(), strict=True):
-        assert two == pytest.approx(one, abs=2e-5)
+        steps = [{key: line[key] for key in ("loss", "kl")} for line in lines(tmp_path / name) if "loss" in line]
+        after = json.loads((tmp_path / name / "report.json").read_text())["after"]
+        found[name] = [*steps, dict(enumerate(after["losses"]))]
+    assert len(found["one"][-1]) == 5
+    for one, *others in zip(*found.values(), strict=True):
+        assert others == [pytest.approx(one, abs=2e-5)] * 2
 
 
 # --- refused ------------------------------------------------------------------------------------------------------

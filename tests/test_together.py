@@ -128,3 +128,17 @@ def test_a_layer_whose_memory_is_not_there_waits():
     first.gain("default")
     assert "default" not in second._gains
     assert "default" not in third._gains
+
+
+@pytest.mark.parametrize("left", [0, 7])
+@pytest.mark.parametrize("method", ["dude", "edora"])
+def test_a_layer_of_which_only_a_share_is_here_waits(method, left):
+    model = adapted(method=method)
+    first, second = layers_of(model)[:2]
+    want = first.gain("default")
+    first.refresh()
+    frozen = second.get_base_layer().weight
+    for tensor in (frozen, *second.tensors("default").learned):  # FSDP1 with use_orig_params, outside of its unit
+        tensor.data = tensor.data.flatten()[:left]
+    assert torch.equal(first.gain("default"), want)
+    assert "default" not in second._gains

@@ -14,7 +14,7 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from dude_peft.artifact.header import StoredTensor
+from dude_peft.artifact.header import StoredTensor, chunks
 from dude_peft.errors import ArtifactError
 from dude_peft.model.weights import WeightFiles
 from dude_peft.show import shown
@@ -41,12 +41,13 @@ class Layout:
             ArtifactError: it is not there, two different tensors are, or it is a part of others.
         """
         found = {self.places[name].name: self.places[name] for name in names if name in self.places}
-        if len(found) == 1:
-            return next(iter(found.values()))
         if found:
+            first, *others = found.values()
+            if all(_is_same(first, other) for other in others):
+                return first
             raise ArtifactError(
-                f"the checkpoint has {' and '.join(map(shown, found))}, but the model has one weight for them; leave "
-                "the layer out with --exclude-modules"
+                f"the checkpoint has {' and '.join(map(shown, found))}, which differ, but the model has one weight for "
+                "them; load the model, call save_pretrained(FOLDER), and use that folder"
             )
         if source := next((self.made[name] for name in names if name in self.made), None):
             raise ArtifactError(
@@ -85,6 +86,12 @@ def layout_of(model: Any, checkpoint: WeightFiles) -> Layout:
         elif key in parameters or parameters[0] not in places:
             places[parameters[0]] = stored
     return Layout(places, made, names)
+
+
+def _is_same(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(chunks(one), chunks(other), strict=True))
 
 
 class _Names:

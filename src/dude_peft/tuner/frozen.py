@@ -7,6 +7,8 @@ only its forward is used, on rows.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -35,6 +37,8 @@ Frozen: TypeAlias = nn.Module | Stack
 """What an adapter can be put on."""
 # Identity rows pushed at a time through an opaque layer to read its weight.
 _PROBE_ROWS = 512
+# Of the change below, for layers that no twin can be made of.
+_probing = threading.RLock()
 
 
 def is_supported(layer: nn.Module) -> bool:
@@ -181,33 +185,58 @@ def holds(layer: Frozen, recorded: TensorPrint) -> bool:
 
 def _apply_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     """The frozen forward without its bias, on a few rows."""
-    with _probed(layer):
-        y = layer(rows.to(compute_dtype(layer)))
+    rows_in = rows.to(compute_dtype(layer))
+    if "forward" in layer.__dict__:  # accelerate's, which knows this object alone
+        with _probed(layer):
+            y = layer(rows_in)
+    else:
+        y = _as_probe_(_twin(layer))(rows_in)
     return y.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-@contextmanager
-def _probed(layer: nn.Module) -> Iterator[None]:
-    """The layer without its bias, as in training, and put back as it was.
+def _as_probe_(layer: nn.Module) -> nn.Module:
+    """Without its bias, as in training.
 
     A half-precision bias added and taken out again would take the product's digits with it. bitsandbytes' layers write
     into themselves in a forward: they pack the weight in eval mode, cast the bias, and keep the first input's dtype.
     """
-    state = layer.__dict__
-    kept: dict[str, Any] = {
-        name: state[name] for name in ("training", "compute_dtype", "compute_type_is_set") if name in state
-    }
     bias = getattr(layer, "bias", None)
     if isinstance(bias, Tensor):
         zero = torch.zeros_like(bias)
         layer.bias = nn.Parameter(zero, requires_grad=False) if isinstance(bias, nn.Parameter) else zero
     layer.training = True
-    try:
-        yield
-    finally:
-        state.update(kept)
-        if isinstance(bias, Tensor):
-            layer.bias = bias
+    return layer
+
+
+def _twin(layer: Any) -> Any:
+    """The same tensors in an object of its own: another thread's forward may be in the layer itself."""
+    if hasattr(layer, "init_8bit_state"):  # bitsandbytes' int8 layer: its first forward moves the scales into its state
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        twin = copy.copy(layer)
+        twin.state = copy.copy(layer.state)
+    else:
+        twin = copy.copy(layer)
+    twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    return twin
+
+
+@contextmanager
+def _probed(layer: nn.Module) -> Iterator[None]:
+    """Within: the layer itself is a probe; one thread at a time."""
+    state = layer.__dict__
+    with _probing:
+        kept: dict[str, Any] = {
+            name: state[name] for name in ("training", "compute_dtype", "compute_type_is_set") if name in state
+        }
+        bias = getattr(layer, "bias", None)
+        _as_probe_(layer)
+        try:
+            yield
+        finally:
+            state.update(kept)
+            if isinstance(bias, Tensor):
+                layer.bias = bias
 
 
 def plain_parts(tensor: Tensor) -> list[Tensor]:

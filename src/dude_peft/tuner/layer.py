@@ -298,6 +298,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         needed = (*base._parameters.values(), *base._buffers.values(), *self.kept(adapter_name).values())
         if not all(is_here(tensor) for tensor in needed if tensor is not None):
             return None  # also before a delta is made of them
+        if (weight := base._parameters.get("weight")) is not None and weight.ndim < 2:
+            return None  # a share, as FSDP1 leaves it outside of a forward
         layer, cached = self.tensors(adapter_name), self._gains.get(adapter_name)
         state = self._state(adapter_name, layer)
         return Stale(self, layer, state) if cached is None or cached.state != state else None
