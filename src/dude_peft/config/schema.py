@@ -139,8 +139,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+BITSANDBYTES = ("nf4", "fp4", "int8")
+"""Formats of `model.quantization` that bitsandbytes computes."""
+
+
 def _known_format(value: str) -> str:
-    if value in ("none", "nf4", "fp4", "int8") or re.fullmatch(r"torchao:[a-z0-9_]+", value):
+    if value in ("none", *BITSANDBYTES) or re.fullmatch(r"torchao:[a-z0-9_]+", value):
         return value
     raise ValueError(
         f"key 'model.quantization': {shown(value)!r} is no format; choose none, nf4, fp4, int8 or torchao:SCHEME, such "

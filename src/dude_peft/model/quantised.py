@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dude_peft.config.schema import ModelSection, QuantizationSection
+from dude_peft.config.schema import BITSANDBYTES, ModelSection, QuantizationSection
 from dude_peft.errors import ConfigError
 from dude_peft.show import reason_of, shown
 from dude_peft.terminal.quiet import quiet_imports
 
-BITSANDBYTES = ("nf4", "fp4", "int8")
 _TORCHAO = "torchao:"
 _WITH_KERNELS = "gptq"
 """gptqmodel's format; of its kernels some have no backward."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dude_peft.config.schema import RunConfig
+from dude_peft.config.schema import BITSANDBYTES, RunConfig
 from dude_peft.errors import ConfigError
 from dude_peft.machine.processes import count, is_first
-from dude_peft.model.quantised import BITSANDBYTES
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL
 
