@@ -129,24 +129,17 @@ def norm_change(
 
     Source: DESIGN section 2; the factored norm is DoRA's with the whole matrix multiplied out.
     """
-    left, products, squares = norm_terms(W0_dA, W0_A0, dA, dB, A0, B0)
+    left, products, squares = norm_terms((W0_dA, W0_A0, dA, dB, A0, B0))
     added = torch.baddbmm if left.ndim == 3 else torch.addmm
     return change_of(left, added(products, left, squares, alpha=scaling / 2), scaling)
 
 
-def norm_terms(
-    W0_dA: Tensor,
-    W0_A0: Tensor | None,
-    dA: Tensor,
-    dB: Tensor,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the change of the norm is made of, from a `Change`: L, `W0 R^T` (out, k), `R R^T` (k, k).
+def norm_terms(change: Change, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the change of the norm is made of: L, `W0 R^T` (out, k), `R R^T` (k, k); k is 2r, or r without A0.
 
-    k is 2r, or r without A0. The first two are written into `out`, where it is given.
+    The first two are written into `out`, where it is given.
     """
+    W0_dA, W0_A0, dA, dB, A0, B0 = change
     if W0_A0 is None or A0 is None or B0 is None:
         if out is None:
             return dB, W0_dA, dA @ dA.mT

@@ -210,13 +210,13 @@ def _as_probe_(layer: nn.Module) -> nn.Module:
 
 def _twin(layer: Any) -> Any:
     """The same tensors in an object of its own: another thread's forward may be in the layer itself."""
-    if hasattr(layer, "init_8bit_state"):  # bitsandbytes' int8 layer: its first forward moves the scales into its state
-        if layer.weight.CB is not None:
-            layer.init_8bit_state()
-        twin = copy.copy(layer)
+    int8 = hasattr(layer, "init_8bit_state")  # bitsandbytes': its first forward moves the scales into its state
+    if int8 and layer.weight.CB is not None:
+        layer.init_8bit_state()
+    twin = object.__new__(type(layer))  # not copy.copy, which parametrized modules refuse
+    twin.__dict__ = dict(layer.__dict__)
+    if int8:
         twin.state = copy.copy(layer.state)
-    else:
-        twin = copy.copy(layer)
     twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
     return twin
 

@@ -112,7 +112,7 @@ def _compute(several: list[Stale], adapter_name: str) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(first.dB.dtype, torch.float32)
     left, terms = torch.empty(2, len(several), *rows, k, dtype=wide, device=first.dB.device)
     for each, L, products in zip(several, left, terms, strict=True):
-        squares = norm_terms(*each.layer.change(adapter_name, each.tensors), (L, products))[2]
+        squares = norm_terms(each.layer.change(adapter_name, each.tensors), (L, products))[2]
         add_product = products.baddbmm_ if L.ndim == 3 else products.addmm_
         add_product(L, squares, alpha=each.scaling / 2)
     q = change_of(left, terms, several[0].scaling)
