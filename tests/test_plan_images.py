@@ -147,6 +147,14 @@ def test_more_pixels_need_more_memory_and_more_time(tmp_path):
     assert "widest" not in mixed.as_dict()["data"]
 
 
+@pytest.mark.parametrize("family", some_by_day(FAMILIES, ["LLaVA"]))
+def test_the_work_before_the_layers_is_known_apart(family, tmp_path):
+    places = Places(tmp_path, family)
+    config = run_of(places.model, {"target_modules": EYES})
+    found, whole = places.cost(config), places.cost(config, whole=True)
+    assert 0 < found.flops_before < found.flops == whole.flops
+
+
 def test_rows_that_were_not_looked_at_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr("dude_peft.planning.rows._MOST_WITH_IMAGES", 4)
     places = Places(tmp_path, "LLaVA")

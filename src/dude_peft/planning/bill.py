@@ -21,7 +21,7 @@ from dude_peft.config.schema import (
 from dude_peft.data.batches import Example
 from dude_peft.planning.adapted import adapted_model
 from dude_peft.planning.dry_step import DryStep, Judged, dry_step
-from dude_peft.planning.layers import shorten
+from dude_peft.planning.layers import every_layer, shorten
 from dude_peft.planning.live_bytes import Stretch
 from dude_peft.planning.optimizers import state_bytes, step_bytes
 from dude_peft.planning.packed import PackedLinear
@@ -149,7 +149,7 @@ def cost(
     static = _static(model, spread)
     exchange = exchange_of(model, spread, train.gradient_accumulation_steps)
     # Features of images are added behind layers by their numbers (deepstack), so none is left out then.
-    order = [] if whole or example is not None else shorten(model)
+    order = [] if whole else shorten(model) if example is None else every_layer(model)
     kinds = len(set(order))
     rows, uncounted = rows_of_batch(train), ""
     batch = None if example is None else seen_batch(example, rows, length)

@@ -14,8 +14,7 @@ def shorten(model: nn.Module) -> list[int]:
 
     Two layers are of one kind where they have the same modules, tensors and (sliding or full) attention. The first two
     are kinds of their own: nothing before the first wants a gradient, and the second does not free its input's
-    predecessor, the embeddings, which the model holds on to. So are those behind which a vision tower's features are
-    added (deepstack). Kinds are numbered in the order in which they stay.
+    predecessor, the embeddings, which the model holds on to. Kinds are numbered in the order in which they stay.
 
     Args:
         model: adapted; changed in place.
@@ -23,19 +22,16 @@ def shorten(model: nn.Module) -> list[int]:
     Returns:
         The kind of every layer; empty where the model has no list of layers that could be shortened (nothing changes).
     """
-    settings: Any = getattr(model, "config", None)
-    text: Any = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    text = _text(model)
     layers = _decoder_layers(model, getattr(text, "num_hidden_layers", 0))
     if layers is None:
         return []
     types = list(getattr(text, "layer_types", None) or ())
-    added = len(getattr(getattr(settings, "vision_config", None), "deepstack_visual_indexes", None) or ())
-    alone = max(2, added + 1)
     kinds: dict[Hashable, int] = {}
     kept: list[int] = []
     order = []
     for index, layer in enumerate(layers):
-        signature = (min(index, alone), types[index] if types else None, _signature(layer))
+        signature = (min(index, 2), types[index] if types else None, _signature(layer))
         if signature not in kinds:
             kinds[signature] = len(kept)
             kept.append(index)
@@ -46,6 +42,17 @@ def shorten(model: nn.Module) -> list[int]:
         if index not in kept:
             del layers[index]
     return order
+
+
+def every_layer(model: nn.Module) -> list[int]:
+    """Each decoder layer as a kind of its own, of a model that stays whole; arguments and result are `shorten`'s."""
+    text = _text(model)
+    return list(range(len(_decoder_layers(model, getattr(text, "num_hidden_layers", 0)) or ())))
+
+
+def _text(model: nn.Module) -> Any:
+    settings: Any = getattr(model, "config", None)
+    return settings.get_text_config() if hasattr(settings, "get_text_config") else settings
 
 
 def _set_types(text: Any, types: list[str], wanted: list[str]) -> bool:
