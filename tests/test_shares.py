@@ -171,7 +171,6 @@ def test_pairs_and_labels_are_shared_as_well(monkeypatch, kind):
         scored.device = model.device
         scored.forward = lambda **batch: SimpleNamespace(logits=llama(**batch).logits[:, -1, :1])
         model = scored
-    module = {"kto": label_scores, "reward": scored_pairs}.get(kind, pair_scores)
 
     def measured(spread: bool):
         if kind == "kto":
@@ -185,9 +184,9 @@ def test_pairs_and_labels_are_shared_as_well(monkeypatch, kind):
     monkeypatch.setattr(shares, "count", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(shares, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(module, "together", lambda found, spread: parts.append(found) or found)
+        monkeypatch.setattr(shares, "together", lambda found, spread: parts.append(found) or found)
         measured(True)
-    monkeypatch.setattr(module, "together", lambda found, spread: parts[0] + parts[1])
+    monkeypatch.setattr(shares, "together", lambda found, spread: parts[0] + parts[1])
     assert not torch.equal(parts[0], parts[1])
     for found, each in zip(measured(True), wanted, strict=True):
         assert torch.equal(found, each)

@@ -6,12 +6,13 @@ repeat a batch that another one has, and compute a shared beginning in the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from dude_peft.data.batches import Company, Example, grouped, pad_right
 from dude_peft.machine.processes import count, gathered, rank
 
 T = TypeVar("T")
@@ -60,6 +61,38 @@ def turns(batches: Sequence[list[int]], heads: Sequence[Head] | None = None, *, 
 def together(found: Tensor, *, spread: bool) -> Tensor:
     """What all processes have found, where each has left zeros for what it did not score."""
     return torch.stack(gathered(found)).sum(0) if spread and count() > 1 else found
+
+
+def measured(
+    rows: Sequence[Example],
+    compute: Callable[[dict[str, Tensor]], Tensor],
+    columns: int,
+    *,
+    pad_id: int,
+    batch_size: int,
+    company: Company,
+    spread: bool,
+    device: torch.device,
+) -> Tensor:
+    """Numbers of every row by itself, (columns, rows) float64, in the order given.
+
+    Args:
+        rows: as they are encoded.
+        compute: the numbers of a batch on the device, (columns, rows of it).
+        columns: how many numbers a row has.
+        pad_id: padding token.
+        batch_size: rows at a time.
+        company: which of them may share a batch.
+        spread: each process of the run computes a part of them; all have to call this, and all get all numbers.
+        device: of the model.
+    """
+    found = torch.zeros(columns, len(rows), dtype=torch.float64)
+    for turn in turns(grouped([len(row["input_ids"]) for row in rows], batch_size, company), spread=spread):
+        batch = pad_right([rows[index] for index in turn.rows], pad_id)
+        numbers = compute({name: tensor.to(device) for name, tensor in batch.items()})
+        if turn.counts:
+            found[:, turn.rows] = numbers.double().cpu()
+    return together(found, spread=spread)
 
 
 def all_of(found: dict[int, T], *, spread: bool) -> dict[int, T]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dude_peft.config.schema import KtoSection
-from dude_peft.data.batches import Company, Example, grouped, pad_right
+from dude_peft.data.batches import Company, Example
 from dude_peft.data.mismatched import mismatched
 from dude_peft.data.token_set import TokenSet
-from dude_peft.measure.shares import together, turns
+from dude_peft.measure.shares import measured
 from dude_peft.measure.token_logps import row_logps
 from dude_peft.training.label_losses import averages, kl_of, losses, summed_up
 from dude_peft.training.pair_scores import PairScores
@@ -67,14 +67,10 @@ class LabelMeter:
         return (found, others), tokens
 
     def _logps(self, model: Any, rows: list[Any]) -> tuple[Tensor, Tensor]:
-        found = torch.zeros(2, len(rows), dtype=torch.float64)
-        batches = grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company)
-        for turn in turns(batches, spread=self.spread):
-            batch = pad_right([rows[index] for index in turn.rows], self.pad_id)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        def logps_of(batch: dict[str, Tensor]) -> Tensor:
             labels = batch.pop("labels")
-            values, counts = row_logps(model(**batch, use_cache=False).logits, labels)
-            if turn.counts:
-                found[:, turn.rows] = torch.stack([values.double().cpu(), counts.double().cpu()])
-        logps, tokens = together(found, spread=self.spread)
+            return torch.stack([each.double() for each in row_logps(model(**batch, use_cache=False).logits, labels)])
+
+        how: dict[str, Any] = {"company": self.company, "spread": self.spread, "device": model.device}
+        logps, tokens = measured(rows, logps_of, 2, pad_id=self.pad_id, batch_size=self.batch_size, **how)
         return logps, tokens

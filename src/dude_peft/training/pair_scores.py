@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dude_peft.config.schema import OrpoSection, Paired
-from dude_peft.data.batches import Company, grouped, pad_right
+from dude_peft.data.batches import Company
 from dude_peft.data.labels import IGNORE
 from dude_peft.data.token_set import TokenSet
-from dude_peft.measure.shares import together, turns
+from dude_peft.measure.shares import measured
 from dude_peft.measure.token_logps import row_logps
 from dude_peft.training.pair_losses import Pairs, logps, losses, rewards
 from dude_peft.training.preference import NAMES
@@ -85,19 +85,18 @@ class PairMeter:
             for example in self.examples
             for side in ("", "rejected_")
         ]
-        measured = torch.zeros(4, len(rows), dtype=torch.float64)
-        batches = grouped([len(row["input_ids"]) for row in rows], self.batch_size, self.company)
-        for turn in turns(batches, spread=self.spread):
-            batch = pad_right([rows[index] for index in turn.rows], self.pad_id)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+        def numbers_of(batch: dict[str, Tensor]) -> Tensor:
             labels = batch.pop("labels")
             logits = model(**batch, use_cache=False).logits
             found = both = row_logps(logits, labels)
             if isinstance(self.settings, OrpoSection):
                 both = row_logps(logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE))
-            if turn.counts:
-                measured[:, turn.rows] = torch.stack([each.double().cpu() for each in (*found, *both)])
-        logps, tokens, negative, counted = together(measured, spread=self.spread)
+            return torch.stack([each.double() for each in (*found, *both)])
+
+        how: dict[str, Any] = {"company": self.company, "spread": self.spread, "device": model.device}
+        found = measured(rows, numbers_of, 4, pad_id=self.pad_id, batch_size=self.batch_size, **how)
+        logps, tokens, negative, counted = found
         nll = -negative
         total = counted[0::2].sum().clamp(min=1)
         return logps, tokens, self.settings.nll * nll[0::2] * (len(rows) // 2) / total

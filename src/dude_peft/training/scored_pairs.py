@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dude_peft.config.schema import RewardModelSection
-from dude_peft.data.batches import Company, grouped, pad_right
+from dude_peft.data.batches import Company
 from dude_peft.data.token_set import TokenSet
-from dude_peft.measure.shares import together, turns
+from dude_peft.measure.shares import measured
 from dude_peft.model.outputs import scores_of
 from dude_peft.training.pair_scores import PairScores
 from dude_peft.training.scored import NAMES, score_losses, score_means
@@ -54,12 +54,11 @@ class ScoreMeter:
             for example in self.examples
             for side in ("", "rejected_")
         ]
-        lengths = [len(row["input_ids"]) for row in rows]
-        found = torch.zeros(len(rows), dtype=torch.float64)
-        for turn in turns(grouped(lengths, self.batch_size, self.company), spread=self.spread):
-            batch = pad_right([rows[index] for index in turn.rows], self.pad_id)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-            scores = scores_of(model, batch).double().cpu()
-            if turn.counts:
-                found[turn.rows] = scores
-        return together(found, spread=self.spread), lengths
+
+        def scores(batch: dict[str, Tensor]) -> Tensor:
+            del batch["labels"]
+            return scores_of(model, batch)[None]
+
+        how: dict[str, Any] = {"company": self.company, "spread": self.spread, "device": model.device}
+        (found,) = measured(rows, scores, 1, pad_id=self.pad_id, batch_size=self.batch_size, **how)
+        return found, [len(row["input_ids"]) for row in rows]

@@ -8,7 +8,6 @@ one, as PEFT nests them.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from dude_peft.core.stack import effective_stack
 from dude_peft.core.weight_rounding import round_weight
 from dude_peft.errors import ConfigError
 from dude_peft.parents import fits
+from dude_peft.tuner.frozen import twin_of
 from dude_peft.tuner.layer import DudeLinear
 from dude_peft.tuner.stacks import Stack, stack_in
 
@@ -93,7 +93,7 @@ class DudeExperts(DudeLinear):
             inner = innermost(base)
             found = getattr(inner, name)
             if isinstance(found, MethodType) and found.__self__ is inner and (stacks := self._in_use()):
-                return MethodType(found.__func__, _twin(inner, stacks))
+                return MethodType(found.__func__, twin_of(inner, **stacks))
             return found
 
     def _read(self) -> Tensor:
@@ -121,13 +121,7 @@ class DudeExperts(DudeLinear):
     def _effective(self, name: str, W0: Tensor, transposed: bool) -> Tensor:
         state = self.tensors(name)
         assert state.dA is not None
-        g = None
-        if state.m0 is not None and self._differentiates_norm(name):
-            g = self._exact_gain(name, state)
-        elif state.m0 is not None:
-            g, slope = self._gain_and_slope(name, state)
-            if state.dm is not None:
-                g = g + slope * (state.dm - state.dm.detach())  # its value stays, to the bit
+        g = self.live_gain(name)
         if W0.ndim > 2:
             factors = (state.dA, state.dB, state.A0, state.B0)
             return effective_stack(W0, *factors, g, self.scaling[name], transposed=transposed)
@@ -167,13 +161,7 @@ def _called(module: Any, stacks: Mapping[str, Tensor], args: Any, kwargs: Any) -
     if "forward" in module.__dict__:  # accelerate's, which knows this object alone
         with _swapped(module, stacks):
             return module(*args, **kwargs)
-    return _twin(module, stacks)(*args, **kwargs)
-
-
-def _twin(module: Any, stacks: Mapping[str, Tensor]) -> Any:
-    twin = copy.copy(module)
-    twin._parameters = {**module._parameters, **stacks}
-    return twin
+    return twin_of(module, **stacks)(*args, **kwargs)
 
 
 @contextmanager

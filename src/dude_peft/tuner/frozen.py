@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -68,6 +69,24 @@ def why_not(layer: nn.Module) -> str | None:
         features = layer_shape(layer)[1]
         return f"is {a_(kind)}, but its output is not a linear map of {features} input features plus its bias"
     return None
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The frozen layer under an adapter's, whoever's; any other module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def twin_of(module: Any, /, **parameters: Any) -> nn.Module:
+    """A module with the same tensors in an object of its own: another thread's forward may be in the module itself.
+
+    Args:
+        module: whose class, attributes and submodules it shares.
+        **parameters: what it has in the places of the module's own.
+    """
+    twin = object.__new__(type(module))  # not copy.copy, which parametrized modules refuse
+    twin.__dict__ = dict(module.__dict__)
+    twin._parameters, twin._buffers = {**module._parameters, **parameters}, dict(module._buffers)
+    return twin
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
@@ -208,16 +227,13 @@ def _as_probe_(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _twin(layer: Any) -> Any:
-    """The same tensors in an object of its own: another thread's forward may be in the layer itself."""
+def _twin(layer: Any) -> nn.Module:
     int8 = hasattr(layer, "init_8bit_state")  # bitsandbytes': its first forward moves the scales into its state
     if int8 and layer.weight.CB is not None:
         layer.init_8bit_state()
-    twin = object.__new__(type(layer))  # not copy.copy, which parametrized modules refuse
-    twin.__dict__ = dict(layer.__dict__)
+    twin: Any = twin_of(layer)
     if int8:
         twin.state = copy.copy(layer.state)
-    twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
     return twin
 
 

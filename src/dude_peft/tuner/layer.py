@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ from dude_peft.tuner.offloaded import device_of, held, is_offloaded
 from dude_peft.tuner.refresh import current_gain, register, start_product, state_of
 from dude_peft.tuner.starts import start_of_layer
 from dude_peft.tuner.steps import steps_taken
-from dude_peft.tuner.together import Stale, Together, is_here
+from dude_peft.tuner.together import Kind, Stale, Together, is_here, kind_of
 from dude_peft.tuner.weight import readable
 
 # On the layer, by adapter: parameters are trained, buffers are frozen; lora_t and lora_f hold the named tensors of a
@@ -240,6 +239,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return self._exact_gain(adapter_name, layer)
         return self._gain_and_slope(adapter_name, layer)[0]
 
+    def live_gain(self, adapter_name: str) -> Tensor | None:
+        """Gain of one adapter as a function that autograd follows, (out,); None for methods without a magnitude."""
+        layer = self.tensors(adapter_name)
+        if layer.m0 is None:
+            return None
+        if self._differentiates_norm(adapter_name):
+            return self._exact_gain(adapter_name, layer)
+        g, slope = self._gain_and_slope(adapter_name, layer)
+        return g if layer.dm is None else g + slope * (layer.dm - layer.dm.detach())  # its value stays, to the bit
+
     def _exact_gain(self, adapter_name: str, layer: LayerTensors) -> Tensor:
         assert layer.m0 is not None
         return gain(layer.m0, layer.magnitude_change(), self._norm_change(adapter_name, layer), "exact")
@@ -278,9 +287,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             assert layer.dA is not None
             rows = layer.m0 if layer.dm is None else layer.dm.detach()
             return current_gain(self._number, slot, layer.dA.detach(), layer.dB.detach(), rows)
-        cached = self._gains.get(adapter_name)
         state = self._state(adapter_name, layer)
-        if cached is None or cached.state != state:
+        cached = self._kept_gain(adapter_name, state)
+        if cached is None:
             return self._together.compute(Stale(self, layer, state), adapter_name)
         g, slope = cached.tensors
         return g, slope
@@ -290,8 +299,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._together = together
         together.join(self)
 
-    def stale(self, adapter_name: str) -> Stale | None:
-        """What is needed to compute the gain ahead of its use; None: it is up to date, or has to wait for its layer."""
+    def stale(self, adapter_name: str, kind: Kind | None = None) -> Stale | None:
+        """What is needed to compute the gain ahead of its use.
+
+        Args:
+            adapter_name: name.
+            kind: what the layer has to be like; None for any.
+
+        Returns:
+            None: the gain is up to date, or has to wait for its layer, or the layer is not alike.
+        """
         base = self.target()
         if adapter_name not in self.lora_m0 or not isinstance(base, nn.Module) or is_offloaded(base):
             return None
@@ -300,9 +317,15 @@ class DudeLinear(nn.Module, BaseTunerLayer):
             return None  # also before a delta is made of them
         if (weight := base._parameters.get("weight")) is not None and weight.ndim < 2:
             return None  # a share, as FSDP1 leaves it outside of a forward
-        layer, cached = self.tensors(adapter_name), self._gains.get(adapter_name)
+        layer = self.tensors(adapter_name)
+        if kind is not None and kind_of(layer, self.scaling[adapter_name]) != kind:
+            return None  # before all of it is hashed
         state = self._state(adapter_name, layer)
-        return Stale(self, layer, state) if cached is None or cached.state != state else None
+        return Stale(self, layer, state) if self._kept_gain(adapter_name, state) is None else None
+
+    def _kept_gain(self, adapter_name: str, state: tuple[Any, ...]) -> _Cached | None:
+        cached = self._gains.get(adapter_name)
+        return cached if cached is not None and cached.state == state else None
 
     def _state(self, adapter_name: str, layer: LayerTensors) -> tuple[Any, ...]:
         """Of all that the gain follows from: its scaling, and what is trained."""
@@ -362,10 +385,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def change(self, adapter_name: str, layer: LayerTensors) -> Change:
         """What a norm is computed from: W0 dA^T, W0 A0^T, dA, dB, A0, B0."""
         assert layer.dA is not None
-        with no_autocast(layer.dB.device.type):
-            dA = cast(layer.dA, torch.promote_types(layer.dA.dtype, torch.float32))
-            start = None if layer.A0 is None else self._start_product(adapter_name)
-            return self._product(dA), start, dA, cast(layer.dB, dA.dtype), layer.A0, layer.B0
+        dA = cast(layer.dA, torch.promote_types(layer.dA.dtype, torch.float32))
+        start = None if layer.A0 is None else self._start_product(adapter_name)
+        return self._product(dA), start, dA, cast(layer.dB, dA.dtype), layer.A0, layer.B0
 
     @override
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -577,9 +599,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """A frozen layer that has this one's weight, or where that is merged, a twin with the unmerged one."""
         if self.lora_unmerged_weight is None:
             return layer
-        twin = copy.copy(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
-        twin._parameters = {**twin._parameters, "weight": self.lora_unmerged_weight}
-        return twin
+        return frozen.twin_of(frozen.base_of(layer), weight=self.lora_unmerged_weight)
 
     @torch.inference_mode(False)
     @torch.no_grad()

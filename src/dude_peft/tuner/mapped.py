@@ -46,13 +46,6 @@ class _Mapped(DudeLinear):
         factors = (None, left, None, None, g, bias, factor * self.scaling[name], dm, slope)
         return adapted_linear(base, u, *factors, True, again)
 
-    def live_gain(self, name: str) -> Tensor | None:
-        """Gain as a function that autograd follows; None without a magnitude."""
-        g, _, dm, slope = self._gained(name)
-        if g is None or dm is None or slope is None:
-            return g
-        return g + slope * (dm - dm.detach())  # its value stays, to the bit
-
     def _gained(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gain and bias of an adapter with a magnitude; dm and the gain's slope where the gain is a known value."""
         layer = self.tensors(name)

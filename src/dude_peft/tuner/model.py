@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -346,7 +346,7 @@ class DudeModel(BaseTuner):
         names = sorted(set(config.target_modules or ()) - other)
         found = [name for name in names if self._check_target_module_exists(config, name)]
         # PEFT compares layers_to_transform with suffixes alone, and these are whole names.
-        wanted = [(name, _base_of(model.get_submodule(name))) for name in found if _is_wanted_layer(name, config)]
+        wanted = [(name, frozen.base_of(model.get_submodule(name))) for name in found if _is_wanted_layer(name, config)]
         kept, left_out = choose(model, wanted, config)
         config.target_modules = kept  # type: ignore[assignment]  # as PEFT has it, a set
         if left_out:
@@ -369,7 +369,7 @@ class DudeModel(BaseTuner):
         if not targets and (config.target_modules or not stacks):
             raise ConfigError(_no_target(config, model, names))
         for name, module in targets:
-            layer = _base_of(module)
+            layer = frozen.base_of(module)
             if isinstance(module, DudeTiedHead):
                 raise ConfigError(
                     f"target '{name}' follows the embedding, which another adapter changes; name the embedding itself"
@@ -414,7 +414,7 @@ class DudeModel(BaseTuner):
         found: dict[str, str] = {}
         asked = config.ensure_weight_tying
         for name, module in model.named_modules():
-            if not isinstance(_base_of(module), nn.Embedding) or set(_INSIDE) & set(name.split(".")):
+            if not isinstance(frozen.base_of(module), nn.Embedding) or set(_INSIDE) & set(name.split(".")):
                 continue
             named = self._is_target(config, name)
             if not (named or asked):
@@ -703,11 +703,7 @@ def _layers_of(layer: DudeLinear) -> list[DudeLinear]:
 
 def _parts_of(name: str, module: nn.Module) -> dict[str, nn.Module | Stack]:
     """What an adapter of a target changes, by the names of the layers."""
-    return projections_of(name, module) if isinstance(_base_of(module), nn.MultiheadAttention) else {name: module}
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return projections_of(name, module) if isinstance(frozen.base_of(module), nn.MultiheadAttention) else {name: module}
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:

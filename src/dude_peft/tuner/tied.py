@@ -27,12 +27,12 @@ from dude_peft.tuner.offloaded import held
 
 def sharing(model: nn.Module, embedding: nn.Module) -> dict[str, nn.Module]:
     """Other layers with the weight of an embedding, adapted or not, by their names."""
-    base: Any = _base_of(embedding)
+    base: Any = frozen.base_of(embedding)
     return {
         name: module
         for name, module in model.named_modules()
         if "base_layer" not in name.split(".")
-        and (other := _base_of(module)) is not base
+        and (other := frozen.base_of(module)) is not base
         and _own_weight(module, other) is _own_weight(embedding, base)
     }
 
@@ -124,10 +124,6 @@ class DudeTiedHead(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "dude_peft." + super().__repr__()
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _own_weight(module: Any, base: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from dude_peft.tuner.frozen import is_sharded
 # Elements of L at a time. On a CPU they stay in the cache; elsewhere it is launches that count.
 _AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 22
 _PLAIN_TYPES = (Tensor, nn.Parameter)
+Kind: TypeAlias = tuple[Any, ...]
+"""Shape, dtypes, device, parts and scaling of a layer's tensors."""
 
 
 class Stale(NamedTuple):
@@ -42,8 +44,8 @@ class Stale(NamedTuple):
 class Gained(Protocol):
     """A layer with a gain for each adapter that has a magnitude."""
 
-    def stale(self, adapter_name: str) -> Stale | None:
-        """What is needed to compute the gain ahead of its use; None: it is up to date, or has to wait."""
+    def stale(self, adapter_name: str, kind: Kind | None = None) -> Stale | None:
+        """What is needed to compute the gain ahead of its use; None: it need not, cannot, or is of another kind."""
 
     def change(self, adapter_name: str, tensors: LayerTensors) -> Change:
         """What its norm is computed from."""
@@ -80,11 +82,12 @@ class Together:
 
     def _equals(self, one: Stale, adapter_name: str) -> Iterator[Stale]:
         # A replica of torch's DataParallel is a copy that has not joined.
-        kind = _kind(one) if self._layers.get(id(one.layer)) is one.layer else None
+        joined = self._layers.get(id(one.layer)) is one.layer
+        kind = kind_of(one.tensors, one.scaling) if joined else None
         if kind is None:
             return
         for layer in list(self._layers.values()):
-            if layer is not one.layer and (other := layer.stale(adapter_name)) is not None and _kind(other) == kind:
+            if layer is not one.layer and (other := layer.stale(adapter_name, kind)) is not None:
                 yield other
 
 
@@ -95,14 +98,13 @@ def is_here(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN_TYPES or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
-def _kind(one: Stale) -> tuple[Any, ...] | None:
-    """What two layers need to have in common; None: it is alone."""
-    tensors = one.tensors
+def kind_of(tensors: LayerTensors, scaling: float) -> Kind | None:
+    """What two layers need to have in common; None: the layer is alone."""
     needed = [each for each in (*tensors.learned, tensors.A0, tensors.B0, tensors.m0) if each is not None]
     if tensors.dB.ndim != 2 or any(type(each) not in _PLAIN_TYPES or is_sharded(each) for each in needed):
         return None
     dtypes = tuple(tensor.dtype for tensor in (tensors.dB, tensors.m0) if tensor is not None)
-    return (tensors.dB.shape, *dtypes, tensors.dB.device, tensors.B0 is None, tensors.dm is None, one.scaling)
+    return (tensors.dB.shape, *dtypes, tensors.dB.device, tensors.B0 is None, tensors.dm is None, scaling)
 
 
 def _compute(several: list[Stale], adapter_name: str) -> tuple[Tensor, Tensor]:
