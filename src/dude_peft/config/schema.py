@@ -1561,7 +1561,7 @@ class RunConfig(Section):
             )
         method = METHODS.get(self.adapter.method)
         if method is None:
-            near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
+            near = difflib.get_close_matches(self.adapter.method.lower(), METHODS, n=1)
             hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
             raise ConfigError(f"key 'adapter.method': there is no method {shown(repr(self.adapter.method))}; {hint}")
         if self.train.orthogonality and method.delta is not None:
