@@ -18,7 +18,6 @@ import typer
 from typer.core import TyperGroup
 
 import dude_peft
-from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another, is_launched
@@ -580,7 +579,9 @@ def upload(
     debug: _Debug = False,
 ) -> None:
     """Send an adapter to the hub, verified, with its model card."""
-    require_place(adapter)
+    from dude_peft.model.load import require_known
+
+    require_known(adapter)
     from dude_peft.exporting.upload import upload as run_upload
 
     run_upload(adapter, repository, private=private, folder=folder)
@@ -628,7 +629,9 @@ def chat(
     debug: _Debug = False,
 ) -> None:
     """Talk to an adapter or a model, at a terminal or through a pipe."""
-    require_place(name)
+    from dude_peft.model.load import require_known
+
+    require_known(name)
     from dude_peft.chat.talk import chat as run_chat
 
     try:

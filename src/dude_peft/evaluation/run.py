@@ -26,7 +26,7 @@ from dude_peft.evaluation.task_names import GSM8K, check_names, is_yaml
 from dude_peft.machine import processes
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
-from dude_peft.terminal.next_steps import tell_next
+from dude_peft.terminal.next_steps import beside, tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def evaluate(
             name, base=base, gguf_file=gguf_file, notes=display, device_map=device_map, max_memory=max_memory
         )
         found = measure(speaker, options, output, display=display, chosen=chosen)
-    tell_next(display, ["report", str(output), "-o", f"{output}.html"])
+    tell_next(display, ["report", str(output), "-o", beside(output, ".html")])
     return found
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dude_peft.config.schema import ModelSection
-from dude_peft.doors import check_folder
+from dude_peft.doors import check_folder, require_place
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
 from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.model.gguf_once import forget, parsed_once
@@ -82,6 +82,36 @@ def folder_of(name: str) -> Path | None:
     if name.startswith(_PACKAGE):
         return _package_folder(name.removeprefix(_PACKAGE))
     return Path(name) if _exists(name) else None
+
+
+def require_known(name: str) -> None:
+    """Refuses an adapter or a model that is neither here nor on the hub, before anything heavy is imported for it.
+
+    Raises:
+        ArtifactError: no folder, nor a name that the hub's cache knows or the hub answers to.
+    """
+    require_place(name)
+    if name.startswith(_PACKAGE) or _exists(name) or _hub_knows(name):
+        return
+    how = "and the hub has none of this name" if hub_reachable() else "and the hub cannot be reached"
+    raise ArtifactError(
+        f"{shown(name, 300)}: no such folder, {how}; check the path, or wait until the run has finished"
+    )
+
+
+def _hub_knows(name: str) -> bool:
+    """Whether the hub's cache has the repository, or the hub does; true where nothing tells."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if os.path.isdir(os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))):
+        return True
+    if not hub_reachable():
+        return False
+    try:
+        return HfApi().repo_exists(name)
+    except Exception:  # each with its own class: who loads it reports it
+        return True
 
 
 def code_note(section: ModelSection) -> str | None:
