@@ -226,6 +226,32 @@ def test_ctrl_c_exits_with_130(place, tmp_path):
     assert not (tmp_path / "out/adapter").exists()
 
 
+_INTERRUPTED_IMPORT = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["dude", "verify", "."]
+from dude_peft.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["typer", "dude_peft.kinds", "dude_peft.exporting.verify", "torch"])
+def test_ctrl_c_during_an_import_is_one_line_and_130(name, tmp_path):
+    program = _INTERRUPTED_IMPORT.format(name=name)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert assert_refused(done, 130, "interrupted") == "dude: error[interrupted]: stopped by Ctrl-C"
+
+
+def test_ctrl_c_before_a_command_begins_has_its_line():
+    program = "import dude_peft.cli as c; c.app = lambda **_: 130; c.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert assert_refused(done, 130, "interrupted") == "dude: error[interrupted]: stopped by Ctrl-C"
+
+
 @pytest.mark.slow
 def test_ctrl_c_held_down_still_leaves_one_line_and_its_code(place, tmp_path):
     arguments = ["train", "run.yaml", "--output-dir", tmp_path / "out", "--set", "train.max_steps=100000"]

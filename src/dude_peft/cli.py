@@ -824,7 +824,7 @@ def report(
 
 
 def main() -> None:
-    """Entry point of the console script: runs the command and exits with its code."""
+    """Runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII must not end a run
@@ -834,6 +834,8 @@ def main() -> None:
             require_room()
             is_launched()  # a place among processes that no launcher gave is refused
         code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # typer's own way out, before a command has begun
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         _fail(StoppedError.label, "stopped by Ctrl-C", 128 + signal.SIGINT, debug=False)
     except Exception as error:

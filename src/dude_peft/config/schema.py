@@ -1320,7 +1320,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _something_to_evaluate(self) -> RunConfig:
         if self.evaluation.enabled and self.data.test is None:
-            raise ValueError("key 'data.test' is missing; add it, or set evaluation.enabled: false")
+            raise ValueError(
+                "key 'data.test' is missing, so nothing is held out; name other rows, or set data.test: 0.1 for a "
+                "tenth of the training rows; evaluation.enabled: false measures nothing"
+            )
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,10 @@ _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ELSEWHERE = "a local folder or package:NAME works without the hub"
 _CONNECT_SECONDS = 3.0
+_ATTENTION_OF = {
+    "flash_attention_2": install("flash-attn", option="--no-build-isolation"),
+    "flash_attention_3": "flash_attn_interface, built from FlashAttention's folder hopper",
+}
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -488,6 +492,11 @@ def loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
         reason = reason_of(error, 200)
+        if isinstance(error, ImportError) and section.attn_implementation in _ATTENTION_OF:
+            raise ConfigError(
+                f"model.attn_implementation: {section.attn_implementation} does not work here, because a package is "
+                f"not installed: {_ATTENTION_OF[section.attn_implementation]}; or choose sdpa or eager"
+            ) from error
         if section.attn_implementation is not None and "ttention" in str(error):
             raise ConfigError(
                 f"model.attn_implementation: {section.attn_implementation} does not work here ({reason}); leave it "
