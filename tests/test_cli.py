@@ -177,6 +177,7 @@ def test_wrong_usage_shows_what_to_write(arguments, hint):
         ["verify", "mine"], ["merge", "runs/a", "-o", "out"], ["chat", "runs/a"], ["upload", "runs/a", "me/mine"],
         ["export", "mine", "--to", "peft", "-o", "out"], ["generate", "runs/a", "hi"],
         ["eval", "runs/a", "-o", "out", "--tasks", "nosuch"],
+        ["eval", "runs/a", "-o", "out", "--processes", "2"],
         ["verify", "runs/a/adapter"], ["merge", ".", "./nowhere", "-o", "out"], ["chat", "/nowhere"],
         ["export", "../nowhere", "--to", "peft", "-o", "out"], ["generate", "runs/a/adapter", "hi"],
         ["eval", "runs/a/adapter", "-o", "out"], ["upload", "runs/a/adapter", "me/mine"],

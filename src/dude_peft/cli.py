@@ -780,6 +780,9 @@ def evaluate(
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     if processes is not None:
         # A mistake is told before processes start.
+        from dude_peft.model.load import require_known
+
+        require_known(name)
         EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
         launch_if_first("ddp", processes)
     try:
