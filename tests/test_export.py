@@ -837,7 +837,7 @@ def test_verify_names_the_folder_that_a_dot_means(usual, monkeypatch):
 def test_another_tokenizer_is_told_and_the_adapters_own_is_merged(worded, tmp_path, capsys):
     shutil.copytree(worded / "adapter", tmp_path / "adapter")
     verify(tmp_path / "adapter", base=str(worded / "base"), quiet=False)
-    assert "tokenizer" not in capsys.readouterr().out
+    assert "tokenizer" not in capsys.readouterr().out.replace(str(tmp_path), "")  # the folder has the test's name
     own = transformers.AutoTokenizer.from_pretrained(worded / "base")
     own.chat_template = "{{ messages }}"
     own.add_tokens(["<new>"])

@@ -96,7 +96,7 @@ def require_known(name: str) -> None:
         ArtifactError: no folder, nor a name that the hub's cache knows or the hub answers to.
     """
     require_place(name)
-    if name.startswith(_PACKAGE) or _exists(name) or _hub_knows(name):
+    if _exists(name) or not _HUB_ID.fullmatch(name) or _hub_knows(name):
         return
     how = "and the hub has none of this name" if hub_reachable() else "and the hub cannot be reached"
     raise ArtifactError(
