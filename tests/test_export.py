@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -716,7 +715,7 @@ def test_dropped_magnitudes_are_noticed(worded, tmp_path, monkeypatch):
 
     real = module.effective_weight
     monkeypatch.setattr(
-        module, "effective_weight", lambda W0, layer, scaling: real(W0, replace(layer, m0=None, dm=None), scaling)
+        module, "effective_weight", lambda W0, layer, scaling: real(W0, layer._replace(m0=None, dm=None), scaling)
     )
     call = lambda: export(worded / "adapter", "merged", tmp_path / "out", quiet=True)  # noqa: E731
     refused(call, NumericsError, "more than rounding", output=tmp_path / "out")

@@ -791,7 +791,7 @@ def _scaled(state: LayerTensors, factor: float, config: DudeConfig) -> LayerTens
             f"the adapter's scaling was set by hand, and {config.method} has no factor to fold it into; call "
             "unscale_layer() before saving"
         )
-    return replace(state, dB=state.dB * factor, B0=None if state.B0 is None else state.B0 * factor)
+    return state._replace(dB=state.dB * factor, B0=None if state.B0 is None else state.B0 * factor)
 
 
 def _put_back(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], others: Sequence[str]) -> None:
