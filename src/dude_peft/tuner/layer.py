@@ -81,7 +81,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self.shape[-2:]
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in range(3))
-        self.lora_t, self.lora_f = nn.ModuleDict(), nn.ModuleDict()
+        # Modules once an adapter needs them: a walk over a model takes time for each, and loading walks often.
+        self.lora_t: Any = {}
+        self.lora_f: Any = {}
+        self.lora_dropout: Any = {}
         self._deltas: dict[str, Delta] = {}
         # Computed when they are asked for, and again when what they follow from has changed. They are replaced, never
         # written to: a graph whose backward is still to come holds them.
@@ -91,7 +94,6 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._number = register(self)
         self.join(Together())
         self._output_kept = layer_name.rpartition(".")[2] not in _OUTPUT_NOT_KEPT
-        self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -157,18 +159,47 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = self.own_scaling[adapter_name] = scaling
         self.norm_gradient[adapter_name] = spec.gradient_through_norm(config.norm_gradient)
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         tensors = first_tensors(spec, starts, r, self.shape, dtype, device)
         if spec.delta is not None:
             self._deltas[adapter_name] = spec.delta
-            self.lora_t[adapter_name] = nn.ParameterDict({name: tensors.pop(name) for name in spec.delta.trained})
+            trained = nn.ParameterDict({name: tensors.pop(name) for name in spec.delta.trained})
             frozen_ones = {name: tensors.pop(name) for name in spec.delta.frozen}
-            self.lora_f[adapter_name] = BufferDict(frozen_ones, persistent=True)
+            self._put_module("lora_t", adapter_name, trained)
+            self._put_module("lora_f", adapter_name, BufferDict(frozen_ones, persistent=True))
+        if config.lora_dropout > 0:
+            self._put_module("lora_dropout", adapter_name, nn.Dropout(config.lora_dropout))
         for name, tensor in tensors.items():
             group = f"lora_{name}"
             getattr(self, group)[adapter_name] = _Trained(tensor) if group in TRAINED else tensor
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._follow_mode(adapter_name)
+
+    def _put_module(self, group: str, adapter_name: str, module: nn.Module) -> None:
+        if not isinstance(getattr(self, group), nn.Module):
+            setattr(self, group, nn.ModuleDict())
+        getattr(self, group)[adapter_name] = module
+
+    @override
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and trainable but in inference mode; all others wait.
+
+        Args:
+            adapter_names: one name or several.
+            inference_mode: whether the active ones stay frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in self.r:
+            for parameter in self._trained(name):
+                if parameter.is_leaf:  # FSDP's views are not
+                    parameter.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
+
+    def _trained(self, adapter_name: str) -> Iterator[Tensor]:
+        """The parameters of one adapter."""
+        for group in TRAINED:
+            entries: Any = getattr(self, group)
+            if adapter_name in entries:
+                yield from entries[adapter_name].parameters()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer under its active adapters, (*, in) -> (*, out).
@@ -221,8 +252,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         names = self.unmerged_names()
         if not names or frozen.plain_weight(base) is None or frozen.is_sharded(base.weight):
             return super().weight
-        groups = [getattr(self, group) for group in TRAINED]
-        trained = [tensor for name in names for group in groups if name in group for tensor in group[name].parameters()]
+        trained = [tensor for name in names for tensor in self._trained(name)]
         return readable(held(base, "weight"), lambda: self._weight_with(names), trained)
 
     def _weight_with(self, names: list[str]) -> Tensor:
@@ -579,10 +609,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         product = FrozenProduct(x, held(base, "weight")) if base_out is None else base_out
         bias = held(base, "bias") if g is not None or base_out is None else None
         factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
-        dropout: Any = self.lora_dropout._modules[name]
-        seen = x if type(dropout) is nn.Identity else dropout(x)
+        seen = self.dropped(name, x)
         own = None if base_out is None or seen is x else x
         return adapted_linear(product, seen, *factors, self._output_kept, self._product_rows, own)
+
+    def dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the change of one adapter sees of its input."""
+        if adapter_name not in self.lora_dropout:
+            return x
+        seen: Tensor = self.lora_dropout[adapter_name](x)
+        return seen
 
     def _beside_merged(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output with some adapters merged and others, `names`, active beside them."""
@@ -665,6 +701,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def _follow_mode(self, adapter_name: str) -> None:
         """A new adapter's modules, its dropout above all, in the mode that the layer is in."""
+        if self.training:
+            return  # as new modules are
         for group in (*(getattr(self, name) for name in TRAINED), self.lora_dropout):
             if adapter_name in group:
                 group[adapter_name].train(self.training)
