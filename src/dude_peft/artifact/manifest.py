@@ -23,6 +23,7 @@ from dude_peft.artifact.sealed import content_sha256, file_sha256
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.doors import open_file, parse_json, read_json
 from dude_peft.errors import ArtifactError
+from dude_peft.installing import PROJECT, install
 from dude_peft.methods import METHODS
 from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
@@ -307,7 +308,7 @@ def _parse(text: str, path: Path) -> Manifest:
                 + (
                     "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)
-                    else "upgrade with: pip install -U dude-peft"
+                    else f"upgrade with: {install(PROJECT, option='-U')}"
                 )
             )
         manifest = Manifest(**fields)

@@ -30,6 +30,7 @@ from dude_peft.artifact.manifest import (
 )
 from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.installing import PROJECT, install
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.names import instead_of, our_key
 from dude_peft.parents import fits
@@ -308,7 +309,7 @@ class DudeConfig(PeftConfig):
         if unknown:
             raise ArtifactError(
                 f"'{directory / WEIGHTS_FILE}': the manifest has settings unknown to this version "
-                f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
+                f"({', '.join(unknown)}); upgrade with: {install(PROJECT, option='-U')}"
             )
         config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
         try:

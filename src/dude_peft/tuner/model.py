@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -301,6 +301,27 @@ class DudeModel(BaseTuner):
         for layer, (A, B, dm) in zip(layers, factors, strict=True):
             layer.put_factors(adapter_name, A, B, dm)
         self.set_requires_grad(adapter_name, False)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As of transformers, where no adapter counts the tokens; of the present number there is nothing to do.
+
+        Raises:
+            ConfigError: an adapted or wholly trained module has a row for every token. Nothing was resized.
+        """
+        model: Any = self.model
+        places = (model.get_input_embeddings(), model.get_output_embeddings())
+        if new_num_tokens is None or not any(
+            isinstance(place, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for place in places
+        ):
+            resized: nn.Module = model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+            return resized
+        embedding: nn.Module = places[0]
+        if new_num_tokens == len(embedding.weight) and not args and not kwargs:  # type: ignore[arg-type]
+            return embedding
+        raise ConfigError(
+            f"resize_token_embeddings({new_num_tokens}): the adapter has numbers for each of the present tokens; "
+            "resize the model first, then call get_peft_model or load_adapter"
+        )
 
     @override
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
