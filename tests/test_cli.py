@@ -174,6 +174,10 @@ def test_wrong_usage_shows_what_to_write(arguments, hint):
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["verify", "mine"], ["merge", "runs/a", "-o", "out"], ["chat", "runs/a"], ["upload", "runs/a", "me/mine"],
+        ["export", "mine", "--to", "peft", "-o", "out"], ["generate", "runs/a", "hi"],
+        ["eval", "runs/a", "-o", "out", "--tasks", "nosuch"],
+        ["eval", "runs/a", "-o", "out", "--processes", "2"],
         ["verify", "runs/a/adapter"], ["merge", ".", "./nowhere", "-o", "out"], ["chat", "/nowhere"],
         ["export", "../nowhere", "--to", "peft", "-o", "out"], ["generate", "runs/a/adapter", "hi"],
         ["eval", "runs/a/adapter", "-o", "out"], ["upload", "runs/a/adapter", "me/mine"],
@@ -221,6 +225,32 @@ def test_ctrl_c_exits_with_130(place, tmp_path):
     assert code == 130, errors
     assert errors.startswith("dude: error[interrupted]: ")
     assert not (tmp_path / "out/adapter").exists()
+
+
+_INTERRUPTED_IMPORT = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["dude", "verify", "."]
+from dude_peft.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["typer", "dude_peft.kinds", "dude_peft.exporting.verify", "torch"])
+def test_ctrl_c_during_an_import_is_one_line_and_130(name, tmp_path):
+    program = _INTERRUPTED_IMPORT.format(name=name)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert assert_refused(done, 130, "interrupted") == "dude: error[interrupted]: stopped by Ctrl-C"
+
+
+def test_ctrl_c_before_a_command_begins_has_its_line():
+    program = "import dude_peft.cli as c; c.app = lambda **_: 130; c.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert assert_refused(done, 130, "interrupted") == "dude: error[interrupted]: stopped by Ctrl-C"
 
 
 @pytest.mark.slow

@@ -471,6 +471,8 @@ def test_a_run_proposes_its_own_held_out_rows_and_tasks(place, tmp_path, dude):
     scored = load_config(run, ["evaluation.tasks=[gsm8k]", f"evaluation.tasks_data_dir={task}"])
     ways = next_commands(scored, Path("o"), SimpleNamespace(after=None))
     assert ways[-2] == ["eval", "o/adapter", "--tasks", "gsm8k", "--data-dir", str(task), "-o", "o-scores"]
+    here = next_commands(scored, Path("."), SimpleNamespace(after=None))
+    assert here[-1][-1] == f"{Path.cwd()}-merged"  # not .-merged, which is hidden, and inside
 
 
 def test_a_tensor_of_another_shape_is_named(place, tmp_path, dude):

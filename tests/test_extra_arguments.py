@@ -156,15 +156,24 @@ def test_a_value_is_refused_before_the_model_is_loaded(places, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_full_determinism_is_on_while_the_run_trains(places, tmp_path, monkeypatch):
-    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # Trainer writes them for good
-    assert not torch.are_deterministic_algorithms_enabled()
-    try:
-        run(RunConfig(**settings(places, tmp_path / "out", extra_arguments={"full_determinism": True})), quiet=True)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_full_determinism_is_on_while_the_run_trains_and_not_behind_it(places, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    def switches():
+        cudnn = torch.backends.cudnn
+        return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, os.environ.get("CUDA_LAUNCH_BLOCKING")
+
+    seen, trained = [], Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, *rest, **named: seen.append(switches()) or trained(self, *rest, **named)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = switches()
+    assert not before[0]
+    run(RunConfig(**settings(places, tmp_path / "out", extra_arguments={"full_determinism": True})), quiet=True)
+    assert seen == [(True, True, "1")]
+    assert switches() == before
+    assert torch.backends.cudnn.benchmark
 
 
 def test_a_field_written_beside_the_keys_is_told_where_it_belongs(tmp_path):

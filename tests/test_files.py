@@ -184,6 +184,16 @@ def test_saving_twice_and_saving_what_was_loaded_give_the_same_bytes(trained, tm
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(("name", "targets"), [("mistral-gqa", "all-linear"), ("gemma3-tied", ["lm_head", "q_proj"])])
+def test_the_file_is_the_one_that_safetensors_would_write(name, targets, tmp_path):
+    get_peft_model(make(name), DudeConfig(r=4, target_modules=targets)).save_pretrained(tmp_path)
+    data = [(tmp_path / WEIGHTS).read_bytes(), safetensors.torch.save(tensors_of(tmp_path), metadata_of(tmp_path))]
+    starts = [8 + int.from_bytes(each[:8], "little") for each in data]
+    headers = [json.loads(each[8:start]) for each, start in zip(data, starts, strict=True)]
+    assert headers[0] == headers[1]
+    assert data[0][starts[0] :] == data[1][starts[1] :]
+
+
 def test_saving_while_merged_saves_the_adapter(trained, tmp_path):
     folder, expected = trained()
     model = load_adapter(make("mistral-gqa"), folder)

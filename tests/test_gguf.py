@@ -242,7 +242,7 @@ def test_programs_are_found_in_the_documented_order(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"set LLAMA_CPP .* pipx install"):
         find_converter()
-    with pytest.raises(ConfigError, match="pip install llama-cpp-python"):
+    with pytest.raises(ConfigError, match=r"pip install .dude-peft\[llama\]"):
         find_quantiser()
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -275,4 +275,4 @@ def test_reading_without_the_library_says_what_to_install(tmp_path):
         "from pathlib import Path; from dude_peft.exporting.llama_library import logits; logits(Path('x'), [[1]])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ConfigError: reading GGUF files needs llama-cpp-python: pip install llama-cpp-python" in done.stderr
+    assert "ConfigError: reading GGUF files needs llama-cpp-python: pip install 'dude-peft[llama]'" in done.stderr

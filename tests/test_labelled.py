@@ -290,7 +290,8 @@ def test_labelled_rows_under_another_objective_say_which_they_fit(places, tmp_pa
     with pytest.raises(DataError, match=r"labelled answers, not pairs, which fit train\.objective: kto"):
         start(kto(places, tmp_path / "out", train={"objective": "dpo"}))
     left_out = check_data(places / "train.jsonl", str(places / "model")).left_out
-    assert "left out: label (train.objective: kto learns from it) (24 of 24 rows)" in left_out
+    learns = "(train.objective: kto learns from it) (12 of 24 rows)"
+    assert f"left out: label: false, of an answer that is not wanted {learns}, label {learns}" in left_out
 
 
 def test_one_answer_and_one_label_are_told_before_anything_is_trained(places, tmp_path):

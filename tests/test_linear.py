@@ -99,6 +99,21 @@ def test_outputs_and_all_gradients_equal_the_textbook(dtype, bound, mode, princi
         assert relative_error(value, expected) <= bound, name
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_whose_factors_lie_in_shared_buffers_do_not_disturb_each_other(dtype, bound, bias):
+    # Large enough for a buffer, of different sizes, and the backward passes come long after both forward passes.
+    shapes = [(1031, 509, 33, (3, 101)), (515, 1023, 34, (9,))]
+    cases = [Case(dtype, True, True, bias, *shape, seed=seed) for seed, shape in enumerate(shapes)]
+    outputs = [case.fast(inside=True) for case in cases]
+    for case, y in zip(cases, outputs, strict=True):
+        with torch.no_grad():
+            assert torch.equal(case.fast(inside=True), y)
+        ours = [y.detach(), *torch.autograd.grad(y, case.leaves, case.dy)]
+        theirs = case.outputs_and_gradients(case.reference, "detached")
+        assert all(relative_error(*pair) <= bound for pair in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inside", [True, False])

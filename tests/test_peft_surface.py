@@ -6,8 +6,9 @@ import pytest
 import torch
 from method_rows import each_kind, each_ranked_kind
 from models import logits, make, perturb
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import merge_utils
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
@@ -225,6 +226,49 @@ def test_deleting_the_active_adapter_activates_another_as_a_whole(method):
         "d.weight",
         "d.bias",
     }
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize(
+    ("make_model", "settings"),
+    [
+        (small, {"target_modules": ["up", "down"], "modules_to_save": ["head"]}),
+        (lambda: make("gemma3-tied"), {"target_modules": ["embed_tokens", "q_proj"]}),
+        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8)), {"target_modules": ["0", "1"]}),
+    ],
+)
+def test_all_that_peft_freezes_is_frozen(make_model, settings, bias):
+    if isinstance(plain := make_model(), nn.Sequential) and bias != "none":
+        return  # which we refuse
+    tuner = get_peft_model(plain, DudeConfig(r=2, bias=bias, **settings)).base_model
+
+    def frozen_by(mark):
+        for parameter in tuner.parameters():
+            parameter.requires_grad_(True)
+        mark(tuner.model)
+        return [name for name, parameter in tuner.named_parameters() if not parameter.requires_grad]
+
+    expected = frozen_by(lambda model: BaseTuner._mark_only_adapters_as_trainable(tuner, model))
+    assert frozen_by(tuner._mark_only_adapters_as_trainable) == expected
+    assert expected
+
+
+def test_an_adapted_layer_has_no_more_modules_than_pefts():
+    ours, theirs = (
+        get_peft_model(nn.Sequential(nn.Linear(24, 40)), kind(r=3, target_modules=["0"]))
+        for kind in (DudeConfig, LoraConfig)
+    )
+    assert len(list(ours.modules())) <= len(list(theirs.modules()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_has_a_module_where_there_is_some(dropout):
+    model = get_peft_model(small(), config(lora_dropout=dropout))
+    layers = [module for module in model.modules() if isinstance(module, DudeLinear)]
+    assert [len(layer.lora_dropout) for layer in layers] == [int(dropout > 0)] * 2
+    model.eval().train()
+    move(model, "default")
+    assert torch.equal(out(model), out(model)) == (dropout == 0)
 
 
 def test_one_adapter_is_chosen_for_all_layers():

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "src" / "dude_peft"
 ROOMS = [
     "version",
     "errors",
+    "installing",
     "parents",
     "show",
     "names",
@@ -198,3 +199,19 @@ def test_no_pickle_and_no_eval_in_the_package():
                 assert call not in {"os.umask", "umask"}, f"{path}: other threads make files meanwhile"
                 trusts = [word.value for word in node.keywords if word.arg == "trust_remote_code"]
                 assert not any(ast.unparse(value) == "True" for value in trusts), path
+
+
+def test_what_installs_a_package_is_told_in_one_form():
+    from dude_peft.installing import _EXTRA_OF, install
+
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[project.")[0]
+    brought: dict[str, str] = {}
+    for extra, wanted in re.findall(r"^([\w-]+) = \[(.*)\]", section, re.MULTILINE):
+        for package in re.findall(r'"([\w-]+)', wanted):
+            brought.setdefault(package, extra)
+    assert brought == _EXTRA_OF
+    assert install("torchao", "bitsandbytes") == "pip install 'dude-peft[quant]'"
+    assert install("transformers>=5.3,<6", option="-U") == "pip install -U 'transformers>=5.3,<6'"
+    others = {path: path.read_text(encoding="utf-8") for path in modules() if path.name != "installing.py"}
+    texts = {path: re.sub(r'"""(?s:.*?)"""', "", text) for path, text in others.items()}
+    assert [str(path) for path, text in texts.items() if "pip install" in text] == []

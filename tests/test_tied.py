@@ -320,3 +320,23 @@ def test_what_cannot_follow_is_refused_and_left_alone():
     t5.encoder.embed_tokens.weight = t5.shared.weight
     with pytest.raises(ConfigError, match=r"'encoder.embed_tokens' .*is no plain linear layer"):
         peft.get_peft_model(t5, DudeConfig(r=2, target_modules=["shared"]))
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q_proj"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_are_added_before_the_adapter_counts_them(targets, tied):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    plain = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads))
+    config = DudeConfig(r=2, target_modules=targets, ensure_weight_tying=tied and targets != ["q_proj"])
+    model = peft.get_peft_model(plain, config)
+    model.resize_token_embeddings(40)
+    assert logits(model, torch.tensor([[1, 2]])).shape[-1] == 40
+    if targets == ["q_proj"]:
+        model.resize_token_embeddings(44)
+        assert logits(model, torch.tensor([[1, 2]])).shape[-1] == 44
+        return
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="resize the model first, then call get_peft_model or load_adapter"):
+        model.resize_token_embeddings(44)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before

@@ -323,6 +323,44 @@ def test_a_wrong_value_names_the_key_and_what_was_expected(file, override, hint)
     assert override in message or message.startswith(f"{file}:")
 
 
+MEANT = [
+    ("train.learning_rate=3e-4x", "expected a number, got '3e-4x'; write a plain decimal number, such as 3e-4"),
+    ("train.learning_rate=auto", "got 'auto'; write a plain decimal number, such as 3e-4, or delete the line"),
+    ("train.max_steps=ten", "got 'ten'; write a plain decimal number, such as 16, or delete the line"),
+    ("train.max_steps=1e3", "got 1000.0; write 1000"),
+    ("train.max_steps=[10]", "got [10]; write one value, without brackets"),
+    ("train.weight_decay=10%", "got '10%'; write 0.1"),
+    ("train.gradient_checkpointing=yes", "expected true or false, got 'yes'; write true"),
+    ("train.gradient_checkpointing='true'", "got 'true'; write true"),
+    ("train.gradient_checkpointing=Off", "got 'Off'; write false"),
+    ("data.packing=0", "got 0; write false"),
+    ("train.lr_scheduler_type=Cosine", "got 'Cosine'; closest: 'cosine'"),
+    ("train.optim=adam", "got 'adam'; closest: 'adamw_torch'"),
+    ("model.dtype=bf16", "got 'bf16'; closest: 'bfloat16'"),
+    ("model.dtype=fp16", "got 'fp16'; closest: 'float16'"),
+    ("adapter.budget={parameters: 1%, by: fischer}", "closest: 'fisher'"),
+    ("train.report_to=tensorboard", "expected a list, got 'tensorboard'; write [tensorboard]"),
+    ("adapter.rank_pattern=q_proj", "expected keys and values, got 'q_proj'; write {KEY: VALUE}"),
+    ("train.curriculum=length", "expected a section with keys, got 'length'; its keys: by, stages, "),
+    ("data.train=[a.jsonl]", "key 'data.train.0': expected a section with keys, got 'a.jsonl'; its keys: source, "),
+    ("data.train=[{path: a.jsonl}]", "key 'data.train.0.path' is unknown; known here: source, "),
+    ("evaluation=no", "got 'no'; its keys: enabled, "),
+    ("data.test=1", "key 'data.test': expected text or a list or a number < 1, got 1; write a share, such as 0.1"),
+    ("model.revision=12", "expected text, got 12; write '12', in quotes"),
+    ("output_dir=[a]", "expected text, got ['a']; write one value, without brackets"),
+]
+
+
+@pytest.mark.parametrize(("override", "hint"), MEANT, ids=[each[0] for each in MEANT])
+def test_a_wrong_value_tells_what_to_write(file, override, hint):
+    assert hint in refusal(file, override)
+
+
+def test_a_method_in_capitals_is_told_in_ours(file):
+    with pytest.raises(ConfigError, match="no method 'DuDe'; closest: 'dude'"):
+        load_config(file, ["adapter.method=DuDe"]).resolved()
+
+
 @pytest.mark.parametrize("missing", ["name_or_path: some/model", "train: a.jsonl", "output_dir: out"])
 def test_a_missing_key_is_named(file, missing):
     file.write_text(GOOD.replace(missing, "").replace("model:\n  \n", "model: {}\n"))

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError
 from dude_peft.kinds import checked
 
@@ -229,9 +228,11 @@ def evaluate(
     Raises:
         ConfigError, DataError, ArtifactError, NumericsError, ResourceError, BusyError: see errors.py.
     """
-    require_place(str(name))
     from dude_peft.evaluation.options import EvalOptions
     from dude_peft.evaluation.run import evaluate as scored
+    from dude_peft.model.load import require_known
+
+    require_known(str(name))
 
     options = EvalOptions(
         tuple(tasks), _path(data_dir), limit, seed, chat_template, num_fewshot, batch_size, _path(text), special_tokens

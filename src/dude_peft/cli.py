@@ -18,7 +18,6 @@ import typer
 from typer.core import TyperGroup
 
 import dude_peft
-from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DudeError, ResourceError, StoppedError
 from dude_peft.machine.out_of_memory import comes_of_memory
 from dude_peft.machine.processes import LAUNCHED, LOST, comes_of_another, is_launched
@@ -580,7 +579,9 @@ def upload(
     debug: _Debug = False,
 ) -> None:
     """Send an adapter to the hub, verified, with its model card."""
-    require_place(adapter)
+    from dude_peft.model.load import require_known
+
+    require_known(adapter)
     from dude_peft.exporting.upload import upload as run_upload
 
     run_upload(adapter, repository, private=private, folder=folder)
@@ -628,7 +629,9 @@ def chat(
     debug: _Debug = False,
 ) -> None:
     """Talk to an adapter or a model, at a terminal or through a pipe."""
-    require_place(name)
+    from dude_peft.model.load import require_known
+
+    require_known(name)
     from dude_peft.chat.talk import chat as run_chat
 
     try:
@@ -777,6 +780,9 @@ def evaluate(
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     if processes is not None:
         # A mistake is told before processes start.
+        from dude_peft.model.load import require_known
+
+        require_known(name)
         EvalOptions(names, data_dir, limit, seed, chat_template, num_fewshot, batch_size, text, special_tokens)
         launch_if_first("ddp", processes)
     try:
@@ -821,7 +827,7 @@ def report(
 
 
 def main() -> None:
-    """Entry point of the console script: runs the command and exits with its code."""
+    """Runs the command and exits with its code."""
     debug = "--debug" in sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows only ASCII must not end a run
@@ -831,6 +837,8 @@ def main() -> None:
             require_room()
             is_launched()  # a place among processes that no launcher gave is refused
         code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # typer's own way out, before a command has begun
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         _fail(StoppedError.label, "stopped by Ctrl-C", 128 + signal.SIGINT, debug=False)
     except Exception as error:

@@ -57,6 +57,11 @@ def require_place(name: str) -> None:
         raise ArtifactError(f"{shown(name, 300)}: no such folder; check the path, or wait until the run has finished")
 
 
+def named_folder(place: str | os.PathLike[str]) -> str:
+    """A folder or hub id as messages and records call it: `.` and `..` say nothing to who reads them elsewhere."""
+    return os.path.abspath(place) if Path(place).name in ("", "..") else os.fspath(place)
+
+
 class NoFileError(OSError):
     """A FIFO, a device or a socket stands where a file is wanted; `strerror` says which."""
 

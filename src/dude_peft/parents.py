@@ -15,6 +15,7 @@ from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 from dude_peft.errors import ConfigError
+from dude_peft.installing import PROJECT, install
 from dude_peft.version import __version__
 
 TESTED = {
@@ -171,5 +172,5 @@ def _refusal(package: str, what: str) -> ConfigError:
     newest = f"<={TESTED[package]}" if package in TESTED else ""
     return ConfigError(
         f"{package} {version} does not fit dude-peft {__version__}: {what}; "
-        f"run: pip install -U dude-peft '{package}{newest}'"
+        f"run: {install(PROJECT, f'{package}{newest}', option='-U')}"
     )

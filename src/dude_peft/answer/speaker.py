@@ -14,6 +14,7 @@ from dude_peft.config.reading import read_values
 from dude_peft.config.schema import SHARED_OUT, ModelSection
 from dude_peft.data.control_tokens import SPECIAL_TOKENS, ControlTokens
 from dude_peft.data.template import KINDS, Template
+from dude_peft.doors import named_folder
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.exporting.adapter import SavedAdapter, open_adapter, refuse_run_folder
 from dude_peft.exporting.base import source_named, source_of
@@ -37,7 +38,7 @@ class Speaker:
     """A model, ready to generate, on the fastest device there is."""
 
     name: str
-    """As it was asked for."""
+    """As it was asked for; of `.` the folder that it means."""
     model: Any
     tokenizer: Any
     ends: frozenset[int]
@@ -161,7 +162,9 @@ def open_speaker(
     ends = _only_ends_(model, tokenizer)
     template, special_tokens = writing_of(trained)
     adapted = saved is not None
-    return Speaker(name, model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation)
+    return Speaker(
+        named_folder(name), model, tokenizer, ends, adapted, template, special_tokens, sight, checkpoint_generation
+    )
 
 
 def _placed(

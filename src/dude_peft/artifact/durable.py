@@ -24,7 +24,7 @@ except ImportError:  # Windows has none; nothing is locked there
 _SPARE_BYTES = 16 << 20
 
 
-def replace_file(path: Path, data: bytes | Iterable[bytes], *, new: bool = False) -> None:
+def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview], *, new: bool = False) -> None:
     """Writes `path` whole: a reader sees the old file or the new one, never a part, also after a power cut.
 
     A symbolic link at `path` is replaced, never written through. Data may come in pieces, for files larger than memory.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,27 +98,48 @@ def chunks(stored: StoredTensor, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[me
     Raises:
         ArtifactError: the file ends early.
     """
-    buffer = memoryview(bytearray(min(chunk_bytes, max(1, stored.size))))
-    left = stored.size
-    with open_file(stored.file) as file:
-        file.seek(stored.offset)
-        while left:
-            view = buffer[: min(left, len(buffer))]
-            _fill(file, view, stored)
-            left -= len(view)
-            yield view
+    return (view for _, view in pieces([stored], chunk_bytes))
 
 
-def stored_sha256(stored: StoredTensor) -> str:
-    """Hexadecimal sha256 of a tensor's bytes on disk, which is `fingerprint.sha256_of` of its values.
+def pieces(
+    tensors: Sequence[StoredTensor], chunk_bytes: int = _CHUNK_BYTES
+) -> Iterator[tuple[StoredTensor, memoryview]]:
+    """`chunks` of several tensors, each with its tensor, in their order.
+
+    Args:
+        tensors: of one file, which is opened once.
+        chunk_bytes: of a piece at most.
 
     Raises:
         ArtifactError: the file ends early.
     """
-    digest = hashlib.sha256()
-    for view in chunks(stored):
-        digest.update(view)
-    return digest.hexdigest()
+    if not tensors:
+        return
+    buffer = memoryview(bytearray(min(chunk_bytes, max(stored.size for stored in tensors) or 1)))
+    with open_file(tensors[0].file) as file:
+        for stored in tensors:
+            file.seek(stored.offset)
+            left = stored.size
+            while left:
+                view = buffer[: min(left, len(buffer))]
+                _fill(file, view, stored)
+                left -= len(view)
+                yield stored, view
+
+
+def stored_sha256(tensors: Sequence[StoredTensor]) -> dict[str, str]:
+    """Name -> hexadecimal sha256 of a tensor's bytes on disk, which is `fingerprint.sha256_of` of its values.
+
+    Args:
+        tensors: of one file.
+
+    Raises:
+        ArtifactError: the file ends early.
+    """
+    digests = {stored.name: hashlib.sha256() for stored in tensors}
+    for stored, view in pieces(tensors):
+        digests[stored.name].update(view)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def byte_count(dtype: str, shape: Iterable[int]) -> int:

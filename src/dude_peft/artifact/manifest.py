@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from dude_peft.artifact.durable import replace_file
-from dude_peft.artifact.fingerprint import TensorPrint, is_print, sha256_of
+from dude_peft.artifact.fingerprint import TensorPrint, is_print
 from dude_peft.artifact.form import OUT_PROJECTION
-from dude_peft.artifact.header import DTYPES, StoredTensor, read_header, stored_sha256
+from dude_peft.artifact.header import DTYPES, StoredTensor, pieces, read_header, stored_sha256
 from dude_peft.artifact.sealed import content_sha256, file_sha256
 from dude_peft.core.threads import single_threaded_pool
 from dude_peft.doors import open_file, parse_json, read_json
 from dude_peft.errors import ArtifactError
+from dude_peft.installing import PROJECT, install
 from dude_peft.methods import METHODS
 from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
@@ -130,15 +130,19 @@ def stamp(
         OSError: the directory cannot be written; the file that was there stays.
     """
     path = directory / WEIGHTS_FILE
-    tensors = safetensors.torch.load_file(path)
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(left_out)}
-    hashes = {name: sha256_of([tensor]) for name, tensor in tensors.items()}
-    saved = {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in tensors}
+    kept = [stored for name, stored in read_header(path).tensors.items() if not name.startswith(left_out)]
+    hashes = _sha256(kept)
+    saved = {name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in hashes}
     # Of tied matrices PEFT saves one, and both go with it.
     tied = [base.beside[name] for name in saved & base.beside.keys() if len(base.beside[name]["shape"]) > 1]
     beside = {name: seen for name, seen in base.beside.items() if name not in saved and seen not in tied}
     metadata = sealed_metadata(config, replace(base, beside=beside), hashes, directory / CONFIG_FILE)
-    replace_file(path, _with_sorted_header(safetensors.torch.save(tensors, metadata)))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for stored in kept:  # as safetensors orders them
+        start, end = end, end + stored.size
+        header[stored.name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [start, end]}
+    replace_file(path, chain([sorted_header(header)], (view for _, view in pieces(kept))))
 
 
 def sealed_metadata(
@@ -171,7 +175,7 @@ def sealed_metadata(
 
 
 def _sealed(manifest: Manifest) -> dict[str, str]:
-    fields = {name: value for name, value in asdict(manifest).items() if value is not None}
+    fields = {name: value for name, value in vars(manifest).items() if value is not None}
     text = json.dumps(fields, sort_keys=True)
     return {"format": "pt", _KEY: text, _SEAL: _text_sha256(text)}
 
@@ -264,11 +268,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"'{path}': the DuDe manifest is damaged (its hash differs); copy the file again")
     manifest = _parse(header.metadata[_KEY], path)
     _check_names(set(header.tensors), set(manifest.tensors), path)
-    stored = list(header.tensors.values())
-    shares = [stored[first::_SHARES] for first in range(min(_SHARES, len(stored)))]  # a task a tensor costs more
-    with single_threaded_pool(len(shares)) as pool:  # reading and hashing let other threads run
-        hashes = {name: digest for found in pool.map(_hashes, shares) for name, digest in found.items()}
-    for name, digest in hashes.items():
+    for name, digest in _sha256(list(header.tensors.values())).items():
         if digest != manifest.tensors[name]:
             raise ArtifactError(
                 f"'{path}': tensor '{name}' differs from what was saved; copy the file again, or save it again"
@@ -281,8 +281,10 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _hashes(tensors: list[StoredTensor]) -> dict[str, str]:
-    return {stored.name: stored_sha256(stored) for stored in tensors}
+def _sha256(tensors: list[StoredTensor]) -> dict[str, str]:
+    shares = [tensors[first::_SHARES] for first in range(min(_SHARES, len(tensors)))]  # a task a tensor costs more
+    with single_threaded_pool(len(shares)) as pool:  # reading and hashing let other threads run
+        return {name: digest for found in pool.map(stored_sha256, shares) for name, digest in found.items()}
 
 
 def _missing(directory: Path, wanted: Path) -> str:
@@ -306,7 +308,7 @@ def _parse(text: str, path: Path) -> Manifest:
                 + (
                     "peft.PeftModel loads it for inference, but training has to start over"
                     if version in (1, 2)
-                    else "upgrade with: pip install -U dude-peft"
+                    else f"upgrade with: {install(PROJECT, option='-U')}"
                 )
             )
         manifest = Manifest(**fields)

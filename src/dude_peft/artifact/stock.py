@@ -25,7 +25,7 @@ row's first column and the magnitude is 0: stock PEFT then gives exactly 0 for t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ EXTRA_TRAINED, EXTRA_FROZEN = "lora_t.", "lora_f."
 _SAME_FACTORS = 1e-5
 
 
-@dataclass(frozen=True)
-class LayerTensors:
+class LayerTensors(NamedTuple):
     """The state of one adapted layer; what a method has not is None."""
 
     dA: Tensor | None
@@ -133,12 +132,12 @@ def start_tensors(
 
 def layer_tensors(delta: Delta | None, tensors: Mapping[str, Tensor]) -> LayerTensors:
     """State of a layer from what it keeps, named as in `start_tensors`; L and R are made here, where it has a delta."""
+    get = tensors.get
     if delta is None:
-        A0, B0, m0, dm = (tensors.get(name) for name in ("A0", "B0", "m0", "dm"))
-        return LayerTensors(tensors["dA"], tensors["dB"], A0, B0, m0, dm)
+        return LayerTensors(tensors["dA"], tensors["dB"], get("A0"), get("B0"), get("m0"), get("dm"))
     trained, frozen = ({name: tensors[name] for name in names} for names in (delta.trained, delta.frozen))
     L, R = delta.pair({**trained, **frozen})
-    return LayerTensors(dA=R, dB=L, m0=tensors.get("m0"), dm=tensors.get("dm"), trained=trained, frozen=frozen)
+    return LayerTensors(dA=R, dB=L, m0=get("m0"), dm=get("dm"), trained=trained, frozen=frozen)
 
 
 def stock_shapes(method: Method, r: int, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -18,9 +18,9 @@ from dude_peft.chat.kept import command_key, kept
 from dude_peft.chat.prompts import as_json, encode_prompts, left_out, read_prompts
 from dude_peft.data import parse_row
 from dude_peft.data.clock import at
-from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, DataError, ResourceError
 from dude_peft.kinds import checked
+from dude_peft.model.load import require_known
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -110,7 +110,7 @@ def generate(
     Raises:
         ConfigError, DataError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
-    require_place(str(name))
+    require_known(str(name))
     name = str(name)
     output = None if output is None else Path(output)
     prompts = [prompts] if isinstance(prompts, str) else prompts

@@ -24,6 +24,7 @@ from dude_peft.comparison.local import asked_threads
 from dude_peft.errors import ConfigError, ResourceError
 from dude_peft.folder.lock import lock_text
 from dude_peft.folder.record import REPORT
+from dude_peft.installing import install
 from dude_peft.machine.environment import versions
 from dude_peft.machine.launch import die_with_parent
 from dude_peft.show import shown
@@ -53,7 +54,7 @@ class Cluster:
             ConfigError: Ray is not installed.
         """
         if importlib.util.find_spec("ray") is None:
-            raise ConfigError("--engine ray needs Ray: pip install 'dude-peft[ray]'")
+            raise ConfigError(f"--engine ray needs Ray: {install('ray')}")
         self._address = address or "auto"
         self._jobs, self._warn = jobs, warn
         self._slots = 0
@@ -70,7 +71,7 @@ class Cluster:
             ConfigError: no cluster answers, no node holds a run, or a node does not see the folder.
         """
         if self._address.startswith("ray://") and importlib.util.find_spec("grpc") is None:
-            raise ConfigError(f"--address {shown(self._address)} needs Ray's client: pip install 'ray[client]'")
+            raise ConfigError(f"--address {shown(self._address)} needs Ray's client: {install('ray[client]')}")
         self._begin()
         try:
             self._call("connect", self._address, seconds=_CONNECT_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from dude_peft.comparison.cells import Cell, Grid
@@ -12,6 +13,7 @@ from dude_peft.comparison.folder import CompareFolder, right_of
 from dude_peft.comparison.outcome import Base, Comparison, Final, Trial
 from dude_peft.comparison.rows import Rows
 from dude_peft.comparison.tuning import Choice, Pruned, Stage
+from dude_peft.doors import named_folder
 from dude_peft.show import shown
 
 NO_RATE = "no setting of this method had trials that all ended well, so none was tested"
@@ -33,7 +35,7 @@ def gather(grid: Grid, folder: CompareFolder, rows: Rows, stage: Stage, finals: 
     missing = wanted - len(trials) - len(short) - len(tested)
     hashes = rows.hashes["test"] | {"validation": rows.hashes["tune"]["test"], "tuning": rows.hashes["tune"]["train"]}
     return Comparison(
-        name=folder.path.name,
+        name=Path(named_folder(folder.path)).name,
         methods=tuple(each.name for each in grid.contestants),
         primary=grid.config.primary,
         items=rows.items,

@@ -8,7 +8,6 @@ ruamel.yaml tells lines too, but follows aliases, and takes `017`, `0x10`, `1_00
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dude_peft.config.grid import GridConfig
+from dude_peft.config.meant import abbreviated, near, what_to_write
 from dude_peft.config.schema import DECIMAL, RunConfig, Section
 from dude_peft.config.trainer_fields import hint as trainer_hint
 from dude_peft.doors import NoFileError, open_file
@@ -397,15 +397,16 @@ def _explain(problems: list[Any], tree: _Tree) -> str:
     same = [each for each in problems if _real_key(tree, each["loc"]) == key]
     expected = " or ".join(dict.fromkeys(_expected(each) for each in same))
     came = problem["input"]
-    hint = ""
-    if isinstance(came, str) and re.match(r"[-+]?[\d.]", came.strip()) and "number" in expected:
-        hint = "; write a plain decimal number"
-    elif came is None:
-        hint = "; give a value, or delete the line"
+    if key == ("data", "test") and isinstance(came, dict) and list(came) == ["share"]:  # as it was read
+        came, hint = came["share"], "write a share, such as 0.1"
     elif problem["type"] == "model_type" and len(key) == 1 and (meant := _INSIDE.get(str(key[0]))):
-        hint = f"; closest: {meant!r}"
+        hint = f"closest: {meant!r}"
     elif key == ("train", "objective") and (told := _OF_OTHER_NAMES.get(str(came).lower())):
-        hint = f"; {told}"
+        hint = told
+    else:
+        section = _section_at(key, tree.kind)
+        hint = what_to_write(expected, came, [] if section is None else list(section.model_fields))
+    hint = hint and f"; {hint}"
     return f"{where}: key {name}: expected {expected}, got {_as_yaml(came)}{hint}"
 
 
@@ -499,10 +500,16 @@ def _deeper(kind: type[Section]) -> dict[str, str]:
     return found
 
 
-def _siblings(key: Key, kind: type[Section]) -> list[str]:
+def _section_at(key: Key, kind: type[Section]) -> type[Section] | None:
+    """The section that stands at a key, itself or in a list; None where a value does."""
     section: type[Section] | None = kind
-    for part in key[:-1]:
+    for part in key:
         section = _inside(section, part)
+    return section
+
+
+def _siblings(key: Key, kind: type[Section]) -> list[str]:
+    section = _section_at(key[:-1], kind)
     return _known_keys(kind) if section is None else list(section.model_fields)
 
 
@@ -510,26 +517,17 @@ def closest_key(key: Key, kind: type[Section] = RunConfig) -> str | None:
     """The known key that was probably meant: what other tools call so, the same word elsewhere, or one that is near."""
     prefix, last = ".".join(map(str, key[:-1])), str(key[-1])
     siblings = _siblings(key, kind)
+    if any(isinstance(part, int) for part in key):
+        return None  # the few keys of a list's sections: they are all told
     elsewhere = {known.rpartition(".")[2]: known for known in _known_keys(kind)}
     if meant := (our_key(last) if kind is RunConfig else None) or elsewhere.get(last):
         return meant
     if meant := _deeper(kind).get(last):
         return meant
-    if near := _near(last, siblings) or _abbreviated(last, siblings):
-        return f"{prefix}.{near}" if prefix else near
-    found = _near(last, list(elsewhere)) or _abbreviated(last, list(elsewhere))
+    if name := near(last, siblings) or abbreviated(last, siblings):
+        return f"{prefix}.{name}" if prefix else name
+    found = near(last, list(elsewhere)) or abbreviated(last, list(elsewhere))
     return elsewhere[found] if found else None
-
-
-def _near(word: str, names: list[str]) -> str | None:
-    """The name of which `word` is a misspelling; of two or three letters every word is."""
-    return next(iter(difflib.get_close_matches(word, [name for name in names if len(name) > 3], n=1, cutoff=0.6)), None)
-
-
-def _abbreviated(word: str, names: list[str]) -> str | None:
-    """The first name of which `word` is the initials, or a part."""
-    of_initials = [name for name in names if "_" in name and "".join(part[0] for part in name.split("_")) == word]
-    return next(iter(of_initials or [name for name in names if len(word) > 3 and word in name]), None)
 
 
 def _as_yaml(value: Any) -> str:

@@ -1320,7 +1320,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _something_to_evaluate(self) -> RunConfig:
         if self.evaluation.enabled and self.data.test is None:
-            raise ValueError("key 'data.test' is missing; add it, or set evaluation.enabled: false")
+            raise ValueError(
+                "key 'data.test' is missing, so nothing is held out; name other rows, or set data.test: 0.1 for a "
+                "tenth of the training rows; evaluation.enabled: false measures nothing"
+            )
         return self
 
     @model_validator(mode="after")
@@ -1561,7 +1564,7 @@ class RunConfig(Section):
             )
         method = METHODS.get(self.adapter.method)
         if method is None:
-            near = difflib.get_close_matches(self.adapter.method, METHODS, n=1)
+            near = difflib.get_close_matches(self.adapter.method.lower(), METHODS, n=1)
             hint = f"closest: {near[0]!r}" if near else f"known: {', '.join(METHODS)}"
             raise ConfigError(f"key 'adapter.method': there is no method {shown(repr(self.adapter.method))}; {hint}")
         if self.train.orthogonality and method.delta is not None:

@@ -12,7 +12,6 @@ and leave the fusing to the compiler.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -144,13 +143,14 @@ def spread(
     return dv, dot, None if left is None else dv @ left
 
 
-def _blocks(matrix: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _blocks(matrix: Tensor, *others: Tensor | None) -> list[tuple[Any, ...]]:
     """The same rows of all of them, in blocks; all rows at once but on a CPU in eager mode."""
     tensors = (matrix, *others)
     rows, columns = matrix.shape
     size = max(1, _BLOCK_ELEMENTS // max(1, columns))
     if rows <= size or not matrix.is_cpu or torch.compiler.is_compiling():
-        yield tensors
-        return
-    for start in range(0, rows, size):
-        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in tensors)
+        return [tensors]
+    return [
+        tuple(None if tensor is None else tensor[start : start + size] for tensor in tensors)
+        for start in range(0, rows, size)
+    ]

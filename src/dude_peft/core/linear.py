@@ -36,11 +36,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dude_peft.core.compose import compose, spread
 from dude_peft.core.precision import cast, no_autocast
+from dude_peft.core.scratch import buffer, has_scratch
 
 # From this many tokens on, a float32 layer that keeps a copy of v keeps it as bfloat16; None: always in full. No output
 # feels it, and one gradient does, the magnitude's: each term dy * v of its sum over tokens is rounded by up to 2^-9,
 # up or down. Over 1,024 tokens of noise the sum moves by about 1e-3 of its size (`tests/test_linear.py`).
 COMPACT_TOKENS: int | None = 512
+# Elements of x A^T up to which its other half is kept beside it: less than a copy costs.
+_NOT_COPIED = 1 << 13
+# Elements of L and R for which a buffer pays: fewer are quickly had, and more would stay for nothing.
+_LEAST_BUFFERED, _MOST_BUFFERED = 1 << 15, 1 << 22
 
 # A frozen layer without its bias, on (tokens, in) rows: what `base` was before the bias, for a second time.
 FrozenRows = Callable[[Tensor], Tensor]
@@ -139,12 +144,14 @@ def _forward(
     compute = base_out.dtype
     with no_autocast(base_out.device.type):
         left, right = _stack(dA, dB, A0, B0, compute)
-        base = base_out.reshape(-1, base_out.shape[-1])
-        u = cast(seen.reshape(-1, seen.shape[-1]), compute)
+        base = _rows(base_out)
+        u = cast(_rows(seen), compute)
         if right is not None:
-            u = u @ right.T  # (tokens, 2r)
+            u = torch.nn.functional.linear(u, right)  # (tokens, 2r)
         y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
-        # A view could not be changed in place by the code behind the layer.
+        # A view could not be changed in place by the code behind the layer. torch's product with a bias may be one.
+        if y is base and base_out.is_contiguous() and not base_out._is_view():
+            return base_out, u, kept  # whose memory y is
         return torch.ops.aten._unsafe_view.default(y, base_out.shape), u, kept
 
 
@@ -182,7 +189,8 @@ class _AdaptedLinear(torch.autograd.Function):
         inputs = (base_out, x, weight, x_change)
         y, u, kept = _forward(inputs, dA, dB, A0, B0, gain, bias, scaling, keep)
         if B0 is not None and dA is not None:
-            u = u[:, : dA.shape[0]].contiguous()  # x A^T is all that the backward reads
+            u = u[:, : dA.shape[0]]  # x A^T is all that the backward reads
+            u = u if u.numel() <= _NOT_COPIED else u.contiguous()
         ctx.changes = source = None
         if needs_kept and kept is None:
             kept, ctx.changes = _watched(y)
@@ -214,31 +222,32 @@ class _AdaptedLinear(torch.autograd.Function):
         need_change = need_change or (need_x and ctx.one_input)
         with no_autocast(dy.device.type):
             left, right = _stack(dA, dB, A0, B0, compute)
-            dy_rows = dy.reshape(-1, dy.shape[-1])
+            dy_rows = _rows(dy)
             grad_x = grad_change = grad_dA = grad_dB = grad_gain = grad_bias = grad_dm = None
             kept_is_v = ctx.kept_is_v
             if ctx.changes is not None and ctx.changes():
                 source = seen if source is None else source
                 kept, kept_is_v = _product_again(source, seen, weight, left, right, scaling, ctx.frozen_rows), True
-            kept_rows = None if kept is None else kept.reshape(dy_rows.shape)
+            kept_rows = None if kept is None else _rows(kept)
             dv, dot, w = spread(dy_rows, gain, kept_rows, left if need_change or need_dA else None, not need_base)
             grad_base = dv.view(dy.shape) if need_base else None
             if need_x and weight is not None:
                 grad_x = dv @ weight
             if w is not None:
-                w = w.mul_(scaling)  # (tokens, 2r)
                 if grad_x is not None and ctx.one_input:
-                    grad_x = grad_x.add_(w) if right is None else grad_x.addmm_(w, right)
+                    more = (w,) if right is None else (w, right)
+                    grad_x = (grad_x.add_ if right is None else grad_x.addmm_)(*more, alpha=scaling)
                 elif need_change:
-                    grad_change = cast((w if right is None else w @ right).view(seen.shape), seen.dtype)
+                    change = (w if right is None else w @ right).mul_(scaling)
+                    grad_change = cast(change.view(seen.shape), seen.dtype)
                 if need_dA:
                     r = dA.shape[0]
-                    through_B = w if B0 is None else w[:, :r] + w[:, r:]
-                    grad_dA = cast(through_B.T @ cast(seen.reshape(-1, seen.shape[-1]), compute), dA.dtype)
-            if grad_x is not None:
+                    through_B = w if B0 is None else w.view(-1, 2, r).sum(dim=1)
+                    grad_dA = _product(through_B.T, cast(_rows(seen), compute), dA, scaling)
+            if grad_x is not None and seen.ndim != 2:
                 grad_x = grad_x.view(seen.shape)
             if need_dB:
-                grad_dB = cast(dv.T @ u, dB.dtype).mul_(scaling)
+                grad_dB = _product(dv.T, u, dB, scaling)
             if dot is not None:
                 dg = dot if kept_is_v else dot / cast(gain, dot.dtype)
                 grad_gain = cast(dg, gain.dtype) if need_gain else None
@@ -277,7 +286,7 @@ def _product_again(
     frozen_rows: FrozenRows | None,
 ) -> Tensor:
     """The product v without its bias, (tokens, out): for an output that is not there any more."""
-    rows, change_rows = (cast(t.reshape(-1, t.shape[-1]), left.dtype) for t in (source, seen))
+    rows, change_rows = (cast(_rows(t), left.dtype) for t in (source, seen))
     if weight is not None:
         base = rows @ weight.T
     elif frozen_rows is None:
@@ -296,4 +305,21 @@ def _stack(
         return cast(dB, dtype), None
     if A0 is None or B0 is None:
         return cast(dB, dtype), cast(dA, dtype)
-    return cast(torch.cat([dB, B0], dim=1), dtype), cast(torch.cat([A0 + dA, dA]), dtype)
+    left = right = None
+    (out, r), in_ = dB.shape, dA.shape[1]
+    if _LEAST_BUFFERED <= 2 * r * max(out, in_) <= _MOST_BUFFERED and dA.dtype == dB.dtype == dtype and has_scratch(dB):
+        # Whoever called is done with them before the next layer's turn.
+        left, right = buffer((out, 2 * r), dtype, "L"), buffer((2 * r, in_), dtype, "R")
+    return cast(torch.cat([dB, B0], dim=1, out=left), dtype), cast(torch.cat([A0 + dA, dA], out=right), dtype)
+
+
+def _product(left: Tensor, right: Tensor, factor: Tensor, scaling: float) -> Tensor:
+    """`s left right`, the gradient of a factor, in its shape and dtype."""
+    if left.dtype == factor.dtype:
+        return torch.addmm(factor, left, right, beta=0, alpha=scaling)  # the factor itself is not read
+    return cast(left @ right, factor.dtype).mul_(scaling)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(*, n) as (tokens, n)."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOTHING = nullcontext()
+
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; itself where it has it."""
@@ -21,4 +23,4 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Within: no operation is cast by torch's autocast."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return _NOTHING

@@ -269,9 +269,10 @@ class _Reader:
             tools = self._tools()
         preference = {shown(name, 60) for name in PREFERENCE}
         rest = [f"{name} (preference data)" if name in preference else name for name in self.record.left_out()]
-        if isinstance(self.record.peek("label"), bool):  # false is an answer that nobody wants
+        if isinstance(label := self.record.peek("label"), bool):
             name = self.record.name("label")
-            rest = [f"{each} ({objectives_for('labels')} learns from it)" if each == name else each for each in rest]
+            told = name if label else f"{name}: false, of an answer that is not wanted"
+            rest = [f"{told} ({objectives_for('labels')} learns from it)" if each == name else each for each in rest]
         return Row(
             tuple(messages),
             self.source,

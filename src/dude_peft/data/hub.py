@@ -7,6 +7,7 @@ from typing import Any
 from dude_peft.data.bad_rows import good_rows
 from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
+from dude_peft.installing import install
 from dude_peft.show import shown
 
 
@@ -20,7 +21,7 @@ def hub_rows(name: str, split: str, limit: int | None, reading: Reading) -> Iter
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{shown_id}: no such file, and hub data sets need the datasets package: pip install 'dude-peft[train]', "
+            f"{shown_id}: no such file, and hub data sets need the datasets package: {install('datasets')}, "
             "or use a local .jsonl file or builtin:word-problems"
         ) from error
     repository, _, config = name.partition(":")

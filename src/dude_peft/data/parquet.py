@@ -11,6 +11,7 @@ from dude_peft.data.columns import told
 from dude_peft.data.file_lines import MAX_LINE_BYTES, opened
 from dude_peft.data.formats import Reading, Row
 from dude_peft.errors import DataError
+from dude_peft.installing import install
 from dude_peft.show import quoted, shown
 
 _BATCH_ROWS = 256
@@ -39,7 +40,7 @@ def _records(stream: BufferedReader, name: str, reading: Reading) -> Iterator[tu
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DataError(
-            f"{name}: Parquet files need the pyarrow package: pip install 'dude-peft[train]', or write it as .jsonl"
+            f"{name}: Parquet files need the pyarrow package: {install('pyarrow')}, or write it as .jsonl"
         ) from error
     try:
         file = parquet.ParquetFile(stream)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.doors import NoFileError, read_file
 from dude_peft.errors import ConfigError, DataError, ResourceError
+from dude_peft.installing import install
 from dude_peft.show import quoted, shown
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST_BYTES = 64 * 2**20
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
-INSTALL = "images need Pillow, which is not installed: pip install 'dude-peft[vision]'"
+INSTALL = f"images need Pillow, which is not installed: {install('pillow')}"
 """What is said where it is missing."""
 _WIDE = ("I", "F")
 """Beginnings of Pillow's modes of 16 and 32 bits, whole numbers and fractions: as RGB they are cut, not scaled."""

@@ -19,9 +19,10 @@ from dude_peft.data.formats import Row
 from dude_peft.data.pictures import Picture, opened
 from dude_peft.data.template import Pieces
 from dude_peft.errors import ConfigError, DataError, DudeError, ResourceError
+from dude_peft.installing import install
 from dude_peft.show import quoted, reason_of
 
-TOO_OLD = "rows with images need transformers 5.12 or newer: pip install -U transformers"
+TOO_OLD = f"rows with images need transformers 5.12 or newer: {install('transformers', option='-U')}"
 """What is said where its processors do not tell what they write in place of an image."""
 _OF_TEXT = ("input_ids", "attention_mask")
 _TYPES = ("mm_token_type_ids", "token_type_ids")

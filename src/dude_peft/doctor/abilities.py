@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dude_peft.doctor.devices import Seen
 from dude_peft.errors import DudeError
+from dude_peft.installing import install
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ def abilities(devices: Sequence[Seen]) -> list[Ability]:
     kinds = {device.kind for device in devices}
     gpu = bool(kinds & {"cuda", "rocm"})
     return [
-        _of_package("quantised bases (bitsandbytes)", "bitsandbytes", "quant"),
-        _of_package("quantised bases (torchao)", "torchao", "quant"),
+        _of_package("quantised bases (bitsandbytes)", "bitsandbytes", "bitsandbytes"),
+        _of_package("quantised bases (torchao)", "torchao", "torchao"),
         _of_package("GGUF bases", "gguf", "gguf"),
-        _of_package("hub data sets", "datasets", "train"),
-        _of_package("rows with images", "PIL", "vision"),
+        _of_package("hub data sets", "datasets", "datasets"),
+        _of_package("rows with images", "PIL", "pillow"),
         _of_package("TRL's trainers", "trl", "trl"),
-        _of_package("Liger's kernels", "liger_kernel", "liger"),
+        _of_package("Liger's kernels", "liger_kernel", "liger-kernel"),
         _of_package("comparisons on a Ray cluster", "ray", "ray"),
         _deepspeed(gpu),
         _flash_attention(gpu),
@@ -39,14 +40,14 @@ def abilities(devices: Sequence[Seen]) -> list[Ability]:
     ]
 
 
-def _of_package(name: str, module: str, extra: str) -> Ability:
+def _of_package(name: str, module: str, package: str) -> Ability:
     there = importlib.util.find_spec(module) is not None
-    return Ability(name, there, "installed" if there else f"pip install 'dude-peft[{extra}]'")
+    return Ability(name, there, "installed" if there else install(package))
 
 
 def _deepspeed(gpu: bool) -> Ability:
     if importlib.util.find_spec("deepspeed") is None:
-        return Ability("DeepSpeed", False, "pip install deepspeed")
+        return Ability("DeepSpeed", False, install("deepspeed"))
     return Ability("DeepSpeed", gpu, "installed" if gpu else "installed, but it needs a GPU")
 
 
@@ -55,7 +56,7 @@ def _flash_attention(gpu: bool) -> Ability:
     if not gpu:
         return Ability(name, False, "needs a CUDA or ROCm GPU")
     there = importlib.util.find_spec("flash_attn") is not None
-    return Ability(name, there, "installed" if there else "pip install flash-attn --no-build-isolation")
+    return Ability(name, there, "installed" if there else install("flash-attn", option="--no-build-isolation"))
 
 
 def _llama_cpp() -> Ability:
@@ -67,4 +68,4 @@ def _llama_cpp() -> Ability:
     except DudeError as error:
         return Ability(name, False, str(error))
     there = importlib.util.find_spec("llama_cpp") is not None
-    return Ability(name, there, "converter found" if there else "pip install 'dude-peft[llama]' adds a check")
+    return Ability(name, there, "converter found" if there else f"{install('llama-cpp-python')} adds a check")

@@ -8,7 +8,8 @@ from importlib import metadata
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-_PROJECT = "dude-peft"
+from dude_peft.installing import PROJECT, install
+
 _EXTRA = re.compile(r"extra == ['\"]([\w-]+)['\"]")
 # Not requirements of ours, but what some runs use.
 _OTHERS = ("triton", "deepspeed", "flash-attn")
@@ -44,14 +45,14 @@ class Package:
         if self.state == "ok":
             return ""
         if self.extra is not None:
-            return f"pip install -U '{_PROJECT}[{self.extra}]'"
-        return f"pip install -U '{self.name}{self.wanted}'" if self.required else ""
+            return install(f"{PROJECT}[{self.extra}]", option="-U")
+        return install(f"{self.name}{self.wanted}", option="-U") if self.required else ""
 
 
 def packages() -> list[Package]:
     """What the installed project itself says that it wants, in its order, then what it can use."""
     found: dict[str, Package] = {}
-    for text in metadata.requires(_PROJECT) or ():
+    for text in metadata.requires(PROJECT) or ():
         try:
             wanted = Requirement(text)
         except InvalidRequirement:

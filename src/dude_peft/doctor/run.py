@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.artifact.json_text import json_text
 from dude_peft.doctor.packages import Package, packages
 from dude_peft.errors import ConfigError, DudeError, ResourceError
+from dude_peft.installing import install
 from dude_peft.parents import refusal_of
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
@@ -76,8 +77,8 @@ def _first_problem(installed: list[Package]) -> DudeError | None:
     if not bad:
         return None
     states = ", ".join(f"{package.name} is {package.state}" for package in bad)
-    wanted = " ".join(f"'{package.name}{package.wanted}'" for package in bad)
-    return ConfigError(f"{states}; pip install -U {wanted}")
+    wanted = [f"{package.name}{package.wanted}" for package in bad]
+    return ConfigError(f"{states}; {install(*wanted, option='-U')}")
 
 
 def _machine(display: Display, found: dict[str, Any]) -> DudeError | None:

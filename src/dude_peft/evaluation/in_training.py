@@ -20,6 +20,7 @@ from dude_peft.evaluation.record import TASKS
 from dude_peft.evaluation.run import load_chosen, make_output, measure, score_as_it_is
 from dude_peft.evaluation.task_names import check_names
 from dude_peft.evaluation.tasks import write_local
+from dude_peft.installing import install
 from dude_peft.machine import processes
 from dude_peft.training.progress import Display
 from dude_peft.training.task_scores import TaskScore
@@ -46,7 +47,7 @@ class TasksOfRun:
             DataError: the folder of the data, or the text, is not there.
         """
         if settings.tasks and importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError("evaluation.tasks needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
+            raise ConfigError(f"evaluation.tasks needs lm-evaluation-harness: {install('lm-eval')}")
         try:
             self._options = EvalOptions(
                 tasks=tuple(settings.tasks),

@@ -23,10 +23,11 @@ from dude_peft.evaluation.options import EvalOptions
 from dude_peft.evaluation.record import ANSWERS, RESULTS, SAMPLES, TASKS, Evaluation, Measure
 from dude_peft.evaluation.scorer import SEEDS, Scorer, libraries
 from dude_peft.evaluation.task_names import GSM8K, check_names, is_yaml
+from dude_peft.installing import install
 from dude_peft.machine import processes
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
-from dude_peft.terminal.next_steps import tell_next
+from dude_peft.terminal.next_steps import beside, tell_next
 from dude_peft.terminal.quiet import gathered_warnings, quiet_imports
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def evaluate(
     """
     processes.is_launched()  # a place among processes that no launcher gave is refused
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("dude eval needs lm-evaluation-harness: pip install 'dude-peft[eval]'")
+        raise ConfigError(f"dude eval needs lm-evaluation-harness: {install('lm-eval')}")
     _check_output(output, overwrite)
     check_names(options.tasks)
     first = processes.is_first()
@@ -90,7 +91,7 @@ def evaluate(
             name, base=base, gguf_file=gguf_file, notes=display, device_map=device_map, max_memory=max_memory
         )
         found = measure(speaker, options, output, display=display, chosen=chosen)
-    tell_next(display, ["report", str(output), "-o", f"{output}.html"])
+    tell_next(display, ["report", str(output), "-o", beside(output, ".html")])
     return found
 
 

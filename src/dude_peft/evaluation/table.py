@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dude_peft.evaluation.record import Evaluation, facts_of
 from dude_peft.evaluation.task_names import GSM8K
+from dude_peft.installing import install
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.facts import show_facts
 
@@ -21,7 +22,7 @@ def show(display: Display, evaluation: Evaluation) -> None:
             for task, count in by_task.items():
                 display.warn(f"{task}, {whose}: {count} {one if count == 1 else many}{cut}")
     if evaluation.second_opinion is None and any(measure.task in GSM8K for measure in evaluation.measures):
-        display.say("no second opinion on GSM8K's answers: pip install 'dude-peft[math]'")
+        display.say(f"no second opinion on GSM8K's answers: {install('math-verify')}")
     for task, found in (evaluation.second_opinion or {}).items():
         display.say(
             f"{task}: math-verify judges {len({one.doc_id for one in found})} answers differently; see results.json"

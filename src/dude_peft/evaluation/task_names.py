@@ -63,7 +63,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """What is said of a name that no task has, with the closest of those that are known."""
-    names = [*GROUPS, *GSM8K, WORDMATH, *known]
+    names = [*GROUPS, *GSM8K, WORDMATH, *(name for name in known if "\\" not in name)]  # escapes of YAML are no names
     close = dict.fromkeys(difflib.get_close_matches(name, names, n=4, cutoff=0.5))
     hint = f"did you mean {', '.join(map(quoted, close))}?" if close else "`lm-eval ls tasks` lists all tasks"
     return f"--tasks: there is no task {quoted(name)}; {hint}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.installing import install
 from dude_peft.show import shown
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _library() -> Any:
     try:
         import llama_cpp
     except ImportError as error:
-        raise ConfigError("reading GGUF files needs llama-cpp-python: pip install llama-cpp-python") from error
+        raise ConfigError(f"reading GGUF files needs llama-cpp-python: {install('llama-cpp-python')}") from error
     return llama_cpp
 
 

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from dude_peft.errors import ConfigError
+from dude_peft.installing import install
 from dude_peft.show import shown
 
 VARIABLE = "LLAMA_CPP"
@@ -73,7 +74,7 @@ def find_quantiser(folder: Path | None = None) -> list[str]:
         return [sys.executable, "-m", _LIBRARY]
     raise ConfigError(
         f"this quantisation needs llama.cpp's {_QUANTISER}, which was not found; build it in the LLAMA_CPP folder, "
-        "run pip install llama-cpp-python, or choose F32, F16, BF16 or Q8_0"
+        f"run {install('llama-cpp-python')}, or choose F32, F16, BF16 or Q8_0"
     )
 
 

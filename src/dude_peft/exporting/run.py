@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.artifact.durable import disk_errors, refuse_existing, whole_folder
 from dude_peft.artifact.json_text import json_text
-from dude_peft.doors import require_place
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.installing import install
 from dude_peft.kinds import checked
+from dude_peft.model.load import require_known
 from dude_peft.show import shown
 from dude_peft.task_types import CAUSAL, SCORES
 from dude_peft.terminal.display import Display
@@ -111,7 +112,7 @@ def export(
     Raises:
         ConfigError, ArtifactError, NumericsError, ResourceError: see errors.py.
     """
-    require_place(str(adapter))
+    require_known(str(adapter))
     target = parse_target(to)
     if target.kind == "lora" and target.rank is None and (max_kl is None or not verify):
         raise ConfigError(
@@ -163,7 +164,7 @@ def merge(
     """
     adapters = [adapters] if isinstance(adapters, (str, Path)) else adapters
     for adapter in adapters:
-        require_place(str(adapter))
+        require_known(str(adapter))
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one --weight for each adapter")
@@ -301,7 +302,8 @@ class _Export:
 
         name = check_gguf(target.quantisation)
         if self.settings.verify and importlib.util.find_spec("llama_cpp") is None:
-            raise ConfigError("reading a GGUF file back needs llama-cpp-python: pip install it, or add --no-verify")
+            how = install("llama-cpp-python")
+            raise ConfigError(f"reading a GGUF file back needs llama-cpp-python: {how}, or add --no-verify")
         return Target(target.kind, quantisation=name)
 
     def _make(self, target: Target, base: Base, folder: Path, scratch: Path) -> dict[str, Any]:

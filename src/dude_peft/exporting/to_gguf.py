@@ -10,6 +10,7 @@ from dude_peft.artifact.durable import refuse_existing, staging, sync
 from dude_peft.doors import open_file, read_json
 from dude_peft.errors import ConfigError, DudeError, ResourceError
 from dude_peft.exporting.llama_tools import find_converter, find_quantiser
+from dude_peft.installing import install
 from dude_peft.show import shown
 from dude_peft.tuner.config import closest
 
@@ -149,7 +150,7 @@ def _failure(what: str, done: subprocess.CompletedProcess[str]) -> DudeError:
         return ResourceError(f"no space left on the disk for the GGUF file (llama.cpp's {what}: {last})")
     if "ModuleNotFoundError: No module named" in last:
         module = last.rpartition("named ")[2].strip("'")
-        return ConfigError(f"llama.cpp's {what} needs {module} where it runs: pip install {module}")
+        return ConfigError(f"llama.cpp's {what} needs {module} where it runs: {install(module)}")
     for sign, reason in _REASONS.items():
         if sign in said:
             return ConfigError(f"{reason} ({last})")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dude_peft.doors import require_place
+from dude_peft.doors import named_folder
 from dude_peft.errors import ConfigError, NumericsError
 from dude_peft.exporting.serving import PROGRAMS, Serving, serving_matrix
 from dude_peft.kinds import checked
+from dude_peft.model.load import require_known
 from dude_peft.peft_file import is_foreign
 from dude_peft.show import shown
 from dude_peft.task_types import SCORES
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 class Verification:
     """What is known of an adapter whose files are whole, unedited and finite."""
 
+    adapter: str
+    """Its folder or hub id."""
     method: str
     r: int
     """0 where the method has no rank; then lora_alpha has no meaning."""
@@ -53,7 +56,10 @@ class Verification:
         what = f"{rank}, {self.layers} layers, {self.trained_numbers:,} trained parameters"
         if is_foreign(self.method):
             what = f"an adapter of stock PEFT, {self.trained_numbers:,} saved numbers"
-        lines = [f"{self.method}, {what}, base model {shown(self.base_model, 300)}"]
+        lines = [
+            f"adapter {shown(self.adapter, 300)}",
+            f"{self.method}, {what}, base model {shown(self.base_model, 300)}",
+        ]
         if self.saved_whole:
             lines.append(f"saved in full: {shown(', '.join(self.saved_whole), 300)}")
         lines.append("files: complete, unchanged, finite")
@@ -94,7 +100,7 @@ def verify(
         NumericsError: NaN or Inf.
         ConfigError: the base model cannot be found.
     """
-    require_place(str(adapter))
+    require_known(str(adapter))
     display = Display(quiet=quiet)
     with display.waiting("imports"), quiet_imports():
         from dude_peft.exporting.adapter import open_adapter
@@ -117,6 +123,7 @@ def verify(
         merged = config.is_stock or config.spec.normalised or not config.target_parameters
         warnings.append(f"{refusal}; use --to {'merged' if merged else 'peft'}")
     found = Verification(
+        adapter=named_folder(adapter),
         method=config.method,
         r=config.r if config.spec.ranked else 0,
         lora_alpha=config.lora_alpha,
@@ -173,6 +180,7 @@ def _verify_foreign(adapter: ForeignAdapter, base: str | None, gguf_file: str | 
         with display.waiting("comparing the base weights"):
             check_base(load_model(source, locate(source)), adapter.record, str(adapter.folder))
     found = Verification(
+        adapter=named_folder(adapter.folder),
         method=adapter.method,
         r=0,
         lora_alpha=0,

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from dude_peft.artifact.fingerprint import TensorPrint
 from dude_peft.errors import ConfigError, NumericsError
+from dude_peft.installing import install
 from dude_peft.show import shown
 from dude_peft.terminal.quiet import quiet_imports
 from dude_peft.tuner import frozen
@@ -43,7 +44,7 @@ def check_format(name: str) -> None:
     if name not in FORMATS:
         raise ConfigError(f"--quantize {shown(name)}: choose {' or '.join(FORMATS)}")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"--quantize {name} needs bitsandbytes: pip install 'dude-peft[quant]'")
+        raise ConfigError(f"--quantize {name} needs bitsandbytes: {install('bitsandbytes')}")
 
 
 def quantise(W: Tensor, form: str, dtype: torch.dtype, where: str) -> QuantisedWeight:

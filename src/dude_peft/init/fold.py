@@ -280,5 +280,5 @@ def _pieces(part: Path, prefix: str) -> list[Piece]:
     found = []
     for name, stored in read_header(part).tensors.items():
         content = lambda stored=stored: chunks(stored)  # noqa: E731
-        found.append(Piece(prefix + name, stored.dtype, stored.shape, content, stored_sha256(stored)))
+        found.append(Piece(prefix + name, stored.dtype, stored.shape, content, stored_sha256([stored])[name]))
     return found

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from dude_peft.errors import ConfigError, ResourceError
+from dude_peft.installing import install
 from dude_peft.machine.processes import LAUNCHED, LOST, count, is_launched
 from dude_peft.machine.stop import handled_by
 from dude_peft.show import shown
@@ -49,7 +50,7 @@ def launch_if_first(strategy: str, processes: int | None) -> None:
     """
     check_known(strategy)
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("--launch zero3 needs DeepSpeed: pip install deepspeed")
+        raise ConfigError(f"--launch zero3 needs DeepSpeed: {install('deepspeed')}")
     if is_launched():
         if processes is not None and processes != count():
             raise ConfigError(

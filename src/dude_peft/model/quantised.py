@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dude_peft.config.schema import BITSANDBYTES, ModelSection, QuantizationSection
 from dude_peft.errors import ConfigError
+from dude_peft.installing import install
 from dude_peft.show import reason_of, shown
 from dude_peft.terminal.quiet import quiet_imports
 
@@ -210,7 +211,7 @@ def check_installed(method: str) -> None:
     library = "bitsandbytes" if method in BITSANDBYTES else "torchao"
     known = method in BITSANDBYTES or method.startswith(_TORCHAO)
     if known and importlib.util.find_spec(library) is None:
-        raise ConfigError(f"model.quantization: {method} needs {library}: pip install 'dude-peft[quant]'")
+        raise ConfigError(f"model.quantization: {method} needs {library}: {install(library)}")
 
 
 def check_trains(quantiser: Any, config: Mapping[str, Any] | None) -> None:

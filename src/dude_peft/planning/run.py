@@ -14,6 +14,7 @@ from dude_peft.config.schema import DpoSection, KtoSection, RunConfig, ShareSect
 from dude_peft.data.objectives import KINDS
 from dude_peft.errors import ConfigError
 from dude_peft.folder.run_folder import check_output_dir
+from dude_peft.installing import install
 from dude_peft.machine.launch import number_of
 from dude_peft.model.load import code_note, load_settings, load_tokenizer, locate, with_only_gguf
 from dude_peft.rewards.notes import reward_notes
@@ -71,7 +72,7 @@ def plan(
         glance(config)
         by_bitsandbytes = config.train.optim.endswith("bit") or config.train.optim == "ademamix"
         if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: pip install 'dude-peft[quant]'")
+            raise ConfigError(f"train.optim: {config.train.optim} needs bitsandbytes: {install('bitsandbytes')}")
         scorer = scorer_for(config.evaluation, config.data.special_tokens, scorer_of)
         check_placement(config, processes)
         warnings += check_strategy(config, strategy, processes, scored=scorer is not None)

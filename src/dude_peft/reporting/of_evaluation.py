@@ -29,7 +29,7 @@ from dude_peft.reporting.document import (
     table,
 )
 from dude_peft.show import shown
-from dude_peft.terminal.next_steps import word
+from dude_peft.terminal.next_steps import beside, word
 
 _MOST_SAMPLES = 6
 """Of each kind and task."""
@@ -258,5 +258,5 @@ def _opinions(found: Evaluation) -> Iterator[Table]:
 def _next(found: Evaluation) -> Commands:
     commands = [["chat", found.model]]
     if found.adapted:
-        commands.append(["export", found.model, "--to", "merged", "-o", f"{found.model}-merged"])
+        commands.append(["export", found.model, "--to", "merged", "-o", beside(found.model, "-merged")])
     return Commands(tuple(f"dude {' '.join(map(word, words))}" for words in commands))

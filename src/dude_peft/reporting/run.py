@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dude_peft.artifact.durable import disk_errors, replace_file
 from dude_peft.errors import ArtifactError, ConfigError, DudeError
 from dude_peft.folder.record import PAGE
+from dude_peft.installing import install
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 from dude_peft.terminal.html import table
@@ -64,7 +65,7 @@ def report(
     if to not in FORMS:
         raise ConfigError(f"--to {shown(to)}: there is {', '.join(FORMS)}; choose one")
     if importlib.util.find_spec("scipy") is None:
-        raise ConfigError("dude report needs scipy: pip install 'dude-peft[train]'")
+        raise ConfigError(f"dude report needs scipy: {install('scipy')}")
     _check_output(output, overwrite)
     kind = _kind(folder)
     display = Display(quiet=quiet)
@@ -102,7 +103,7 @@ def report(
     for sentence in document.answer:
         display.say(shown(sentence, None))
     if to == "html" and importlib.util.find_spec("matplotlib") is None:
-        display.say("the page has no figures, because matplotlib is missing: pip install 'dude-peft[train]'")
+        display.say(f"the page has no figures, because matplotlib is missing: {install('matplotlib')}")
     display.say(f"written: {shown(output, None)} ({len(content) / 1024:,.0f} KiB)")
     return Page(output, document.answer)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dude_peft.config.schema import GrpoSection
 from dude_peft.data.formats import Row
 from dude_peft.errors import ConfigError, DataError, ResourceError
+from dude_peft.installing import install
 from dude_peft.line_child import LineChild
 from dude_peft.reward_file import source_of
 from dude_peft.show import shown
@@ -84,7 +85,8 @@ class Judge:
         rewards = []
         for each in (settings.rewards[number] for number in self._numbers):
             if each.kind == "math" and importlib.util.find_spec("math_verify") is None:
-                raise ConfigError("train.grpo.rewards: math needs math-verify: pip install math-verify; or use answer")
+                how = install("math-verify")
+                raise ConfigError(f"train.grpo.rewards: math needs math-verify: {how}; or use answer")
             own = each.model_dump()
             if each.file is not None:
                 own["source"] = source_of(each.file, each.sha256 or "")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
+from dude_peft.doors import named_folder
 from dude_peft.show import shown
 from dude_peft.terminal.display import Display
 
@@ -15,6 +17,11 @@ def tell_next(display: Display, *commands: Sequence[str]) -> None:
         display.say("next:")
     for words in commands:
         display.say(f"  dude {' '.join(map(word, words))}")
+
+
+def beside(folder: str | Path, ending: str) -> str:
+    """A name that lies beside a folder, however the folder was written: `.`, `..` and `runs/` begin no name."""
+    return f"{Path(named_folder(folder))}{ending}"
 
 
 def word(text: str) -> str:

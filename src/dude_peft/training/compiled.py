@@ -16,6 +16,7 @@ import torch
 
 from dude_peft.config.schema import TrainSection
 from dude_peft.errors import ConfigError
+from dude_peft.installing import install
 from dude_peft.show import shown
 
 _LENGTHS = 8
@@ -37,7 +38,7 @@ def check_compiler(section: TrainSection, *, gpu: bool) -> None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise ConfigError("train.torch_compile: Triton is not installed or does not run here; pip install triton")
+            raise ConfigError(f"train.torch_compile: Triton is not installed or does not run here: {install('triton')}")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

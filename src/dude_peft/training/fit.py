@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_torch_tf32_available
 from dude_peft.config.schema import KtoSection, OrpoSection, RewardModelSection, RunConfig, TrainSection
 from dude_peft.data.batches import Company
 from dude_peft.errors import ConfigError, NumericsError, ResourceError
+from dude_peft.installing import install
 from dude_peft.machine.out_of_memory import is_out_of_memory
 from dude_peft.machine.processes import count
 from dude_peft.machine.sharding import check_sharding
@@ -150,7 +151,7 @@ def check_trackers(section: TrainSection) -> None:
     trackers: Any = integration_utils
     for tracker in section.report_to:
         if tracker not in trackers.get_available_reporting_integrations():
-            raise ConfigError(f"train.report_to: {tracker} is not installed: pip install {tracker}")
+            raise ConfigError(f"train.report_to: {tracker} is not installed: {install(tracker)}")
 
 
 def _kind(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
@@ -158,7 +159,7 @@ def _kind(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
     if config.train.trainer == "transformers":
         return TrainingArguments, {}
     if importlib.util.find_spec("trl") is None:
-        raise ConfigError("train.trainer: trl is not installed: pip install 'dude-peft[trl]'")
+        raise ConfigError(f"train.trainer: trl is not installed: {install('trl')}")
     from trl.trainer.sft_config import SFTConfig
 
     own: dict[str, Any] = {"packing": config.data.packing, "max_length": config.data.max_length}

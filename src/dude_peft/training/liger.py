@@ -23,6 +23,7 @@ from dude_peft.answer.fingerprint import KERNELS
 from dude_peft.config.schema import LigerKernel, TrainSection
 from dude_peft.data.trial import text_ids, trial_length, trial_rows
 from dude_peft.errors import ConfigError
+from dude_peft.installing import install
 from dude_peft.model.probe import Nature
 from dude_peft.show import reason_of, shown
 
@@ -47,7 +48,7 @@ def check_liger(section: TrainSection, settings: Any, device: Any) -> None:
     if not section.use_liger_kernel:
         return
     if find_spec("liger_kernel") is None:
-        raise ConfigError(f"{_KEY}: liger-kernel is not installed: pip install 'dude-peft[liger]'")
+        raise ConfigError(f"{_KEY}: liger-kernel is not installed: {install('liger-kernel')}")
     if torch.device(device).type not in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(f"{_KEY} needs a GPU that Triton knows, and this run is on {device}; leave it out")
     if settings.get_text_config() is not settings:

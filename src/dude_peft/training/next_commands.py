@@ -9,7 +9,7 @@ from dude_peft.data.objectives import KINDS, PAIRED
 from dude_peft.data.rows import local_file
 from dude_peft.folder.record import ADAPTER, RunReport
 from dude_peft.task_types import SCORES
-from dude_peft.terminal.next_steps import tell_next
+from dude_peft.terminal.next_steps import beside, tell_next
 from dude_peft.training.context import RunContext
 
 
@@ -21,12 +21,12 @@ def next_commands(config: RunConfig, folder: Path, report: RunReport) -> list[li
     base = [] if gguf_file is None else ["--gguf-file", gguf_file]
     last = ["merge", adapter] if config.adapter.foreign else ["export", adapter, *base, "--to", "merged"]
     if config.train.task_type == SCORES:
-        return [["verify", adapter], [*last, "-o", f"{folder}-merged"]]
+        return [["verify", adapter], [*last, "-o", beside(folder, "-merged")]]
     base += _placed(config.model)
     return [
         ["chat", adapter, *base],
         *_ways_to_judge(config, folder, adapter, base, report),
-        [*last, "-o", f"{folder}-merged"],
+        [*last, "-o", beside(folder, "-merged")],
     ]
 
 
@@ -38,7 +38,7 @@ def tell_next_of(context: RunContext, report: RunReport, *, paged: bool) -> None
             "note: only dude train and dude plan run a model's own code; in Python, use transformers for the "
             f"base model and {'peft.PeftModel' if config.adapter.foreign else 'dude_peft.load_adapter'} for the adapter"
         )
-    page = [] if paged else [["report", str(folder), "-o", f"{folder}.html"]]
+    page = [] if paged else [["report", str(folder), "-o", beside(folder, ".html")]]
     tell_next(context.display, *next_commands(config, folder, report), *page)
 
 
@@ -67,5 +67,5 @@ def _ways_to_judge(
         options += [] if settings.tasks_data_dir is None else ["--data-dir", settings.tasks_data_dir]
         options += [] if settings.tasks_num_fewshot is None else ["--num-fewshot", str(settings.tasks_num_fewshot)]
         options += ["--chat"] if settings.tasks_chat else []
-        found.append(["eval", adapter, *base, *options, "-o", f"{folder}-scores"])
+        found.append(["eval", adapter, *base, *options, "-o", beside(folder, "-scores")])
     return found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dude_peft.config.schema import KtoSection, RunConfig
 from dude_peft.errors import ConfigError
+from dude_peft.installing import install
 from dude_peft.show import shown
 
 _MOST_WRITTEN = 150
@@ -17,7 +18,7 @@ _MOST_WRITTEN = 150
 def check_picture() -> None:
     """Raises ConfigError where matplotlib is missing; asked before the run, not after it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("the loss curve needs matplotlib: pip install 'dude-peft[train]'")
+        raise ConfigError(f"the loss curve needs matplotlib: {install('matplotlib')}")
 
 
 def labels(config: RunConfig) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ _SMALL = (24, 48)
 # A class that insists on its own size gets a twin of that size, up to this number of elements.
 _LARGEST = 1 << 26
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = {"weight", "bias"}
 _EXACT = 1e-4  # float32 sums in whatever order
 _ROUNDED = 5e-2  # of rows that are rounded to eight bits inside
 
@@ -65,8 +66,8 @@ def has_more_tensors(layer: nn.Module) -> bool:
 
     So it does under torch's parametrizations, pruning and weight norm, and in layers with a scale of their own.
     """
-    names = {*layer._parameters, *layer._buffers, *layer._modules}
-    return not names <= {"weight", "bias"}
+    groups = (layer._parameters, layer._buffers, layer._modules)
+    return not all(group.keys() <= _OWN for group in groups)
 
 
 def _of_twin(layer: nn.Module, shape: tuple[int, int]) -> Behaviour | None:

@@ -30,6 +30,7 @@ from dude_peft.artifact.manifest import (
 )
 from dude_peft.doors import check_folder, read_json
 from dude_peft.errors import ArtifactError, ConfigError
+from dude_peft.installing import PROJECT, install
 from dude_peft.methods import METHODS, Method, SplitOptions
 from dude_peft.names import instead_of, our_key
 from dude_peft.parents import fits
@@ -308,7 +309,7 @@ class DudeConfig(PeftConfig):
         if unknown:
             raise ArtifactError(
                 f"'{directory / WEIGHTS_FILE}': the manifest has settings unknown to this version "
-                f"({', '.join(unknown)}); upgrade with: pip install -U dude-peft"
+                f"({', '.join(unknown)}); upgrade with: {install(PROJECT, option='-U')}"
             )
         config = cls._from_manifest(manifest.config, directory / WEIGHTS_FILE)
         try:
@@ -326,10 +327,9 @@ class DudeConfig(PeftConfig):
     @classmethod
     def _from_manifest(cls, settings: dict[str, Any], where: Path) -> DudeConfig:
         """A configuration from a file, in which nothing has to have the type it should have."""
-        hints = get_type_hints(cls)
         try:
             for name, value in settings.items():
-                TypeAdapter(hints[name]).validate_python(value, strict=name not in ("task_type", "peft_type"))
+                _type_of(name).validate_python(value, strict=name not in ("task_type", "peft_type"))
             return cls(**settings)
         except ValueError as error:  # pydantic's too; ConfigError, where a value cannot work
             reason = str(error).splitlines()[0] if isinstance(error, ConfigError) else f"{name} is {value!r:.80}"
@@ -395,6 +395,12 @@ class DudeConfig(PeftConfig):
                     "may differ",
                     stacklevel=4,
                 )
+
+
+@functools.cache  # made in a hundred times the time that a check takes
+def _type_of(name: str) -> TypeAdapter[Any]:
+    """The type of a field."""
+    return TypeAdapter(get_type_hints(DudeConfig)[name])
 
 
 def closest(name: str, known: Any) -> str:

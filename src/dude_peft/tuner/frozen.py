@@ -141,7 +141,9 @@ def is_dense(layer: nn.Module, x: Tensor) -> bool:
         return False
     if "forward" in layer.__dict__ and not only_offloads(layer):  # accelerate puts its own there
         return False
-    weight: Any = layer.weight
+    weight: Any = layer._parameters.get("weight")  # past nn.Module's __getattr__, which takes longer
+    if weight is None:
+        weight = layer.weight
     if type(weight) not in _PLAIN_TYPES or weight.requires_grad or weight.dtype != x.dtype:
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
@@ -270,4 +272,6 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only a share of it: FSDP2's DTensors and DeepSpeed's partitioned parameters."""
-    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
+    if type(tensor) is Tensor:  # plain ones have neither, and torch takes microseconds to find that
+        return False
+    return hasattr(tensor, "ds_id") or (type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh"))

@@ -48,6 +48,9 @@ from dude_peft.tuner.weight import readable
 # delta. None of these names is a stock LoRA name, so that a raw state dict of ours cannot be taken for a stock adapter.
 TRAINED = ("lora_dA", "lora_dB", "lora_dm", "lora_t")
 FROZEN = ("lora_A0", "lora_B0", "lora_m0", "lora_f")
+# The names of `start_tensors`, and where their tensors are.
+_PARAMETERS = (("dA", "lora_dA"), ("dB", "lora_dB"), ("dm", "lora_dm"))
+_BUFFERS = (("A0", "lora_A0"), ("B0", "lora_B0"), ("m0", "lora_m0"))
 # What follows from these, by adapter: W0 A0^T (out, r); the gain (out,) and its slope (out,).
 _CACHED = ("_starts", "_gains")
 # Layers of the Llama family whose output nothing behind them keeps for its backward: it is rotated, or added to the
@@ -78,7 +81,10 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self.shape[-2:]
         self.lora_dA, self.lora_dB, self.lora_dm = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A0, self.lora_B0, self.lora_m0 = (BufferDict(persistent=True) for _ in range(3))
-        self.lora_t, self.lora_f = nn.ModuleDict(), nn.ModuleDict()
+        # Modules once an adapter needs them: a walk over a model takes time for each, and loading walks often.
+        self.lora_t: Any = {}
+        self.lora_f: Any = {}
+        self.lora_dropout: Any = {}
         self._deltas: dict[str, Delta] = {}
         # Computed when they are asked for, and again when what they follow from has changed. They are replaced, never
         # written to: a graph whose backward is still to come holds them.
@@ -88,7 +94,6 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self._number = register(self)
         self.join(Together())
         self._output_kept = layer_name.rpartition(".")[2] not in _OUTPUT_NOT_KEPT
-        self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -107,6 +112,13 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def target(self) -> frozen.Frozen:
         """What the adapters change: the frozen layer under them."""
         return self.get_base_layer()
+
+    @override
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer, also under adapters of another kind."""
+        base: Any = self._modules["base_layer"]
+        # PEFT's asks every layer for one more below it, and torch takes microseconds to find that there is none.
+        return base if type(base) is nn.Linear else super().get_base_layer()
 
     @property
     def form(self) -> Form:
@@ -147,18 +159,47 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha
         self.scaling[adapter_name] = self.own_scaling[adapter_name] = scaling
         self.norm_gradient[adapter_name] = spec.gradient_through_norm(config.norm_gradient)
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         tensors = first_tensors(spec, starts, r, self.shape, dtype, device)
         if spec.delta is not None:
             self._deltas[adapter_name] = spec.delta
-            self.lora_t[adapter_name] = nn.ParameterDict({name: tensors.pop(name) for name in spec.delta.trained})
+            trained = nn.ParameterDict({name: tensors.pop(name) for name in spec.delta.trained})
             frozen_ones = {name: tensors.pop(name) for name in spec.delta.frozen}
-            self.lora_f[adapter_name] = BufferDict(frozen_ones, persistent=True)
+            self._put_module("lora_t", adapter_name, trained)
+            self._put_module("lora_f", adapter_name, BufferDict(frozen_ones, persistent=True))
+        if config.lora_dropout > 0:
+            self._put_module("lora_dropout", adapter_name, nn.Dropout(config.lora_dropout))
         for name, tensor in tensors.items():
             group = f"lora_{name}"
             getattr(self, group)[adapter_name] = _Trained(tensor) if group in TRAINED else tensor
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._follow_mode(adapter_name)
+
+    def _put_module(self, group: str, adapter_name: str, module: nn.Module) -> None:
+        if not isinstance(getattr(self, group), nn.Module):
+            setattr(self, group, nn.ModuleDict())
+        getattr(self, group)[adapter_name] = module
+
+    @override
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, and trainable but in inference mode; all others wait.
+
+        Args:
+            adapter_names: one name or several.
+            inference_mode: whether the active ones stay frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in self.r:
+            for parameter in self._trained(name):
+                if parameter.is_leaf:  # FSDP's views are not
+                    parameter.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
+
+    def _trained(self, adapter_name: str) -> Iterator[Tensor]:
+        """The parameters of one adapter."""
+        for group in TRAINED:
+            entries: Any = getattr(self, group)
+            if adapter_name in entries:
+                yield from entries[adapter_name].parameters()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer under its active adapters, (*, in) -> (*, out).
@@ -168,14 +209,15 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return self._own_output(x, *args, **kwargs)
+        base: Any = self._modules["base_layer"]  # past nn.Module's __getattr__, which takes longer
         names = self.unmerged_names()
         if not names:
-            return self.base_layer(x, *args, **kwargs)
+            return base(x, *args, **kwargs)
         if self.merged:
             return self._beside_merged(names, x, *args, **kwargs)
-        if len(names) == 1 and not args and not kwargs and frozen.is_dense(self.base_layer, x):
-            return self._adapt(names[0], x.to(self._base_device()) if is_offloaded(self.base_layer) else x, None)
-        base_out: Tensor = self.base_layer(x, *args, **kwargs)
+        if len(names) == 1 and not args and not kwargs and frozen.is_dense(base, x):
+            return self._adapt(names[0], x.to(self._base_device()) if is_offloaded(base) else x, None)
+        base_out: Tensor = base(x, *args, **kwargs)
         y = self._adapt(names[0], x, base_out)
         for name in names[1:]:
             y = y + (self._adapt(name, x, base_out) - base_out)
@@ -210,8 +252,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         names = self.unmerged_names()
         if not names or frozen.plain_weight(base) is None or frozen.is_sharded(base.weight):
             return super().weight
-        groups = [getattr(self, group) for group in TRAINED]
-        trained = [tensor for name in names for group in groups if name in group for tensor in group[name].parameters()]
+        trained = [tensor for name in names for tensor in self._trained(name)]
         return readable(held(base, "weight"), lambda: self._weight_with(names), trained)
 
     def _weight_with(self, names: list[str]) -> Tensor:
@@ -269,7 +310,8 @@ class DudeLinear(nn.Module, BaseTunerLayer):
     def current(self, slot: int, start: bool) -> list[Tensor]:
         """Gain and slope, or W0 A0^T, up to date; called by compiled code, which knows the adapter by number."""
         name = self._slots[slot]
-        return [self._start_product(name)] if start else list(self._gain_and_slope(name, self.tensors(name)))
+        layer = self.tensors(name)
+        return [self._start_product(name, layer)] if start else list(self._gain_and_slope(name, layer))
 
     @property
     def _slots(self) -> list[str]:
@@ -277,10 +319,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def _gain_and_slope(self, adapter_name: str, layer: LayerTensors) -> tuple[Tensor, Tensor]:
         assert layer.m0 is not None
-        dm = layer.magnitude_change()
         if torch.compiler.is_exporting():  # to where this layer is not: the formula itself goes along
             q = self._norm_change(adapter_name, layer)
-            g = gain(layer.m0, dm, q)
+            g = gain(layer.m0, layer.magnitude_change(), q)
             return g, gain_slope(layer.m0, q).to(g.dtype)
         if torch.compiler.is_compiling():
             slot = self._slots.index(adapter_name)
@@ -291,8 +332,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         cached = self._kept_gain(adapter_name, state)
         if cached is None:
             return self._together.compute(Stale(self, layer, state), adapter_name)
-        g, slope = cached.tensors
-        return g, slope
+        return cached.tensors  # type: ignore[return-value]
 
     def join(self, together: Together) -> None:
         """Have the gain computed with those of other layers."""
@@ -309,15 +349,15 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         Returns:
             None: the gain is up to date, or has to wait for its layer, or the layer is not alike.
         """
-        base = self.target()
-        if adapter_name not in self.lora_m0 or not isinstance(base, nn.Module) or is_offloaded(base):
+        base, kept = self.target(), self.kept(adapter_name)
+        if "m0" not in kept or not isinstance(base, nn.Module) or is_offloaded(base):
             return None
-        needed = (*base._parameters.values(), *base._buffers.values(), *self.kept(adapter_name).values())
+        needed = (*base._parameters.values(), *base._buffers.values(), *kept.values())
         if not all(is_here(tensor) for tensor in needed if tensor is not None):
             return None  # also before a delta is made of them
         if (weight := base._parameters.get("weight")) is not None and weight.ndim < 2:
             return None  # a share, as FSDP1 leaves it outside of a forward
-        layer = self.tensors(adapter_name)
+        layer = layer_tensors(self._deltas.get(adapter_name), kept)
         if kind is not None and kind_of(layer, self.scaling[adapter_name]) != kind:
             return None  # before all of it is hashed
         state = self._state(adapter_name, layer)
@@ -335,8 +375,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """Take the gain and its slope as those of this state of the trained tensors."""
         self._gains[adapter_name] = _Cached(state, (gain, slope))
 
-    def _start_product(self, adapter_name: str) -> Tensor:
-        layer = self.tensors(adapter_name)
+    def _start_product(self, adapter_name: str, layer: LayerTensors) -> Tensor:
         assert layer.A0 is not None
         assert layer.B0 is not None
         if torch.compiler.is_exporting():
@@ -386,7 +425,7 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """What a norm is computed from: W0 dA^T, W0 A0^T, dA, dB, A0, B0."""
         assert layer.dA is not None
         dA = cast(layer.dA, torch.promote_types(layer.dA.dtype, torch.float32))
-        start = None if layer.A0 is None else self._start_product(adapter_name)
+        start = None if layer.A0 is None else self._start_product(adapter_name, layer)
         return self._product(dA), start, dA, cast(layer.dB, dA.dtype), layer.A0, layer.B0
 
     @override
@@ -519,18 +558,18 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         """What one adapter keeps, by the names of `start_tensors`; the tensors themselves, not copies."""
         found: dict[str, Any] = {}
         modules: Any = self._modules  # past nn.Module's __getattr__, which takes longer than all else here
-        for name in ("dA", "dB", "dm"):
-            entry = modules[f"lora_{name}"]._modules.get(adapter_name)
+        for name, group in _PARAMETERS:
+            entry = modules[group]._modules.get(adapter_name)
             if entry is not None:
                 found[name] = entry._parameters.get("weight")
                 if found[name] is None:  # FSDP1 puts plain tensors in the places of parameters
                     found[name] = entry.weight
-        for name in ("A0", "B0", "m0"):
-            tensor = modules[f"lora_{name}"]._buffers.get(adapter_name)
+        for name, group in _BUFFERS:
+            tensor = modules[group]._buffers.get(adapter_name)
             if tensor is not None:
                 found[name] = tensor
-        for group in ("lora_t", "lora_f"):
-            if adapter_name in modules[group]:
+        if adapter_name in self._deltas:
+            for group in ("lora_t", "lora_f"):
                 found.update(modules[group][adapter_name].items())
         return found
 
@@ -570,10 +609,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         product = FrozenProduct(x, held(base, "weight")) if base_out is None else base_out
         bias = held(base, "bias") if g is not None or base_out is None else None
         factors = (layer.dA, layer.dB, layer.A0, layer.B0, g, bias, self.scaling[name], dm, slope)
-        dropout = self.lora_dropout[name]
-        seen = x if type(dropout) is nn.Identity else dropout(x)
+        seen = self.dropped(name, x)
         own = None if base_out is None or seen is x else x
         return adapted_linear(product, seen, *factors, self._output_kept, self._product_rows, own)
+
+    def dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the change of one adapter sees of its input."""
+        if adapter_name not in self.lora_dropout:
+            return x
+        seen: Tensor = self.lora_dropout[adapter_name](x)
+        return seen
 
     def _beside_merged(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output with some adapters merged and others, `names`, active beside them."""
@@ -648,13 +693,16 @@ class DudeLinear(nn.Module, BaseTunerLayer):
 
     def unmerged_names(self) -> list[str]:
         """The active adapters that are not in the base layer's weight."""
-        return [name for name in self._names(self.active_adapters) if name not in self.merged_adapters]
+        r, merged = self.r, self.merged_adapters
+        return [name for name in self.active_adapters if name in r and name not in merged]
 
     def _names(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.r]
 
     def _follow_mode(self, adapter_name: str) -> None:
         """A new adapter's modules, its dropout above all, in the mode that the layer is in."""
+        if self.training:
+            return  # as new modules are
         for group in (*(getattr(self, name) for name in TRAINED), self.lora_dropout):
             if adapter_name in group:
                 group[adapter_name].train(self.training)

@@ -86,7 +86,8 @@ class DudeEmbedding(_Mapped):
             left = torch.cat([left.to(layer.B0.dtype), layer.B0], dim=1)
             u = torch.cat([torch.nn.functional.embedding(x, layer.A0.T) + u, u.to(layer.A0.dtype)], dim=-1)
         # Dropout on a one-hot vector: the change of a whole token, or nothing of it.
-        u = u * self.lora_dropout[name](u.new_ones(*x.shape, 1))
+        if name in self.lora_dropout:
+            u = u * self.dropped(name, u.new_ones(*x.shape, 1))
 
         def again(_: Tensor) -> Tensor:
             with torch.no_grad():
@@ -114,7 +115,7 @@ class DudeConv(_Mapped):
             with torch.no_grad():
                 return rows_of(own._conv_forward(x, own.weight, None)).reshape(-1, self.out_features)
 
-        seen = self.lora_dropout[name](x)
+        seen = self.dropped(name, x)
         if base.groups > 1:
             # Every group sees its own channels, by the same A: u would have r channels of each. The change's own kernel
             # is as small as the weight.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -40,7 +40,7 @@ from dude_peft.show import a_, quoted, shown
 from dude_peft.task_types import SCORES
 from dude_peft.tuner import frozen
 from dude_peft.tuner.all_linear import choose, packed_layers
-from dude_peft.tuner.attention import DudeAttention, projections_of, why_no_attention
+from dude_peft.tuner.attention import DudeAttention, DudeProjection, projections_of, why_no_attention
 from dude_peft.tuner.beside import prints_beside
 from dude_peft.tuner.config import DudeConfig, closest
 from dude_peft.tuner.experts import DudeExperts, layers_in
@@ -67,6 +67,7 @@ from dude_peft.tuner.weighted import plan_sum
 # Modules whose children are named after adapters.
 _BY_ADAPTER = (*TRAINED, *FROZEN, "modules_to_save")
 _PEFT_PREFIX = "base_model.model."
+_FSDP_PREFIX = "_fsdp_wrapped_module."
 # Names inside an adapted layer. PEFT takes every module whose name ends in an entry of modules_to_save.
 _INSIDE = ("base_layer", "lora_dropout", *TRAINED, "lora_f")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -151,7 +152,7 @@ class DudeModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._tie(model)
         self._starts.clear()
-        for wrapper in self._wrappers():
+        for wrapper in self._wrappers() if config.modules_to_save else ():
             wrapper.training = wrapper.original_module.training
         if config.bias != "none" and config._loading is None:
             trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -300,6 +301,27 @@ class DudeModel(BaseTuner):
         for layer, (A, B, dm) in zip(layers, factors, strict=True):
             layer.put_factors(adapter_name, A, B, dm)
         self.set_requires_grad(adapter_name, False)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As of transformers, where no adapter counts the tokens; of the present number there is nothing to do.
+
+        Raises:
+            ConfigError: an adapted or wholly trained module has a row for every token. Nothing was resized.
+        """
+        model: Any = self.model
+        places = (model.get_input_embeddings(), model.get_output_embeddings())
+        if new_num_tokens is None or not any(
+            isinstance(place, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for place in places
+        ):
+            resized: nn.Module = model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+            return resized
+        embedding: nn.Module = places[0]
+        if new_num_tokens == len(embedding.weight) and not args and not kwargs:  # type: ignore[arg-type]
+            return embedding
+        raise ConfigError(
+            f"resize_token_embeddings({new_num_tokens}): the adapter has numbers for each of the present tokens; "
+            "resize the model first, then call get_peft_model or load_adapter"
+        )
 
     @override
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -474,10 +496,11 @@ class DudeModel(BaseTuner):
 
     def _put_in_place(self, layer: DudeLinear, adapter_name: str, config: DudeConfig) -> None:
         """A new layer's first adapter, and the state that the layer under it is in."""
-        layer.train(layer.base_layer.training)
         layer.join(self._together)
         layer.set_adapter(self.active_adapters)
         layer.add(adapter_name, config, meta=self._meta, starts=self._starts.pop(layer.layer_name, None))
+        if not layer.base_layer.training:
+            layer.eval()
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # PEFT's rule: an adapter added beside an active one waits
 
@@ -527,10 +550,11 @@ class DudeModel(BaseTuner):
         adapter trained whole, and would take those whatever adapters are merged.
         """
         wanted = self.active_adapters if adapter_names is None else adapter_names
+        layers = self._layers()
         if merge:
             self._check_one_each(wanted)
             self.merge_adapter(adapter_names, safe_merge)
-        elif any(layer.merged for layer in self._layers()):
+        elif any(layer.merged for layer in layers):
             warnings.warn(
                 "unload() returns the base model without the merged adapters; use merge_and_unload() to keep them",
                 stacklevel=3,
@@ -539,6 +563,9 @@ class DudeModel(BaseTuner):
         for wrapper in self._wrappers():
             wrapper.set_adapter([name for name in wanted if merge and name in wrapper._adapters])
         with self._places_of(self.model):
+            for layer in layers:  # PEFT's own looks for each by its name, and into all of its modules
+                if not isinstance(layer, DudeProjection):
+                    self._replace_module(self.model, "", layer.get_base_layer(), layer)
             unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=[])
         return unloaded
 
@@ -565,6 +592,15 @@ class DudeModel(BaseTuner):
         for layer in self.modules():
             if isinstance(layer, DudeLinear):
                 layer.check_mergeable()
+
+    @override
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT's own lists all parameters by name several times; here the base model's are frozen in one walk.
+        for parameter in _frozen_parameters(model):
+            parameter.requires_grad = False
+        configs: Any = self.peft_config
+        if any(configs[name].bias != "none" for name in self.active_adapters):
+            super()._mark_only_adapters_as_trainable(model)
 
     @override
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -634,30 +670,31 @@ class DudeModel(BaseTuner):
         remaining = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
         loaded: dict[str, Tensor] = {}
         missing: list[str] = []
-        places: dict[int, list[str]] = {}
+        places: dict[DudeLinear, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            places.setdefault(id(module), []).append(name)
-        layers = list(_adapted_layers(model, adapter_name))
-        for module_name, layer in layers:
-            keys = {name: f"{layer.place(module_name)}.{layer.form.name(name)}" for name in stock_names(spec)}
+            if isinstance(module, DudeLinear) and adapter_name in module.r:
+                places.setdefault(module, []).append(name)
+        for layer, names in places.items():
+            place, form = layer.place(names[0].removeprefix(_FSDP_PREFIX)), layer.form
+            keys = {name: f"{place}.{form.name(name)}" for name in stock_names(spec)}
             found = {name: remaining.pop(key) for name, key in keys.items() if key in remaining}
             missing += [key for name, key in keys.items() if name not in found]
             if len(found) < len(keys):
                 continue
-            where = layer.place(module_name).removeprefix(_PEFT_PREFIX)
-            state = from_disk(layer.form.read(found), spec, layer.r[adapter_name], layer.shape, where)
+            where = place.removeprefix(_PEFT_PREFIX)
+            state = from_disk(form.read(found), spec, layer.r[adapter_name], layer.shape, where)
             if config._loading is None:
                 _check_same_base(layer, state)
-            for place in places[id(layer)]:
+            for module_name in names:
                 for name, tensor in state.kept.items():
-                    loaded[_state_key(place, name, adapter_name, spec.delta)] = tensor
+                    loaded[_state_key(module_name, name, adapter_name, spec.delta)] = tensor
         extra = _foreign(remaining, model, config) if remaining else []
         if missing or extra:
             raise ArtifactError(_names_message(missing, extra))
         if remaining:
             _check_whole(remaining, model)
         config._loading = None
-        for _, layer in layers:
+        for layer in places:
             layer.scaling[adapter_name] = layer.own_scaling[adapter_name]  # that of the file, which has it folded in
         return {**loaded, **remaining}
 
@@ -706,10 +743,20 @@ def _parts_of(name: str, module: nn.Module) -> dict[str, nn.Module | Stack]:
     return projections_of(name, module) if isinstance(frozen.base_of(module), nn.MultiheadAttention) else {name: module}
 
 
+def _frozen_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the base model, under adapted layers too, without what adapters train whole."""
+    waiting = [model]
+    while waiting:
+        module = frozen.base_of(waiting.pop())
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+            waiting += (child for child in module._modules.values() if child is not None)
+
+
 def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DudeLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, DudeLinear) and adapter_name in module.r:
-            yield name.removeprefix("_fsdp_wrapped_module."), module
+            yield name.removeprefix(_FSDP_PREFIX), module
 
 
 def _check_same_base(layer: DudeLinear, state: LayerTensors) -> None:
@@ -765,7 +812,7 @@ def _scaled(state: LayerTensors, factor: float, config: DudeConfig) -> LayerTens
             f"the adapter's scaling was set by hand, and {config.method} has no factor to fold it into; call "
             "unscale_layer() before saving"
         )
-    return replace(state, dB=state.dB * factor, B0=None if state.B0 is None else state.B0 * factor)
+    return state._replace(dB=state.dB * factor, B0=None if state.B0 is None else state.B0 * factor)
 
 
 def _put_back(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], others: Sequence[str]) -> None:
@@ -773,8 +820,10 @@ def _put_back(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 
     An adapter may be named "0", "weight" or "lm_head", as a layer, a parameter or a module is.
     """
+    if not others:
+        return
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-        name = name.removeprefix("_fsdp_wrapped_module.")
+        name = name.removeprefix(_FSDP_PREFIX)
         parts = name.split(".")
         if name in state_dict or not any(other in parts for other in others):
             continue

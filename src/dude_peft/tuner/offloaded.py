@@ -35,7 +35,8 @@ def stored(layer: Any, name: str) -> Any:
 
 def held(layer: Any, name: str) -> Any:
     """The same on the device where the layer computes."""
-    tensor: Any = getattr(layer, name, None)
+    parameters = layer._parameters  # past nn.Module's __getattr__, which takes longer
+    tensor: Any = parameters[name] if name in parameters else getattr(layer, name, None)
     if not isinstance(tensor, Tensor) or not tensor.is_meta:  # the usual layer, also while it is compiled
         return tensor
     hook = _hook(layer)

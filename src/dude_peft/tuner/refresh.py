@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dude_peft.artifact.fingerprint import memory_of
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def state_of(tensors: Sequence[Tensor], occasions: Callable[[], tuple[int, ...]] = tuple) -> tuple[Any, ...]:
@@ -37,8 +38,13 @@ def state_of(tensors: Sequence[Tensor], occasions: Callable[[], tuple[int, ...]]
     Returns:
         What to compare and to keep: it holds the storages, so that no new one can be taken for them.
     """
-    if all(_is_readable(tensor) for tensor in tensors):
-        return tuple(_hash(tensor) for tensor in tensors)
+    hashes = []
+    for tensor in tensors:
+        if not _is_readable(tensor):
+            break
+        hashes.append(_hash(tensor))
+    else:
+        return tuple(hashes)
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return ("fake",)
     counted = tuple(_Counted(tensor) for tensor in tensors)
@@ -46,8 +52,7 @@ def state_of(tensors: Sequence[Tensor], occasions: Callable[[], tuple[int, ...]]
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return type(tensor) in _PLAIN_TYPES and tensor.device.type == "cpu" and not wrapped
+    return type(tensor) in _PLAIN_TYPES and tensor.is_cpu and not _is_wrapped(tensor)
 
 
 def _hash(tensor: Tensor) -> int:

@@ -77,9 +77,11 @@ def checked_base(base: nn.Module, recorded: BaseRecord, path: str, allow_mismatc
 
     The weights are read by other threads, once each. The block may adapt a plain model, but must leave its weights.
     """
-    _check_shapes(base, recorded.layers, path)
+    targets = targets_named(base, recorded.layers)
+    _check_shapes(base, targets, recorded.layers, path)
     with single_threaded_pool(len(recorded.layers) + len(recorded.beside)) as pool:  # hashing lets other threads run
-        checks = (_Weights(base, recorded, pool), _Settings(base, recorded), _Beside(base, recorded, path, pool))
+        beside = _Beside(base, recorded, path, pool)  # first: an embedding's hash asks little of the interpreter
+        checks = (_Weights(targets, recorded, pool), _Settings(base, recorded), beside)
         yield
         for check in checks:
             found = check.fault()
@@ -99,8 +101,9 @@ def settings_fault(config: Any, recorded: BaseRecord) -> str:
     return f"was trained on a base model with another configuration ({other[0]}{more})" if other else ""
 
 
-def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: str) -> None:
-    targets = targets_named(base, recorded)
+def _check_shapes(
+    base: nn.Module, targets: Mapping[str, frozen.Frozen], recorded: Mapping[str, TensorPrint], path: str
+) -> None:
     absent = [name for name in recorded if name not in targets]
     if absent:
         raise OtherBaseError(
@@ -128,9 +131,8 @@ def _check_shapes(base: nn.Module, recorded: Mapping[str, TensorPrint], path: st
 class _Weights:
     """The adapted layers' own weights."""
 
-    def __init__(self, base: nn.Module, recorded: BaseRecord, pool: ThreadPoolExecutor) -> None:
-        self._layers = recorded.layers
-        self._modules = targets_named(base, self._layers)
+    def __init__(self, targets: Mapping[str, frozen.Frozen], recorded: BaseRecord, pool: ThreadPoolExecutor) -> None:
+        self._layers, self._modules = recorded.layers, targets
         held = pool.map(lambda name: _layer_holds(self._modules[name], self._layers[name]), self._layers)
         plain = all(frozen.plain_weight(_base_layer(module)) is not None for module in self._modules.values())
         # Packed layers write into themselves where they are tried, as they are when an adapter is put in.

@@ -112,7 +112,7 @@ class DudeTiedHead(nn.Module, BaseTunerLayer):
         product = FrozenProduct(x, held(base, "weight")) if plain else base(x)
         A0, B0 = (None if tensor is None else tensor.T for tensor in (state.B0, state.A0))
         factors = (state.dB.T, state.dA.T, A0, B0, None, held(base, "bias") if plain else None, scaling)
-        seen = self.embedding.lora_dropout[name](x)
+        seen = self.embedding.dropped(name, x)
         return adapted_linear(product, seen, *factors, frozen_input=None if plain or seen is x else x)
 
     def _own_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
