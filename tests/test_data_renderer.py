@@ -9,7 +9,7 @@ import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from dude_peft.data import Message, Row, Template, renderer
-from dude_peft.errors import ConfigError
+from dude_peft.errors import ConfigError, ResourceError
 
 ROW = Row((Message("user", "q"), Message("assistant", "a")), "s.jsonl:1")
 
@@ -107,3 +107,27 @@ def test_the_place_of_a_failure_counts_through_the_parts(monkeypatch):
     with pytest.raises(renderer.RenderError) as failure:
         renderer.render(template, {}, [(said, False, []), (said, False, []), (said * 2, False, [])])
     assert failure.value.index == 2
+
+
+def test_a_child_that_was_started_ahead_is_the_one_that_answers(monkeypatch):
+    template = Template(tiny_tokenizer())
+    for ends in (False, True):  # one that has ended meanwhile is replaced
+        renderer._RENDERER.stop()
+        renderer.start_ahead()
+        child = renderer._RENDERER._child
+        renderer.start_ahead()
+        assert renderer._RENDERER._child is child, "one is enough"
+        if ends:
+            child.process.kill()
+            child.process.wait()
+        assert template.pieces([ROW])[0].texts[1] == "a<|end|>"
+        assert (renderer._RENDERER._child is child) is not ends
+
+    def nothing(*_):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    renderer._RENDERER.stop()
+    monkeypatch.setattr(renderer, "LineChild", nothing)
+    renderer.start_ahead()
+    with pytest.raises(ResourceError, match="does not start; use template: plain"):
+        template.pieces([ROW])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import read_field
 
 from dude_peft.config.schema import ModelSection
 from dude_peft.errors import DudeError
@@ -132,3 +133,32 @@ def test_a_fault_leaves_gguf_as_it_was(section):
     assert gguf.GGUFReader is gguf.gguf_reader.GGUFReader
     path.write_bytes(content)
     load_model(section, where)
+
+
+def test_the_elements_of_arrays_are_those_that_gguf_reads(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    arrays = {
+        "texts": ["", "a", "ĠLanguage", "日本"],
+        "bytes": [0, 255],
+        "ids": [-1, 0, 2**31 - 1],
+        "scores": [0.1, -1e30],
+        "marks": [True, False],
+    }
+    kinds = {"bytes": "UINT8", "ids": "INT32", "scores": "FLOAT32", "marks": "BOOL", "texts": "STRING"}
+    for name, values in arrays.items():
+        kind = gguf.GGUFValueType[kinds[name]]
+        writer.add_key_value(f"our.{name}", values, gguf.GGUFValueType.ARRAY, sub_type=kind)
+    writer.add_name("tiny")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plain = gguf.GGUFReader(tmp_path / "model.gguf")
+    wanted = {name: read_field(plain, name) for name in plain.fields}
+    with gguf_once.parsed_once():
+        ours = gguf.GGUFReader(tmp_path / "model.gguf")
+        found = {name: read_field(ours, name) for name in ours.fields}
+    assert {name: read_field(ours, name) for name in ours.fields} == wanted, "transformers' own function reads them too"
+    assert found == wanted
+    assert list(map(type, found["our.scores"])) == [float, float]
+    gguf_once.forget()

@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from dude_peft.data.clock import moment
@@ -58,6 +59,7 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: LineChild | None = None
+        self._is_ready = False
         self._left: dict[str, float] = {}
         """Seconds that each chat template has left, and those of task files together."""
 
@@ -123,21 +125,31 @@ class _Renderer:
                 self._left[whose] = min(left, RENDER_SECONDS)
         return answers
 
+    def start_ahead(self) -> None:
+        """Starts the child, and does not wait for it; one that does not start is an error where it is needed."""
+        with self._lock, suppress(OSError):
+            self._begun()
+
     def _started(self) -> LineChild:
-        if self._child is not None and self._child.lives:
-            return self._child
-        self.stop()
-        self._child = LineChild("dude_peft.data.render_child")
         try:
-            self._child.line(_START_SECONDS)
+            child = self._begun()
+            if not self._is_ready:
+                child.line(_START_SECONDS)
+                self._is_ready = True
         except (OSError, queue.Empty) as error:
             self.stop()
             raise ResourceError("the process for templates does not start; use template: plain") from error
+        return child
+
+    def _begun(self) -> LineChild:
+        if self._child is None or not self._child.lives:
+            self.stop()
+            self._child = LineChild("dude_peft.data.render_child")
         return self._child
 
     def stop(self) -> None:
         """Ends the child; the next `render` starts another."""
-        child, self._child = self._child, None
+        child, self._child, self._is_ready = self._child, None, False
         if child is not None:
             child.stop()
 
@@ -169,6 +181,11 @@ def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]
 
 _RENDERER = _Renderer()
 atexit.register(_RENDERER.stop)
+
+
+def start_ahead() -> None:
+    """Starts the process for templates while something else is loaded: it takes a second, mostly on another core."""
+    _RENDERER.start_ahead()
 
 
 def render(

@@ -57,6 +57,16 @@ class _Reader:
             raise ValueError("a value extends past the end of the file")
         self.file.seek(count, 1)
 
+    def skip_strings(self, count: int) -> None:
+        """In one loop: a vocabulary has so many that a call for each would take most of the time."""
+        read, seek, place = self.file.read, self.file.seek, self.file.tell()
+        unpack = struct.Struct(self.order + "Q").unpack
+        for _ in range(count):
+            place += 8 + unpack(read(8))[0]
+            if place > self.size:
+                raise ValueError("a value extends past the end of the file")
+            seek(place)
+
     def string(self) -> bytes:
         length = self.number("Q")
         if length > self.size - self.file.tell():
@@ -77,6 +87,9 @@ class _Reader:
                 return
             if count > _MOST_STRINGS:
                 raise ValueError(f"the list {quoted(key)} is longer than {_MOST_STRINGS:,}")
+            if inner == _STRING:
+                self.skip_strings(count)
+                return
             for _ in range(count):
                 self.value(key, inner, depth + 1)
         else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_peft.config.reading import dump_config
 from dude_peft.config.schema import AdapterSection, DpoSection, RunConfig
+from dude_peft.data.renderer import start_ahead
 from dude_peft.errors import ArtifactError, StoppedError
 from dude_peft.folder.identity import NAME as RUN
 from dude_peft.folder.identity import Identity
@@ -214,6 +215,8 @@ class _Run:
             for note in check_strategy(config, self.context.strategy, processes.count(), scored=scored):
                 self.context.warn(note)
             glance(config)
+        if config.data.template != "plain":
+            start_ahead()
         with self.context.phase("imports"), quiet_imports():
             from dude_peft.model.processor import sight_of
             from dude_peft.training.fit import training_arguments
