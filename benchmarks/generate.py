@@ -4,7 +4,7 @@ With --head also rows that begin alike, as held-out rows and prompts do: their l
 with computed once against whole rows, and the tokens that each way computes.
 
 python benchmarks/generate.py --dtype float32
-python benchmarks/generate.py --head 256 --rest 64
+python benchmarks/generate.py --head 256 --rest 64 --cases "our lora"
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=0, help="tokens that rows begin with; 0 leaves such rows out")
     parser.add_argument("--rest", type=int, default=64, help="tokens of a row behind its head, half to twice of it")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--cases", default=None, help="names to keep beside the base, LoRA and DuDe, comma-separated")
     settings = parser.parse_args()
     set_threads(settings)
     base = llama(getattr(torch, settings.dtype), layers=settings.layers).to(settings.device)
@@ -55,8 +56,10 @@ def main() -> None:
 
         return run
 
-    models = {name: adapt(base, make()).to(settings.device) for name, make in configurations(settings.r).items()}
-    models["DuDe, merged"] = adapt(base, configurations(settings.r)["DuDe"]()).merge_and_unload()
+    known = configurations(settings.r)
+    kept = known if settings.cases is None else {BASELINE, "DuDe", "frozen base", *settings.cases.split(",")}
+    models = {name: adapt(base, make()).to(settings.device) for name, make in known.items() if name in kept}
+    models["DuDe, merged"] = adapt(base, known["DuDe"]()).merge_and_unload()
     cases = {name: continuation(model) for name, model in models.items()}
     results = {}
     for baseline in (BASELINE, "frozen base"):

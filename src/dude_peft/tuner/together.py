@@ -95,7 +95,7 @@ def is_here(tensor: Tensor) -> bool:
     """Whether all of its values are: it is no share of a tensor, and its memory was not given back."""
     if is_sharded(tensor) or tensor.is_meta:
         return False
-    return type(tensor) not in _PLAIN_TYPES or tensor.data_ptr() != 0 or tensor.numel() == 0
+    return type(tensor) not in _PLAIN_TYPES or tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
 def kind_of(tensors: LayerTensors, scaling: float) -> Kind | None:
