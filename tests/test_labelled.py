@@ -82,7 +82,7 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(places, tmp_path,
         pytest.skip("this TRL has no KTOTrainer")
     order = order_of_rows(monkeypatch)
     train = {
-        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 3e-3 if optim != "sgd" else 0.3,
+        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 2e-2 if optim != "sgd" else 5.0,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, "kto": section,
     }  # fmt: skip
     wanted = kto(places, tmp_path / "ours", adapter={"method": method}, train=train)

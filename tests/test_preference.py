@@ -180,7 +180,7 @@ def test_twenty_steps_are_trls_with_a_separate_reference_model(
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     order = order_of_rows(monkeypatch)
     train = {
-        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-3 if optim != "sgd" else 0.1,
+        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-2 if optim != "sgd" else 2.0,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, "objective": objective,
         objective: section,
     }  # fmt: skip

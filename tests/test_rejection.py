@@ -49,16 +49,16 @@ def test_right_answers_that_ended_are_kept_once(checkpoint, tmp_path, monkeypatc
         ({"keep": "correct", "as_rows": True, "file": "x.txt"}, "rows that have answers"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_before_loading(options, words):
+def test_what_cannot_be_kept_is_refused_before_loading(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        generate("nowhere", **options)
+        generate(tmp_path, **options)
 
 
 def test_rows_without_an_answer_are_refused_with_their_place(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2: no answer to compare with; --keep correct"):
-        generate("nowhere", file=file, as_rows=True, keep="correct")
+        generate(tmp_path, file=file, as_rows=True, keep="correct")
 
 
 @pytest.mark.slow

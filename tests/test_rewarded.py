@@ -126,16 +126,22 @@ def by_trl(wanted: dict, answers: list[tuple], folder: Path):
     ("method", "optim", "train", "section"),
     [
         ("dude", "adamw_torch", {}, {"beta": 0.1}),
-        ("lora", "sgd", {}, {"num_iterations": 2, "epsilon": 1e-4, "beta": 0.5}),
-        pytest.param("dora", "sgd", {}, {"loss_type": "grpo", "scale_rewards": "batch", "beta": 0.2}, marks=SLOW),
+        ("lora", "sgd", {}, {"num_iterations": 2, "epsilon": 2e-3, "beta": 0.5}),
+        pytest.param(
+            "dora", "sgd", {},
+            {"loss_type": "grpo", "scale_rewards": "batch", "beta": 0.2, "use_bias_correction_kl": False},
+            marks=SLOW,
+        ),
         pytest.param("pissa", "sgd", {}, {"loss_type": "dr_grpo", "scale_rewards": "none"}, marks=SLOW),
         pytest.param("lora", "sgd", {}, {"loss_type": "bnpo", "temperature": 1.3, "top_p": 0.9}, marks=SLOW),
         pytest.param(
             "lora", "sgd", {"gradient_accumulation_steps": 2},
-            {"importance_sampling_level": "sequence", "num_iterations": 3, "epsilon": 1e-5, "epsilon_high": 2e-5},
+            {"importance_sampling_level": "sequence", "num_iterations": 3, "epsilon": 2e-4, "epsilon_high": 4e-4}
+            | {"beta": 0.2},
             marks=SLOW,
         ),
-        pytest.param("lora", "sgd", {}, {"mask_truncated_completions": True, "beta": 0.5}, marks=SLOW),
+        # With seed 0 an answer ends in the padding token, which TRL takes for a whole one.
+        pytest.param("lora", "sgd", {"seed": 1}, {"mask_truncated_completions": True, "beta": 0.5}, marks=SLOW),
     ],
 )  # fmt: skip
 def test_twenty_steps_are_trls_on_the_same_answers(places, tmp_path, monkeypatch, method, optim, train, section):
@@ -149,7 +155,7 @@ def test_twenty_steps_are_trls_on_the_same_answers(places, tmp_path, monkeypatch
     monkeypatch.setattr(Rollouts, "_keep", noted)
     train_changes = train
     train = {
-        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-3 if optim != "sgd" else 0.1,
+        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-2 if optim != "sgd" else 2.0,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "gradient_accumulation_steps": 1, **train,
     }  # fmt: skip
     wanted = grpo(places, tmp_path / "ours", adapter={"method": method}, train=train, section=section)

@@ -147,7 +147,7 @@ def test_twenty_steps_are_trls(places, tmp_path, monkeypatch, method, optim, sec
     order = order_of_rows(monkeypatch)
     rows = write_pairs(tmp_path / "train.jsonl", 22, margin=margin)
     train = {
-        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-3 if optim != "sgd" else 0.05,
+        "max_steps": 20, "logging_steps": 1, "optim": optim, "learning_rate": 1e-2 if optim != "sgd" else 1.0,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "seed": 3, "reward": section,
     }  # fmt: skip
     wanted = settings(places, tmp_path / "ours", adapter={"method": method}, train=train, data={"train": str(rows)})

@@ -154,9 +154,9 @@ def test_an_empty_answer_gives_no_row(checkpoint, tmp_path, monkeypatch, capsys)
         ({"as_rows": True, "base_too": True}, "--as-rows"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_before_loading(options, words):
+def test_what_cannot_be_sampled_is_refused_before_loading(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        generate("nowhere", ["a"], **options)
+        generate(tmp_path, ["a"], **options)
 
 
 def test_the_commands_take_the_options(checkpoint, tmp_path):

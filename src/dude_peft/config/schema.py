@@ -812,6 +812,9 @@ class GrpoSection(Section):
     beta: NonNegative = 0.0
     """Weight of the KL to the base model. 0 leaves the base model's pass out."""
 
+    use_bias_correction_kl: bool = True
+    """Multiply the KL by the ratio, so that its gradient is that of KL(q || p) (DeepSeek-V3.2, arXiv 2512.02556)."""
+
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
     """How tokens are averaged: `dapo` over the tokens of the step, `bnpo` of the forward pass, `grpo` over answers,
     `dr_grpo` over max_completion_length."""

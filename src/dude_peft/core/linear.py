@@ -149,8 +149,10 @@ def _forward(
         if right is not None:
             u = torch.nn.functional.linear(u, right)  # (tokens, 2r)
         y, kept = compose(base, u, left, gain, bias, scaling, keep, fused)
-        # A view could not be changed in place by the code behind the layer. torch's product with a bias may be one.
-        if y is base and base_out.is_contiguous() and not base_out._is_view():
+        # A view could not be changed in place by the code behind the layer. torch's product with a bias may be one,
+        # and compiled code cannot ask.
+        whole = y is base and base_out.is_contiguous() and not torch.compiler.is_compiling()
+        if whole and not base_out._is_view():
             return base_out, u, kept  # whose memory y is
         return torch.ops.aten._unsafe_view.default(y, base_out.shape), u, kept
 

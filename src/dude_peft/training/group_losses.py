@@ -56,11 +56,12 @@ class Answers:
         return gap.exp() - gap - 1
 
 
-def losses(answers: Answers, settings: GrpoSection) -> tuple[Tensor, Tensor]:
-    """-min(r a, clip(r) a) + beta KL of each token, and whether it is clipped; (rows, tokens) both.
+def losses(answers: Answers, settings: GrpoSection) -> tuple[Tensor, Tensor, Tensor]:
+    """-min(r a, clip(r) a) + beta KL of each token, whether it is clipped, and its KL; (rows, tokens) each.
 
     GRPO, arXiv 2402.03300, equation 3; with ratios of whole answers GSPO, arXiv 2507.18071, equation 5. A clipped token
-    is one of which nothing is learned but its KL.
+    is one of which nothing is learned but its KL. The KL is r (p / q - log(p / q) - 1), whose gradient is then without
+    bias (DeepSeek-V3.2, arXiv 2512.02556), or that without r; 0 where there is no base.
     """
     mask = answers.judged.to(answers.logps.dtype)
     ratio = answers.logps - (answers.logps.detach() if answers.old is None else answers.old)
@@ -71,9 +72,12 @@ def losses(answers: Answers, settings: GrpoSection) -> tuple[Tensor, Tensor]:
     low, high = 1 - settings.epsilon, 1 + (settings.epsilon if settings.epsilon_high is None else settings.epsilon_high)
     each = -torch.min(ratio * wanted, ratio.clamp(low, high) * wanted)
     clipped = ((ratio < low) & (wanted < 0)) | ((ratio > high) & (wanted > 0))
-    if answers.base is not None:
-        each = each + settings.beta * answers.kl
-    return each * mask, (clipped * mask).bool()
+    if answers.base is None:
+        kl = torch.zeros_like(each)
+    else:
+        kl = answers.kl * ratio if settings.use_bias_correction_kl else answers.kl
+        each = each + settings.beta * kl
+    return each * mask, (clipped * mask).bool(), kl.detach() * mask
 
 
 def total(each: Tensor, judged: Tensor, rows: Tensor | int, tokens: Tensor | int, settings: GrpoSection) -> Tensor:

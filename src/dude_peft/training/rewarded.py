@@ -42,9 +42,8 @@ class RewardedLoss(JudgedLoss):
         """The micro-batch's part of the step's loss; `num_items_in_batch` counts answers."""
         logps, entropies, judged = token_logps(outputs["logits"], labels, self._settings.temperature)
         answers = Answers(logps, judged, **self._beside)
-        each, clipped = losses(answers, self._settings)
-        kl = logps.new_zeros(()) if answers.base is None else (answers.kl.detach() * judged).sum()
-        sums = [judged.sum(), kl, entropies.sum(), clipped.sum()]
+        each, clipped, kl = losses(answers, self._settings)
+        sums = [judged.sum(), kl.sum(), entropies.sum(), clipped.sum()]
         self._add(0, torch.stack([value.float() for value in sums]))
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch
         return total(each, judged, rows, judged.sum() if self.tokens is None else self.tokens, self._settings)
