@@ -92,7 +92,7 @@ BASES: dict[str, dict] = {
         "train": {"objective": "reward"},
         "evaluation": {"rows": 64, "max_new_tokens": 128},  # the defaults: its model answers nothing
     },
-    "grpo": {"train": {"objective": "grpo", "grpo": {"rewards": [_LETTERS, _LENGTH], "num_iterations": 2,
+    "grpo": {"train": {"objective": "grpo", "grpo": {"rewards": [_LETTERS, _LENGTH], "num_iterations": 2, "beta": 0.1,
                                                      "num_generations": 2, "max_completion_length": 6}}},
     "mol": {"data": {"general": "general.jsonl"}, "train": {"objective": "mol"}},
     "budget": {"adapter": {"budget": {"parameters": "4%", "by": "gradient"}}},
@@ -172,6 +172,7 @@ KEYS: list[tuple[str, str, object]] = [
     ("grpo", "train.grpo.temperature", 0.5),
     ("grpo", "train.grpo.top_p", 0.5),
     ("grpo", "train.grpo.beta", 0.5),
+    ("grpo", "train.grpo.use_bias_correction_kl", False),
     ("grpo", "train.grpo.loss_type", "grpo"),
     ("grpo", "train.grpo.scale_rewards", "none"),
     ("grpo", "train.grpo.importance_sampling_level", "sequence"),
