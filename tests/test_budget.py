@@ -337,6 +337,7 @@ def test_the_adapter_of_a_budget_is_stock_pefts(places, tmp_path):
         assert torch.allclose(ours.eval()(input_ids=ids).logits, stock.eval()(input_ids=ids).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", some_by_day([0, 2], [2]))
 def test_an_interrupted_run_goes_on_without_a_second_look(places, tmp_path, monkeypatch, saved):
     """Killed before its first checkpoint, or behind the second: the same YAML, the same bits, no calibration."""

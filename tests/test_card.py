@@ -105,6 +105,7 @@ HOSTILE = st.sampled_from(
 ) | st.text(max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(base=HOSTILE, revision=HOSTILE, key=HOSTILE, value=HOSTILE, rank=HOSTILE)
 def test_nothing_from_elsewhere_means_anything(adapter, base, revision, key, value, rank):

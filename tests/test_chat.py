@@ -626,6 +626,7 @@ def test_an_output_is_whole_or_as_it_was(place, tmp_path, monkeypatch):
 # --- the commands -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exit_codes(place, adapter, tmp_path):
     save_tiny(tmp_path / "other", seed=1)
     assert_refused_last(dude("generate", adapter, "hi", "--base", tmp_path / "other"), 4, "artifact")

@@ -80,6 +80,7 @@ def test_every_command_on_the_adapter_uses_it(trained, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_tokens_that_it_writes(place):
     texts = []
     for extra in ([], ["--set", "data.chat_template=null"]):

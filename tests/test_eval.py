@@ -328,6 +328,7 @@ def test_a_limit_is_said_and_the_same_documents_are_taken(place, tmp_path):
 # ---- resuming
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
     options = EvalOptions(TASKS, place / "data", batch_size=2)
     whole = evaluate(str(place / "adapter"), options, tmp_path / "whole")

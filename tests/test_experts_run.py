@@ -90,6 +90,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(places, trained, tmp_path, 
     assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_the_run_trains(places, trained):
     report = json.loads((trained / "report.json").read_text())
     wanted = settings(places, places / "planned")

@@ -30,6 +30,7 @@ def test_the_output_folder_is_named_after_the_whole_source(source, name):
     assert _name(source) == name
 
 
+@pytest.mark.slow
 def test_what_it_writes_trains(model, tmp_path):
     write_rows(tmp_path / "my rows.jsonl", 24)
     made = dude("config", "new", "my rows.jsonl", "--model", model, "-o", "run.yaml", cwd=tmp_path)

@@ -103,6 +103,7 @@ def losses(out: Path) -> list[float]:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_spread_run_resumes_bit_by_bit(place, whole, spread, tmp_path, monkeypatch):
     out, file = tmp_path / "out", tmp_path / "run.yaml"
     file.write_text(json.dumps(settings(place, out, SPREAD)))

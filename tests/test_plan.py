@@ -318,6 +318,7 @@ def inside(tensor: Any) -> list[torch.Tensor]:
     return [tensor, *(each for each in beside if each is not None)]
 
 
+@pytest.mark.slow
 def test_four_bits_are_offered_where_nothing_cheaper_fits(tmp_path):
     pytest.importorskip("bitsandbytes", reason="dude-peft[quant]")
     llama().config.save_pretrained(tmp_path)

@@ -221,6 +221,7 @@ def arguments(cls, folder, **settings):
     return cls(folder, **{**usual, "use_cpu": True, "save_steps": 6, "logging_steps": 100, **settings})
 
 
+@pytest.mark.slow
 def test_trainer_learns_a_classification_and_every_loader_has_it(tmp_path):
     """Trainer, its checkpoint, its resuming, and AutoPeftModelForSequenceClassification without our package."""
     base = pretrained(tmp_path / "base", "Bert")

@@ -598,6 +598,7 @@ def newest_step(out: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
+@pytest.mark.slow
 @more_by_night
 @pytest.mark.timeout(3600)
 def test_kills_at_random_times_lose_no_step_and_change_no_bit(places, whole, tmp_path, server):
