@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 
 from dude_peft import check_data, plan
 from dude_peft.answer.cache import AnswerCache
+from dude_peft.artifact.sealed import sealed
 from dude_peft.config.reading import load_config
 from dude_peft.config.schema import CurriculumSection, RunConfig
 from dude_peft.data.answers import same_answer
@@ -358,6 +359,12 @@ def test_another_curriculum_is_another_run(places, tmp_path, monkeypatch):
     wanted["train"].pop("curriculum")
     with pytest.raises(ConfigError, match=r"another configuration"):
         start(wanted)
+    record = tmp_path / "out/run.json"
+    known = json.loads(record.read_text())
+    known["config"]["train"].pop("max_grad_norm")
+    record.write_text(json.dumps(sealed({key: value for key, value in known.items() if key != "sha256"})))
+    with pytest.raises(ConfigError, match=r"another version of dude-peft, which did not know train\.max_grad_norm; "):
+        start(sft(places, tmp_path / "out"))
 
 
 @SLOW

@@ -469,6 +469,11 @@ def test_columns_keys_and_roles_have_the_names_that_the_data_gives_them():
             "'completion' without 'customer_qury'; closest: data.columns: {prompt: customer_query}",
         ),
         (
+            {"completion": "a", "body": "q"},
+            {"prompt": "nope"},
+            "'completion' without 'nope'; data.columns names it for prompt; the row has 'completion', 'body'",
+        ),
+        (
             {"customer_query": "q", "agent_reply": "a"},
             {"prompt": "customer_qury", "completion": "agent_replay"},
             "no column is called 'customer_qury', which data.columns names for prompt; closest: data.columns: "

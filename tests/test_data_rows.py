@@ -248,7 +248,7 @@ def test_a_file_cut_off_in_its_last_line_is_named_so(tmp_path):
         ),
         (b'\n[\n {"prompt": "q"}\n]', ":2: a JSON array begins here"),
         (gzip.compress(GOOD), "gzip-compressed; decompress it first"),
-        (b"PK\x03\x04....", "a zip archive; unpack it first"),
+        (b"PK\x03\x04....", "a zip archive; unpack it first, or save the sheet of an Excel file as .csv"),
         (b"PAR1....", "a Parquet file; name it .parquet"),
         (b"question,answer\n1+1,2\n", ":1: looks like CSV, not JSON lines; convert it"),
         (b'"question";"answer"\n', ":1: looks like CSV"),

@@ -114,6 +114,14 @@ def test_layers_whose_factors_lie_in_shared_buffers_do_not_disturb_each_other(dt
         assert all(relative_error(*pair) <= bound for pair in zip(ours, theirs, strict=True))
 
 
+def test_a_buffer_lies_on_the_cpu_whatever_the_default_device_is():
+    case = Case(torch.float32, out=521, in_=77, r=33)
+    with torch.device("meta"):
+        y = case.fast(inside=True)
+    assert torch.equal(case.fast(inside=True), y)
+    assert relative_error(y.detach(), case.outputs_and_gradients(case.reference, "detached")[0]) <= 5e-6
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inside", [True, False])

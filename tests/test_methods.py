@@ -296,6 +296,14 @@ def test_merging_one_adapter_after_another(method):
     assert torch.equal(logits(model), both)
 
 
+def test_an_adapter_of_a_name_that_was_there_has_its_own_dropout():
+    base = make("mistral-gqa")
+    get_peft_model(base, config("dude", lora_dropout=0.5))
+    with pytest.warns(UserWarning, match="peft"):
+        model = get_peft_model(base, config("dude")).train()
+    assert torch.equal(logits(model), logits(model))
+
+
 @each_kind
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(method, use_reentrant):

@@ -339,4 +339,6 @@ def test_tokens_are_added_before_the_adapter_counts_them(targets, tied):
     before = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with pytest.raises(ConfigError, match="resize the model first, then call get_peft_model or load_adapter"):
         model.resize_token_embeddings(44)
+    with pytest.raises(ConfigError, match="resize the model first"):
+        model.resize_token_embeddings(None, pad_to_multiple_of=64)
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before

@@ -132,7 +132,7 @@ def test_what_has_too_many_shapes_is_refused(places, tmp_path, section, values):
     assert "\n" not in str(caught.value)
 
 
-def test_a_compiler_that_fails_is_one_line(places, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_one_line(places, tmp_path, monkeypatch, capsys):
     from torch._dynamo import exc
 
     def fails(*_, **__):
@@ -140,8 +140,9 @@ def test_a_compiler_that_fails_is_one_line(places, tmp_path, monkeypatch):
 
     monkeypatch.setattr("dude_peft.training.trainer.Trainer.training_step", fails)
     with pytest.raises(ConfigError, match="torch_compile does not work on this model and device") as caught:
-        run(RunConfig(**settings(places, tmp_path / "out")), quiet=True)
+        run(RunConfig(**settings(places, tmp_path / "out")), quiet=False)
     assert "\n" not in str(caught.value)
+    assert "compiling: the first step of every batch length takes longer" in capsys.readouterr().out
 
 
 def test_without_a_compiler_it_is_refused_before_the_model_is_loaded(places, tmp_path, monkeypatch):

@@ -338,6 +338,7 @@ MEANT = [
     ("train.optim=adam", "got 'adam'; closest: 'adamw_torch'"),
     ("model.dtype=bf16", "got 'bf16'; closest: 'bfloat16'"),
     ("model.dtype=fp16", "got 'fp16'; closest: 'float16'"),
+    ("train.objective=dop", "got 'dop'; closest: 'dpo'"),
     ("adapter.budget={parameters: 1%, by: fischer}", "closest: 'fisher'"),
     ("train.report_to=tensorboard", "expected a list, got 'tensorboard'; write [tensorboard]"),
     ("adapter.rank_pattern=q_proj", "expected keys and values, got 'q_proj'; write {KEY: VALUE}"),

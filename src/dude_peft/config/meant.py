@@ -62,8 +62,11 @@ def _choice(came: Any, names: Sequence[str]) -> str:
     spelt = {name.lower(): name for name in names}
     word = came.lower()
     begun = next((name for name in spelt if len(word) > 3 and name.startswith(word)), None)
+    swapped = next((name for name in spelt if len(name) == 3 and sorted(name) == sorted(word)), None)
     # Between fp16 and float16 is more than the usual bound; among a few names it is near enough.
-    close = word if word in spelt else begun or near(word, list(spelt), 0.5) or abbreviated(word, list(spelt))
+    close = (
+        word if word in spelt else begun or swapped or near(word, list(spelt), 0.5) or abbreviated(word, list(spelt))
+    )
     return "" if close is None else f"closest: {quoted(spelt[close])}"
 
 

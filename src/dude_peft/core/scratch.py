@@ -53,7 +53,7 @@ def buffer(shape: Sequence[int], dtype: torch.dtype, purpose: str) -> Tensor:
             views.clear()
             if largest is None or largest.numel() < size:
                 with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
-                    largest = torch.empty(size, dtype=dtype)
+                    largest = torch.empty(size, dtype=dtype, device="cpu")  # whatever the default device is
             views[None] = largest
         with torch.inference_mode(False):
             found = views[shape] = largest[:size].view(*shape)

@@ -19,7 +19,7 @@ MAX_LINE_BYTES = 16 * 2**20
 BOM = b"\xef\xbb\xbf"
 _MAGIC = (
     (b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip)"),
-    (b"PK\x03\x04", "a zip archive; unpack it first"),
+    (b"PK\x03\x04", "a zip archive; unpack it first, or save the sheet of an Excel file as .csv"),
     (b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first"),
     (b"\xfd7zXZ", "xz-compressed; decompress it first"),
     (b"BZh", "bzip2-compressed; decompress it first"),

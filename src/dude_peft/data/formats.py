@@ -567,6 +567,10 @@ class Reading:
             meant = written({missing[0]: near}) if near and near not in known else None
             found = meant or mapping_for(record.names(), record.values())
             hint = f"closest: {found}" if found else FORMATS_HINT
+            if not found and record.name(missing[0]) != missing[0]:
+                hint = (
+                    f"data.columns names it for {missing[0]}; the row has {', '.join(map(quoted, record.names()[:6]))}"
+                )
             return f"'{there}' without '{record.name(missing[0])}'; {hint}"
         return None
 

@@ -77,7 +77,14 @@ class Identity:
         asks = bool(self.asked) and now["adapter"].get("budget") is not None
         before = {**self.config, "adapter": self.asked} if asks else self.config
         of_loss = now["evaluation"]["metric_for_best_model"] in HELD_OUT
-        if changed := changes(before, now, _FREE | (_SCORING if of_loss else set())):
+        free = _FREE | (_SCORING if of_loss else set())
+        if (unknown := _unknown(before, now)) and not changes(before, now, free | unknown):
+            keys = ", ".join(sorted(unknown))
+            raise ConfigError(
+                f"output_dir holds a run of another version of dude-peft, which did not know {keys}; "
+                "finish it with that version, choose another output_dir, or add --overwrite to start over"
+            )
+        if changed := changes(before, now, free):
             raise ConfigError(
                 f"output_dir holds a run with another configuration ({changed}); restore it to resume, choose another "
                 "output_dir, or add --overwrite to start over"
@@ -213,6 +220,14 @@ def _other_model(then: dict[str, Any], now: dict[str, Any]) -> str:
         return f"it reads {_value(now['reads'])} instead of {_value(then['reads'])}"
     settings = other_settings(then["settings"], now["settings"])
     return ", ".join([*settings, *changed_parts(then["tokenizer"], now["tokenizer"])])
+
+
+def _unknown(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """Keys with a value that `before` has no place for."""
+    old, new = _flat(before), _flat(after)
+    parts = {key: key.split(".") for key, value in new.items() if value is not None}
+    places = {key: {".".join(names[:end]) for end in range(1, len(names) + 1)} for key, names in parts.items()}
+    return {key for key, within in places.items() if not within & old.keys()}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

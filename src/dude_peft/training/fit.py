@@ -246,6 +246,8 @@ class Training:
         model.config.use_cache = False  # keys and values of a training forward are never read again
         try:
             compiles = compiling() if arguments.torch_compile else nullcontext()
+            if arguments.torch_compile:
+                loop.display.say("compiling: the first step of every batch length takes longer, on a CPU minutes")
             reaches = reached(model) if are_mixed(self.examples) else nullcontext()
             with loop.running(total), compiles, reaches:
                 trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.path))

@@ -154,6 +154,9 @@ class DudeLinear(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(frozen.compute_dtype(self.target()), torch.float32)
         device = torch.device("meta") if meta else self._base_device()
 
+        for group in (self.lora_dropout, self._deltas):  # of an adapter of the same name that was here before
+            if adapter_name in group:
+                del group[adapter_name]
         if config._loading is None and not meta:
             starts = starts or start_of_layer(self, self.layer_name, config)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, alpha

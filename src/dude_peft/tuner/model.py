@@ -310,13 +310,11 @@ class DudeModel(BaseTuner):
         """
         model: Any = self.model
         places = (model.get_input_embeddings(), model.get_output_embeddings())
-        if new_num_tokens is None or not any(
-            isinstance(place, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for place in places
-        ):
+        if not any(isinstance(place, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for place in places):
             resized: nn.Module = model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
             return resized
         embedding: nn.Module = places[0]
-        if new_num_tokens == len(embedding.weight) and not args and not kwargs:  # type: ignore[arg-type]
+        if new_num_tokens in (None, len(embedding.weight)) and not args and not kwargs:  # type: ignore[arg-type]
             return embedding
         raise ConfigError(
             f"resize_token_embeddings({new_num_tokens}): the adapter has numbers for each of the present tokens; "
