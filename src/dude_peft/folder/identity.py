@@ -227,7 +227,8 @@ def _unknown(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     old, new = _flat(before), _flat(after)
     parts = {key: key.split(".") for key, value in new.items() if value is not None}
     places = {key: {".".join(names[:end]) for end in range(1, len(names) + 1)} for key, names in parts.items()}
-    return {key for key, within in places.items() if not within & old.keys()}
+    unplaced = {key for key, within in places.items() if not within & old.keys()}
+    return {key for key in unplaced if not any(known.startswith(f"{key}.") for known in old)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
