@@ -102,6 +102,12 @@ def test_a_field_has_an_effect_is_recorded_and_resumes_bit_by_bit(places, tmp_pa
     other = {**interrupted, "train": {**interrupted["train"], "extra_arguments": {}}}
     with pytest.raises(ConfigError, match=rf"train\.extra_arguments\.{what}"):
         run(RunConfig(**other), quiet=True)
+    one_more = {
+        **interrupted,
+        "train": {**interrupted["train"], "extra_arguments": extra | {"torch_empty_cache_steps": 9}},
+    }
+    with pytest.raises(ConfigError, match=r"another configuration \(train\.extra_arguments\.torch_empty_cache_steps"):
+        run(RunConfig(**one_more), quiet=True)
     run(RunConfig(**interrupted), quiet=True)
     assert same(tmp_path / "with", tmp_path / "cut")
 

@@ -508,6 +508,13 @@ def _section_at(key: Key, kind: type[Section]) -> type[Section] | None:
     return section
 
 
+def is_key(name: str) -> bool:
+    """Whether a run has a key of this name, as `train.dpo.beta`; a layer in rank_pattern, say, is none."""
+    *outer, last = name.split(".")
+    section = _section_at(tuple(outer), RunConfig)
+    return section is not None and last in section.model_fields
+
+
 def _siblings(key: Key, kind: type[Section]) -> list[str]:
     section = _section_at(key[:-1], kind)
     return _known_keys(kind) if section is None else list(section.model_fields)

@@ -16,6 +16,7 @@ from typing import Any
 from dude_peft.artifact.base_settings import other_settings
 from dude_peft.artifact.json_text import json_text
 from dude_peft.artifact.sealed import content_sha256, read_object, read_sealed, sealed, unsealed
+from dude_peft.config.reading import is_key
 from dude_peft.config.schema import HELD_OUT
 from dude_peft.data.tokenizer_parts import changed_parts
 from dude_peft.errors import ArtifactError, ConfigError, DataError
@@ -78,16 +79,16 @@ class Identity:
         before = {**self.config, "adapter": self.asked} if asks else self.config
         of_loss = now["evaluation"]["metric_for_best_model"] in HELD_OUT
         free = _FREE | (_SCORING if of_loss else set())
-        if (unknown := _unknown(before, now)) and not changes(before, now, free | unknown):
-            keys = ", ".join(sorted(unknown))
+        changed = _changed(before, now, free)
+        if changed and all(is_key(key) and _lacks(before, key) for key in changed):
             raise ConfigError(
-                f"output_dir holds a run of another version of dude-peft, which did not know {keys}; "
+                f"output_dir holds a run of another version of dude-peft, which did not know {', '.join(changed)}; "
                 "finish it with that version, choose another output_dir, or add --overwrite to start over"
             )
-        if changed := changes(before, now, free):
+        if changed:
             raise ConfigError(
-                f"output_dir holds a run with another configuration ({changed}); restore it to resume, choose another "
-                "output_dir, or add --overwrite to start over"
+                f"output_dir holds a run with another configuration ({changes(before, now, free)}); restore it to "
+                "resume, choose another output_dir, or add --overwrite to start over"
             )
 
     def check_data(self, now: dict[str, str]) -> None:
@@ -204,10 +205,7 @@ def recorded_config(folder: Path) -> dict[str, Any] | None:
 
 def changes(before: dict[str, Any], after: dict[str, Any], free: Set[str] = frozenset()) -> str:
     """What differs between two configurations, `key: old -> new; ...`, but for keys in `free`; empty for nothing."""
-    old, new = _flat(before), _flat(after)
-    within = tuple(f"{key}." for key in free)
-    kept = (key for key in {**old, **new} if key not in free and not key.startswith(within))
-    changed = [key for key in kept if old.get(key) != new.get(key)]
+    old, new, changed = _flat(before), _flat(after), _changed(before, after, free)
     told = [f"{key}: {_change(old.get(key), new.get(key))}" for key in changed[:_MOST_SHOWN]]
     return "; ".join(told) + (f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else "")
 
@@ -222,13 +220,23 @@ def _other_model(then: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join([*settings, *changed_parts(then["tokenizer"], now["tokenizer"])])
 
 
-def _unknown(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    """Keys with a value that `before` has no place for."""
+def _changed(before: dict[str, Any], after: dict[str, Any], free: Set[str]) -> list[str]:
+    """The keys that differ, but for those in `free`."""
     old, new = _flat(before), _flat(after)
-    parts = {key: key.split(".") for key, value in new.items() if value is not None}
-    places = {key: {".".join(names[:end]) for end in range(1, len(names) + 1)} for key, names in parts.items()}
-    unplaced = {key for key, within in places.items() if not within & old.keys()}
-    return {key for key in unplaced if not any(known.startswith(f"{key}.") for known in old)}
+    within = tuple(f"{key}." for key in free)
+    kept = (key for key in {**old, **new} if key not in free and not key.startswith(within))
+    return [key for key in kept if old.get(key) != new.get(key)]
+
+
+def _lacks(tree: Any, key: str) -> bool:
+    """Whether a section that is there has no place for the key."""
+    for name in key.split("."):
+        if not isinstance(tree, dict):
+            return False  # the section was off
+        if name not in tree:
+            return True
+        tree = tree[name]
+    return False
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
